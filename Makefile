@@ -1,0 +1,67 @@
+# `make demo` and `make test` need nothing but make and Python 3.11 or newer (with its venv module).
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Test processes; each takes about one core and 2 GB.
+WORKERS ?= 2
+# More pytest arguments, for example: make test ARGS="-k selection -x"
+ARGS ?=
+# Extra interpreters may be tried first: make demo PYTHON3=/opt/python/bin/python3
+PYTHON3 ?=
+
+CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 python
+SOURCES := jaxprune tests scripts $(wildcard benchmarks)
+
+# A compiled program is kept in the checkout and found again by the next run of the tests.
+CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+demo: $(VENV)/.train  ## train a small ResNet on real images, dense and pruned, and compare them
+	$(PYTHON) scripts/demo.py
+
+test: $(VENV)/.test  ## run all tests, README snippets and docstring examples
+	$(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.dev  ## check style, formatting and types
+	$(PYTHON) -m ruff check $(SOURCES)
+	$(PYTHON) -m ruff format --check $(SOURCES)
+	$(PYTHON) -m pyright
+
+format: $(VENV)/.dev  ## rewrite the sources in the project's style
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+	$(PYTHON) -m ruff format $(SOURCES)
+
+bench: $(VENV)/.train  ## time the optimizer step with and without pruning
+	$(PYTHON) benchmarks/step.py
+
+clean:  ## remove the virtual environment, caches and build products
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+
+# The first interpreter that is new enough and has venv makes the environment.
+$(VENV)/.python:
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	      >/dev/null 2>&1; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    [ -x $(PYTHON) ] || "$$python" -m venv $(VENV) || exit 1; \
+	    touch $@; exit 0; \
+	  fi; \
+	done; \
+	echo "jaxprune needs Python 3.11 or newer with the venv module, and none was found." >&2; \
+	echo "Tried: $(strip $(CANDIDATES))." >&2; \
+	echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name it:" >&2; \
+	echo "  make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON3=/path/to/python3" >&2; \
+	exit 1
+
+# One stamp an extra: pip runs again only when pyproject.toml has changed.
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.python
+	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
