@@ -1,0 +1,441 @@
+"""Residual networks in Flax NNX, for small (CIFAR) and large (ImageNet) images.
+
+The widths of every block are data, so a network whose channels were removed is described as exactly
+as the original. Where the strides and the projections sit is fixed by the position of a block and
+never guessed from shapes: a width that happens to match must not make a projection disappear.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from numbers import Integral
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+_Arrays = TypeVar("_Arrays", bound=tuple)
+
+
+class Widths(NamedTuple):
+    """Output channels of the stem and of every convolution in every block.
+
+    Lists and integers of any kind are accepted where a network is built, so JSON is enough to store
+    widths. The last width of a block is that of the residual stream, hence the same for all blocks
+    between two projections; the widths before it are free.
+
+    Example:
+        >>> import json
+        >>> text = json.dumps(Widths(4, ((2, 4), (3, 8), (5, 16)))._asdict())
+        >>> text
+        '{"stem": 4, "blocks": [[2, 4], [3, 8], [5, 16]]}'
+        >>> resnet8(widths=Widths(**json.loads(text)), rngs=nnx.Rngs(0)).widths
+        Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
+    """
+
+    stem: int
+    blocks: tuple[tuple[int, ...], ...]  # basic: (mid, out); bottleneck: (mid1, mid2, out)
+
+
+def _keep_dtypes(args: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
+    """Replaces the promotion of `nnx.BatchNorm`, which rounds running statistics to `dtype`."""
+    return args
+
+
+def _he_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Normal with variance 2 / fan-out, for kernels [height, width, in, out]."""
+    height, width, _, fan_out = shape
+    # Drawn flat: the values are the same and XLA:CPU compiles a draw of rank 1 five times faster.
+    draws = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+    return math.sqrt(2 / (height * width * fan_out)) * draws
+
+
+def _conv(
+    in_width: int, out_width: int, size: int, stride: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A `size` x `size` convolution without bias."""
+    return nnx.Conv(
+        in_width,
+        out_width,
+        (size, size),
+        strides=stride,
+        padding=size // 2,  # "SAME" would shift the grid by a pixel where the stride is 2
+        use_bias=False,
+        kernel_init=_he_normal,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _norm(
+    width: int, scale: float = 1.0, *, dtype: DTypeLike, axis_name: str | None, rngs: nnx.Rngs
+) -> nnx.BatchNorm:
+    """Batch normalisation with float32 statistics whose scale starts at `scale`."""
+    return nnx.BatchNorm(
+        width,
+        momentum=0.9,
+        epsilon=1e-5,
+        scale_init=nnx.initializers.constant(scale),
+        dtype=dtype,
+        promote_dtype=_keep_dtypes,
+        axis_name=axis_name,
+        rngs=rngs,
+    )
+
+
+class _Layers(NamedTuple):
+    """What builds the layers of one network: `_conv` and `_norm` with its options filled in."""
+
+    conv: Callable[..., nnx.Conv]
+    norm: Callable[..., nnx.BatchNorm]
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and its normalisation: the stem, and the projections."""
+
+    def __init__(self, layers: _Layers, in_width: int, out_width: int, size: int, stride: int):
+        self.conv = layers.conv(in_width, out_width, size, stride)
+        self.norm = layers.norm(out_width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.conv(x))
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions around a shortcut; `widths` is (mid, out)."""
+
+    def __init__(
+        self, layers: _Layers, in_width: int, widths: tuple[int, ...], stride: int, project: bool
+    ):
+        mid, out = widths
+        self.conv1 = layers.conv(in_width, mid, 3, stride)
+        self.norm1 = layers.norm(mid)
+        self.conv2 = layers.conv(mid, out, 3)
+        self.norm2 = layers.norm(out, scale=0.0)
+        self.projection = ConvNorm(layers, in_width, out, 1, stride) if project else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return nnx.relu(y + (x if self.projection is None else self.projection(x)))
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut; `widths` is (mid1, mid2, out)."""
+
+    def __init__(
+        self, layers: _Layers, in_width: int, widths: tuple[int, ...], stride: int, project: bool
+    ):
+        mid1, mid2, out = widths
+        self.conv1 = layers.conv(in_width, mid1, 1)
+        self.norm1 = layers.norm(mid1)
+        self.conv2 = layers.conv(mid1, mid2, 3, stride)
+        self.norm2 = layers.norm(mid2)
+        self.conv3 = layers.conv(mid2, out, 1)
+        self.norm3 = layers.norm(out, scale=0.0)
+        self.projection = ConvNorm(layers, in_width, out, 1, stride) if project else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return nnx.relu(y + (x if self.projection is None else self.projection(x)))
+
+
+class _Architecture(NamedTuple):
+    """What a name fixes and widths do not."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, ...]  # blocks in each stage
+    base: int  # default width of the stem and of the first stage; it doubles with each stage
+    large_images: bool  # 7x7/2 convolution and 3x3/2 max-pool first, not one 3x3 convolution
+    num_classes: int  # default
+    parameters: str  # their number in the default network, for the docstring
+
+
+_ARCHITECTURES = {
+    "resnet8": _Architecture(BasicBlock, (1, 1, 1), 16, False, 10, "78,042"),
+    "resnet20": _Architecture(BasicBlock, (3, 3, 3), 16, False, 10, "272,474"),
+    "resnet32": _Architecture(BasicBlock, (5, 5, 5), 16, False, 10, "466,906"),
+    "resnet56": _Architecture(BasicBlock, (9, 9, 9), 16, False, 10, "855,770"),
+    "resnet110": _Architecture(BasicBlock, (18, 18, 18), 16, False, 10, "1,730,714"),
+    "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2), 64, True, 1000, "11,689,512"),
+    "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3), 64, True, 1000, "21,797,672"),
+    "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3), 64, True, 1000, "25,557,032"),
+    "resnet101": _Architecture(Bottleneck, (3, 4, 23, 3), 64, True, 1000, "44,549,160"),
+}
+
+
+def _architecture(name: str) -> _Architecture:
+    """The row of the table, or an error that lists the names."""
+    if name not in _ARCHITECTURES:
+        raise ValueError(f"`name` must be one of {', '.join(_ARCHITECTURES)}; got {name!r}.")
+    return _ARCHITECTURES[name]
+
+
+def _positions(architecture: _Architecture) -> Iterator[tuple[int, int, bool]]:
+    """Stage, stride and "has a projection" of each block, from its position alone."""
+    # A bottleneck widens the stream in the first stage too; basic blocks leave the stem's width.
+    first_projection = 0 if architecture.block is Bottleneck else 1
+    for stage, depth in enumerate(architecture.depths):
+        for index in range(depth):
+            first = index == 0
+            yield stage, 2 if first and stage > 0 else 1, first and stage >= first_projection
+
+
+def default_widths(name: str) -> Widths:
+    """The published widths of a network, to start one's own from.
+
+    Args:
+        name: a network of this module, such as "resnet20".
+
+    Returns:
+        Its `Widths`.
+
+    Raises:
+        ValueError: `name` is not known.
+
+    Example:
+        >>> default_widths("resnet8")
+        Widths(stem=16, blocks=((16, 16), (32, 32), (64, 64)))
+        >>> default_widths("resnet50").blocks[0]
+        (64, 64, 256)
+    """
+    architecture = _architecture(name)
+    base = architecture.base
+
+    def block(width: int) -> tuple[int, ...]:
+        bottleneck = architecture.block is Bottleneck
+        return (width, width, 4 * width) if bottleneck else (width, width)
+
+    return Widths(base, tuple(block(base * 2**s) for s, _, _ in _positions(architecture)))
+
+
+def _checked_widths(name: str, widths: Widths) -> Widths:
+    """Plain integers in tuples; raises one error that lists all that is wrong with `widths`."""
+    architecture = _architecture(name)
+    fields = ("mid1", "mid2", "out") if architecture.block is Bottleneck else ("mid", "out")
+    blocks, positions = tuple(widths.blocks), tuple(_positions(architecture))
+    problems = []
+
+    def positive(width: object) -> bool:
+        return isinstance(width, Integral) and not isinstance(width, bool) and int(width) > 0
+
+    if not positive(widths.stem):
+        problems.append(f"stem: {widths.stem!r} must be a positive integer")
+    if len(blocks) != len(positions):
+        problems.append(f"blocks: there are {len(blocks)}; give {len(positions)}, one per block")
+    stream, source = widths.stem, "stem"
+    for index, (block, (_, _, project)) in enumerate(zip(blocks, positions, strict=False)):
+        here = f"blocks/{index}"
+        if not isinstance(block, Sequence) or len(block) != len(fields):
+            problems.append(f"{here}: {block!r} must be ({', '.join(fields)})")
+            continue
+        problems += [
+            f"{here}: {field} = {width!r} must be a positive integer"
+            for field, width in zip(fields, block, strict=True)
+            if not positive(width)
+        ]
+        if project:
+            stream, source = block[-1], here
+        elif block[-1] != stream and len(blocks) == len(positions):
+            problems.append(
+                f"{here}: out = {block[-1]!r} must be {stream!r} as in {source}, for the block has "
+                f"no projection; set it to {stream!r}, or change {source} and all blocks after it"
+            )
+    if problems:
+        raise ValueError(f"`widths` does not fit {name}:\n  " + "\n  ".join(problems))
+    return Widths(int(widths.stem), tuple(tuple(int(w) for w in block) for block in blocks))
+
+
+class ResNet(nnx.Module):
+    """A residual network by name; `resnet20(...)` is `ResNet("resnet20", ...)`.
+
+    Small images (resnet8/20/32/56/110): 3x3 stem and three stages. Large images (resnet18/34/50/
+    101, "v1.5"): 7x7 stem of stride 2, 3x3 max-pool of stride 2 and four stages. Then the global
+    average and a linear classifier. Every stage after the first halves the image in its first
+    block, in a 3x3 convolution. The first block of a stage has a 1x1 projection with normalisation
+    ("option B") as its shortcut, save in the first stage of a network of basic blocks.
+
+    A new network is in training mode: batch normalisation uses the batch and moves its running
+    statistics by a tenth. `eval()` and `train()` switch. Parameters (`nnx.Param`) and statistics
+    (`nnx.BatchStat`) are float32, at paths such as `stem/conv/kernel`, `blocks/3/conv1/kernel`,
+    `blocks/3/projection/norm/scale` and `head/kernel`.
+
+    Under `jax.jit` a batch may be sharded in any way: statistics are those of the whole batch.
+    Inside `jax.shard_map`, name the mapped axis to get the same.
+
+    Args:
+        name: which network, such as "resnet20".
+        num_classes: number of logits; None for 10 (small images) or 1000 (large images).
+        in_channels: channels of the images.
+        widths: channels of each layer; None for `default_widths(name)`.
+        dtype: in which to compute; bfloat16 leaves parameters, statistics and logits float32.
+        axis_name: mapped axis over which to average batch statistics, inside `jax.shard_map` only.
+        rngs: source of the initial parameters (stream `params`).
+
+    Raises:
+        ValueError: `name` is not known, a number is not positive, or `widths` does not fit the
+            network; every block at fault is named.
+        TypeError: `dtype` is not floating.
+
+    Example:
+        >>> thin = Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
+        >>> model = ResNet("resnet8", widths=thin, rngs=nnx.Rngs(0))
+        >>> logits = nnx.jit(ResNet.__call__)(model, jnp.ones((2, 8, 8, 3)))
+        >>> logits.shape, bool((model.stem.norm.mean[...] == 0).all())  # statistics moved
+        ((2, 10), False)
+        >>> model.eval()  # from now on they are used and stay
+        >>> ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))][:2]
+        ['blocks/0/conv1/kernel', 'blocks/0/conv2/kernel']
+
+    References:
+        He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. arXiv:1512.03385.
+        He, Zhang, Ren, Sun. Delving Deep into Rectifiers (He-normal kernels). arXiv:1502.01852.
+        Ioffe, Szegedy. Batch Normalization. arXiv:1502.03167.
+        Goyal et al. Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour (the last norm scale
+        of each block starts at zero; the stride sits in the 3x3 convolution). arXiv:1706.02677.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_classes: int | None = None,
+        in_channels: int = 3,
+        widths: Widths | None = None,
+        dtype: DTypeLike = jnp.float32,
+        axis_name: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        architecture = _architecture(name)
+        num_classes = architecture.num_classes if num_classes is None else num_classes
+        for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"`{argument}` must be at least 1; got {value}.")
+        dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"`dtype` must be floating, such as jnp.bfloat16; got {dtype}.")
+        layers = _Layers(
+            partial(_conv, dtype=dtype, rngs=rngs),
+            partial(_norm, dtype=dtype, axis_name=axis_name, rngs=rngs),
+        )
+        self.name = name
+        self.in_channels = in_channels
+        self.large_images = architecture.large_images
+        self.widths = _checked_widths(name, default_widths(name) if widths is None else widths)
+
+        stem = self.widths.stem
+        self.stem = ConvNorm(layers, in_channels, stem, *((7, 2) if self.large_images else (3, 1)))
+        inputs = (stem, *(block[-1] for block in self.widths.blocks))
+        self.blocks = nnx.List(
+            architecture.block(layers, in_width, block, stride, project)
+            for in_width, block, (_, stride, project) in zip(
+                inputs, self.widths.blocks, _positions(architecture), strict=False
+            )
+        )
+        self.head = nnx.Linear(inputs[-1], num_classes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits [B, num_classes] float32 of normalised images [B, H, W, C], any floating dtype."""
+        self._check_images(images)
+        x = nnx.relu(self.stem(images))
+        if self.large_images:
+            padding: Any = ((1, 1), (1, 1))  # Any: flax annotates `str` and documents pairs
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+
+    def _check_images(self, images: jax.Array) -> None:
+        """Raises unless `images` are floating [B, H, W, in_channels]."""
+        if images.ndim != 4 or images.shape[-1] != self.in_channels:
+            raise ValueError(
+                f"`images` must be [B, H, W, {self.in_channels}]; got shape {images.shape}. "
+                "Put the channels last, or build the network with another `in_channels`."
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(f"`images` must be floating; got {images.dtype}: normalise them first.")
+
+
+class Constructor(Protocol):
+    """What builds a named network; the keywords are those of `ResNet`."""
+
+    def __call__(
+        self,
+        *,
+        num_classes: int = ...,
+        in_channels: int = 3,
+        widths: Widths | None = None,
+        dtype: DTypeLike = jnp.float32,
+        axis_name: str | None = None,
+        rngs: nnx.Rngs,
+    ) -> ResNet: ...
+
+
+_DOCSTRING = """{title} for {images} images: {blocks} blocks, {parameters} parameters.
+
+Args: those of `ResNet`.
+
+Returns:
+    A `ResNet` in training mode.
+
+Raises:
+    ValueError, TypeError: as `ResNet` does.
+
+Example:
+    >>> model = nnx.eval_shape(lambda: {name}(rngs=nnx.Rngs(0)))  # shapes, no arrays
+    >>> f"{{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}}"
+    '{parameters}'
+
+References:
+    He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. arXiv:1512.03385.
+"""
+
+
+def _constructor(name: str) -> Constructor:
+    """The function `name`, with signature and docstring."""
+    architecture = _ARCHITECTURES[name]
+
+    def construct(
+        *,
+        num_classes: int = architecture.num_classes,
+        in_channels: int = 3,
+        widths: Widths | None = None,
+        dtype: DTypeLike = jnp.float32,
+        axis_name: str | None = None,
+        rngs: nnx.Rngs,
+    ) -> ResNet:
+        return ResNet(
+            name,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            widths=widths,
+            dtype=dtype,
+            axis_name=axis_name,
+            rngs=rngs,
+        )
+
+    construct.__name__ = construct.__qualname__ = name
+    construct.__doc__ = _DOCSTRING.format(
+        name=name,
+        title=name.replace("resnet", "ResNet-"),
+        images="large (ImageNet)" if architecture.large_images else "small (CIFAR)",
+        blocks=" + ".join(map(str, architecture.depths))
+        + (" bottleneck" if architecture.block is Bottleneck else " basic"),
+        parameters=architecture.parameters,
+    )
+    return construct
+
+
+resnet8 = _constructor("resnet8")
+resnet20 = _constructor("resnet20")
+resnet32 = _constructor("resnet32")
+resnet56 = _constructor("resnet56")
+resnet110 = _constructor("resnet110")
+resnet18 = _constructor("resnet18")
+resnet34 = _constructor("resnet34")
+resnet50 = _constructor("resnet50")
+resnet101 = _constructor("resnet101")
