@@ -1,0 +1,215 @@
+"""Fashion-MNIST: a TFDS builder that needs no TensorFlow, and a cache of the decoded arrays.
+
+    official .gz files --checksums--> TFDS (array_record of PNGs) --decoded once--> one .npz
+
+The builder that TFDS brings needs TensorFlow to encode images; this one hands TFDS finished PNGs.
+On one core, writing the records takes 8 s and decoding them 6 s; reading the arrays takes .2 s.
+"""
+
+import io
+import os
+import tempfile
+import urllib.request
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxprune.data import fashion_mnist_files as official
+from jaxprune.data.splits import Split
+
+_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Fashion-MNIST for TFDS, in the order of the official files.
+
+    Not registered with TFDS, whose own `fashion_mnist` has the name already.
+
+    Args:
+        data_dir: TFDS data folder.
+        source_dir: folder with the four files; None lets TFDS download them.
+
+    Example:
+        >>> FashionMnist.name, str(FashionMnist.VERSION)
+        ('fashion_mnist', '1.0.0')
+
+    References:
+        H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking
+        Machine Learning Algorithms", arXiv:1708.07747.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, data_dir: str | os.PathLike[str], source_dir: Path | None = None) -> None:
+        super().__init__(data_dir=data_dir)
+        self._source_dir = source_dir
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        """Features, and no shuffling: the records keep the order of the files."""
+        features = {
+            "image": tfds.features.Image(shape=(28, 28, 1)),
+            "label": tfds.features.ClassLabel(names=_CLASSES),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Grey 28 x 28 images of ten kinds of clothing: 60,000 and 10,000.",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            homepage="https://github.com/zalandoresearch/fashion-mnist",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        """Check all four files before the first example is written."""
+        if self._source_dir is not None:
+            paths = {name: self._source_dir / name for name in official.FILES}
+        else:
+            paths = _download(dl_manager)
+        files = official.read_official(paths)
+        return {
+            "train": self._generate_examples(*(files[name] for name in official.TRAIN)),
+            "test": self._generate_examples(*(files[name] for name in official.TEST)),
+        }
+
+    def _generate_examples(self, images: bytes, labels: bytes) -> Iterator[tuple[int, Any]]:
+        """Number the examples and encode the images as PNG."""
+        pairs = zip(official.parse_idx(images), official.parse_idx(labels), strict=True)
+        for number, (image, label) in enumerate(pairs):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG", compress_level=1)
+            png.seek(0)
+            yield number, {"image": png, "label": int(label)}
+
+
+def load_fashion_mnist(
+    data_dir: str | os.PathLike[str] | None = None,
+    source_dir: str | os.PathLike[str] | None = None,
+) -> tuple[Split, Split, int]:
+    """Load Fashion-MNIST, prepared first if it is not in `data_dir` yet.
+
+    The files come from `source_dir`, else from Debian's folder if it is there, else TFDS downloads
+    them. Everything is written under a temporary name and renamed when complete, so a run that is
+    killed leaves nothing that a later one would take for finished.
+
+    Args:
+        data_dir: folder for prepared data; default `$JAXPRUNE_DATA_DIR`, else `~/.cache/jaxprune`.
+        source_dir: folder with the four official files; not read once the data is prepared.
+
+    Returns:
+        60,000 images uint8 [28, 28, 1] for training, 10,000 for testing, and the number of
+        classes, 10.
+
+    Raises:
+        FileNotFoundError: the files are nowhere; says how to get them.
+        ValueError: a file is corrupt; names it, its checksum, the official one and the fix.
+        OSError: `data_dir` cannot be written.
+
+    Example:
+        >>> load_fashion_mnist("/no/data", "/no/files")
+        Traceback (most recent call last):
+        FileNotFoundError: `source_dir` /no/files must hold all four files; ...
+    """
+    default = os.environ.get("JAXPRUNE_DATA_DIR") or "~/.cache/jaxprune"
+    root = Path(default if data_dir is None else data_dir).expanduser()
+    cache = root / f"{FashionMnist.name}-{FashionMnist.VERSION}.npz"
+    if not cache.exists():
+        builder = _prepare(root, source_dir)
+        _write_npz(cache, _decode(builder, "train"), _decode(builder, "test"))
+    train, test = _read_npz(cache)
+    return train, test, len(_CLASSES)
+
+
+def _download(dl_manager: Any) -> Mapping[str, Path]:
+    """Let TFDS fetch the files; it keeps them under downloads/ in the data folder."""
+    urls = {name: official.URL + name for name in official.FILES}
+    try:
+        # Without internet TFDS would try again for minutes; ask once whether anybody answers.
+        probe = urllib.request.Request(urls[official.TEST[1]], method="HEAD")
+        urllib.request.urlopen(probe, timeout=20).close()
+        return dl_manager.download(urls)
+    except Exception as error:  # whatever the network or TFDS raises, the way out is the same
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not on this machine and the download from {official.URL} failed "
+            f"({type(error).__name__}: {error}). {official.HOW_TO_GET}"
+        ) from error
+
+
+def _prepare(root: Path, source_dir: str | os.PathLike[str] | None) -> FashionMnist:
+    """Write the TFDS records, unless they are there already."""
+    if (root / FashionMnist.name / str(FashionMnist.VERSION)).exists():
+        return FashionMnist(data_dir=root)
+    source = official.find_source(source_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise OSError(
+            f"`data_dir` {root} cannot be written ({error}): "
+            "give another one or set JAXPRUNE_DATA_DIR"
+        ) from error
+    builder = FashionMnist(data_dir=root, source_dir=source)
+    try:
+        builder.download_and_prepare(
+            download_dir=str(root / "downloads"),
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            file_format="array_record",
+        )
+    except OSError:
+        # Two runs may prepare at once: the second cannot rename over the first, and need not.
+        if not builder.data_path.exists():
+            raise
+    return FashionMnist(data_dir=root)
+
+
+def _decode(builder: Any, split: str) -> Split:
+    """Decode every record of a split, in order."""
+    try:
+        # TFDS alone reads and decodes 4,000 records a second; in bulk and undecoded it is 12,000.
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        examples = records.__getitems__(range(len(records)))
+        images = [np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples]
+        labels = np.array([example["label"] for example in examples], np.int32)
+        return Split(np.stack(images)[..., None], labels)
+    except Exception as error:  # array_record, TFDS and Pillow each have their own
+        raise ValueError(
+            f"prepared data in {builder.data_path} cannot be read "
+            f"({type(error).__name__}: {error}): delete this folder and load again"
+        ) from error
+
+
+def _write_npz(path: Path, train: Split, test: Split) -> None:
+    """Write both splits under a temporary name, then rename."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                train_images=train.images,
+                train_labels=train.labels,
+                test_images=test.images,
+                test_labels=test.labels,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_npz(path: Path) -> tuple[Split, Split]:
+    """Read both splits; the zip container checks a CRC of every array."""
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            train = Split(arrays["train_images"], arrays["train_labels"])
+            return train, Split(arrays["test_images"], arrays["test_labels"])
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is corrupt ({error}): delete it and load again") from error
