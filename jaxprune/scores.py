@@ -1,0 +1,111 @@
+"""Parameters and statistics -> scores. The larger the score, the later a weight is pruned.
+
+A score is a function `(params, statistics) -> scores` on two trees of the same structure,
+where a statistic is the running size of a weight's gradient. Scores are compared with each
+other in float32, across all leaves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Score", "gradient", "magnitude", "random", "taylor"]
+
+Score = Callable[[Any, Any], Any]
+
+
+def magnitude(params: Any, statistics: Any = None) -> Any:
+    """`|w|`: small weights go first.
+
+    Args:
+      params: tree of floating-point arrays.
+      statistics: not used.
+
+    Returns:
+      Tree of float32 arrays like `params`.
+
+    References:
+      Han et al., Learning both weights and connections, arXiv:1506.02626.
+
+    Example:
+      >>> magnitude({"kernel": jnp.array([[-2.0, 1.0]])})["kernel"].tolist()
+      [[2.0, 1.0]]
+    """
+    del statistics
+    return jax.tree.map(_size, params)
+
+
+def gradient(params: Any, statistics: Any) -> Any:
+    """The statistic alone: weights with consistently small gradients go first.
+
+    This is what the news item about AGIP says to the letter. An important weight that has
+    converged has a small gradient too, which is why `taylor` is the better choice.
+
+    Args:
+      params: not used.
+      statistics: tree of non-negative arrays.
+
+    Returns:
+      Tree of float32 arrays like `statistics`.
+
+    Example:
+      >>> gradient(None, {"kernel": jnp.array([[0.5, 1.0]])})["kernel"].tolist()
+      [[0.5, 1.0]]
+    """
+    del params
+    return jax.tree.map(_size, statistics)
+
+
+def taylor(params: Any, statistics: Any) -> Any:
+    """`|w| * S`: how much the loss would change, to first order, if the weight became 0.
+
+    Removing `w` changes the loss by about `g * w`; `S` is the running size of `g`.
+
+    Args:
+      params: tree of floating-point arrays.
+      statistics: tree of non-negative arrays like `params`.
+
+    Returns:
+      Tree of float32 arrays like `params`.
+
+    References:
+      Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
+
+    Example:
+      >>> taylor([jnp.array([-2.0, 1.0])], [jnp.array([0.5, 3.0])])[0].tolist()
+      [1.0, 3.0]
+    """
+    return jax.tree.map(lambda w, s: _size(w) * _size(s), params, statistics)
+
+
+def random(seed: int) -> Score:
+    """A fixed random ranking of all weights: the control for every other score.
+
+    Args:
+      seed: a different seed gives a different ranking.
+
+    Returns:
+      A score function; its scores are uniform in [0, 1) and depend on nothing but the seed,
+      the position of the leaf and the position in the leaf.
+
+    Example:
+      >>> score = random(0)({"a": jnp.zeros(3), "b": jnp.zeros(3)})
+      >>> bool((score["a"] != score["b"]).all())
+      True
+    """
+
+    def score(params: Any, statistics: Any = None) -> Any:
+        del statistics
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        draws = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+        return jax.tree.unflatten(treedef, draws)
+
+    return score
+
+
+def _size(x: jax.Array) -> jax.Array:
+    """Absolute value in float32."""
+    return jnp.abs(x.astype(jnp.float32))

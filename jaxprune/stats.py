@@ -1,0 +1,98 @@
+"""Gradients -> running statistics: how large each weight's gradient has been lately."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = ["all_finite", "first_moment", "unbias", "update_average"]
+
+
+def update_average(average: Any, gradients: Any, decay: float) -> Any:
+    """One step of the exponential average of `|g|`: `S <- decay * S + (1 - decay) * |g|`.
+
+    A gradient that is not finite leaves its weight's average as it was.
+
+    Args:
+      average: tree of floating-point arrays; starts at 0.
+      gradients: tree of floating-point arrays like `average`.
+      decay: in [0, 1).
+
+    Returns:
+      Tree like `average`, in the dtypes of `average`, computed in float32.
+
+    Example:
+      >>> update_average([jnp.array([1.0, 1.0])], [jnp.array([-3.0, jnp.nan])], 0.5)[0].tolist()
+      [2.0, 1.0]
+    """
+
+    def step(average: jax.Array, g: jax.Array) -> jax.Array:
+        old, g = average.astype(jnp.float32), g.astype(jnp.float32)
+        new = old + (1 - decay) * (jnp.abs(g) - old)
+        return jnp.where(jnp.isfinite(g), new, old).astype(average.dtype)
+
+    return jax.tree.map(step, average, gradients)
+
+
+def unbias(average: Any, decay: float, steps: jax.Array) -> Any:
+    """Divides an average that started at 0 by `1 - decay ** steps`.
+
+    Args:
+      average: tree of arrays.
+      decay: in [0, 1).
+      steps: int32 [], how many gradients have entered.
+
+    Returns:
+      Tree of float32 arrays like `average`.
+
+    References:
+      Kingma and Ba, Adam, arXiv:1412.6980, section 3.
+
+    Example:
+      >>> unbias([jnp.array([0.5])], 0.9, jnp.int32(1))[0].round(3).tolist()
+      [5.0]
+    """
+    scale = 1 / (1 - decay ** steps.astype(jnp.float32))
+    return jax.tree.map(lambda s: s.astype(jnp.float32) * scale, average)
+
+
+def first_moment(inner_state: Any) -> Any | None:
+    """The momentum that an optimizer already keeps: SGD's `trace`, Adam's or Lion's `mu`.
+
+    Args:
+      inner_state: states of the transformations before the pruning transformation.
+
+    Returns:
+      Tree like the parameters, or `None` if there is not exactly one such tree.
+
+    Example:
+      >>> state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
+      >>> first_moment(state)["w"].tolist()
+      [0.0, 0.0]
+      >>> first_moment(optax.sgd(0.1).init({"w": jnp.ones(2)})) is None
+      True
+    """
+    found = [
+        value
+        for name in ("trace", "mu")
+        for _, value in optax.tree.get_all_with_path(inner_state, name)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no entry of a tree is infinite or NaN.
+
+    Args:
+      tree: tree of floating-point arrays.
+
+    Returns:
+      bool [].
+
+    Example:
+      >>> bool(all_finite({"w": jnp.array([1.0, jnp.inf])}))
+      False
+    """
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)

@@ -1,0 +1,203 @@
+"""Leaf paths, the rule that says which leaves are pruned, and errors that name every bad leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "Prunable",
+    "check_same_structure",
+    "leaves_like",
+    "leaves_with_paths",
+    "path_string",
+    "prunable_flags",
+    "raise_for",
+]
+
+Prunable = Callable[[str, Any], bool] | Any | None
+
+# Stacked (scanned or vmapped) layers give biases and norm parameters two dimensions.
+_NEVER_BY_DEFAULT = ("bias", "scale")
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Joins the keys of a leaf's path with slashes.
+
+    A trailing `.value` is left out: Flax NNX variables show it when an optimizer is
+    initialised and not when it is updated.
+
+    Args:
+      path: a key path from `jax.tree_util`.
+
+    Returns:
+      A string such as `"blocks/0/conv1/kernel"`.
+
+    Example:
+      >>> leaves = jax.tree_util.tree_leaves_with_path({"a": [0.0, 1.0]})
+      >>> [path_string(path) for path, _ in leaves]
+      ['a/0', 'a/1']
+    """
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Lists the leaves of a tree with their paths as strings, in flattening order.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      Pairs of path and leaf.
+
+    Example:
+      >>> leaves_with_paths({"dense": {"bias": 1, "kernel": 2}})
+      [('dense/bias', 1), ('dense/kernel', 2)]
+    """
+    return [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def raise_for(problems: list[str], summary: str) -> None:
+    """Raises one `ValueError` that lists every problem, or does nothing if there is none.
+
+    Args:
+      problems: one line for each bad leaf or value.
+      summary: the rule that was broken and the fix.
+
+    Raises:
+      ValueError: if `problems` is not empty.
+
+    Example:
+      >>> raise_for([], "nothing is wrong")
+      >>> raise_for(["a/kernel: int8"], "pruned leaves must be floating point.")
+      Traceback (most recent call last):
+      ...
+      ValueError: pruned leaves must be floating point.
+        a/kernel: int8
+    """
+    if problems:
+        raise ValueError("\n  ".join([summary, *problems]))
+
+
+def check_same_structure(name: str, tree: Any, params: Any) -> None:
+    """Raises unless a tree has the paths and shapes of the parameters.
+
+    Args:
+      name: how the caller calls `tree`, for the error.
+      tree: tree of arrays.
+      params: tree of arrays.
+
+    Raises:
+      ValueError: lists every leaf that is missing, unknown or of another shape.
+
+    Example:
+      >>> check_same_structure("updates", [jnp.zeros(2)], [jnp.zeros(3)])
+      Traceback (most recent call last):
+      ...
+      ValueError: `updates` must have the paths and shapes of the parameters:
+        0: shape (2,), but the parameter has (3,)
+    """
+    wanted = {path: jnp.shape(leaf) for path, leaf in leaves_with_paths(params)}
+    seen = {path: jnp.shape(leaf) for path, leaf in leaves_with_paths(tree)}
+    problems = [f"{path}: missing" for path in wanted if path not in seen]
+    problems += [f"{path}: not a parameter" for path in seen if path not in wanted]
+    problems += [
+        f"{path}: shape {seen[path]}, but the parameter has {shape}"
+        for path, shape in wanted.items()
+        if seen.get(path, shape) != shape
+    ]
+    raise_for(problems, f"`{name}` must have the paths and shapes of the parameters:")
+
+
+def leaves_like(params: Any, tree: Any) -> list[Any] | None:
+    """Picks the leaves of a tree that have the paths of the parameters.
+
+    `optax.masked` and `optax.partition` show a transformation a part of the parameters and
+    leave extra arguments whole.
+
+    Args:
+      params: tree of arrays; decides which paths, and in which order.
+      tree: tree with at least these paths, or None.
+
+    Returns:
+      List of leaves, or None if a path is missing.
+
+    Example:
+      >>> leaves_like({"b": 0}, {"a": 1, "b": 2})
+      [2]
+    """
+    by_path = dict(leaves_with_paths(tree))
+    paths = [path for path, _ in leaves_with_paths(params)]
+    return [by_path[path] for path in paths] if all(path in by_path for path in paths) else None
+
+
+def prunable_flags(params: Any, prunable: Prunable = None) -> tuple[bool, ...]:
+    """Decides for each leaf whether it is pruned.
+
+    Args:
+      params: tree of arrays.
+      prunable: `None` for every floating-point leaf of two or more dimensions that is not
+        named `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools
+        like `params`.
+
+    Returns:
+      One bool for each leaf, in flattening order.
+
+    Raises:
+      ValueError: if the rule matches no leaf, matches leaves that are not floating point or
+        are empty, or if the tree of bools has other leaves than `params`.
+
+    Example:
+      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
+      >>> prunable_flags(params)
+      (False, True)
+      >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
+      (True, False)
+    """
+    named = leaves_with_paths(params)
+    if not named:
+        # optax.tree_map_params initialises with a tree that has no leaves.
+        return ()
+    if prunable is None:
+        flags = tuple(_default_rule(path, leaf) for path, leaf in named)
+    elif callable(prunable):
+        flags = tuple(bool(prunable(path, leaf)) for path, leaf in named)
+    else:
+        flags = _flags_from_tree(named, prunable)
+    if not any(flags):
+        seen = [f"{path}: shape {jnp.shape(leaf)}" for path, leaf in named[:8]]
+        raise_for(seen, "`prunable` matches no leaf; change the rule. The first leaves are:")
+    raise_for(
+        [
+            f"{path}: shape {jnp.shape(leaf)}, dtype {jnp.result_type(leaf)}"
+            for (path, leaf), flag in zip(named, flags, strict=True)
+            if flag and not _can_be_pruned(leaf)
+        ],
+        "`prunable` must select floating-point leaves with at least one element; "
+        "exclude these from the rule:",
+    )
+    return flags
+
+
+def _can_be_pruned(leaf: Any) -> bool:
+    """Floating point and not empty."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) and jnp.size(leaf) > 0
+
+
+def _default_rule(path: str, leaf: Any) -> bool:
+    """Kernels and embeddings, not biases and norm parameters."""
+    name = path.rsplit("/", 1)[-1]
+    return jnp.ndim(leaf) >= 2 and name not in _NEVER_BY_DEFAULT and _can_be_pruned(leaf)
+
+
+def _flags_from_tree(named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
+    """Matches a tree of bools with the parameters, path by path."""
+    flags = dict(leaves_with_paths(tree))
+    paths = [path for path, _ in named]
+    missing = [f"{path}: missing in `prunable`" for path in paths if path not in flags]
+    extra = [f"{path}: not a parameter" for path in flags if path not in set(paths)]
+    raise_for(missing + extra, "`prunable` as a tree must have the leaves of the parameters:")
+    return tuple(bool(flags[path]) for path in paths)
