@@ -1,0 +1,193 @@
+"""Plots of training and of densities, on figures that pyplot's global state does not know."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxprune.reports._summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without yellow: told apart by readers with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+
+
+def plot_training(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
+) -> None:
+    """Draws accuracy and sparsity over steps, one line a run.
+
+    Args:
+        histories: Label of a run -> its records, as in `metrics.jsonl`: `step`, and where they were
+            measured `test_accuracy`, `train_accuracy` and `sparsity`, all fractions from 0 to 1.
+        path: The PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: If no record of any run has an accuracy.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> runs = {"dense": [{"step": 0, "test_accuracy": 0.1}, {"step": 9, "test_accuracy": 0.9}]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_training(runs, f"{folder}/training.png")
+        ...     pathlib.Path(folder, "training.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    names = {"test_accuracy": "test", "train_accuracy": "training batch"}
+    shown = [key for key in names if any(_points(run, key)[0] for run in histories.values())]
+    if not shown:
+        raise ValueError(
+            "`histories` must hold a `test_accuracy` or `train_accuracy` beside `step`, but no "
+            f"record of the runs {list(histories)} has one: pass the lines of metrics.jsonl"
+        )
+    figure = _figure(7.0, 5.6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for index, (label, records) in enumerate(histories.items()):
+        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)]}
+        dashes = _DASHES[index % len(_DASHES)]
+        for key in reversed(shown):
+            steps, values = _points(records, key)
+            main = key == shown[0]
+            if not steps:
+                continue
+            top.plot(
+                steps,
+                values,
+                linestyle=dashes if main else "-",
+                linewidth=1.8 if main else 0.8,
+                alpha=1.0 if main else 0.3,
+                marker="o" if main and len(steps) <= 40 else "",
+                markersize=3.5,
+                label=f"{label}: {values[-1]:.1%} {names[key]}" if main else None,
+                **style,
+            )
+        steps, values = _points(records, "sparsity")
+        if steps:
+            bottom.plot(
+                steps, values, linestyle=dashes, label=f"{label}: {values[-1]:.1%}", **style
+            )
+    faint = " (faint: training batches)" if len(shown) > 1 else ""
+    _finish(top, ylabel=f"{names[shown[0]].capitalize()} accuracy", title="Accuracy" + faint)
+    _finish(bottom, ylabel="Weights that are zero", title="Sparsity", xlabel="Step")
+    top.set_ylim(_lower_limit(histories, shown), 1.005)
+    bottom.set_ylim(-0.03, 1.03)
+    _save(figure, path)
+
+
+def plot_densities(
+    summaries: Summary | Mapping[str, Summary], path: str | os.PathLike[str]
+) -> None:
+    """Draws the density of each layer as a bar, beside its number of parameters.
+
+    Leaves of fewer than two dimensions (biases, norm parameters) are left out unless there is
+    nothing else: they are not pruned by default.
+
+    Args:
+        summaries: One `Summary`, or label -> `Summary` of networks to compare.
+        path: The PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: If `summaries` is empty.
+
+    Example:
+        >>> import pathlib, tempfile, numpy as np
+        >>> from jaxprune.reports import summarize
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_densities(summarize({"kernel": np.eye(4)}), f"{folder}/densities.png")
+        ...     pathlib.Path(folder, "densities.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    runs = {"": summaries} if isinstance(summaries, Summary) else dict(summaries)
+    if not runs:
+        raise ValueError("`summaries` must hold at least one summary, but it is empty")
+    sizes: dict[str, int] = {}
+    for summary in runs.values():
+        kernels = [row for row in summary.rows if len(row.shape) >= 2] or summary.rows
+        sizes |= {row.path: row.parameters for row in kernels}
+    layers = list(sizes)
+    height = 0.8 / len(runs)
+    figure = _figure(7.5, 1.3 + len(layers) * max(0.24, 0.15 * len(runs)))
+    axes = figure.subplots()
+    for index, (label, summary) in enumerate(runs.items()):
+        density = {row.path: row.density for row in summary.rows}
+        bars = axes.barh(
+            np.arange(len(layers)) + (index - (len(runs) - 1) / 2) * height,
+            [density.get(layer, 0.0) for layer in layers],
+            height=0.92 * height,
+            color=_COLOURS[index % len(_COLOURS)],
+            label=f"{label}: {summary.total.density:.1%} in all" if label else None,
+        )
+        texts = [f"{density[layer]:.1%}" if layer in density else "" for layer in layers]
+        axes.bar_label(bars, texts, padding=3, fontsize=7, color="#333333")
+    axes.set_yticks(
+        np.arange(len(layers)), [f"{layer}  ({sizes[layer]:,})" for layer in layers], fontsize=8
+    )
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    total = "" if len(runs) > 1 else f": {next(iter(runs.values())).total.density:.1%} in all"
+    _finish(axes, title=f"Weights kept in each layer{total}", xlabel="Density", percent="x")
+    axes.grid(visible=False, axis="y")
+    _save(figure, path)
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the records that have this value."""
+    found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _lower_limit(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str]
+) -> float:
+    """Where the accuracy axis starts: below all curves but for the first tenth of each."""
+    late: list[float] = []
+    for records in histories.values():
+        for values in (_points(records, key)[1] for key in keys):
+            late += values[len(values) // 10 :]
+    return max(0.0, min(late) - 0.05)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure that no global state knows of; inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=140, layout="constrained")
+
+
+def _finish(
+    axes: "Axes", *, title: str, xlabel: str = "", ylabel: str = "", percent: str = "y"
+) -> None:
+    """Labels, grid, percentages and legend, the same on all plots."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    (axes.yaxis if percent == "y" else axes.xaxis).set_major_formatter(
+        PercentFormatter(1.0, decimals=0)
+    )
+    if axes.get_legend_handles_labels()[1]:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1)} if percent == "x" else {}
+        axes.legend(frameon=False, fontsize=8, **place)
+
+
+def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Writes a PNG whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

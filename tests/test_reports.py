@@ -1,0 +1,328 @@
+"""Counts against NumPy, bytes against the files, errors that name every leaf, plots that open."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from jaxprune import reports
+from jaxprune.reports import _plots, _summary
+
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, max_side=5)
+MASKS = st.lists(SHAPES.flatmap(lambda shape: hnp.arrays(bool, shape)), min_size=1, max_size=5)
+
+
+def _network(seed: int = 0):
+    """Parameters with no zeros and masks that keep about half of the kernel."""
+    rng = np.random.default_rng(seed)
+    kernel, bias = rng.normal(size=(3, 3, 8, 16)), rng.normal(size=16)
+    params = {"conv": {"kernel": np.float32(kernel), "bias": np.float32(bias)}}
+    masks = {"conv": {"kernel": kernel > 0, "bias": np.ones(16, bool)}}
+    return params, masks
+
+
+def _unpack(file: dict[str, np.ndarray], path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The leaf that a sparse file stands for, from the documented format alone."""
+    values = file[f"params/{path}"]
+    if f"masks/{path}" not in file:
+        return values
+    size = math.prod(shape)
+    leaf = np.zeros(size, values.dtype)
+    leaf[np.unpackbits(file[f"masks/{path}"], count=size).astype(bool)] = values
+    return leaf.reshape(shape)
+
+
+# ---- summarize
+
+
+@given(masks=MASKS)
+def test_counts_are_those_of_numpy(masks):
+    params = [np.where(mask, 2.5, 0).astype(np.float32) for mask in masks]
+    by_value, by_mask = reports.summarize(params), reports.summarize(params, masks)
+    assert by_value == by_mask
+    assert [row.parameters for row in by_mask.rows] == [mask.size for mask in masks]
+    assert [row.nonzeros for row in by_mask.rows] == [int(mask.sum()) for mask in masks]
+    assert [row.bytes for row in by_mask.rows] == [4 * mask.size for mask in masks]
+    assert [row.shape for row in by_mask.rows] == [mask.shape for mask in masks]
+    total = by_mask.total
+    assert total.nonzeros == sum(int(mask.sum()) for mask in masks)
+    assert total.sparsity == pytest.approx(1 - total.nonzeros / total.parameters)
+    assert total.sparsity + total.density == 1
+
+
+def test_masks_decide_over_values():
+    params = {"kernel": np.zeros((2, 3), np.float32)}
+    masks = {"kernel": np.array([[True, False, True], [False, False, False]])}
+    assert reports.summarize(params, masks).total.nonzeros == 2
+    assert reports.summarize(params).total.nonzeros == 0
+
+
+def test_counts_stay_exact_where_float32_does_not():
+    size = 2**24 + 3
+    mask = np.ones(size, bool)
+    mask[:2] = False
+    total = reports.summarize([jax.ShapeDtypeStruct((size,), jnp.bfloat16)], [mask]).total
+    assert (total.parameters, total.nonzeros, total.bytes) == (size, size - 2, 2 * size)
+    assert type(total.nonzeros) is int
+    huge = reports.summarize([jax.ShapeDtypeStruct((0,), jnp.float32)], [np.ones(0, bool)]).total
+    assert huge.sparsity == 0.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8])
+def test_types_of_arrays(dtype):
+    leaf = jnp.array([[0, 1], [-2, 0]], dtype)
+    (row,) = reports.summarize({"w": leaf}).rows
+    assert (row.path, row.nonzeros, row.bytes) == ("w", 2, 4 * jnp.dtype(dtype).itemsize)
+
+
+def test_nnx_state_has_paths_without_value():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)])
+
+    params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    masks = jax.tree.map(lambda leaf: leaf > 0, params)
+    summary = reports.summarize(params, masks)
+    assert {row.path for row in summary.rows} == {
+        "blocks/0/kernel",
+        "blocks/0/bias",
+        "blocks/1/kernel",
+        "blocks/1/bias",
+    }
+    assert summary.total.parameters == 6 + 3 + 3 + 1
+    assert summary.total.nonzeros == sum(int(np.sum(leaf)) for leaf in jax.tree.leaves(masks))
+
+
+def test_sharded_leaves_count_once():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    leaf = jax.device_put(np.eye(16, dtype=np.float32), sharding)
+    assert reports.summarize([leaf]).total[2:] == (256, 16, 1024)
+
+
+def test_table_and_dictionary_agree():
+    params, masks = _network()
+    summary = reports.summarize(params, masks)
+    lines = str(summary).splitlines()
+    kept = int(masks["conv"]["kernel"].sum())
+    assert lines[0].split() == ["path", "shape", "parameters", "nonzeros", "sparsity", "bytes"]
+    assert lines[-1].split()[:3] == ["total", "1,168", f"{kept + 16:,}"]
+    assert lines[-2] == lines[1]
+    assert len({len(line) for line in lines}) == 1
+    assert "3x3x8x16" in str(summary)
+    as_dict = json.loads(json.dumps(summary.to_dict()))
+    assert as_dict["total"]["nonzeros"] == kept + 16
+    assert [leaf["path"] for leaf in as_dict["leaves"]] == [row.path for row in summary.rows]
+    assert as_dict["leaves"][1]["shape"] == [3, 3, 8, 16]
+
+
+@pytest.mark.parametrize("function", [reports.summarize, reports.checkpoint_bytes])
+def test_every_mismatch_is_named(function):
+    params = {name: np.ones((2, 2)) for name in ("good", "shape", "dtype", "missing")}
+    masks = {
+        "good": np.ones((2, 2), bool),
+        "shape": np.ones((4, 1), bool),
+        "dtype": np.ones((2, 2), np.float32),
+        "extra": np.ones(1, bool),
+    }
+    with pytest.raises(ValueError, match="`masks`") as caught:
+        function(params, masks)
+    message = str(caught.value)
+    for part in (
+        "shape: has shape (2, 2), its mask (4, 1)",
+        "dtype: its mask has dtype float32",
+        "missing: has no mask",
+        "extra: a mask without a parameter",
+        "jaxprune.get_masks",
+    ):
+        assert part in message
+    assert "good" not in message
+
+
+def test_no_leaves_is_an_error():
+    with pytest.raises(ValueError, match="`params` .* no leaves"):
+        reports.summarize({})
+
+
+# ---- checkpoint_bytes
+
+
+@given(masks=MASKS)
+def test_bytes_are_those_of_the_files(masks, tmp_path_factory):
+    rng = np.random.default_rng(0)
+    params = [rng.normal(size=mask.shape).astype(np.float32) for mask in masks]
+    folder = tmp_path_factory.mktemp("files")
+    dense = {f"params/{i}": leaf for i, leaf in enumerate(params)}
+    sparse = {}
+    for i, (leaf, mask) in enumerate(zip(params, masks, strict=True)):
+        if mask.all():
+            sparse[f"params/{i}"] = leaf
+        else:
+            sparse[f"params/{i}"], sparse[f"masks/{i}"] = leaf[mask], np.packbits(mask)
+    sizes = []
+    for arrays in (dense, sparse):
+        np.savez(folder / "file.npz", **arrays)
+        sizes.append((folder / "file.npz").stat().st_size)
+    assert reports.checkpoint_bytes(params, masks) == tuple(sizes)
+
+
+@given(masks=MASKS)
+def test_sparse_arrays_hold_every_kept_weight(masks):
+    rng = np.random.default_rng(1)
+    for mask in masks:
+        leaf = rng.normal(size=mask.shape)
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **_summary._sparse_arrays("w", leaf, mask))
+        file.seek(0)
+        restored = _unpack(dict(np.load(file)), "w", mask.shape)
+        np.testing.assert_array_equal(restored, np.where(mask, leaf, 0))
+
+
+def test_sparse_file_is_as_small_as_it_says():
+    values = np.ones((1000, 100), np.float32)
+    masks = np.zeros((1000, 100), bool)
+    masks[:280] = True
+    dense, sparse = reports.checkpoint_bytes({"w": values}, {"w": masks})
+    assert 0 < dense - 400_000 < 500
+    assert 0 < sparse - (28_000 * 4 + 100_000 // 8) < 1000
+
+
+def test_bfloat16_takes_two_bytes_in_the_file():
+    leaf, mask = jnp.ones((64, 64), jnp.bfloat16), np.ones((64, 64), bool)
+    dense, sparse = reports.checkpoint_bytes([leaf], [mask])
+    assert dense == sparse
+    assert 0 < dense - 2 * 64 * 64 < 500
+
+
+# ---- tables
+
+
+def test_table_aligns_and_formats():
+    rows = [{"run": "dense", "n": 1234567, "x": 0.123456}, {"run": "agip", "n": np.int64(5)}]
+    text = reports.table(rows, {"run": "run", "n": "weights", "x": "x"})
+    assert text.splitlines() == [
+        "run      weights       x",
+        "-----  ---------  ------",
+        "dense  1,234,567  0.1235",
+        "agip           5       -",
+    ]
+    assert reports.markdown_table(rows, ["run", "n"]).splitlines() == [
+        "| run | n |",
+        "| --- | ---: |",
+        "| dense | 1,234,567 |",
+        "| agip | 5 |",
+    ]
+
+
+# ---- plots
+
+
+def _history(final: float, sparsity: float | None):
+    """A made-up run in the form of metrics.jsonl: training lines, and test lines now and then."""
+    records = []
+    for step in range(0, 401, 20):
+        record = {"step": step, "loss": 2.3 / (1 + step), "train_accuracy": final * step / 400}
+        if sparsity is not None:
+            record["sparsity"] = sparsity * step / 400
+        if step % 100 == 0:
+            record["test_accuracy"] = final * (1 - 0.9 ** (step / 10))
+        records.append(record)
+    return records
+
+
+def _ink(path) -> float:
+    """Share of the pixels of a PNG that are not white."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 150
+    return float((pixels < 250).any(axis=-1).mean())
+
+
+def _recorded(monkeypatch) -> list:
+    """The figures that are saved from now on."""
+    figures = []
+    save = _plots._save
+    monkeypatch.setattr(
+        _plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
+    )
+    return figures
+
+
+def test_plot_training_draws_each_run(tmp_path, monkeypatch):
+    figures = _recorded(monkeypatch)
+    runs = {"dense": _history(0.98, None), "agip": _history(0.97, 0.72)}
+    reports.plot_training(runs, tmp_path / "new" / "training.png")
+    assert _ink(tmp_path / "new" / "training.png") > 0.01
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["training.png"]
+    top, bottom = figures[0].axes
+    tested = [line for line in top.lines if line.get_linewidth() > 1]
+    assert [list(line.get_xdata()) for line in tested] == [[0, 100, 200, 300, 400]] * 2
+    assert [len(line.get_xdata()) for line in top.lines] == [21, 5, 21, 5]
+    assert [line.get_ydata()[-1] for line in bottom.lines] == [0.72]
+    labels = [text.get_text() for text in top.get_legend().get_texts()]
+    assert [label.split(":")[0] for label in labels] == ["dense", "agip"]
+
+
+def test_plot_training_takes_what_was_measured(tmp_path):
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "train_accuracy": 0.5}]
+    reports.plot_training({"run": records}, tmp_path / "a.png")
+    assert _ink(tmp_path / "a.png") > 0.005
+    with pytest.raises(ValueError, match="`histories` .*'run'"):
+        reports.plot_training({"run": records[:1]}, tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_plot_densities_draws_a_bar_a_kernel(tmp_path, monkeypatch):
+    figures = _recorded(monkeypatch)
+    params, masks = _network()
+    summary = reports.summarize(params, masks)
+    reports.plot_densities(summary, tmp_path / "one.png")
+    reports.plot_densities({"a": summary, "b": reports.summarize(params)}, tmp_path / "two.png")
+    assert min(_ink(tmp_path / "one.png"), _ink(tmp_path / "two.png")) > 0.01
+    kept = masks["conv"]["kernel"].mean()
+    widths = [[bar.get_width() for bar in figure.axes[0].patches] for figure in figures]
+    assert widths[0] == [pytest.approx(kept)]
+    assert widths[1] == [pytest.approx(kept), 1.0]
+    reports.plot_densities(reports.summarize([np.ones(3)]), tmp_path / "biases.png")
+    assert len(figures[2].axes[0].patches) == 1
+    with pytest.raises(ValueError, match="`summaries`"):
+        reports.plot_densities({}, tmp_path / "none.png")
+
+
+def test_failed_plot_leaves_the_old_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    (tmp_path / "plot.png").write_bytes(b"old")
+    monkeypatch.setattr(Figure, "savefig", _full_disk)
+    with pytest.raises(OSError, match="full"):
+        reports.plot_densities(reports.summarize([np.ones((2, 2))]), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def _full_disk(figure, file, **_):
+    """Writes the start of a file, then fails as a full disk does."""
+    file.write_bytes(b"half") if hasattr(file, "write_bytes") else file.write(b"half")
+    raise OSError("disk full")
+
+
+def test_plots_leave_pyplot_alone(tmp_path):
+    code = (
+        "import sys, numpy as np; from jaxprune import reports;"
+        "assert 'matplotlib' not in sys.modules;"
+        f"reports.plot_densities(reports.summarize([np.eye(3)]), {str(tmp_path / 'a.png')!r});"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
