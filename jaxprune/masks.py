@@ -27,6 +27,7 @@ def get_masks(opt_state: Any) -> Any:
       ValueError: if there is no pruning transformation in the state.
 
     Example:
+      >>> import jaxprune
       >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
       >>> optimizer = optax.chain(optax.sgd(0.1), jaxprune.agip_transform(0.5, stop=10))
       >>> masks = jaxprune.get_masks(optimizer.init(params))
@@ -104,6 +105,7 @@ def prune(
       ValueError: if `sparsity` is outside [0, 1), or nothing can be pruned.
 
     Example:
+      >>> import jaxprune
       >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, 0.5]]), "bias": jnp.ones(2)}
       >>> pruned, masks = jaxprune.prune(params, 0.5)
       >>> pruned["kernel"].tolist()

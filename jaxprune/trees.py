@@ -12,7 +12,9 @@ __all__ = [
     "leaves_like",
     "leaves_with_paths",
     "path_string",
+    "pick",
     "prunable_flags",
+    "put",
     "raise_for",
 ]
 
@@ -180,6 +182,47 @@ def prunable_flags(params: Any, prunable: Prunable = None) -> tuple[bool, ...]:
         "exclude these from the rule:",
     )
     return flags
+
+
+def pick(tree: Any, flags: tuple[bool, ...]) -> list[Any]:
+    """The leaves of a tree, or of a list of leaves, whose flag is True.
+
+    Args:
+      tree: tree with one leaf for each flag.
+      flags: one bool for each leaf, in flattening order.
+
+    Returns:
+      List of leaves.
+
+    Example:
+      >>> pick({"bias": 1, "kernel": 2}, (False, True))
+      [2]
+    """
+    return [leaf for leaf, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]
+
+
+def put(tree: Any, flags: tuple[bool, ...], leaves: list[Any], rest: Any = None) -> Any:
+    """Puts leaves back where `pick` took them.
+
+    Args:
+      tree: tree with one leaf for each flag.
+      flags: one bool for each leaf, in flattening order.
+      leaves: one for each True flag.
+      rest: what the other places hold, a tree like `tree`; None is `tree` itself.
+
+    Returns:
+      Tree like `tree`.
+
+    Example:
+      >>> put({"bias": 1, "kernel": 2}, (False, True), [3])
+      {'bias': 1, 'kernel': 3}
+    """
+    old, treedef = jax.tree.flatten(tree)
+    others = old if rest is None else treedef.flatten_up_to(rest)
+    new = iter(leaves)
+    return treedef.unflatten(
+        [next(new) if flag else other for other, flag in zip(others, flags, strict=True)]
+    )
 
 
 def _can_be_pruned(leaf: Any) -> bool:

@@ -1,21 +1,29 @@
 """Adaptive gradient-informed pruning."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxprune import budgets, rates, schedules, scores, selection, stats, trees
+from jaxprune.transforms._calendar import (
+    Calendar,
+    entries_until,
+    ever_grows,
+    make_calendar,
+    read_entry,
+    sparsities_at,
+)
 
 
 class AgipState(NamedTuple):
     """State of `agip_transform`.
 
     Example:
-      >>> state = jaxprune.agip_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
+      >>> state = agip_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
       >>> int(state.mask_updates), state.masks["kernel"].shape
       (0, (2, 2))
     """
@@ -27,14 +35,6 @@ class AgipState(NamedTuple):
     gradient_average: Any  # `dtype`, like the pruned parameters; () without an own average
     densities: Any  # float32 [pruned leaves]; () without `rate`
     mean_statistics: Any  # float32 [pruned leaves]; () without `rate`
-
-
-class _Calendar(NamedTuple):
-    """What each mask update has to reach, in exact integers."""
-
-    total: np.ndarray  # int32 [mask updates], weights kept
-    moved: np.ndarray  # int32 [mask updates], of these, dropped and regrown elsewhere
-    floors: np.ndarray  # int32 [mask updates, pruned leaves], kept at least before regrowth
 
 
 def agip_transform(
@@ -105,6 +105,7 @@ def agip_transform(
       Evci et al., Rigging the lottery, arXiv:1911.11134 (regrowth by gradient).
 
     Example:
+      >>> import jaxprune
       >>> optimizer = jaxprune.chain(
       ...     optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.75, every=2, stop=4))
       >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
@@ -118,35 +119,27 @@ def agip_transform(
     """
     _check(every, start, stop, decay, dtype, regrow)
     steps = schedules.mask_update_steps(start, stop, every)
-    sparsities = _sparsities(sparsity, steps)
-    fractions = schedules.cosine(regrow, start, stop)
+    sparsities = sparsities_at(sparsity, steps)
+    fraction = schedules.cosine(regrow, start, stop)
     rule = budgets.global_budget() if budget is None else budget
 
-    def calendar(shapes: Sequence[tuple[int, ...]]) -> _Calendar:
-        plan = [rule(shapes, s) for s in sparsities]
-        totals = np.array([total for total, _ in plan], np.int64)
-        floors = np.array([floors for _, floors in plan], np.int64)
-        moved = np.floor(totals * [fractions(step) for step in steps] + 0.5).astype(np.int64)
-        # What is regrown is free to go to any leaf, so that floors hold for the rest.
-        floors = floors * (totals - moved)[:, None] // np.maximum(totals, 1)[:, None]
-        return _Calendar(*(table.astype(np.int32) for table in (totals, moved, floors)))
+    @functools.lru_cache(maxsize=4)
+    def calendar_for(shapes: tuple[tuple[int, ...], ...]) -> Calendar:
+        return make_calendar(shapes, steps, sparsities, [fraction(t) for t in steps], rule)
 
     def init_fn(params: optax.Params) -> AgipState:
-        leaves, treedef = jax.tree.flatten(params)
         flags = trees.prunable_flags(params, prunable)
-        pruned = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+        pruned = trees.pick(params, flags)
         if pruned:
-            calendar([leaf.shape for leaf in pruned])  # raises here rather than in a step
-        average = [
-            jnp.zeros_like(leaf, dtype=dtype) if flag else optax.MaskedNode()
-            for leaf, flag in zip(leaves, flags, strict=True)
-        ]
+            calendar_for(_shapes(pruned))  # a budget that cannot be met raises here
+        zeros = [jnp.zeros_like(leaf, dtype=dtype) for leaf in pruned]
+        rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
         return AgipState(
             prune_step=jnp.zeros([], jnp.int32),
             mask_updates=jnp.zeros([], jnp.int32),
             refused=jnp.zeros([], jnp.int32),
             masks=jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params),
-            gradient_average=() if decay is None else jax.tree.unflatten(treedef, average),
+            gradient_average=() if decay is None else trees.put(params, flags, zeros, rest),
             densities=() if rate is None else jnp.ones(len(pruned)),
             mean_statistics=() if rate is None else jnp.ones(len(pruned)),
         )
@@ -168,81 +161,68 @@ def agip_transform(
             )
         trees.check_same_structure("updates", updates, params)
         flags = trees.prunable_flags(params, prunable)
+        weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
+        masks = trees.pick(state.masks, flags)
+        calendar = calendar_for(_shapes(weights))
 
-        def pick(leaves: Sequence[Any]) -> list[Any]:
-            return [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-
-        leaves, treedef = jax.tree.flatten(params)
-        update_leaves, mask_leaves = jax.tree.leaves(updates), jax.tree.leaves(state.masks)
-        weights, masks = pick(leaves), pick(mask_leaves)
-        raw = trees.leaves_like(params, grad)
+        # Gradients -> statistics.
         if decay is None:
-            signal = trees.leaves_like(params, stats.first_moment(inner_state)) or update_leaves
-            signal, average = pick(signal), []
-            statistics, finite = signal, None
+            moment = trees.leaves_like(params, stats.first_moment(inner_state))
+            statistics = moves if moment is None else trees.pick(moment, flags)
+            average, evidence = (), ()
         else:
-            signal = pick(update_leaves if raw is None else raw)
-            average = jax.tree.leaves(state.gradient_average)
-            average = stats.update_average(average, signal, decay)
+            raw = trees.leaves_like(params, grad)
+            gradients = moves if raw is None else trees.pick(raw, flags)
+            average = stats.update_average(
+                jax.tree.leaves(state.gradient_average), gradients, decay
+            )
             statistics = average
-            # An update is computed, not stored: as an operand of the `cond` below it would be
-            # written to memory at every step.
-            finite = stats.all_finite(signal) if raw is None else None
+            # Gradients are buffers, but updates are computed: as operands of the `cond` they
+            # would be written to memory at every step. One that is not finite shows in a sum.
+            evidence = [jnp.sum(u) for u in moves] if raw is None else gradients
 
-        done = _calendar_entries(state.prune_step, every, start, stop, len(steps))
+        def settled(statistics: list[jax.Array]) -> list[jax.Array]:
+            seen = state.prune_step + 1
+            return statistics if decay is None else stats.unbias(statistics, decay, seen)
+
+        # Statistics -> masks, at a mask update.
+        done = entries_until(state.prune_step, every, start, stop, len(steps))
         due = done > state.mask_updates
-        # Raw buffers only: what is computed outside of a `cond` for its branch costs a pass
-        # over memory at every step.
-        operands = (
-            masks,
-            (state.densities, state.mean_statistics),
-            statistics,
-            weights,
-            signal if finite is None else (),
-        )
 
-        def recompute(masks: Any, survivors: Any, statistics: Any, weights: Any, check: Any) -> Any:
-            if decay is not None:
-                statistics = stats.unbias(statistics, decay, state.prune_step + 1)
-            entry = jax.tree.map(lambda x: jnp.asarray(x)[done - 1], calendar(_shapes(weights)))
-            ok = stats.all_finite((weights, check)) & (True if finite is None else finite)
-            new = _new_masks(masks, statistics, weights, entry, score, grows)
-            new = [jnp.where(ok, n, m) for n, m in zip(new, masks, strict=True)]
-            if rate is not None:
-                measured = _survivors(new, statistics)
-                survivors = jax.tree.map(lambda n, o: jnp.where(ok, n, o), measured, survivors)
-            return new, survivors, ok
+        def renew(masks: Any, survivors: Any, statistics: Any, weights: Any, evidence: Any) -> Any:
+            ok = stats.all_finite((weights, statistics, evidence))
+            statistics = settled(statistics)
+            entry = read_entry(calendar, done - 1)
+            new = _new_masks(masks, statistics, weights, entry, score, ever_grows(calendar))
+            new_survivors = _survivors(new, statistics) if rate is not None else survivors
+            return *_choose(ok, (new, new_survivors), (masks, survivors)), ok
 
-        grows = _ever_grows(calendar(_shapes(weights)))
         masks, survivors, ok = jax.lax.cond(
-            due, recompute, lambda m, s, *_: (m, s, jnp.array(True)), *operands
+            due,
+            renew,
+            lambda masks, survivors, *_: (masks, survivors, jnp.array(True)),
+            # Raw buffers only: what is computed out here for the branch costs every step.
+            *(masks, (state.densities, state.mean_statistics), statistics, weights, evidence),
         )
         densities, means = survivors
 
-        new_updates, new_masks, i = list(update_leaves), list(mask_leaves), 0
-        for j, flag in enumerate(flags):
-            if flag:
-                factor = None
-                if rate is not None:
-                    statistic = statistics[i]
-                    if decay is not None:
-                        statistic = stats.unbias(statistic, decay, state.prune_step + 1)
-                    factor = rate(statistic, means[i], densities[i])
-                new_updates[j] = _project(update_leaves[j], masks[i], leaves[j], factor)
-                new_masks[j] = masks[i]
-                i += 1
-        new_state = AgipState(
+        # Masks -> updates.
+        if rate is not None:
+            statistics = settled(statistics)
+            factors = [rate(*leaf) for leaf in zip(statistics, means, densities, strict=True)]
+            moves = [_scale(u, factor) for u, factor in zip(moves, factors, strict=True)]
+        moves = [_project(*leaf) for leaf in zip(moves, masks, weights, strict=True)]
+        return trees.put(updates, flags, moves), AgipState(
             prune_step=optax.safe_increment(state.prune_step),
             mask_updates=jnp.where(ok, done, state.mask_updates),
             refused=state.refused + (due & ~ok),
-            masks=jax.tree.unflatten(jax.tree.structure(state.masks), new_masks),
+            masks=trees.put(state.masks, flags, masks),
             gradient_average=jax.tree.unflatten(
                 jax.tree.structure(state.gradient_average), average
             ),
             densities=densities,
             mean_statistics=means,
         )
-        return jax.tree.unflatten(jax.tree.structure(updates), new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -251,7 +231,7 @@ def _new_masks(
     masks: list[jax.Array],
     statistics: list[jax.Array],
     weights: list[jax.Array],
-    entry: _Calendar,
+    entry: Calendar,
     score: scores.Score,
     grows: bool,
 ) -> list[jax.Array]:
@@ -268,61 +248,37 @@ def _new_masks(
     return [a | b for a, b in zip(kept, grown, strict=True)]
 
 
-def _survivors(
-    masks: list[jax.Array], statistics: list[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Density and mean statistic of the kept weights of each leaf."""
+def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     counts = jnp.maximum(selection.count_kept(masks), 1).astype(jnp.float32)
-    sums = [jnp.sum(jnp.where(m, jnp.abs(s), 0)) for m, s in zip(masks, statistics, strict=True)]
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
-    return counts / sizes, jnp.stack(sums).astype(jnp.float32) / counts
+    sums = [
+        jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))
+        for mask, s in zip(masks, statistics, strict=True)
+    ]
+    return counts / sizes, jnp.stack(sums) / counts
 
 
-def _project(
-    update: jax.Array, mask: jax.Array, weight: jax.Array, factor: jax.Array | None
-) -> jax.Array:
+def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
+    """The update times its rate, in the dtype of the update."""
+    return (update * factor).astype(update.dtype)
+
+
+def _project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     """The update that leaves a kept weight its step and takes a pruned weight to exactly 0."""
     # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
     dtype = jnp.promote_types(update.dtype, weight.dtype)
-    step = update.astype(dtype)
-    if factor is not None:
-        step = (step * factor).astype(dtype)
-    return jnp.where(mask, step, -weight.astype(dtype))
+    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
 
 
-def _calendar_entries(
-    step: jax.Array, every: int, start: int, stop: int, n_entries: int
-) -> jax.Array:
-    """How many mask updates should be done by the end of this step, int32 []."""
-    passed = jnp.clip((step - start) // every + 1, 0, n_entries - 1)
-    return jnp.where(step >= stop, n_entries, passed)
+def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    """One of two trees, by a scalar condition."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _ever_grows(calendar: _Calendar) -> bool:
-    """Whether any mask update brings weights back."""
-    return bool(np.any(calendar.moved > 0) or np.any(np.diff(calendar.total) > 0))
-
-
-def _shapes(leaves: Sequence[jax.Array]) -> list[tuple[int, ...]]:
+def _shapes(leaves: Sequence[jax.Array]) -> tuple[tuple[int, ...], ...]:
     """Shapes of arrays."""
-    return [leaf.shape for leaf in leaves]
-
-
-def _sparsities(sparsity: float | Callable[[Any], Any], steps: list[int]) -> list[float]:
-    """Sparsity at each mask update, checked."""
-    schedule = sparsity
-    if not callable(schedule):
-        schedule = schedules.cubic(float(sparsity), steps[0], steps[-1])  # type: ignore[arg-type]
-    values = [schedules.sparsity_at(schedule, step) for step in steps]
-    trees.raise_for(
-        [
-            f"{value} at step {step}"
-            for step, value in zip(steps, values, strict=True)
-            if not 0 <= value < 1
-        ][-3:],
-        "`sparsity` must lie in [0, 1), as a fraction of zeros, but is:",
-    )
-    return values
+    return tuple(leaf.shape for leaf in leaves)
 
 
 def _check(

@@ -20,6 +20,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       An `optax.GradientTransformationExtraArgs`.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune
       >>> optimizer = jaxprune.chain(
       ...     optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.72, stop=1000))
       >>> params = {"kernel": jnp.ones((4, 4))}

@@ -1,0 +1,342 @@
+"""Checkpoints of whole runs: state, data position and configuration in one atomic Orbax step.
+
+Orbax ignores half-written steps but casts a wrong dtype silently. Each checkpoint therefore carries
+a record of its leaves (shape, dtype, checksum), which `restore` checks before and after reading.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+__all__ = [
+    "check_config",
+    "check_writable",
+    "fields",
+    "open_manager",
+    "read_json",
+    "restore",
+    "save",
+    "stop_signals",
+    "write_json",
+    "write_text",
+]
+
+PyTree = Any
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON so that the file is either the old one or complete.
+
+    Args:
+        path: the file; its folder must exist.
+        value: anything that `json` takes.
+
+    Example:
+        >>> path = tempfile.mkdtemp() + "/a.json"
+        >>> write_json(path, {"b": 1})
+        >>> read_json(path)
+        {'b': 1}
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file so that it is either the old one or complete.
+
+    Args:
+        path: the file; its folder must exist.
+        text: its new content.
+
+    Example:
+        >>> write_text(tempfile.mkdtemp() + "/a.txt", "b")
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes it private
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it holds, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is not JSON.
+
+    Example:
+        >>> read_json("/nowhere.json") is None
+        True
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); restore it from a copy or remove it"
+        ) from error
+
+
+def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Refuses to go on with a run that was started with other options.
+
+    Args:
+        saved: fields of the configuration that the folder holds.
+        wanted: fields of the configuration now, without those that may change.
+        where: the folder, for the error.
+
+    Raises:
+        ValueError: some fields differ; it lists all of them.
+
+    Example:
+        >>> check_config({"seed": 0, "log_every": 5}, {"seed": 0}, "runs/a")
+    """
+    absent = "absent"
+    differing = [
+        f"  {name}: {saved.get(name, absent)!r} there, {value!r} now"
+        for name, value in json.loads(json.dumps(wanted)).items()
+        if saved.get(name, absent) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"`workdir` {where} holds a run of another configuration:\n"
+            + "\n".join(differing)
+            + "\n"
+            "Use another --workdir, the same options to go on with it, or --overwrite to delete it."
+        )
+
+
+def fields(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass as JSON-ready values.
+
+    Args:
+        config: a dataclass instance.
+        leave_out: names to skip.
+
+    Returns:
+        A dict by field name; tuples become lists and paths strings.
+
+    Example:
+        >>> Config = dataclasses.make_dataclass("Config", ["seed", "workdir"])
+        >>> fields(Config(1, "runs/a"), leave_out={"workdir"})
+        {'seed': 1}
+    """
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in leave_out}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def open_manager(folder: str | os.PathLike[str], keep: int = 2) -> ocp.CheckpointManager:
+    """An Orbax manager of one run's checkpoints.
+
+    Saving blocks: the state is donated to the next step, and what `save` returned from is on disk.
+
+    Args:
+        folder: made if it is missing.
+        keep: how many of the newest checkpoints stay.
+
+    Returns:
+        The manager; `latest_step()` is None for a new run. Close it when done.
+
+    Raises:
+        ValueError: the folder cannot be written.
+
+    Example:
+        >>> open_manager(tempfile.mkdtemp()).latest_step() is None
+        True
+    """
+    check_writable(folder)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Makes a folder and sees that files can be written into it.
+
+    Args:
+        folder: made with its parents if it is missing.
+
+    Raises:
+        ValueError: it cannot be made or written.
+
+    Example:
+        >>> check_writable(tempfile.mkdtemp())
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`workdir` {folder} cannot be written ({error}); use another --workdir"
+        ) from error
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: PyTree, record: Mapping[str, Any]
+) -> None:
+    """Saves a checkpoint; returns when it is complete on disk.
+
+    Args:
+        manager: from `open_manager`.
+        step: its number. A checkpoint of that step that is already there stays as it is.
+        state: tree of arrays.
+        record: JSON-ready values to keep with it: data position, configuration.
+
+    Example:
+        >>> manager = open_manager(tempfile.mkdtemp())
+        >>> save(manager, 3, {"w": jnp.ones(2)}, {"epoch": 1})
+        >>> manager.latest_step()
+        3
+    """
+    if step in manager.all_steps():
+        return
+    record = {"record": dict(record), "leaves": _describe(state, checksum=True)}
+    items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+def restore(
+    manager: ocp.CheckpointManager, like: PyTree, step: int | None = None
+) -> tuple[PyTree, dict[str, Any]]:
+    """Restores a checkpoint exactly, or says what is wrong with it. Changes nothing on disk.
+
+    Args:
+        manager: from `open_manager`.
+        like: tree of arrays as the checkpoint must be: structure, shapes, dtypes, shardings.
+        step: default the newest.
+
+    Returns:
+        `(state, record)` as they were saved, the state with the shardings of `like`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: leaves are missing, too many, of another shape or dtype; or it is corrupt.
+
+    Example:
+        >>> manager = open_manager(tempfile.mkdtemp())
+        >>> save(manager, 3, {"w": jnp.ones(2)}, {"epoch": 1})
+        >>> restore(manager, {"w": jnp.zeros(2)})[1]
+        {'epoch': 1}
+    """
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise FileNotFoundError(f"{manager.directory} holds no checkpoint")
+    folder = Path(str(manager.directory)) / str(step)
+    try:
+        items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        leaves, record = items["record"]["leaves"], items["record"]["record"]
+    except Exception as error:  # Orbax, JSON and the file system all raise their own kinds.
+        raise _corrupt(folder, error) from error
+    _check_leaves(leaves, _describe(like), folder)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        like,
+    )
+    try:
+        items = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
+    except Exception as error:
+        raise _corrupt(folder, error) from error
+    found = _describe(items["state"], checksum=True)
+    if damaged := [path for path in leaves if found[path] != leaves[path]]:
+        raise _corrupt(folder, f"checksums differ at {', '.join(damaged)}")
+    return items["state"], record
+
+
+@contextlib.contextmanager
+def stop_signals(*signals: signal.Signals) -> Iterator[list[signal.Signals]]:
+    """Collects termination signals instead of dying of them, so that a loop can save first.
+
+    A second signal of the same kind acts as usual. For the main thread only, as Python demands.
+
+    Args:
+        *signals: default SIGTERM and SIGINT.
+
+    Yields:
+        A list that fills up with the signals that arrived.
+
+    Example:
+        >>> import os
+        >>> with stop_signals() as stopped:
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        >>> stopped == [signal.SIGTERM]
+        True
+    """
+    received: list[signal.Signals] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        received.append(signal.Signals(number))
+        signal.signal(number, before[signal.Signals(number)])
+
+    for kind in signals or (signal.SIGTERM, signal.SIGINT):
+        before[kind] = signal.signal(kind, note)
+    try:
+        yield received
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
+    """Leaf path -> [shape, dtype] or [shape, dtype, CRC-32 of its bytes]."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        row = [list(np.shape(leaf)), str(leaf.dtype)]
+        if checksum:
+            is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            values = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+            row.append(zlib.crc32(values.tobytes()))
+        leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = row
+    return leaves
+
+
+def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path) -> None:
+    """Raises with every leaf whose presence, shape or dtype differs."""
+    bad = [f"  {path}: not in the checkpoint" for path in wanted if path not in saved]
+    bad += [f"  {path}: only in the checkpoint" for path in saved if path not in wanted]
+    for path in wanted:
+        if path in saved and saved[path][:2] != wanted[path]:
+            (shape, dtype), (shape_now, dtype_now) = saved[path][:2], wanted[path]
+            bad.append(f"  {path}: {dtype}{shape} in the checkpoint, {dtype_now}{shape_now} now")
+    if bad:
+        raise ValueError(
+            f"checkpoint {folder} is of another model or optimizer:\n" + "\n".join(bad) + "\n"
+            "Use another --workdir, or the same options as that run."
+        )
+
+
+def _corrupt(folder: Path, reason: Any) -> ValueError:
+    """The error for a checkpoint that cannot be read back."""
+    reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
+    return ValueError(
+        f"checkpoint {folder} is corrupt ({str(reason)[:300]}); move this folder away to go on "
+        "from the one before it, or use another --workdir"
+    )

@@ -1,0 +1,172 @@
+"""Checkpoints come back bit for bit, or not at all."""
+
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxprune import checkpoints
+from jaxprune.training import TrainState
+
+
+def _state(seed=0):
+    key = jax.random.key(seed)
+    params = {"blocks": {0: jax.random.normal(key, (40, 30)), 1: jnp.ones(3, jnp.bfloat16) / 3}}
+    masks = {"masks": jax.tree.map(lambda leaf: leaf > 0, params), "key": key}
+    opt_state = (optax.trace(0.9).init(params), optax.MaskedNode(), masks)
+    return TrainState(jnp.asarray(7, jnp.int32), params, {}, opt_state)
+
+
+def _saved(folder, *steps):
+    manager = checkpoints.open_manager(folder)
+    for step in steps:
+        checkpoints.save(manager, step, _state(step), {"data": {"next_index": step}})
+    return manager
+
+
+def test_round_trip_is_bit_equal(tmp_path):
+    state, record = checkpoints.restore(_saved(tmp_path, 3), _state())
+    chex.assert_trees_all_equal(state, _state(3))
+    chex.assert_trees_all_equal_dtypes(state, _state(3))
+    assert record == {"data": {"next_index": 3}}
+
+
+def test_keeps_the_newest_and_never_rewrites(tmp_path):
+    manager = _saved(tmp_path, 1, 2, 3)
+    assert sorted(manager.all_steps()) == [2, 3]
+    checkpoints.save(manager, 3, _state(9), {})
+    state, _ = checkpoints.restore(manager, _state())
+    chex.assert_trees_all_equal(state, _state(3))
+
+
+def test_restores_onto_eight_devices(tmp_path):
+    from jaxprune import training
+
+    like = training.replicate(_state(), training.make_mesh())
+    state, _ = checkpoints.restore(_saved(tmp_path, 3), like)
+    assert len(state.params["blocks"][0].devices()) == 8
+    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(_state(3).params))
+
+
+def test_other_trees_are_refused_and_named(tmp_path):
+    manager = _saved(tmp_path, 3)
+    like = _state()
+    like = like._replace(
+        params={"blocks": {0: like.params["blocks"][0].astype(jnp.bfloat16), 2: jnp.ones(3)}}
+    )
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore(manager, like)
+    message = str(error.value)
+    assert "params/blocks/0: float32[40, 30] in the checkpoint, bfloat16[40, 30] now" in message
+    assert "params/blocks/1: only in the checkpoint" in message
+    assert "params/blocks/2: not in the checkpoint" in message
+    assert "--workdir" in message
+    with pytest.raises(ValueError, match=r"float32\[40, 30\] in the checkpoint, float32\[40, 31\]"):
+        checkpoints.restore(manager, _state()._replace(params={"blocks": {0: jnp.ones((40, 31))}}))
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoints.restore(checkpoints.open_manager(tmp_path), _state())
+
+
+def _damage_each_file(folder):
+    """Flips bits in each file of checkpoint 3; what `restore` said, None where all was well."""
+    said = []
+    for path in sorted(file for file in (folder / "3").rglob("*") if file.is_file()):
+        intact = path.read_bytes()
+        for where in (0.0, 0.3, 0.6, 0.99) if intact else ():
+            damaged = bytearray(intact)
+            damaged[int(len(damaged) * where)] ^= 0x55
+            path.write_bytes(bytes(damaged))
+            with checkpoints.open_manager(folder) as manager:
+                try:
+                    state, _ = checkpoints.restore(manager, _state(), 3)
+                    chex.assert_trees_all_equal(state, _state(3))
+                    said.append(None)
+                except ValueError as error:
+                    said.append(str(error))
+        path.write_bytes(intact)
+    return said
+
+
+def test_any_damaged_byte_is_reported_or_harmless(tmp_path):
+    _saved(tmp_path, 2, 3).close()
+    # In a process of its own: Orbax leaves coroutines behind that complain at some later time.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        said = [text for text in pool.submit(_damage_each_file, tmp_path).result() if text]
+    assert len(said) > 8
+    for text in said:
+        assert "3 is corrupt" in text or "is of another model" in text
+        assert "--workdir" in text
+    state, _ = checkpoints.restore(checkpoints.open_manager(tmp_path), _state(), 2)
+    chex.assert_trees_all_equal(state, _state(2))
+
+
+def test_checksums_catch_what_orbax_does_not(tmp_path, monkeypatch):
+    manager = _saved(tmp_path, 3)
+    restore = manager.restore
+
+    def flip(step, args):
+        items = restore(step, args=args)
+        if "state" in items:
+            params = items["state"].params
+            params["blocks"][0] = params["blocks"][0].at[5, 5].add(1e-3)
+        return items
+
+    monkeypatch.setattr(manager, "restore", flip)
+    with pytest.raises(ValueError, match="checksums differ at params/blocks/0"):
+        checkpoints.restore(manager, _state())
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`workdir` .*file cannot be written"):
+        checkpoints.open_manager(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"`workdir` .* cannot be written"):
+        checkpoints.check_writable(tmp_path / "file" / "below")
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.json"
+    checkpoints.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        checkpoints.write_json(path, {"a": np.ones(2)})
+    assert checkpoints.read_json(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    path.write_text('{"a":')
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoints.read_json(path)
+
+
+def test_other_configurations_are_refused_and_listed():
+    saved = {"seed": 0, "sparsity": 0.72, "log_every": 5}
+    checkpoints.check_config(saved, {"seed": 0, "sparsity": 0.72}, "runs/a")
+    with pytest.raises(ValueError) as error:
+        checkpoints.check_config(saved, {"seed": 1, "sparsity": 0.9, "flip": True}, "runs/a")
+    message = str(error.value)
+    for part in ("runs/a", "seed: 0 there, 1 now", "sparsity: 0.72 there, 0.9 now", "flip"):
+        assert part in message
+    assert "Use another --workdir, the same options" in message
+
+
+def test_second_signal_acts_as_usual():
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append("outer"))
+    try:
+        with checkpoints.stop_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stopped, caught) == ([signal.SIGTERM], [])
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stopped, caught) == ([signal.SIGTERM], ["outer"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == ["outer", "outer"]
+    finally:
+        signal.signal(signal.SIGTERM, before)

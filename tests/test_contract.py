@@ -1,0 +1,363 @@
+"""The laws that every pruning transformation keeps, behind every kind of optimizer.
+
+`TRANSFORMS` is the table of what is tested; a new method or switch is one more line.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune
+from jaxprune import budgets, rates, schedules, scores
+
+SPARSITY, STEPS = 0.72, 9
+WINDOW = {"every": 2, "start": 1, "stop": 6}  # mask updates at 1, 3, 5 and 6
+
+
+def agip(sparsity: Any = SPARSITY, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return jaxprune.agip_transform(sparsity, **(WINDOW | options))
+
+
+TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    "default": agip,
+    "no average": functools.partial(agip, decay=None),
+    "bfloat16 average": functools.partial(agip, dtype=jnp.bfloat16),
+    "literal gradient": functools.partial(agip, score=scores.gradient),
+    "magnitude": functools.partial(agip, score=scores.magnitude),
+    "random": functools.partial(agip, score=scores.random(3)),
+    "uniform budget": functools.partial(agip, budget=budgets.uniform),
+    "no floor": functools.partial(agip, budget=budgets.global_budget(0.0)),
+    "regrowth": functools.partial(agip, regrow=0.3),
+    "rate by density": functools.partial(agip, rate=rates.by_density()),
+    "rate by statistic": functools.partial(agip, rate=rates.by_statistic()),
+    "everything": functools.partial(
+        agip, regrow=0.3, rate=rates.by_statistic(), decay=None, budget=budgets.uniform
+    ),
+}
+
+INNER: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "sgd": lambda prune: jaxprune.chain(optax.sgd(0.1), prune),
+    "momentum": lambda prune: jaxprune.chain(optax.sgd(0.1, momentum=0.9), prune),
+    "optax.chain": lambda prune: optax.chain(optax.sgd(0.1, momentum=0.9), prune),
+    "weight decay, clipping": lambda prune: jaxprune.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.add_decayed_weights(0.01),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        prune,
+    ),
+    "adamw": lambda prune: jaxprune.chain(optax.adamw(0.01, weight_decay=0.1), prune),
+    "lion": lambda prune: jaxprune.chain(optax.lion(0.01, weight_decay=0.1), prune),
+    "adafactor": lambda prune: jaxprune.chain(optax.adafactor(0.1), prune),
+    "MultiSteps outside": lambda prune: optax.MultiSteps(
+        jaxprune.chain(optax.sgd(0.1, momentum=0.9), prune), every_k_schedule=1
+    ),
+    "MultiSteps inside": lambda prune: jaxprune.chain(
+        optax.MultiSteps(optax.sgd(0.1, momentum=0.9), every_k_schedule=2), prune
+    ),
+    "inject_hyperparams": lambda prune: jaxprune.chain(
+        optax.inject_hyperparams(optax.sgd)(
+            learning_rate=optax.linear_schedule(0.1, 0.0, STEPS), momentum=0.9
+        ),
+        prune,
+    ),
+    "apply_if_finite": lambda prune: optax.apply_if_finite(
+        jaxprune.chain(optax.sgd(0.1, momentum=0.9), prune), max_consecutive_errors=3
+    ),
+    "partition": lambda prune: optax.partition(
+        {"prune": jaxprune.chain(optax.sgd(0.1), prune), "dense": optax.adam(0.01)},
+        lambda params: jax.tree.map(lambda leaf: "prune" if leaf.ndim > 1 else "dense", params),
+    ),
+    "masked": lambda prune: jaxprune.chain(
+        optax.sgd(0.1, momentum=0.9),
+        optax.masked(prune, lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+    ),
+}
+
+
+class Run(NamedTuple):
+    """Parameters and masks after each step, and the last optimizer state."""
+
+    params: list[Any]
+    masks: list[Any]
+    state: Any
+
+
+def make_params(dtype: Any = jnp.float32) -> Any:
+    random = np.random.default_rng(0)
+    shapes = {"a": {"kernel": (8, 16), "bias": (16,)}, "b": {"kernel": (16, 8)}}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(random.standard_normal(shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+    hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+    return jnp.mean((hidden @ params["b"]["kernel"] - 1) ** 2)
+
+
+def inputs(step: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(step).standard_normal((8, 8)), jnp.float32)
+
+
+def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
+    def step(params: Any, state: Any, x: jax.Array) -> Any:
+        gradients = jax.grad(loss)(params, x)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@functools.cache
+def run(transform: str, inner: str) -> Run:
+    tx = INNER[inner](TRANSFORMS[transform]())
+    step = jax.jit(make_step(tx))
+    params = make_params()
+    state, result = tx.init(params), Run([], [], None)
+    for i in range(STEPS):
+        params, state = step(params, state, inputs(i))
+        result.params.append(params)
+        result.masks.append(jaxprune.get_masks(state))
+    return result._replace(state=state)
+
+
+def kernels(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(tree["a"]["kernel"]), np.asarray(tree["b"]["kernel"])]
+
+
+def kept(masks: Any) -> int:
+    return sum(int(mask.sum()) for mask in kernels(masks))
+
+
+CASES = [(name, "momentum") for name in TRANSFORMS] + [("default", name) for name in INNER]
+
+
+@pytest.mark.parametrize(("transform", "inner"), CASES)
+def test_masked_weights_are_exactly_zero_after_every_step(transform: str, inner: str) -> None:
+    result = run(transform, inner)
+    assert kept(result.masks[-1]) < kept(result.masks[0])
+    for params, masks in zip(result.params, result.masks):
+        for weight, mask in zip(kernels(params), kernels(masks)):
+            np.testing.assert_array_equal(weight[~mask], 0.0)
+            assert np.isfinite(weight).all()
+
+
+@pytest.mark.parametrize(("transform", "inner"), CASES)
+def test_every_mask_update_keeps_exactly_k(transform: str, inner: str) -> None:
+    masks = run(transform, inner).masks
+    ramp = schedules.cubic(SPARSITY, WINDOW["start"], WINDOW["stop"])
+    rule = budgets.uniform if transform in ("uniform budget", "everything") else None
+    updates, expected = [1, 3, 5, 6], []
+    for step in range(STEPS):
+        last = max([t for t in updates if t <= step], default=None)
+        sparsity = 0.0 if last is None else float(ramp(last))
+        shapes = [(8, 16), (16, 8)]
+        expected.append(
+            rule(shapes, sparsity).total if rule else budgets.keep_count(256, sparsity)
+        )
+    assert [kept(mask) for mask in masks] == expected
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_sparsity_0_gives_the_plain_optimizer(transform: str) -> None:
+    pruned = INNER["momentum"](TRANSFORMS[transform](0.0))
+    plain = optax.sgd(0.1, momentum=0.9)
+    params = make_params()
+    states = pruned.init(params), plain.init(params)
+    steps, gradient = (jax.jit(pruned.update), jax.jit(plain.update)), jax.jit(jax.grad(loss))
+    for i in range(STEPS):
+        gradients = gradient(params, inputs(i))
+        updates, pruned_state = steps[0](gradients, states[0], params)
+        expected, plain_state = steps[1](gradients, states[1], params)
+        chex.assert_trees_all_equal(updates, expected)
+        params, states = optax.apply_updates(params, updates), (pruned_state, plain_state)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_one_trace_same_trees_and_dtypes(transform: str) -> None:
+    tx = INNER["momentum"](TRANSFORMS[transform]())
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(make_step(tx), n=1), donate_argnums=(0, 1))
+    params = make_params()
+    state = tx.init(params)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (params, state))
+    for i in range(STEPS):
+        params, state = step(params, state, inputs(i))
+    after = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (params, state))
+    assert before == after
+    chex.assert_trees_all_equal(params, run(transform, "momentum").params[-1])
+
+
+@pytest.mark.parametrize("transform", ["default", "everything"])
+def test_scan_and_vmap_give_the_numbers_of_the_loop(transform: str) -> None:
+    tx = INNER["momentum"](TRANSFORMS[transform]())
+    step = make_step(tx)
+    batches = jnp.stack([inputs(i) for i in range(STEPS)])
+
+    def train(params: Any) -> Any:
+        carry = (params, tx.init(params))
+        return jax.lax.scan(lambda c, x: (step(*c, x), None), carry, batches)[0]
+
+    expected = run(transform, "momentum")
+    params, state = jax.jit(train)(make_params())
+    chex.assert_trees_all_equal(jaxprune.get_masks(state), expected.masks[-1])
+    chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-5, atol=1e-6)
+
+    many = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x]), make_params())
+    params, state = jax.jit(jax.vmap(train))(many)
+    for i in (0, 2):
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x, i=i: x[i], jaxprune.get_masks(state)), expected.masks[-1]
+        )
+
+
+@pytest.mark.parametrize("transform", ["default", "everything", "regrowth"])
+@pytest.mark.parametrize("layout", ["data parallel", "sharded parameters"])
+def test_eight_devices_give_the_masks_of_one(transform: str, layout: str) -> None:
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tx = INNER["momentum"](TRANSFORMS[transform]())
+
+    def place(leaf: jax.Array) -> jax.Array:
+        shards = layout == "sharded parameters" and leaf.ndim == 2
+        return jax.device_put(leaf, NamedSharding(mesh, P("x", "y") if shards else P()))
+
+    params = jax.tree.map(place, make_params())
+    state = jax.jit(tx.init)(params)
+    step = jax.jit(make_step(tx))
+    expected = run(transform, "momentum")
+    for i in range(STEPS):
+        x = jax.device_put(inputs(i), NamedSharding(mesh, P(("x", "y"))))
+        params, state = step(params, state, x)
+        chex.assert_trees_all_equal(jaxprune.get_masks(state), expected.masks[i])
+    chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["default", "everything"])
+def test_state_saves_restores_and_goes_on_bit_for_bit(transform: str, tmp_path: Any) -> None:
+    tx = INNER["momentum"](TRANSFORMS[transform]())
+    step = jax.jit(make_step(tx))
+    params = make_params()
+    state = tx.init(params)
+    for i in range(4):
+        params, state = step(params, state, inputs(i))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", (params, state))
+        checkpointer.wait_until_finished()
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
+        params, state = checkpointer.restore(tmp_path / "saved", target)
+    for i in range(4, STEPS):
+        params, state = step(params, state, inputs(i))
+    expected = run(transform, "momentum")
+    chex.assert_trees_all_equal(params, expected.params[-1])
+    chex.assert_trees_all_equal(state, expected.state)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_optax_tools_understand_the_state(transform: str) -> None:
+    tx = TRANSFORMS[transform]()
+    params = make_params()
+    state = tx.init(params)
+    doubled = optax.tree_map_params(tx, lambda x: jnp.concatenate([x, x]), state)
+    assert doubled.masks["a"]["kernel"].shape == (16, 16)
+    assert doubled.prune_step.shape == ()
+    assert int(optax.tree.get(state, "prune_step")) == 0
+    updates, _ = tx.update(params, state, params, unknown_extra_argument=1)
+    chex.assert_trees_all_equal_structs(updates, params)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "update_dtype"), [(jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.bfloat16),
+                                (jnp.bfloat16, jnp.float32)]
+)  # fmt: skip
+def test_half_precision_leaves_no_residue(dtype: Any, update_dtype: Any) -> None:
+    tx = agip()
+    params = make_params(dtype)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for i in range(STEPS):
+        random = np.random.default_rng(i)
+        updates = jax.tree.map(
+            lambda p, r=random: jnp.asarray(0.1 * r.standard_normal(p.shape), update_dtype), params
+        )
+        updates, state = update(updates, state, params)
+        params = optax.apply_updates(params, updates)
+        assert params["a"]["kernel"].dtype == dtype
+        for weight, mask in zip(kernels(params), kernels(state.masks)):
+            np.testing.assert_array_equal(weight[~mask].astype(np.float32), 0.0)
+    assert kept(state.masks) == budgets.keep_count(256, SPARSITY)
+
+
+def test_an_average_of_the_parameters_is_masked_by_hand() -> None:
+    result = run("default", "momentum")
+    average = jax.tree.map(lambda *p: sum(p) / len(p), *result.params)
+    masked = jaxprune.apply_masks(average, result.masks[-1])
+    for weight, mask in zip(kernels(masked), kernels(result.masks[-1])):
+        np.testing.assert_array_equal(weight[~mask], 0.0)
+        assert (weight[mask] != 0).all()
+
+
+def test_flax_train_state() -> None:
+    state = TrainState.create(apply_fn=None, params=make_params(), tx=INNER["momentum"](agip()))
+    step = jax.jit(lambda s, x: s.apply_gradients(grads=jax.grad(loss)(s.params, x)))
+    for i in range(STEPS):
+        state = step(state, inputs(i))
+    expected = run("default", "momentum")
+    chex.assert_trees_all_equal(jaxprune.get_masks(state.opt_state), expected.masks[-1])
+    chex.assert_trees_all_close(state.params, expected.params[-1], rtol=1e-6)
+
+
+def test_nnx_optimizer() -> None:
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            params = make_params()
+            self.a = nnx.Dict({k: nnx.Param(v) for k, v in params["a"].items()})
+            self.b = nnx.Dict({"kernel": nnx.Param(params["b"]["kernel"])})
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, INNER["momentum"](agip()), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Model, optimizer: nnx.Optimizer, x: jax.Array) -> None:
+        gradients = nnx.grad(lambda m: loss(nnx.to_pure_dict(nnx.state(m, nnx.Param)), x))(model)
+        optimizer.update(model, gradients)
+
+    for i in range(STEPS):
+        step(model, optimizer, inputs(i))
+    expected = run("default", "momentum")
+    masks = jaxprune.get_masks(optimizer.opt_state)
+    for mask, wanted in zip(jax.tree.leaves(masks), jax.tree.leaves(expected.masks[-1])):
+        np.testing.assert_array_equal(mask, wanted)
+    params = jaxprune.apply_masks(nnx.state(model, nnx.Param), masks)
+    chex.assert_trees_all_close(
+        nnx.to_pure_dict(params), expected.params[-1], rtol=1e-6, atol=1e-7
+    )
+
+
+def test_nested_lists_and_tuples() -> None:
+    flat = jax.tree.leaves(make_params())
+    params = [(flat[0],), [flat[1], {"w": flat[2]}]]
+    tx = jaxprune.chain(optax.sgd(0.1), agip())
+    state = tx.init(params)
+    for i in range(STEPS):
+        gradients = jax.tree.map(lambda p, i=i: jnp.cos(p + i), params)
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    masks = jaxprune.get_masks(state)
+    chex.assert_trees_all_equal_structs(masks, params)
+    assert sum(int(m.sum()) for m in jax.tree.leaves(masks) if m.ndim > 1) == budgets.keep_count(
+        256, SPARSITY
+    )
