@@ -104,9 +104,7 @@ def measure(rounds: int, mask_rounds: int, only: str | None) -> list[dict[str, A
         state = tx.init(params)
         baseline_bytes = baseline_bytes or tree_bytes(state)
         clock = time.perf_counter()
-        compiled = (
-            jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
-        )
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
         seconds = time.perf_counter() - clock
         extra = (tree_bytes(state) - baseline_bytes) / size
         arms.append(Arm(name, floor, compiled, seconds, extra, []))
@@ -141,7 +139,8 @@ def measure(rounds: int, mask_rounds: int, only: str | None) -> list[dict[str, A
                 "ratio": ratio,
                 "floor": arm.floor,
                 "mask_update_ms": 1e3 * mask_median,
-                "amortised_ratio": ratio + (mask_median - median) / EVERY / statistics.median(plain),
+                "amortised_ratio": ratio
+                + (mask_median - median) / EVERY / statistics.median(plain),
                 "state_bytes_per_parameter": arm.state_bytes,
                 "compile_s": arm.compile_seconds,
             }

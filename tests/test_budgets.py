@@ -11,9 +11,7 @@ from jaxprune import budgets
 
 SIZES = st.integers(1, 10**8)
 SPARSITIES = st.floats(0, 1, exclude_max=True)
-SHAPES = st.lists(
-    st.lists(st.integers(1, 12), max_size=4).map(tuple), min_size=1, max_size=6
-)
+SHAPES = st.lists(st.lists(st.integers(1, 12), max_size=4).map(tuple), min_size=1, max_size=6)
 
 
 # ---- keep_count

@@ -166,9 +166,7 @@ def test_every_mask_update_keeps_exactly_k(transform: str, inner: str) -> None:
         last = max([t for t in updates if t <= step], default=None)
         sparsity = 0.0 if last is None else float(ramp(last))
         shapes = [(8, 16), (16, 8)]
-        expected.append(
-            rule(shapes, sparsity).total if rule else budgets.keep_count(256, sparsity)
-        )
+        expected.append(rule(shapes, sparsity).total if rule else budgets.keep_count(256, sparsity))
     assert [kept(mask) for mask in masks] == expected
 
 
@@ -342,9 +340,7 @@ def test_nnx_optimizer() -> None:
     for mask, wanted in zip(jax.tree.leaves(masks), jax.tree.leaves(expected.masks[-1])):
         np.testing.assert_array_equal(mask, wanted)
     params = jaxprune.apply_masks(nnx.state(model, nnx.Param), masks)
-    chex.assert_trees_all_close(
-        nnx.to_pure_dict(params), expected.params[-1], rtol=1e-6, atol=1e-7
-    )
+    chex.assert_trees_all_close(nnx.to_pure_dict(params), expected.params[-1], rtol=1e-6, atol=1e-7)
 
 
 def test_nested_lists_and_tuples() -> None:

@@ -20,6 +20,7 @@ from jaxprune import selection
 
 # Compiled once for each list of shapes, so that most examples only run.
 SELECT = jax.jit(selection.largest)
+SELECT_EACH = jax.jit(jax.vmap(lambda s, k, f: selection.largest(s, k, floors=f), (0, 0, None)))
 SHAPES = [
     [()],
     [(1,), (), (1, 1)],
@@ -88,7 +89,7 @@ EXAMPLES = {
 }
 
 
-@hypothesis.settings(max_examples=8 * hypothesis.settings.default.max_examples)
+@hypothesis.settings(max_examples=4 * hypothesis.settings.default.max_examples)
 @given(**EXAMPLES)
 def test_keeps_what_a_stable_sort_keeps(shapes, kind, seed, share):
     scores = _draw(kind, seed, shapes)
@@ -99,7 +100,7 @@ def test_keeps_what_a_stable_sort_keeps(shapes, kind, seed, share):
     assert _count(masks) == min(keep, size)
 
 
-@hypothesis.settings(max_examples=8 * hypothesis.settings.default.max_examples)
+@hypothesis.settings(max_examples=4 * hypothesis.settings.default.max_examples)
 @given(**EXAMPLES, density=st.sampled_from([0.0, 0.3, 0.9, 1.0]))
 def test_floors_and_among_keep_what_a_stable_sort_keeps(shapes, kind, seed, share, density):
     scores = _draw(kind, seed, shapes)
@@ -230,13 +231,13 @@ def test_eager_jit_and_vmap_agree(kind):
     batch = [_draw(kind, seed, shapes) for seed in range(len(keeps))]
     stacked = [np.stack(leaves) for leaves in zip(*batch, strict=True)]
     floors = np.array([2, 1], np.int32)
-    mapped = jax.vmap(lambda s, k: selection.largest(s, k, floors=floors))(stacked, keeps)
+    mapped = SELECT_EACH(stacked, keeps, floors)
     for i, (scores, keep) in enumerate(zip(batch, keeps, strict=True)):
         wanted = largest(scores, keep, floors)
         _equal([mask[i] for mask in mapped], wanted)
         _equal(SELECT(scores, keep, floors=floors), wanted)
-    arrays = [jnp.asarray(score) for score in batch[2]]
-    _equal(selection.largest(arrays, 9, floors=[2, 1]), largest(arrays, 9, [2, 1]))
+    if kind == "ties":
+        _equal(selection.largest(batch[2], 9, floors=[2, 1]), largest(batch[2], 9, [2, 1]))
 
 
 def test_one_trace_for_every_keep_and_floor():
@@ -264,11 +265,11 @@ def test_count_kept(masks):
 SPLIT = [
     ((32, 48), P("x", "y")),
     ((3, 3, 16, 32), P(None, None, "y", "x")),
-    ((24, 7), P("x")),
-    ((2, 8, 5), P("y", "x")),
+    ((128, 7), P("x")),
+    ((16, 32, 5), P("y", "x")),
 ]
 GATHERS = {
-    "parts of 12": ((32, 24), P("x", "y")),
+    "parts of 10": ((32, 40), P(None, "x")),
     "vector": ((256,), P("x")),
 }
 
@@ -296,13 +297,13 @@ def _program(shapes_and_specs):
 def test_sharded_leaves_get_the_masks_of_one_device_and_are_never_gathered():
     scores, placed, select, compiled = _program(SPLIT)
     for keep in (1, 1000, 5000):
-        for floors in ([0, 0, 0, 0], [9, 99, 50, 80]):
+        for floors in ([0, 0, 0, 0], [9, 99, 800, 80]):
             masks = select(placed, keep, floors=floors)
             _equal(masks, largest(scores, keep, floors))
             assert [m.sharding.spec for m in masks] == [s.sharding.spec for s in placed]
     gathered = _gathered(compiled.as_text())
     assert gathered, "no all-gather at all: does the pattern still fit the compiler's text?"
-    # The row counts of the small leaf are what may be gathered.
+    # Counts of rows and of one row's columns may be gathered.
     assert max(gathered) < min(score.size for score in scores)
 
 

@@ -6,9 +6,8 @@ never guessed from shapes: a width that happens to match must not make a project
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
-from numbers import Integral
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -16,27 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxprune.models.widths import (
+    ARCHITECTURES,
+    Widths,
+    architecture_of,
+    checked_widths,
+    default_widths,
+    positions,
+)
+
 _Arrays = TypeVar("_Arrays", bound=tuple)
-
-
-class Widths(NamedTuple):
-    """Output channels of the stem and of every convolution in every block.
-
-    Lists and integers of any kind are accepted where a network is built, so JSON is enough to store
-    widths. The last width of a block is that of the residual stream, hence the same for all blocks
-    between two projections; the widths before it are free.
-
-    Example:
-        >>> import json
-        >>> text = json.dumps(Widths(4, ((2, 4), (3, 8), (5, 16)))._asdict())
-        >>> text
-        '{"stem": 4, "blocks": [[2, 4], [3, 8], [5, 16]]}'
-        >>> resnet8(widths=Widths(**json.loads(text)), rngs=nnx.Rngs(0)).widths
-        Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
-    """
-
-    stem: int
-    blocks: tuple[tuple[int, ...], ...]  # basic: (mid, out); bottleneck: (mid1, mid2, out)
 
 
 def _keep_dtypes(args: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
@@ -144,112 +132,6 @@ class Bottleneck(nnx.Module):
         return nnx.relu(y + (x if self.projection is None else self.projection(x)))
 
 
-class _Architecture(NamedTuple):
-    """What a name fixes and widths do not."""
-
-    block: type[BasicBlock] | type[Bottleneck]
-    depths: tuple[int, ...]  # blocks in each stage
-    base: int  # default width of the stem and of the first stage; it doubles with each stage
-    large_images: bool  # 7x7/2 convolution and 3x3/2 max-pool first, not one 3x3 convolution
-    num_classes: int  # default
-    parameters: str  # their number in the default network, for the docstring
-
-
-_ARCHITECTURES = {
-    "resnet8": _Architecture(BasicBlock, (1, 1, 1), 16, False, 10, "78,042"),
-    "resnet20": _Architecture(BasicBlock, (3, 3, 3), 16, False, 10, "272,474"),
-    "resnet32": _Architecture(BasicBlock, (5, 5, 5), 16, False, 10, "466,906"),
-    "resnet56": _Architecture(BasicBlock, (9, 9, 9), 16, False, 10, "855,770"),
-    "resnet110": _Architecture(BasicBlock, (18, 18, 18), 16, False, 10, "1,730,714"),
-    "resnet18": _Architecture(BasicBlock, (2, 2, 2, 2), 64, True, 1000, "11,689,512"),
-    "resnet34": _Architecture(BasicBlock, (3, 4, 6, 3), 64, True, 1000, "21,797,672"),
-    "resnet50": _Architecture(Bottleneck, (3, 4, 6, 3), 64, True, 1000, "25,557,032"),
-    "resnet101": _Architecture(Bottleneck, (3, 4, 23, 3), 64, True, 1000, "44,549,160"),
-}
-
-
-def _architecture(name: str) -> _Architecture:
-    """The row of the table, or an error that lists the names."""
-    if name not in _ARCHITECTURES:
-        raise ValueError(f"`name` must be one of {', '.join(_ARCHITECTURES)}; got {name!r}.")
-    return _ARCHITECTURES[name]
-
-
-def _positions(architecture: _Architecture) -> Iterator[tuple[int, int, bool]]:
-    """Stage, stride and "has a projection" of each block, from its position alone."""
-    # A bottleneck widens the stream in the first stage too; basic blocks leave the stem's width.
-    first_projection = 0 if architecture.block is Bottleneck else 1
-    for stage, depth in enumerate(architecture.depths):
-        for index in range(depth):
-            first = index == 0
-            yield stage, 2 if first and stage > 0 else 1, first and stage >= first_projection
-
-
-def default_widths(name: str) -> Widths:
-    """The published widths of a network, to start one's own from.
-
-    Args:
-        name: a network of this module, such as "resnet20".
-
-    Returns:
-        Its `Widths`.
-
-    Raises:
-        ValueError: `name` is not known.
-
-    Example:
-        >>> default_widths("resnet8")
-        Widths(stem=16, blocks=((16, 16), (32, 32), (64, 64)))
-        >>> default_widths("resnet50").blocks[0]
-        (64, 64, 256)
-    """
-    architecture = _architecture(name)
-    base = architecture.base
-
-    def block(width: int) -> tuple[int, ...]:
-        bottleneck = architecture.block is Bottleneck
-        return (width, width, 4 * width) if bottleneck else (width, width)
-
-    return Widths(base, tuple(block(base * 2**s) for s, _, _ in _positions(architecture)))
-
-
-def _checked_widths(name: str, widths: Widths) -> Widths:
-    """Plain integers in tuples; raises one error that lists all that is wrong with `widths`."""
-    architecture = _architecture(name)
-    fields = ("mid1", "mid2", "out") if architecture.block is Bottleneck else ("mid", "out")
-    blocks, positions = tuple(widths.blocks), tuple(_positions(architecture))
-    problems = []
-
-    def positive(width: object) -> bool:
-        return isinstance(width, Integral) and not isinstance(width, bool) and int(width) > 0
-
-    if not positive(widths.stem):
-        problems.append(f"stem: {widths.stem!r} must be a positive integer")
-    if len(blocks) != len(positions):
-        problems.append(f"blocks: there are {len(blocks)}; give {len(positions)}, one per block")
-    stream, source = widths.stem, "stem"
-    for index, (block, (_, _, project)) in enumerate(zip(blocks, positions, strict=False)):
-        here = f"blocks/{index}"
-        if not isinstance(block, Sequence) or len(block) != len(fields):
-            problems.append(f"{here}: {block!r} must be ({', '.join(fields)})")
-            continue
-        problems += [
-            f"{here}: {field} = {width!r} must be a positive integer"
-            for field, width in zip(fields, block, strict=True)
-            if not positive(width)
-        ]
-        if project:
-            stream, source = block[-1], here
-        elif block[-1] != stream and len(blocks) == len(positions):
-            problems.append(
-                f"{here}: out = {block[-1]!r} must be {stream!r} as in {source}, for the block has "
-                f"no projection; set it to {stream!r}, or change {source} and all blocks after it"
-            )
-    if problems:
-        raise ValueError(f"`widths` does not fit {name}:\n  " + "\n  ".join(problems))
-    return Widths(int(widths.stem), tuple(tuple(int(w) for w in block) for block in blocks))
-
-
 class ResNet(nnx.Module):
     """A residual network by name; `resnet20(...)` is `ResNet("resnet20", ...)`.
 
@@ -310,7 +192,7 @@ class ResNet(nnx.Module):
         axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
-        architecture = _architecture(name)
+        architecture = architecture_of(name)
         num_classes = architecture.num_classes if num_classes is None else num_classes
         for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
             if value < 1:
@@ -325,15 +207,16 @@ class ResNet(nnx.Module):
         self.name = name
         self.in_channels = in_channels
         self.large_images = architecture.large_images
-        self.widths = _checked_widths(name, default_widths(name) if widths is None else widths)
+        self.widths = checked_widths(name, default_widths(name) if widths is None else widths)
 
         stem = self.widths.stem
         self.stem = ConvNorm(layers, in_channels, stem, *((7, 2) if self.large_images else (3, 1)))
         inputs = (stem, *(block[-1] for block in self.widths.blocks))
+        block_of = Bottleneck if architecture.bottleneck else BasicBlock
         self.blocks = nnx.List(
-            architecture.block(layers, in_width, block, stride, project)
+            block_of(layers, in_width, block, stride, project)
             for in_width, block, (_, stride, project) in zip(
-                inputs, self.widths.blocks, _positions(architecture), strict=False
+                inputs, self.widths.blocks, positions(architecture), strict=False
             )
         )
         self.head = nnx.Linear(inputs[-1], num_classes, dtype=jnp.float32, rngs=rngs)
@@ -397,7 +280,7 @@ References:
 
 def _constructor(name: str) -> Constructor:
     """The function `name`, with signature and docstring."""
-    architecture = _ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name]
 
     def construct(
         *,
@@ -424,7 +307,7 @@ def _constructor(name: str) -> Constructor:
         title=name.replace("resnet", "ResNet-"),
         images="large (ImageNet)" if architecture.large_images else "small (CIFAR)",
         blocks=" + ".join(map(str, architecture.depths))
-        + (" bottleneck" if architecture.block is Bottleneck else " basic"),
+        + (" bottleneck" if architecture.bottleneck else " basic"),
         parameters=architecture.parameters,
     )
     return construct

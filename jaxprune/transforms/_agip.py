@@ -125,7 +125,7 @@ def agip_transform(
 
     @functools.lru_cache(maxsize=4)
     def calendar_for(shapes: tuple[tuple[int, ...], ...]) -> Calendar:
-        return make_calendar(shapes, steps, sparsities, [fraction(t) for t in steps], rule)
+        return make_calendar(shapes, sparsities, [fraction(t) for t in steps], rule)
 
     def init_fn(params: optax.Params) -> AgipState:
         flags = trees.prunable_flags(params, prunable)
@@ -146,13 +146,13 @@ def agip_transform(
 
     def update_fn(
         updates: optax.Updates,
-        state: AgipState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         grad: optax.Updates | None = None,
         inner_state: Any = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AgipState]:
+    ) -> tuple[optax.Updates, Any]:
         del extra_args
         if params is None:
             raise ValueError(
@@ -213,7 +213,7 @@ def agip_transform(
             moves = [_scale(u, factor) for u, factor in zip(moves, factors, strict=True)]
         moves = [_project(*leaf) for leaf in zip(moves, masks, weights, strict=True)]
         return trees.put(updates, flags, moves), AgipState(
-            prune_step=optax.safe_increment(state.prune_step),
+            prune_step=jnp.asarray(optax.safe_increment(state.prune_step)),
             mask_updates=jnp.where(ok, done, state.mask_updates),
             refused=state.refused + (due & ~ok),
             masks=trees.put(state.masks, flags, masks),

@@ -1,5 +1,6 @@
 """When masks change, and how many weights each change keeps: tables of exact integers."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +12,15 @@ from jaxprune import budgets, schedules, trees
 
 
 class Calendar(NamedTuple):
-    """One entry for each mask update of a run."""
+    """One entry for each mask update of a run; or one entry, read at a traced index."""
 
-    total: np.ndarray  # int32 [entries], weights kept
-    moved: np.ndarray  # int32 [entries], of these, dropped and regrown elsewhere
-    floors: np.ndarray  # int32 [entries, pruned leaves], kept at least before regrowth
+    total: Any  # int32 [entries], weights kept
+    moved: Any  # int32 [entries], of these, dropped and regrown elsewhere
+    floors: Any  # int32 [entries, pruned leaves], kept at least before regrowth
 
 
 def make_calendar(
     shapes: Sequence[tuple[int, ...]],
-    steps: Sequence[int],
     sparsities: Sequence[float],
     regrow: Sequence[float],
     budget: budgets.BudgetRule,
@@ -29,7 +29,6 @@ def make_calendar(
 
     Args:
       shapes: shapes of the pruned leaves.
-      steps: step of each mask update.
       sparsities: sparsity after each mask update.
       regrow: fraction of the kept weights that each mask update moves.
       budget: how many weights each leaf keeps at a sparsity.
@@ -41,9 +40,11 @@ def make_calendar(
     total = np.array([entry.total for entry in plan], np.int64)
     floors = np.array([entry.floors for entry in plan], np.int64)
     moved = np.floor(total * np.asarray(regrow) + 0.5).astype(np.int64)
+    size = sum(math.prod(shape) for shape in shapes)
+    # Only weights that the last mask update left pruned can be regrown.
+    moved = np.minimum(moved, size - np.concatenate([[size], total[:-1]]))
     # What is regrown may go to any leaf, so floors hold for the rest.
     floors = floors * (total - moved)[:, None] // np.maximum(total, 1)[:, None]
-    assert len(steps) == len(total)
     return Calendar(*(table.astype(np.int32) for table in (total, moved, floors)))
 
 

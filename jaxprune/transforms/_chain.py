@@ -27,8 +27,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       >>> params = {"kernel": jnp.ones((4, 4))}
       >>> state = optimizer.init(params)
       >>> updates, state = optimizer.update({"kernel": jnp.ones((4, 4))}, state, params)
-      >>> float(updates["kernel"][0, 0].round(4))
-      -0.1
+      >>> f"{updates['kernel'][0, 0]:.3f}"
+      '-0.100'
     """
     members = tuple(optax.with_extra_args_support(transform) for transform in transforms)
 
@@ -36,8 +36,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         return tuple(member.init(params) for member in members)
 
     def update_fn(
-        updates: Any, state: tuple[Any, ...], params: Any = None, **extra_args: Any
-    ) -> tuple[Any, tuple[Any, ...]]:
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         if len(state) != len(members):
             raise ValueError(
                 f"`state` must have one entry for each of the {len(members)} transformations "

@@ -1,0 +1,306 @@
+"""Masks are found wherever they sit, applied exactly, and made in one call with exact counts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from reference import keep_count, largest
+
+import jaxprune
+from jaxprune import budgets, scores
+
+PARAMS = {
+    "conv": {"kernel": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)},
+    "dense": {"kernel": np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)},
+    "bias": np.ones(7, np.float32),
+}
+PARAMS = jax.tree.map(jnp.asarray, PARAMS)
+SIZE = 3 * 4 * 5 + 5 * 7
+
+
+def _agip(sparsity=0.6):
+    # One mask update, at the first step.
+    return jaxprune.agip_transform(sparsity, start=0, stop=0)
+
+
+def _labels(params):
+    return {"conv": {"kernel": "one"}, "dense": {"kernel": "two"}, "bias": "rest"}
+
+
+PLACES = {
+    "alone": _agip(),
+    "optax.chain": optax.chain(optax.sgd(0.1), _agip()),
+    "jaxprune.chain": jaxprune.chain(optax.adam(0.1), _agip()),
+    "nested": optax.chain(optax.chain(optax.sgd(0.1), optax.chain(_agip()))),
+    "MultiSteps": optax.MultiSteps(jaxprune.chain(optax.sgd(0.1), _agip()), 1),
+    "inject_hyperparams": optax.inject_hyperparams(
+        lambda learning_rate: jaxprune.chain(optax.sgd(learning_rate), _agip())
+    )(learning_rate=0.1),
+    "apply_if_finite": optax.apply_if_finite(jaxprune.chain(optax.sgd(0.1), _agip()), 3),
+}
+
+
+def _kernels(tree):
+    return [np.asarray(tree["conv"]["kernel"]), np.asarray(tree["dense"]["kernel"])]
+
+
+def _pattern(leaf):
+    return jnp.sin(3.0 * jnp.arange(leaf.size).reshape(leaf.shape)) > 0
+
+
+def _marked(state):
+    """The state with a pattern in place of every mask that a transformation keeps."""
+
+    def is_agip(node):
+        return isinstance(node, jaxprune.AgipState)
+
+    def mark(node):
+        return node._replace(masks=jax.tree.map(_pattern, node.masks)) if is_agip(node) else node
+
+    return jax.tree.map(mark, state, is_leaf=is_agip)
+
+
+# ---- get_masks
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_get_masks_finds_the_transformation(place):
+    state = PLACES[place].init(PARAMS)
+    masks = jaxprune.get_masks(state)
+    assert jax.tree.structure(masks) == jax.tree.structure(PARAMS)
+    assert all(mask.dtype == bool and mask.all() for mask in jax.tree.leaves(masks))
+
+    masks = jaxprune.get_masks(_marked(state))
+    assert jax.tree.structure(masks) == jax.tree.structure(PARAMS)
+    for mask, p in zip(*map(jax.tree.leaves, (masks, PARAMS)), strict=True):
+        np.testing.assert_array_equal(mask, _pattern(p))
+
+
+def test_get_masks_after_an_update_are_the_zeros_of_the_parameters():
+    optimizer = PLACES["jaxprune.chain"]
+    gradients = jax.tree.map(lambda p: jnp.cos(7 * p), PARAMS)
+    updates, state = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    params, masks = optax.apply_updates(PARAMS, updates), jaxprune.get_masks(state)
+    assert sum(int(mask.sum()) for mask in _kernels(masks)) == keep_count(SIZE, 0.6)
+    for mask, p in zip(*map(jax.tree.leaves, (masks, params)), strict=True):
+        np.testing.assert_array_equal(mask, p != 0)
+
+
+def test_get_masks_through_masked_fills_in_what_is_not_seen():
+    seen = {"conv": {"kernel": True}, "dense": {"kernel": False}, "bias": False}
+    state = optax.chain(optax.sgd(0.1), optax.masked(_agip(), seen)).init(PARAMS)
+    masks = jaxprune.get_masks(_marked(state))
+    assert jax.tree.structure(masks) == jax.tree.structure(PARAMS)
+    np.testing.assert_array_equal(masks["conv"]["kernel"], _pattern(PARAMS["conv"]["kernel"]))
+    for unseen in (masks["dense"]["kernel"], masks["bias"]):
+        assert unseen.shape == () and bool(unseen)
+
+
+def test_get_masks_merges_the_parts_of_a_partition():
+    parts = {
+        "one": jaxprune.chain(optax.sgd(0.1), _agip(0.5)),
+        "two": jaxprune.chain(optax.adam(0.1), _agip(0.9)),
+        "rest": optax.sgd(0.1),
+    }
+    labels = {"conv": {"kernel": "one"}, "dense": {"kernel": "two"}, "bias": "rest"}
+    masks = jaxprune.get_masks(_marked(optax.partition(parts, labels).init(PARAMS)))
+    assert jax.tree.structure(masks) == jax.tree.structure(PARAMS)
+    for mask, p in zip(_kernels(masks), _kernels(PARAMS), strict=True):
+        np.testing.assert_array_equal(mask, _pattern(p))
+    assert masks["bias"].shape == () and bool(masks["bias"])
+    # Scalar masks are good enough for `apply_masks`.
+    applied = jaxprune.apply_masks(PARAMS, masks)
+    np.testing.assert_array_equal(applied["bias"], PARAMS["bias"])
+
+
+def test_get_masks_of_two_transformations_on_the_same_leaves_is_what_both_keep():
+    state = (_agip().init(PARAMS), _agip().init(PARAMS))
+    one, two = (jax.tree.map(lambda p, s=s: jnp.sin(s * p) > 0, PARAMS) for s in (3, 5))
+    state = (state[0]._replace(masks=one), state[1]._replace(masks=two))
+    masks = jaxprune.get_masks(state)
+    for mask, a, b in zip(*map(jax.tree.leaves, (masks, one, two)), strict=True):
+        assert (mask == (a & b)).all()
+
+
+def test_get_masks_from_nnx():
+    model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(1)))
+    before = nnx.state(model, nnx.Param)
+    optimizer = nnx.Optimizer(model, jaxprune.chain(optax.sgd(0.1), _agip(0.5)), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(lambda p: p + 0.1, before))
+    masks = jaxprune.get_masks(optimizer.opt_state)
+    kernels = [masks["layers"][i]["kernel"] for i in (0, 1)]
+    assert sum(int(jnp.sum(kernel[...])) for kernel in kernels) == keep_count(24 + 18, 0.5)
+
+    pruned = jaxprune.apply_masks(before, masks)
+    assert jax.tree.structure(pruned) == jax.tree.structure(before)
+    leaves = map(jax.tree.leaves, (masks, pruned, before, nnx.state(model, nnx.Param)))
+    for mask, after, old, trained in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(after, np.where(mask, old, 0))
+        assert (trained[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.identity()])
+def test_get_masks_without_masks(optimizer):
+    with pytest.raises(ValueError, match=r"`opt_state` holds no masks.*\(type \w+\)\. Add one"):
+        jaxprune.get_masks(optimizer.init(PARAMS))
+
+
+# ---- apply_masks
+
+
+class Pair(NamedTuple):
+    left: jax.Array
+    right: jax.Array
+
+
+def test_apply_masks_keeps_values_dtypes_and_containers():
+    tree = Pair(jnp.array([1.5, -2.0, jnp.nan], jnp.bfloat16), [jnp.array([[3, 4]], jnp.int8)])
+    masks = Pair(jnp.array([True, False, False]), [jnp.array([[False, True]])])
+    result = jaxprune.apply_masks(tree, masks)
+    assert isinstance(result, Pair)
+    assert (result.left.dtype, result.right[0].dtype) == (jnp.bfloat16, jnp.int8)
+    assert result.left.tolist() == [1.5, 0.0, 0.0]
+    assert result.right[0].tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_scalar_masks_are_for_whole_leaves(mask):
+    result = jaxprune.apply_masks({"w": jnp.full((2, 3), 7.0)}, {"w": jnp.array(mask)})
+    assert (result["w"] == (7.0 if mask else 0.0)).all()
+
+
+def test_apply_masks_under_jit():
+    masks = jax.tree.map(lambda p: p > 0, PARAMS)
+    eager, jitted = (
+        jaxprune.apply_masks(PARAMS, masks),
+        jax.jit(jaxprune.apply_masks)(PARAMS, masks),
+    )
+    for a, b, p in zip(*map(jax.tree.leaves, (eager, jitted, PARAMS)), strict=True):
+        np.testing.assert_array_equal(a, np.maximum(p, 0))
+        np.testing.assert_array_equal(b, a)
+
+
+def test_apply_masks_names_every_leaf():
+    tree = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4), "c": jnp.zeros(2)}
+    masks = {"a": jnp.ones((3, 2), bool), "c": jnp.ones(2, bool), "d": jnp.array(True)}
+    with pytest.raises(ValueError) as error:
+        jaxprune.apply_masks(tree, masks)
+    assert str(error.value).splitlines() == [
+        "`masks` must have the paths and shapes of `tree`:",
+        "  b: no mask",
+        "  d: a mask without a leaf",
+        "  a: shape (2, 3), but mask (3, 2)",
+    ]
+
+
+def test_apply_masks_does_not_broadcast():
+    with pytest.raises(ValueError, match=r"a: shape \(2, 3\), but mask \(3,\)"):
+        jaxprune.apply_masks({"a": jnp.zeros((2, 3))}, {"a": jnp.ones(3, bool)})
+
+
+# ---- prune
+
+
+STATISTICS = jax.tree.map(lambda p: jnp.abs(jnp.cos(11 * p)), PARAMS)
+SCORES = {
+    "magnitude": (scores.magnitude, lambda w, s: np.abs(w)),
+    "gradient": (scores.gradient, lambda w, s: s),
+    "taylor": (scores.taylor, lambda w, s: np.abs(w) * s),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    [("magnitude", 0.0), ("magnitude", 0.72), ("gradient", 0.3), ("taylor", 0.95)],
+)
+def test_prune_keeps_the_largest_scores(name, sparsity):
+    score, formula = SCORES[name]
+    pruned, masks = jaxprune.prune(PARAMS, sparsity, score=score, statistics=STATISTICS)
+    keep = keep_count(SIZE, sparsity)
+    assert sum(int(mask.sum()) for mask in _kernels(masks)) == keep
+    values = [formula(w, s) for w, s in zip(_kernels(PARAMS), _kernels(STATISTICS), strict=True)]
+    floors = [max(1, keep_count(n, sparsity) // 10) for n in (60, 35)]
+    wanted = largest(values, keep, floors)
+    kernels = zip(_kernels(masks), _kernels(pruned), _kernels(PARAMS), wanted, strict=True)
+    for mask, after, before, want in kernels:
+        np.testing.assert_array_equal(mask, want)
+        np.testing.assert_array_equal(after, np.where(mask, before, 0))
+    assert masks["bias"].shape == (7,) and bool(masks["bias"].all())
+    assert (pruned["bias"] == PARAMS["bias"]).all()
+
+
+def test_prune_with_a_uniform_budget_and_with_random_scores():
+    for score in (scores.magnitude, scores.random(0)):
+        _, masks = jaxprune.prune(PARAMS, 0.7, score=score, budget=budgets.uniform)
+        counts = [int(mask.sum()) for mask in _kernels(masks)]
+        assert counts == [keep_count(60, 0.7), keep_count(35, 0.7)]
+
+
+def test_prune_with_a_custom_budget():
+    def rule(shapes, sparsity):
+        assert (shapes, sparsity) == ([(3, 4, 5), (5, 7)], 0.5)
+        return budgets.Budget(30, (0, 30))
+
+    _, masks = jaxprune.prune(PARAMS, 0.5, budget=rule)
+    assert [int(mask.sum()) for mask in _kernels(masks)] == [0, 30]
+
+
+@pytest.mark.parametrize(
+    "prunable",
+    [
+        lambda path, leaf: path == "bias",
+        {"conv": {"kernel": False}, "dense": {"kernel": False}, "bias": True},
+    ],
+)
+def test_prune_chosen_leaves_only(prunable):
+    pruned, masks = jaxprune.prune(PARAMS, 0.5, prunable=prunable)
+    # All equal: the first ones stay.
+    assert masks["bias"].tolist() == [True] * 3 + [False] * 4
+    assert pruned["bias"].tolist() == [1.0] * 3 + [0.0] * 4
+    assert all(mask.all() for mask in _kernels(masks))
+    assert (pruned["dense"]["kernel"] == PARAMS["dense"]["kernel"]).all()
+
+
+def test_prune_an_nnx_state():
+    state = nnx.state(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Param)
+    pruned, masks = jaxprune.prune(state, 0.5)
+    assert jax.tree.structure(pruned) == jax.tree.structure(state)
+    assert [int(mask.sum()) for mask in jax.tree.leaves(masks)] == [5, 15]
+    wanted = largest([np.abs(state["kernel"].get_value())], 15)[0]
+    np.testing.assert_array_equal(masks["kernel"].get_value(), wanted)
+
+
+def test_prune_under_jit():
+    pruned, masks = jax.jit(lambda params: jaxprune.prune(params, 0.6))(PARAMS)
+    eager = jaxprune.prune(PARAMS, 0.6)
+    for a, b in zip(*map(jax.tree.leaves, ((pruned, masks), eager)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_sparsity_out_of_range(sparsity):
+    with pytest.raises(ValueError, match=r"`sparsity` must lie in \[0, 1\), but is"):
+        jaxprune.prune(PARAMS, sparsity)
+
+
+@pytest.mark.parametrize(
+    ("params", "arguments", "message"),
+    [
+        ({"bias": jnp.ones(3)}, {}, "`prunable` matches no leaf"),
+        (
+            {"w": jnp.ones((2, 2))},
+            {"statistics": {"v": jnp.ones((2, 2))}},
+            "`statistics` must have",
+        ),
+        ({"w": jnp.ones((2, 2), jnp.int8)}, {"prunable": {"w": True}}, "w: shape .*dtype int8"),
+        ({"a": jnp.ones((1, 2)), "b": jnp.ones((1, 2))}, {}, "Lower `sparsity` or `floor`"),
+        ({}, {}, "entries in all, but has 0"),
+    ],
+)
+def test_prune_errors(params, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jaxprune.prune(params, 0.75, **arguments)
