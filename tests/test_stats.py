@@ -58,11 +58,12 @@ def test_bias_correction_is_the_formula():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_average_keeps_its_dtype_and_is_computed_in_float32(dtype):
-    average = [jnp.full(3, 0.3, dtype)]
-    new = stats.update_average(average, [jnp.full(3, 1.7, jnp.bfloat16)], 0.9)
-    wide = average[0].astype(jnp.float32), jnp.full(3, 1.7, jnp.bfloat16).astype(jnp.float32)
+    average = [jnp.linspace(0.1, 3.0, 50).astype(dtype)]
+    gradient = jnp.linspace(-1.7, 0.9, 50).astype(jnp.bfloat16)
+    new = stats.update_average(average, [gradient], 0.9)
+    old, size = average[0].astype(jnp.float32), jnp.abs(gradient.astype(jnp.float32))
     assert new[0].dtype == dtype
-    assert (new[0] == (wide[0] + 0.1 * (wide[1] - wide[0])).astype(dtype)).all()
+    assert (new[0] == (old + (1 - 0.9) * (size - old)).astype(dtype)).all()
     assert stats.unbias(new, 0.9, jnp.int32(2))[0].dtype == jnp.float32
 
 
