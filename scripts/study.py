@@ -11,7 +11,6 @@ run (log.txt is what it printed) and results.jsonl, .md and .png, which always c
 
 import argparse
 import contextlib
-import datetime
 import fcntl
 import json
 import math
@@ -34,8 +33,8 @@ STYLES = {"agip": ("o-", "#0072B2"), "gradient": ("s--", "#D55E00"),
 # What may differ between runs of a study. The last three change no number.
 FREE = {"method", "sparsity", "seed", "workdir", "overwrite", "data_dir", "source_dir"}
 OWN = {"--method", "--sparsity", "--seed", "--workdir", "--overwrite"}
-NOTE = """SD: sample standard deviation over seeds, in the same unit. Relative: to the test accuracy of
-the dense run (method none) with the same seed. Bytes: of a file with the parameters."""
+NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds, in the same unit.
+Relative: to the dense run (method none) of the same seed. Bytes: of a file with the parameters."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -68,14 +67,13 @@ def parse(args: list[str]) -> argparse.Namespace:
     options = parser.parse_args(args[:end])
     options.training = args[end + 1 :]
     own = sorted(OWN & {option.partition("=")[0] for option in options.training})
-    rules = {
-        "CONFIG is missing": options.config or options.report_only,
-        "--sparsities must be in [0, 1)": all(0 <= s < 1 for s in options.sparsities),
-        "--seeds must be at least 0, --jobs 1": min(*options.seeds, options.jobs - 1) >= 0,
-        f"{', '.join(own)} may not follow `--`: the study sets it": not own,
-    }
-    if bad := [rule for rule, holds in rules.items() if not holds]:
-        parser.error("; ".join(bad))
+    if not (options.config or options.report_only):
+        parser.error("CONFIG is missing")
+    if own:
+        parser.error(f"{', '.join(own)} may not follow `--`: the study sets it")
+    too_low = options.jobs < 1 or min(options.seeds) < 0
+    if too_low or not all(0 <= sparsity < 1 for sparsity in options.sparsities):
+        parser.error("--jobs must be at least 1, --seeds at least 0, --sparsities in [0, 1)")
     return options
 
 
@@ -110,7 +108,7 @@ def study(options: argparse.Namespace) -> None:
                 else:
                     text = failed[name] = f"FAILED with code {code}"
                 seconds = (time.perf_counter() - began) / ended * (len(waiting) - ended)
-                left = f"{datetime.timedelta(seconds=round(seconds))} left"
+                left = f"{seconds / 60:.1f} minutes left"
                 print(f"{done + ended}/{len(runs)}  {name}  {text}  {left}", flush=True)
                 bar.update(task, completed=done + ended, description=left)
     print(f"results: {workdir / 'results.md'}" if write_results(workdir) else "no run is finished")
@@ -170,9 +168,8 @@ def start(options: Any, name: str, arguments: list[str], slot: int) -> subproces
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         child = subprocess.Popen(command + options.training, env=environment, **pipes)
     if options.jobs > 1 and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        first, end = (len(cores) * i // options.jobs for i in (slot, slot + 1))
-        os.sched_setaffinity(child.pid, cores[first:end] or cores)  # its later threads inherit it
+        cores = sorted(os.sched_getaffinity(0))  # the child's later threads inherit its share
+        os.sched_setaffinity(child.pid, cores[slot % len(cores) :: options.jobs])
     return child
 
 
@@ -190,16 +187,24 @@ def write_results(workdir: Path) -> dict[str, dict[str, Any]]:
     """Writes the results of all finished runs; returns folder -> record."""
     records = {}
     for name, config in read_configs(workdir).items():
-        if summary := checkpoints.read_json(workdir / name / "summary.json"):
+        summary = checkpoints.read_json(workdir / name / "summary.json")
+        if summary and Path(config["workdir"]).name == name:  # a copy of a run is not one more
             target = 0.0 if config["method"] == "none" else config["sparsity"]
             run = {"method": config["method"], "target_sparsity": target, "seed": config["seed"]}
             records[name] = run | summary
     if records:
-        rows = aggregate([*records.values()])
         lines = (json.dumps(record) + "\n" for record in records.values())
         checkpoints.write_text(workdir / "results.jsonl", "".join(lines))
+        rows = aggregate([*records.values()])
         plot(rows, workdir / "results.png")
-        checkpoints.write_text(workdir / "results.md", describe(rows, workdir, records.values()))
+        table = [{k: f"{x:.2%}" if isinstance(x, float) else x for k, x in r.items()} for r in rows]
+        commands = (checkpoints.read_json(workdir / "study.json") or {}).get("commands", [])
+        facts = [f"- command: `{command}`" for command in commands]
+        for run in records.values():
+            versions = ", ".join(" ".join(package) for package in run["versions"].items())
+            facts += [f"- device: {run['device']}", f"- versions: {versions}"]
+        parts = reports.markdown_table(table, list(rows[0])), NOTE, "\n".join(dict.fromkeys(facts))
+        checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
     return records
 
 
@@ -214,26 +219,15 @@ def aggregate(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row = {"method": runs[0]["method"], "sparsity": sparsity, "runs": len(runs)}
         pairs = [(run["test_accuracy"], dense.get(run["seed"])) for run in runs]
         relative = [accuracy / reference for accuracy, reference in pairs if reference]
-        for name, values in ("test accuracy", [a for a, _ in pairs]), ("relative", relative):
-            row[name] = statistics.mean(values) if values else None
-            row[f"SD of {name}"] = statistics.stdev(values) if len(values) > 1 else None
+        accuracies = [accuracy for accuracy, _ in pairs]
+        for mean, sd, x in ("accuracy", "SD", accuracies), ("relative", "relative SD", relative):
+            row[mean] = statistics.mean(x) if x else None
+            row[sd] = statistics.stdev(x) if len(x) > 1 else None
         row["measured sparsity"] = statistics.mean(run["sparsity"] for run in runs)
         for name in ("sparse", "dense"):
             row[f"{name} bytes"] = round(statistics.mean(run[f"{name}_bytes"] for run in runs))
         rows.append(row)
     return rows
-
-
-def describe(rows: Sequence[Mapping[str, Any]], workdir: Path, records: Any) -> str:
-    """The table in Markdown; below it what it was measured with."""
-    cells = [{k: f"{x:.2%}" if isinstance(x, float) else x for k, x in r.items()} for r in rows]
-    saved = checkpoints.read_json(workdir / "study.json") or {"commands": []}
-    facts = [f"- command: `{command}`" for command in saved["commands"]]
-    for run in records:
-        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        facts += [f"- device: {run['device']}", f"- versions: {versions}"]
-    table = reports.markdown_table(cells, list(rows[0]))
-    return f"{table}\n\n{NOTE}\n\n" + "\n".join(dict.fromkeys(facts)) + "\n"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -246,12 +240,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         # Equal steps are equal factors of what is kept; a shift keeps error bars apart.
         if own := [row for row in rows if row["method"] == method]:
             x = [0.015 * shift - math.log(1 - row["sparsity"]) for row in own]
-            y, sd = (
-                [row[key] or 0 for row in own] for key in ("test accuracy", "SD of test accuracy")
-            )
-            axes.errorbar(x, y, sd, fmt=style, color=colour, capsize=3, label=method)
+            y, sd = ([row[key] or 0 for row in own] for key in ("accuracy", "SD"))
+            axes.errorbar(x, y, sd, fmt=style, color=colour, ms=4, capsize=3, label=method)
     if rows[0]["method"] == "none":
-        mean, sd = rows[0]["test accuracy"], rows[0]["SD of test accuracy"] or 0
+        mean, sd = rows[0]["accuracy"], rows[0]["SD"] or 0
         axes.axhline(mean, color="#000000", linewidth=1, label="dense")
         axes.axhspan(mean - sd, mean + sd, color="#000000", alpha=0.12, linewidth=0)
     ticks = sorted({row["sparsity"] for row in rows if row["method"] != "none"})

@@ -58,8 +58,8 @@ def test_bias_correction_is_the_formula():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_average_keeps_its_dtype_and_is_computed_in_float32(dtype):
-    average = [jnp.linspace(0.1, 3.0, 50).astype(dtype)]
-    gradient = jnp.linspace(-1.7, 0.9, 50).astype(jnp.bfloat16)
+    average = [jnp.linspace(0.1, 3.0, 5000).astype(dtype)]
+    gradient = jnp.linspace(-1.7, 0.9, 5000).astype(jnp.bfloat16)
     new = stats.update_average(average, [gradient], 0.9)
     old, size = average[0].astype(jnp.float32), jnp.abs(gradient.astype(jnp.float32))
     assert new[0].dtype == dtype
