@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 __all__ = ["Budget", "BudgetRule", "global_budget", "keep_count", "uniform"]
@@ -49,7 +50,9 @@ def keep_count(size: int, sparsity: float) -> int:
       >>> keep_count(5, 0.5)
       2
     """
-    return size - math.floor(size * sparsity + 0.5)
+    # As the decimal number that was written: 50 * 0.29 is 14.499999999999998 in floating point.
+    exact = Fraction(str(float(sparsity)))
+    return size - math.floor(size * exact + Fraction(1, 2))
 
 
 def uniform(shapes: Sequence[Shape], sparsity: float) -> Budget:
@@ -75,7 +78,7 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
 
     Args:
       floor: share of the uniform budget that every leaf keeps at least, in [0, 1], never
-        less than one weight: 0 is pure global competition, 1 is `uniform`.
+        less than one weight: 0 is pure global competition, 1 is `uniform` up to rounding.
 
     Returns:
       A function `(shapes, sparsity) -> Budget`.
@@ -94,7 +97,7 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
     def rule(shapes: Sequence[Shape], sparsity: float) -> Budget:
         sizes = [math.prod(shape) for shape in shapes]
         total = keep_count(sum(sizes), sparsity)
-        floors = tuple(max(1, math.floor(floor * keep_count(n, sparsity))) for n in sizes)
+        floors = tuple(max(1, math.floor(floor * total * n / sum(sizes))) for n in sizes)
         if sum(floors) > total:
             small = min(sizes)
             raise ValueError(

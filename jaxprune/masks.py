@@ -34,7 +34,7 @@ def get_masks(opt_state: Any) -> Any:
       >>> masks["kernel"].tolist()
       [[True, True], [True, True]]
     """
-    found = [masks for _, masks in optax.tree.get_all_with_path(opt_state, "masks")]
+    found = trees.state_fields(opt_state, "masks")
     if not found:
         raise ValueError(
             "`opt_state` holds no masks: it is the state of an optimizer without a pruning "
@@ -63,9 +63,8 @@ def apply_masks(tree: Any, masks: Any) -> Any:
       >>> apply_masks([jnp.array([1.0, 2.0])], [jnp.array([True, False])])[0].tolist()
       [1.0, 0.0]
     """
-    by_path = dict(trees.leaves_with_paths(masks))
-    named = trees.leaves_with_paths(tree)
-    paths = {path for path, _ in named}
+    by_path, leaf_of = trees.leaf_by_path(masks), trees.leaf_by_path(tree)
+    named, paths = leaf_of.items(), leaf_of.keys()
     problems = [f"{path}: no mask" for path, _ in named if path not in by_path]
     problems += [f"{path}: a mask without a leaf" for path in by_path if path not in paths]
     problems += [
@@ -114,20 +113,20 @@ def prune(
     if not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
     flags = trees.prunable_flags(params, prunable)
-    leaves, treedef = jax.tree.flatten(params)
-    weights = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+    weights = trees.pick(params, flags)
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
-        statistics = [s for s, flag in zip(jax.tree.leaves(statistics), flags) if flag]
+        statistics = trees.pick(statistics, flags)
     rule = budgets.global_budget() if budget is None else budget
     total, floors = rule([weight.shape for weight in weights], sparsity)
-    selected = iter(selection.largest(score(weights, statistics), total, floors=floors))
-    chosen = [
-        next(selected) if flag else jnp.ones(jnp.shape(leaf), bool)
-        for leaf, flag in zip(leaves, flags, strict=True)
-    ]
-    masks = jax.tree.unflatten(treedef, chosen)
+    selected = _largest(score(weights, statistics), total, floors=jnp.array(floors, jnp.int32))
+    everything = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
+    masks = trees.put(everything, flags, selected)
     return apply_masks(params, masks), masks
+
+
+# Outside of `jit` its loops would be compiled anew at every call.
+_largest = jax.jit(selection.largest)
 
 
 def _is_masked_node(node: Any) -> bool:

@@ -39,8 +39,8 @@ def cubic(final: float, start: int, stop: int, *, initial: float = 0.0) -> Sched
     """
 
     def schedule(step: Any) -> Any:
-        left = 1 - _progress(step, start, stop)
-        return final + (initial - final) * left**3
+        left = (1 - _progress(step, start, stop)) ** 3
+        return final * (1 - left) + initial * left
 
     return schedule
 

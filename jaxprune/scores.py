@@ -50,12 +50,15 @@ def gradient(params: Any, statistics: Any) -> Any:
     Returns:
       Tree of float32 arrays like `statistics`.
 
+    Raises:
+      ValueError: if `statistics` is None.
+
     Example:
       >>> gradient(None, {"kernel": jnp.array([[0.5, 1.0]])})["kernel"].tolist()
       [[0.5, 1.0]]
     """
     del params
-    return jax.tree.map(_size, statistics)
+    return jax.tree.map(_size, _required(statistics))
 
 
 def taylor(params: Any, statistics: Any) -> Any:
@@ -70,6 +73,9 @@ def taylor(params: Any, statistics: Any) -> Any:
     Returns:
       Tree of float32 arrays like `params`.
 
+    Raises:
+      ValueError: if `statistics` is None.
+
     References:
       Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
 
@@ -77,7 +83,7 @@ def taylor(params: Any, statistics: Any) -> Any:
       >>> taylor([jnp.array([-2.0, 1.0])], [jnp.array([0.5, 3.0])])[0].tolist()
       [1.0, 3.0]
     """
-    return jax.tree.map(lambda w, s: _size(w) * _size(s), params, statistics)
+    return jax.tree.map(lambda w, s: _size(w) * _size(s), params, _required(statistics))
 
 
 def random(seed: int) -> Score:
@@ -104,6 +110,16 @@ def random(seed: int) -> Score:
         return jax.tree.unflatten(treedef, draws)
 
     return score
+
+
+def _required(statistics: Any) -> Any:
+    """The statistics, or an error that says where to get them."""
+    if statistics is None:
+        raise ValueError(
+            "`statistics` is missing: this score needs the size of each weight's gradient. Pass "
+            "gradients or their averages, a tree like the parameters, or use `scores.magnitude`."
+        )
+    return statistics
 
 
 def _size(x: jax.Array) -> jax.Array:

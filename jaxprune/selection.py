@@ -43,8 +43,8 @@ def largest(scores: Any, keep: Any, *, floors: Any = None, among: Any = None) ->
       are; a floor is lowered in the same way.
 
     Raises:
-      ValueError: if the leaves have more than 2**31 - 1 entries together, or `floors` or
-        `among` have another number of leaves.
+      ValueError: if the leaves have more than 2**31 - 1 entries together, `floors` has
+        another number of leaves, or `among` has other paths or shapes.
 
     Example:
       >>> scores = {"a": jnp.array([0.1, 0.9]), "b": jnp.array([0.5, 0.5, 0.3])}
@@ -53,9 +53,11 @@ def largest(scores: Any, keep: Any, *, floors: Any = None, among: Any = None) ->
       ([False, True], [True, False, False])
     """
     leaves, treedef = jax.tree.flatten(scores)
-    allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     floors = jnp.zeros(len(leaves), jnp.int32) if floors is None else jnp.asarray(floors)
-    _check(scores, len(allowed), floors.shape)
+    _check(scores, floors.shape)
+    if among is not None:
+        trees.check_same_structure("among", among, scores)
+    allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     keys = [_keys(score, mask) for score, mask in zip(leaves, allowed, strict=True)]
 
     able = _sizes(leaves) if among is None else count_kept(among)
@@ -82,7 +84,7 @@ def count_kept(masks: Any) -> jax.Array:
     return jnp.stack([_total(_with_rows(mask)) for mask in jax.tree.leaves(masks)])
 
 
-def _check(scores: Any, n_allowed: int, floors_shape: tuple[int, ...]) -> None:
+def _check(scores: Any, floors_shape: tuple[int, ...]) -> None:
     """Static checks of the arguments of `largest`."""
     named = trees.leaves_with_paths(scores)
     bad = [
@@ -97,10 +99,10 @@ def _check(scores: Any, n_allowed: int, floors_shape: tuple[int, ...]) -> None:
             f"`scores` must have between 1 and {_LIMIT} entries in all, but has {size}; "
             "select for parts of the tree."
         )
-    if n_allowed != len(named) or floors_shape != (len(named),):
+    if floors_shape != (len(named),):
         raise ValueError(
-            f"`among` and `floors` must have one entry for each of the {len(named)} leaves of "
-            f"`scores`, but have {n_allowed} leaves and shape {floors_shape}."
+            f"`floors` must have one entry for each of the {len(named)} leaves of `scores`, but "
+            f"has shape {floors_shape}."
         )
 
 
@@ -248,14 +250,25 @@ def _last_ties(
     """Row and column of each leaf's `need`-th key at its threshold, in row-major order."""
     ties = [key == t for key, t in zip(keys, thresholds, strict=True)]
     row, before = _find([_row_totals(tie).reshape(-1) for tie in ties], need)
-    columns = []
-    for tie, r in zip(ties, row, strict=True):
-        # A masked sum instead of an index, which would gather a sharded array.
-        packed = jnp.packbits(tie, axis=-1)
-        in_row = jnp.where(_row_index(packed.shape) == r, packed, 0)
-        bits = jnp.sum(in_row, axis=tuple(range(tie.ndim - 1)), dtype=jnp.uint8)
-        columns.append(jnp.unpackbits(bits, count=tie.shape[-1]).astype(jnp.int32))
+    columns = [_row_of(tie, r) for tie, r in zip(ties, row, strict=True)]
     return row, _find(columns, need - before)[0]
+
+
+def _row_of(flags: jax.Array, row: jax.Array) -> jax.Array:
+    """One row of flags as int32 [last dimension], by row-major index."""
+
+    # A masked sum instead of an index, which would gather a sharded array.
+    def masked_sum(x: jax.Array, dtype: Any) -> jax.Array:
+        here = jnp.where(_row_index(x.shape) == row, x, 0)
+        return jnp.sum(here, axis=tuple(range(x.ndim - 1)), dtype=dtype)
+
+    def by_bits(x: jax.Array) -> jax.Array:
+        bits = masked_sum(jnp.packbits(x, axis=-1), jnp.uint8)
+        return jnp.unpackbits(bits, count=x.shape[-1]).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(
+        flags, cpu=by_bits, default=lambda x: masked_sum(x, jnp.int32)
+    )
 
 
 def _find(counts: Sequence[jax.Array], need: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from jaxprune import trees
 
 __all__ = ["all_finite", "first_moment", "unbias", "update_average"]
 
@@ -12,7 +13,8 @@ __all__ = ["all_finite", "first_moment", "unbias", "update_average"]
 def update_average(average: Any, gradients: Any, decay: float) -> Any:
     """One step of the exponential average of `|g|`: `S <- decay * S + (1 - decay) * |g|`.
 
-    A gradient that is not finite leaves its weight's average as it was.
+    A gradient that is not finite, or too large for the dtype of the average, leaves its
+    weight's average as it was.
 
     Args:
       average: tree of floating-point arrays; starts at 0.
@@ -29,8 +31,8 @@ def update_average(average: Any, gradients: Any, decay: float) -> Any:
 
     def step(average: jax.Array, g: jax.Array) -> jax.Array:
         old, g = average.astype(jnp.float32), g.astype(jnp.float32)
-        new = old + (1 - decay) * (jnp.abs(g) - old)
-        return jnp.where(jnp.isfinite(g), new, old).astype(average.dtype)
+        new = (old + (1 - decay) * (jnp.abs(g) - old)).astype(average.dtype)
+        return jnp.where(jnp.isfinite(new), new, average)
 
     return jax.tree.map(step, average, gradients)
 
@@ -67,17 +69,14 @@ def first_moment(inner_state: Any) -> Any | None:
       Tree like the parameters, or `None` if there is not exactly one such tree.
 
     Example:
+      >>> import optax
       >>> state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
       >>> first_moment(state)["w"].tolist()
       [0.0, 0.0]
       >>> first_moment(optax.sgd(0.1).init({"w": jnp.ones(2)})) is None
       True
     """
-    found = [
-        value
-        for name in ("trace", "mu")
-        for _, value in optax.tree.get_all_with_path(inner_state, name)
-    ]
+    found = [m for name in ("trace", "mu") for m in trees.state_fields(inner_state, name)]
     return found[0] if len(found) == 1 else None
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 __all__ = [
     "Prunable",
     "check_same_structure",
+    "leaf_by_path",
     "leaves_like",
     "leaves_with_paths",
     "path_string",
@@ -16,6 +18,7 @@ __all__ = [
     "prunable_flags",
     "put",
     "raise_for",
+    "state_fields",
 ]
 
 Prunable = Callable[[str, Any], bool] | Any | None
@@ -62,6 +65,57 @@ def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     return [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def leaf_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, in flattening order.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      Dict from path to leaf.
+
+    Raises:
+      ValueError: if two leaves have the same path, as in `{"a/b": 0, "a": {"b": 1}}`.
+
+    Example:
+      >>> leaf_by_path({"dense": {"bias": 1, "kernel": 2}})
+      {'dense/bias': 1, 'dense/kernel': 2}
+    """
+    named = leaves_with_paths(tree)
+    by_path = dict(named)
+    if len(by_path) < len(named):
+        paths = [path for path, _ in named]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise_for(twice, "leaves cannot be told apart by their paths; rename one of each:")
+    return by_path
+
+
+def state_fields(state: Any, name: str) -> list[Any]:
+    """All fields of that name in the NamedTuples of an optimizer state.
+
+    A parameter of the same name is not a field.
+
+    Args:
+      state: state of an Optax optimizer.
+      name: name of a field.
+
+    Returns:
+      List of values, in flattening order.
+
+    Example:
+      >>> state = optax.sgd(0.1, momentum=0.9).init({"trace": jnp.zeros(2)})
+      >>> state_fields(state, "trace")
+      [{'trace': Array([0., 0.], dtype=float32)}]
+    """
+
+    def is_field(path: tuple[Any, ...], value: Any) -> bool:
+        del value
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    found = optax.tree.get_all_with_path(state, name, filtering=is_field)
+    return [value for _, value in found]
+
+
 def raise_for(problems: list[str], summary: str) -> None:
     """Raises one `ValueError` that lists every problem, or does nothing if there is none.
 
@@ -102,8 +156,8 @@ def check_same_structure(name: str, tree: Any, params: Any) -> None:
       ValueError: `updates` must have the paths and shapes of the parameters:
         0: shape (2,), but the parameter has (3,)
     """
-    wanted = {path: jnp.shape(leaf) for path, leaf in leaves_with_paths(params)}
-    seen = {path: jnp.shape(leaf) for path, leaf in leaves_with_paths(tree)}
+    wanted = {path: jnp.shape(leaf) for path, leaf in leaf_by_path(params).items()}
+    seen = {path: jnp.shape(leaf) for path, leaf in leaf_by_path(tree).items()}
     problems = [f"{path}: missing" for path in wanted if path not in seen]
     problems += [f"{path}: not a parameter" for path in seen if path not in wanted]
     problems += [
@@ -131,8 +185,8 @@ def leaves_like(params: Any, tree: Any) -> list[Any] | None:
       >>> leaves_like({"b": 0}, {"a": 1, "b": 2})
       [2]
     """
-    by_path = dict(leaves_with_paths(tree))
-    paths = [path for path, _ in leaves_with_paths(params)]
+    by_path = leaf_by_path(tree)
+    paths = list(leaf_by_path(params))
     return [by_path[path] for path in paths] if all(path in by_path for path in paths) else None
 
 
@@ -238,7 +292,7 @@ def _default_rule(path: str, leaf: Any) -> bool:
 
 def _flags_from_tree(named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
     """Matches a tree of bools with the parameters, path by path."""
-    flags = dict(leaves_with_paths(tree))
+    flags = leaf_by_path(tree)
     paths = [path for path, _ in named]
     missing = [f"{path}: missing in `prunable`" for path in paths if path not in flags]
     extra = [f"{path}: not a parameter" for path in flags if path not in set(paths)]

@@ -1,6 +1,7 @@
 """Exact integers: the rounding rule, totals that add up, floors that can be met."""
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -23,14 +24,13 @@ def test_keep_count_is_exact_for_decimals(size):
     for digits in (2, 3):
         for i in range(10**digits):
             sparsity = i / 10**digits
-            if (2 * size * i) % 10**digits == 0 and (size * i) % 10**digits:
-                continue  # exact halves have their own test
             assert budgets.keep_count(size, sparsity) == keep_count(size, sparsity), sparsity
 
 
 def test_halves_prune_one_more():
     assert [budgets.keep_count(size, 0.5) for size in (1, 3, 5, 7)] == [0, 1, 2, 3]
     assert [budgets.keep_count(2, s) for s in (0.25, 0.75)] == [1, 0]
+    assert budgets.keep_count(50, 0.29) == 35  # 50 * 0.29 is below 14.5 in floating point
 
 
 @given(size=SIZES, sparsity=SPARSITIES)
@@ -64,19 +64,24 @@ def test_uniform_gives_every_leaf_its_own_count(shapes, sparsity):
 @given(shapes=SHAPES, sparsity=st.floats(0, 0.99), floor=st.floats(0, 1))
 def test_global_floors_can_be_met(shapes, sparsity, floor):
     sizes = [math.prod(shape) for shape in shapes]
+    total = budgets.keep_count(sum(sizes), sparsity)
+    shares = [Fraction(floor) * total * n / sum(sizes) for n in sizes]
     try:
         budget = budgets.global_budget(floor)(shapes, sparsity)
     except ValueError as error:
         assert "`sparsity`" in str(error)
-        shares = [max(1, math.floor(floor * budgets.keep_count(n, sparsity))) for n in sizes]
-        assert sum(shares) > budgets.keep_count(sum(sizes), sparsity)
+        assert sum(max(1, math.floor(share)) for share in shares) > total
         return
-    assert budget.total == budgets.keep_count(sum(sizes), sparsity)
-    assert sum(budget.floors) <= budget.total
-    for least, size in zip(budget.floors, sizes, strict=True):
-        kept = budgets.keep_count(size, sparsity)
+    assert budget.total == total
+    assert sum(budget.floors) <= total
+    for least, size, share in zip(budget.floors, sizes, shares, strict=True):
         assert 1 <= least <= size
-        assert least == 1 or least <= floor * kept < least + 1
+        assert least == 1 or abs(least - math.floor(share)) <= (share.denominator > 1)
+
+
+def test_floor_one_can_always_be_met_by_leaves_that_keep_something() -> None:
+    rule = budgets.global_budget(1.0)
+    assert rule([(3,)] * 10, 0.1) == budgets.Budget(27, (2,) * 10)
 
 
 @given(hundreds=st.lists(st.integers(1, 50), min_size=1, max_size=5), percent=st.integers(0, 99))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,3 +305,22 @@ def test_sparsity_out_of_range(sparsity):
 def test_prune_errors(params, arguments, message):
     with pytest.raises(ValueError, match=message):
         jaxprune.prune(params, 0.75, **arguments)
+
+
+def test_a_parameter_named_masks_is_not_a_state_field():
+    params = {"masks": {"kernel": jnp.ones((4, 4))}, "trace": {"kernel": jnp.ones((4, 4))}}
+    tx = jaxprune.chain(optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.5, stop=4))
+    masks = jaxprune.get_masks(tx.init(params))
+    chex.assert_trees_all_equal_structs(masks, params)
+
+
+def test_paths_that_collide_are_an_error():
+    tree = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"told apart by their paths(.|\n)*a/b"):
+        jaxprune.apply_masks(tree, tree)
+
+
+@pytest.mark.parametrize("score", [scores.gradient, scores.taylor])
+def test_prune_says_that_a_score_needs_statistics(score):
+    with pytest.raises(ValueError, match="`statistics` is missing"):
+        jaxprune.prune({"kernel": jnp.ones((2, 2))}, 0.5, score=score)

@@ -348,15 +348,12 @@ def test_number_of_entries_is_limited():
         jax.eval_shape(selection.largest, many, 0)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"among": [jnp.ones(2, bool)]},
-        {"floors": [1]},
-        {"floors": 1},
-        {"floors": [1, 1, 1]},
-    ],
-)
-def test_among_and_floors_need_one_entry_for_each_leaf(arguments):
-    with pytest.raises(ValueError, match="`among` and `floors` must have one entry for each"):
-        selection.largest([jnp.ones(2), jnp.ones(3)], 1, **arguments)
+@pytest.mark.parametrize("floors", [[1], 1, [1, 1, 1]])
+def test_floors_need_one_entry_for_each_leaf(floors):
+    with pytest.raises(ValueError, match="`floors` must have one entry for each of the 2 leaves"):
+        selection.largest([jnp.ones(2), jnp.ones(3)], 1, floors=floors)
+
+
+def test_among_needs_the_paths_and_shapes_of_the_scores():
+    with pytest.raises(ValueError, match=r"`among` must have(.|\n)*1: missing"):
+        selection.largest([jnp.ones(2), jnp.ones(3)], 1, among=[jnp.ones(2, bool)])
