@@ -17,12 +17,12 @@ class Budget(NamedTuple):
     which add up to `total` fix every leaf, and floors of 0 leave everything to the scores.
 
     Args:
-      total: weights kept over all leaves.
-      floors: weights kept at least, for each leaf.
+        total: weights kept over all leaves.
+        floors: weights kept at least, for each leaf.
 
     Example:
-      >>> Budget(total=10, floors=(2, 3)).total
-      10
+        >>> Budget(total=10, floors=(2, 3)).total
+        10
     """
 
     total: int
@@ -38,17 +38,17 @@ def keep_count(size: int, sparsity: float) -> int:
     `size * sparsity` weights go, rounded to the nearest integer, halves up.
 
     Args:
-      size: number of weights.
-      sparsity: fraction to prune, in [0, 1).
+        size: number of weights.
+        sparsity: fraction to prune, in [0, 1).
 
     Returns:
-      An integer between 0 and `size`.
+        An integer between 0 and `size`.
 
     Example:
-      >>> keep_count(25_000_000, 0.72)
-      7000000
-      >>> keep_count(5, 0.5)
-      2
+        >>> keep_count(25_000_000, 0.72)
+        7000000
+        >>> keep_count(5, 0.5)
+        2
     """
     # As the decimal number that was written: 50 * 0.29 is 14.499999999999998 in floating point.
     exact = Fraction(str(float(sparsity)))
@@ -59,15 +59,15 @@ def uniform(shapes: Sequence[Shape], sparsity: float) -> Budget:
     """The same sparsity in every leaf.
 
     Args:
-      shapes: shapes of the pruned leaves.
-      sparsity: fraction to prune, in [0, 1).
+        shapes: shapes of the pruned leaves.
+        sparsity: fraction to prune, in [0, 1).
 
     Returns:
-      A `Budget` whose floors add up to its total.
+        A `Budget` whose floors add up to its total.
 
     Example:
-      >>> uniform([(10, 10), (20,)], 0.9)
-      Budget(total=12, floors=(10, 2))
+        >>> uniform([(10, 10), (20,)], 0.9)
+        Budget(total=12, floors=(10, 2))
     """
     floors = tuple(keep_count(math.prod(shape), sparsity) for shape in shapes)
     return Budget(sum(floors), floors)
@@ -77,19 +77,19 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
     """All leaves compete in one ranking; each keeps a share of its uniform budget.
 
     Args:
-      floor: share of the uniform budget that every leaf keeps at least, in [0, 1], never
-        less than one weight: 0 is pure global competition, 1 is `uniform` up to rounding.
+        floor: share of the uniform budget that every leaf keeps at least, in [0, 1], never
+            less than one weight: 0 is pure global competition, 1 is `uniform` up to rounding.
 
     Returns:
-      A function `(shapes, sparsity) -> Budget`.
+        A function `(shapes, sparsity) -> Budget`.
 
     Raises:
-      ValueError: if `floor` is outside [0, 1]; from the returned function, if not even one
-        weight can stay in each leaf.
+        ValueError: if `floor` is outside [0, 1]; from the returned function, if not even one
+            weight can stay in each leaf.
 
     Example:
-      >>> global_budget(0.5)([(10, 10), (20,)], 0.9)
-      Budget(total=12, floors=(5, 1))
+        >>> global_budget(0.5)([(10, 10), (20,)], 0.9)
+        Budget(total=12, floors=(5, 1))
     """
     if not 0 <= floor <= 1:
         raise ValueError(f"`floor` must lie in [0, 1], but is {floor!r}.")

@@ -15,24 +15,24 @@ def get_masks(opt_state: Any) -> Any:
     """Reads the masks from an optimizer state, wherever the pruning transformation sits.
 
     Args:
-      opt_state: state of any Optax optimizer that contains a pruning transformation: in a
-        chain, behind `optax.MultiSteps`, `optax.masked`, `optax.partition`, or the
-        `opt_state` of an `nnx.Optimizer`.
+        opt_state: state of any Optax optimizer that contains a pruning transformation: in a
+            chain, behind `optax.MultiSteps`, `optax.masked`, `optax.partition`, or the
+            `opt_state` of an `nnx.Optimizer`.
 
     Returns:
-      Tree of bools like the parameters, True where a weight is kept. A leaf that no pruning
-      transformation sees has the scalar mask True.
+        Tree of bools like the parameters, True where a weight is kept. A leaf that no pruning
+        transformation sees has the scalar mask True.
 
     Raises:
-      ValueError: if there is no pruning transformation in the state.
+        ValueError: if there is no pruning transformation in the state.
 
     Example:
-      >>> import jaxprune
-      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-      >>> optimizer = optax.chain(optax.sgd(0.1), jaxprune.agip_transform(0.5, stop=10))
-      >>> masks = jaxprune.get_masks(optimizer.init(params))
-      >>> masks["kernel"].tolist()
-      [[True, True], [True, True]]
+        >>> import jaxprune
+        >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+        >>> optimizer = optax.chain(optax.sgd(0.1), jaxprune.agip_transform(0.5, stop=10))
+        >>> masks = jaxprune.get_masks(optimizer.init(params))
+        >>> masks["kernel"].tolist()
+        [[True, True], [True, True]]
     """
     found = trees.state_fields(opt_state, "masks")
     if not found:
@@ -48,20 +48,20 @@ def apply_masks(tree: Any, masks: Any) -> Any:
     """Sets everything that is masked to zero.
 
     Args:
-      tree: parameters, or any tree with the same paths: gradients, momentum, an average of
-        the parameters.
-      masks: tree of bools, True where a weight is kept. Each mask has the shape of its leaf
-        or is a scalar.
+        tree: parameters, or any tree with the same paths: gradients, momentum, an average of
+            the parameters.
+        masks: tree of bools, True where a weight is kept. Each mask has the shape of its leaf
+            or is a scalar.
 
     Returns:
-      Tree like `tree`, with the same dtypes.
+        Tree like `tree`, with the same dtypes.
 
     Raises:
-      ValueError: if paths or shapes differ.
+        ValueError: if paths or shapes differ.
 
     Example:
-      >>> apply_masks([jnp.array([1.0, 2.0])], [jnp.array([True, False])])[0].tolist()
-      [1.0, 0.0]
+        >>> apply_masks([jnp.array([1.0, 2.0])], [jnp.array([True, False])])[0].tolist()
+        [1.0, 0.0]
     """
     by_path, leaf_of = trees.leaf_by_path(masks), trees.leaf_by_path(tree)
     named, paths = leaf_of.items(), leaf_of.keys()
@@ -89,26 +89,26 @@ def prune(
     """Prunes once, without training.
 
     Args:
-      params: tree of arrays.
-      sparsity: fraction of the prunable weights to set to zero, in [0, 1).
-      score: function `(params, statistics) -> scores`; the largest are kept.
-      statistics: tree like `params` for scores that need one: gradients or their averages.
-      budget: function `(shapes, sparsity) -> Budget`; None is one global ranking in which
-        each leaf keeps at least a tenth of its uniform budget.
-      prunable: which leaves are pruned, see `trees.prunable_flags`.
+        params: tree of arrays.
+        sparsity: fraction of the prunable weights to set to zero, in [0, 1).
+        score: function `(params, statistics) -> scores`; the largest are kept.
+        statistics: tree like `params` for scores that need one: gradients or their averages.
+        budget: function `(shapes, sparsity) -> Budget`; None is one global ranking in which
+            each leaf keeps at least a tenth of its uniform budget.
+        prunable: which leaves are pruned, see `trees.prunable_flags`.
 
     Returns:
-      The pruned parameters and the masks, a tree of bools like `params`.
+        The pruned parameters and the masks, a tree of bools like `params`.
 
     Raises:
-      ValueError: if `sparsity` is outside [0, 1), or nothing can be pruned.
+        ValueError: if `sparsity` is outside [0, 1), or nothing can be pruned.
 
     Example:
-      >>> import jaxprune
-      >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, 0.5]]), "bias": jnp.ones(2)}
-      >>> pruned, masks = jaxprune.prune(params, 0.5)
-      >>> pruned["kernel"].tolist()
-      [[3.0, 0.0], [2.0, 0.0]]
+        >>> import jaxprune
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, 0.5]]), "bias": jnp.ones(2)}
+        >>> pruned, masks = jaxprune.prune(params, 0.5)
+        >>> pruned["kernel"].tolist()
+        [[3.0, 0.0], [2.0, 0.0]]
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")

@@ -20,22 +20,22 @@ def by_density(power: float = 0.5, limit: float = 2.0) -> RateRule:
     """The sparser a layer, the larger its rate: `min(limit, density ** -power)`.
 
     Args:
-      power: 0.5 keeps the size of a layer's total update for SGD; 1 is the muP rule for Adam.
-      limit: largest factor.
+        power: 0.5 keeps the size of a layer's total update for SGD; 1 is the muP rule for Adam.
+        limit: largest factor.
 
     Returns:
-      A rate rule; its factor is a scalar for each leaf.
+        A rate rule; its factor is a scalar for each leaf.
 
     Raises:
-      ValueError: if `power` is negative or `limit` is below 1.
+        ValueError: if `power` is negative or `limit` is below 1.
 
     References:
-      Dey et al., Sparse maximal update parameterization, arXiv:2405.15743.
+        Dey et al., Sparse maximal update parameterization, arXiv:2405.15743.
 
     Example:
-      >>> rule = by_density()
-      >>> float(rule(jnp.zeros(3), jnp.array(1.0), jnp.array(0.25)))
-      2.0
+        >>> rule = by_density()
+        >>> float(rule(jnp.zeros(3), jnp.array(1.0), jnp.array(0.25)))
+        2.0
     """
     _check(power, limit)
 
@@ -53,19 +53,19 @@ def by_statistic(limit: float = 2.0) -> RateRule:
     nothing in a dense layer to its full strength in a sparse one.
 
     Args:
-      limit: largest factor; its inverse is the smallest.
+        limit: largest factor; its inverse is the smallest.
 
     Returns:
-      A rate rule; its factor has the shape of the leaf.
+        A rate rule; its factor has the shape of the leaf.
 
     Raises:
-      ValueError: if `limit` is below 1.
+        ValueError: if `limit` is below 1.
 
     Example:
-      >>> rule = by_statistic()
-      >>> factor = rule(jnp.array([0.01, 1.0, 9.0]), jnp.array(1.0), jnp.array(0.0))
-      >>> factor.tolist()
-      [0.5, 1.0, 2.0]
+        >>> rule = by_statistic()
+        >>> factor = rule(jnp.array([0.01, 1.0, 9.0]), jnp.array(1.0), jnp.array(0.0))
+        >>> factor.tolist()
+        [0.5, 1.0, 2.0]
     """
     _check(0.0, limit)
 

@@ -21,21 +21,21 @@ def cubic(final: float, start: int, stop: int, *, initial: float = 0.0) -> Sched
     `stop`, constant outside.
 
     Args:
-      final: sparsity from `stop` on.
-      start: step at which the ramp leaves `initial`.
-      stop: step at which it reaches `final`.
-      initial: sparsity until `start`.
+        final: sparsity from `stop` on.
+        start: step at which the ramp leaves `initial`.
+        stop: step at which it reaches `final`.
+        initial: sparsity until `start`.
 
     Returns:
-      An `optax.Schedule`. A Python integer gives a double, an array a float32 array.
+        An `optax.Schedule`. A Python integer gives a double, an array a float32 array.
 
     References:
-      Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878.
+        Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878.
 
     Example:
-      >>> ramp = cubic(0.8, start=100, stop=200)
-      >>> [round(float(ramp(step)), 3) for step in (0, 100, 150, 200, 999)]
-      [0.0, 0.0, 0.7, 0.8, 0.8]
+        >>> ramp = cubic(0.8, start=100, stop=200)
+        >>> [round(float(ramp(step)), 3) for step in (0, 100, 150, 200, 999)]
+        [0.0, 0.0, 0.7, 0.8, 0.8]
     """
 
     def schedule(step: Any) -> Any:
@@ -51,20 +51,20 @@ def cosine(initial: float, start: int, stop: int) -> Schedule:
     `f(t) = initial / 2 * (1 + cos(pi * (t - start) / (stop - start)))`, as in RigL.
 
     Args:
-      initial: value until `start`.
-      start: step at which the fall begins.
-      stop: step from which the value is 0.
+        initial: value until `start`.
+        start: step at which the fall begins.
+        stop: step from which the value is 0.
 
     Returns:
-      An `optax.Schedule`.
+        An `optax.Schedule`.
 
     References:
-      Evci et al., Rigging the lottery, arXiv:1911.11134.
+        Evci et al., Rigging the lottery, arXiv:1911.11134.
 
     Example:
-      >>> fraction = cosine(0.3, start=0, stop=100)
-      >>> [round(float(fraction(step)), 3) for step in (0, 50, 100)]
-      [0.3, 0.15, 0.0]
+        >>> fraction = cosine(0.3, start=0, stop=100)
+        >>> [round(float(fraction(step)), 3) for step in (0, 50, 100)]
+        [0.3, 0.15, 0.0]
     """
 
     def schedule(step: Any) -> Any:
@@ -78,16 +78,16 @@ def mask_update_steps(start: int, stop: int, every: int) -> list[int]:
     """The steps at which masks change: `start`, every `every` steps, and `stop` itself.
 
     Args:
-      start: first step.
-      stop: last step; it always is one of the steps, so that the target is reached.
-      every: distance in steps.
+        start: first step.
+        stop: last step; it always is one of the steps, so that the target is reached.
+        every: distance in steps.
 
     Returns:
-      Rising list of steps.
+        Rising list of steps.
 
     Example:
-      >>> mask_update_steps(0, 250, 100)
-      [0, 100, 200, 250]
+        >>> mask_update_steps(0, 250, 100)
+        [0, 100, 200, 250]
     """
     return [*range(start, stop, every), stop]
 
@@ -99,15 +99,15 @@ def sparsity_at(schedule: Schedule, step: int) -> float:
     that gives the same float32 is 0.72 again.
 
     Args:
-      schedule: an `optax.Schedule`.
-      step: the step.
+        schedule: an `optax.Schedule`.
+        step: the step.
 
     Returns:
-      A Python float.
+        A Python float.
 
     Example:
-      >>> sparsity_at(lambda step: jnp.float32(0.72), 0)
-      0.72
+        >>> sparsity_at(lambda step: jnp.float32(0.72), 0)
+        0.72
     """
     with jax.ensure_compile_time_eval():
         value = np.asarray(schedule(step))

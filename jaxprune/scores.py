@@ -20,18 +20,18 @@ def magnitude(params: Any, statistics: Any = None) -> Any:
     """`|w|`: small weights go first.
 
     Args:
-      params: tree of floating-point arrays.
-      statistics: not used.
+        params: tree of floating-point arrays.
+        statistics: not used.
 
     Returns:
-      Tree of float32 arrays like `params`.
+        Tree of float32 arrays like `params`.
 
     References:
-      Han et al., Learning both weights and connections, arXiv:1506.02626.
+        Han et al., Learning both weights and connections, arXiv:1506.02626.
 
     Example:
-      >>> magnitude({"kernel": jnp.array([[-2.0, 1.0]])})["kernel"].tolist()
-      [[2.0, 1.0]]
+        >>> magnitude({"kernel": jnp.array([[-2.0, 1.0]])})["kernel"].tolist()
+        [[2.0, 1.0]]
     """
     del statistics
     return jax.tree.map(_size, params)
@@ -44,18 +44,18 @@ def gradient(params: Any, statistics: Any) -> Any:
     converged has a small gradient too, which is why `taylor` is the better choice.
 
     Args:
-      params: not used.
-      statistics: tree of non-negative arrays.
+        params: not used.
+        statistics: tree of non-negative arrays.
 
     Returns:
-      Tree of float32 arrays like `statistics`.
+        Tree of float32 arrays like `statistics`.
 
     Raises:
-      ValueError: if `statistics` is None.
+        ValueError: if `statistics` is None.
 
     Example:
-      >>> gradient(None, {"kernel": jnp.array([[0.5, 1.0]])})["kernel"].tolist()
-      [[0.5, 1.0]]
+        >>> gradient(None, {"kernel": jnp.array([[0.5, 1.0]])})["kernel"].tolist()
+        [[0.5, 1.0]]
     """
     del params
     return jax.tree.map(_size, _required(statistics))
@@ -67,21 +67,21 @@ def taylor(params: Any, statistics: Any) -> Any:
     Removing `w` changes the loss by about `g * w`; `S` is the running size of `g`.
 
     Args:
-      params: tree of floating-point arrays.
-      statistics: tree of non-negative arrays like `params`.
+        params: tree of floating-point arrays.
+        statistics: tree of non-negative arrays like `params`.
 
     Returns:
-      Tree of float32 arrays like `params`.
+        Tree of float32 arrays like `params`.
 
     Raises:
-      ValueError: if `statistics` is None.
+        ValueError: if `statistics` is None.
 
     References:
-      Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
+        Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
 
     Example:
-      >>> taylor([jnp.array([-2.0, 1.0])], [jnp.array([0.5, 3.0])])[0].tolist()
-      [1.0, 3.0]
+        >>> taylor([jnp.array([-2.0, 1.0])], [jnp.array([0.5, 3.0])])[0].tolist()
+        [1.0, 3.0]
     """
     return jax.tree.map(lambda w, s: _size(w) * _size(s), params, _required(statistics))
 
@@ -90,16 +90,16 @@ def random(seed: int) -> Score:
     """A fixed random ranking of all weights: the control for every other score.
 
     Args:
-      seed: a different seed gives a different ranking.
+        seed: a different seed gives a different ranking.
 
     Returns:
-      A score function; its scores are uniform in [0, 1) and depend on nothing but the seed,
-      the position of the leaf and the position in the leaf.
+        A score function; its scores are uniform in [0, 1) and depend on nothing but the seed,
+        the position of the leaf and the position in the leaf.
 
     Example:
-      >>> score = random(0)({"a": jnp.zeros(3), "b": jnp.zeros(3)})
-      >>> bool((score["a"] != score["b"]).all())
-      True
+        >>> score = random(0)({"a": jnp.zeros(3), "b": jnp.zeros(3)})
+        >>> bool((score["a"] != score["b"]).all())
+        True
     """
 
     def score(params: Any, statistics: Any = None) -> Any:

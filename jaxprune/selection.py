@@ -33,24 +33,24 @@ def largest(scores: Any, keep: Any, *, floors: Any = None, among: Any = None) ->
     leaf, floors of 0 select globally. Ties keep the lower index. NaN ranks below -inf.
 
     Args:
-      scores: tree of floating-point arrays, compared in float32.
-      keep: int or int32 [], entries to select in all.
-      floors: None or ints or int32 [leaves], entries to select at least in each leaf.
-      among: None or a tree of bools like `scores`; only entries that are True can be selected.
+        scores: tree of floating-point arrays, compared in float32.
+        keep: int or int32 [], entries to select in all.
+        floors: None or ints or int32 [leaves], entries to select at least in each leaf.
+        among: None or a tree of bools like `scores`; only entries that are True can be selected.
 
     Returns:
-      Tree of bools like `scores`. If fewer than `keep` entries can be selected, all of them
-      are; a floor is lowered in the same way.
+        Tree of bools like `scores`. If fewer than `keep` entries can be selected, all of them
+        are; a floor is lowered in the same way.
 
     Raises:
-      ValueError: if the leaves have more than 2**31 - 1 entries together, `floors` has
-        another number of leaves, or `among` has other paths or shapes.
+        ValueError: if the leaves have more than 2**31 - 1 entries together, `floors` has
+            another number of leaves, or `among` has other paths or shapes.
 
     Example:
-      >>> scores = {"a": jnp.array([0.1, 0.9]), "b": jnp.array([0.5, 0.5, 0.3])}
-      >>> masks = largest(scores, 2)
-      >>> masks["a"].tolist(), masks["b"].tolist()
-      ([False, True], [True, False, False])
+        >>> scores = {"a": jnp.array([0.1, 0.9]), "b": jnp.array([0.5, 0.5, 0.3])}
+        >>> masks = largest(scores, 2)
+        >>> masks["a"].tolist(), masks["b"].tolist()
+        ([False, True], [True, False, False])
     """
     leaves, treedef = jax.tree.flatten(scores)
     floors = jnp.zeros(len(leaves), jnp.int32) if floors is None else jnp.asarray(floors)
@@ -72,14 +72,14 @@ def count_kept(masks: Any) -> jax.Array:
     """Counts the True entries of each leaf, exactly.
 
     Args:
-      masks: tree of bool arrays.
+        masks: tree of bool arrays.
 
     Returns:
-      int32 [leaves].
+        int32 [leaves].
 
     Example:
-      >>> count_kept([jnp.array([True, False, True]), jnp.array([False])]).tolist()
-      [2, 0]
+        >>> count_kept([jnp.array([True, False, True]), jnp.array([False])]).tolist()
+        [2, 0]
     """
     return jnp.stack([_total(_with_rows(mask)) for mask in jax.tree.leaves(masks)])
 

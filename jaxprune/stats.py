@@ -17,16 +17,16 @@ def update_average(average: Any, gradients: Any, decay: float) -> Any:
     weight's average as it was.
 
     Args:
-      average: tree of floating-point arrays; starts at 0.
-      gradients: tree of floating-point arrays like `average`.
-      decay: in [0, 1).
+        average: tree of floating-point arrays; starts at 0.
+        gradients: tree of floating-point arrays like `average`.
+        decay: in [0, 1).
 
     Returns:
-      Tree like `average`, in the dtypes of `average`, computed in float32.
+        Tree like `average`, in the dtypes of `average`, computed in float32.
 
     Example:
-      >>> update_average([jnp.array([1.0, 1.0])], [jnp.array([-3.0, jnp.nan])], 0.5)[0].tolist()
-      [2.0, 1.0]
+        >>> update_average([jnp.array([1.0, 1.0])], [jnp.array([-3.0, jnp.nan])], 0.5)[0].tolist()
+        [2.0, 1.0]
     """
 
     def step(average: jax.Array, g: jax.Array) -> jax.Array:
@@ -41,19 +41,19 @@ def unbias(average: Any, decay: float, steps: jax.Array) -> Any:
     """Divides an average that started at 0 by `1 - decay ** steps`.
 
     Args:
-      average: tree of arrays.
-      decay: in [0, 1).
-      steps: int32 [], how many gradients have entered.
+        average: tree of arrays.
+        decay: in [0, 1).
+        steps: int32 [], how many gradients have entered.
 
     Returns:
-      Tree of float32 arrays like `average`.
+        Tree of float32 arrays like `average`.
 
     References:
-      Kingma and Ba, Adam, arXiv:1412.6980, section 3.
+        Kingma and Ba, Adam, arXiv:1412.6980, section 3.
 
     Example:
-      >>> unbias([jnp.array([0.5])], 0.9, jnp.int32(1))[0].round(3).tolist()
-      [5.0]
+        >>> unbias([jnp.array([0.5])], 0.9, jnp.int32(1))[0].round(3).tolist()
+        [5.0]
     """
     scale = 1 / (1 - decay ** steps.astype(jnp.float32))
     return jax.tree.map(lambda s: s.astype(jnp.float32) * scale, average)
@@ -63,18 +63,18 @@ def first_moment(inner_state: Any) -> Any | None:
     """The momentum that an optimizer already keeps: SGD's `trace`, Adam's or Lion's `mu`.
 
     Args:
-      inner_state: states of the transformations before the pruning transformation.
+        inner_state: states of the transformations before the pruning transformation.
 
     Returns:
-      Tree like the parameters, or `None` if there is not exactly one such tree.
+        Tree like the parameters, or `None` if there is not exactly one such tree.
 
     Example:
-      >>> import optax
-      >>> state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
-      >>> first_moment(state)["w"].tolist()
-      [0.0, 0.0]
-      >>> first_moment(optax.sgd(0.1).init({"w": jnp.ones(2)})) is None
-      True
+        >>> import optax
+        >>> state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
+        >>> first_moment(state)["w"].tolist()
+        [0.0, 0.0]
+        >>> first_moment(optax.sgd(0.1).init({"w": jnp.ones(2)})) is None
+        True
     """
     found = [m for name in ("trace", "mu") for m in trees.state_fields(inner_state, name)]
     return found[0] if len(found) == 1 else None
@@ -84,14 +84,14 @@ def all_finite(tree: Any) -> jax.Array:
     """Whether no entry of a tree is infinite or NaN.
 
     Args:
-      tree: tree of floating-point arrays.
+        tree: tree of floating-point arrays.
 
     Returns:
-      bool [].
+        bool [].
 
     Example:
-      >>> bool(all_finite({"w": jnp.array([1.0, jnp.inf])}))
-      False
+        >>> bool(all_finite({"w": jnp.array([1.0, jnp.inf])}))
+        False
     """
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)

@@ -34,15 +34,15 @@ def path_string(path: tuple[Any, ...]) -> str:
     initialised and not when it is updated.
 
     Args:
-      path: a key path from `jax.tree_util`.
+        path: a key path from `jax.tree_util`.
 
     Returns:
-      A string such as `"blocks/0/conv1/kernel"`.
+        A string such as `"blocks/0/conv1/kernel"`.
 
     Example:
-      >>> leaves = jax.tree_util.tree_leaves_with_path({"a": [0.0, 1.0]})
-      >>> [path_string(path) for path, _ in leaves]
-      ['a/0', 'a/1']
+        >>> leaves = jax.tree_util.tree_leaves_with_path({"a": [0.0, 1.0]})
+        >>> [path_string(path) for path, _ in leaves]
+        ['a/0', 'a/1']
     """
     if path and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
@@ -53,14 +53,14 @@ def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
     """Lists the leaves of a tree with their paths as strings, in flattening order.
 
     Args:
-      tree: any pytree.
+        tree: any pytree.
 
     Returns:
-      Pairs of path and leaf.
+        Pairs of path and leaf.
 
     Example:
-      >>> leaves_with_paths({"dense": {"bias": 1, "kernel": 2}})
-      [('dense/bias', 1), ('dense/kernel', 2)]
+        >>> leaves_with_paths({"dense": {"bias": 1, "kernel": 2}})
+        [('dense/bias', 1), ('dense/kernel', 2)]
     """
     return [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -69,17 +69,17 @@ def leaf_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths, in flattening order.
 
     Args:
-      tree: any pytree.
+        tree: any pytree.
 
     Returns:
-      Dict from path to leaf.
+        Dict from path to leaf.
 
     Raises:
-      ValueError: if two leaves have the same path, as in `{"a/b": 0, "a": {"b": 1}}`.
+        ValueError: if two leaves have the same path, as in `{"a/b": 0, "a": {"b": 1}}`.
 
     Example:
-      >>> leaf_by_path({"dense": {"bias": 1, "kernel": 2}})
-      {'dense/bias': 1, 'dense/kernel': 2}
+        >>> leaf_by_path({"dense": {"bias": 1, "kernel": 2}})
+        {'dense/bias': 1, 'dense/kernel': 2}
     """
     named = leaves_with_paths(tree)
     by_path = dict(named)
@@ -96,16 +96,16 @@ def state_fields(state: Any, name: str) -> list[Any]:
     A parameter of the same name is not a field.
 
     Args:
-      state: state of an Optax optimizer.
-      name: name of a field.
+        state: state of an Optax optimizer.
+        name: name of a field.
 
     Returns:
-      List of values, in flattening order.
+        List of values, in flattening order.
 
     Example:
-      >>> state = optax.sgd(0.1, momentum=0.9).init({"trace": jnp.zeros(2)})
-      >>> state_fields(state, "trace")
-      [{'trace': Array([0., 0.], dtype=float32)}]
+        >>> state = optax.sgd(0.1, momentum=0.9).init({"trace": jnp.zeros(2)})
+        >>> state_fields(state, "trace")
+        [{'trace': Array([0., 0.], dtype=float32)}]
     """
 
     def is_field(path: tuple[Any, ...], value: Any) -> bool:
@@ -120,19 +120,19 @@ def raise_for(problems: list[str], summary: str) -> None:
     """Raises one `ValueError` that lists every problem, or does nothing if there is none.
 
     Args:
-      problems: one line for each bad leaf or value.
-      summary: the rule that was broken and the fix.
+        problems: one line for each bad leaf or value.
+        summary: the rule that was broken and the fix.
 
     Raises:
-      ValueError: if `problems` is not empty.
+        ValueError: if `problems` is not empty.
 
     Example:
-      >>> raise_for([], "nothing is wrong")
-      >>> raise_for(["a/kernel: int8"], "pruned leaves must be floating point.")
-      Traceback (most recent call last):
-      ...
-      ValueError: pruned leaves must be floating point.
-        a/kernel: int8
+        >>> raise_for([], "nothing is wrong")
+        >>> raise_for(["a/kernel: int8"], "pruned leaves must be floating point.")
+        Traceback (most recent call last):
+        ...
+        ValueError: pruned leaves must be floating point.
+          a/kernel: int8
     """
     if problems:
         raise ValueError("\n  ".join([summary, *problems]))
@@ -142,19 +142,19 @@ def check_same_structure(name: str, tree: Any, params: Any) -> None:
     """Raises unless a tree has the paths and shapes of the parameters.
 
     Args:
-      name: how the caller calls `tree`, for the error.
-      tree: tree of arrays.
-      params: tree of arrays.
+        name: how the caller calls `tree`, for the error.
+        tree: tree of arrays.
+        params: tree of arrays.
 
     Raises:
-      ValueError: lists every leaf that is missing, unknown or of another shape.
+        ValueError: lists every leaf that is missing, unknown or of another shape.
 
     Example:
-      >>> check_same_structure("updates", [jnp.zeros(2)], [jnp.zeros(3)])
-      Traceback (most recent call last):
-      ...
-      ValueError: `updates` must have the paths and shapes of the parameters:
-        0: shape (2,), but the parameter has (3,)
+        >>> check_same_structure("updates", [jnp.zeros(2)], [jnp.zeros(3)])
+        Traceback (most recent call last):
+        ...
+        ValueError: `updates` must have the paths and shapes of the parameters:
+          0: shape (2,), but the parameter has (3,)
     """
     wanted = {path: jnp.shape(leaf) for path, leaf in leaf_by_path(params).items()}
     seen = {path: jnp.shape(leaf) for path, leaf in leaf_by_path(tree).items()}
@@ -175,15 +175,15 @@ def leaves_like(params: Any, tree: Any) -> list[Any] | None:
     leave extra arguments whole.
 
     Args:
-      params: tree of arrays; decides which paths, and in which order.
-      tree: tree with at least these paths, or None.
+        params: tree of arrays; decides which paths, and in which order.
+        tree: tree with at least these paths, or None.
 
     Returns:
-      List of leaves, or None if a path is missing.
+        List of leaves, or None if a path is missing.
 
     Example:
-      >>> leaves_like({"b": 0}, {"a": 1, "b": 2})
-      [2]
+        >>> leaves_like({"b": 0}, {"a": 1, "b": 2})
+        [2]
     """
     by_path = leaf_by_path(tree)
     paths = list(leaf_by_path(params))
@@ -194,24 +194,24 @@ def prunable_flags(params: Any, prunable: Prunable = None) -> tuple[bool, ...]:
     """Decides for each leaf whether it is pruned.
 
     Args:
-      params: tree of arrays.
-      prunable: `None` for every floating-point leaf of two or more dimensions that is not
-        named `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools
-        like `params`.
+        params: tree of arrays.
+        prunable: `None` for every floating-point leaf of two or more dimensions that is not
+            named `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools
+            like `params`.
 
     Returns:
-      One bool for each leaf, in flattening order.
+        One bool for each leaf, in flattening order.
 
     Raises:
-      ValueError: if the rule matches no leaf, matches leaves that are not floating point or
-        are empty, or if the tree of bools has other leaves than `params`.
+        ValueError: if the rule matches no leaf, matches leaves that are not floating point or
+            are empty, or if the tree of bools has other leaves than `params`.
 
     Example:
-      >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
-      >>> prunable_flags(params)
-      (False, True)
-      >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
-      (True, False)
+        >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
+        >>> prunable_flags(params)
+        (False, True)
+        >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
+        (True, False)
     """
     named = leaves_with_paths(params)
     if not named:
@@ -242,15 +242,15 @@ def pick(tree: Any, flags: tuple[bool, ...]) -> list[Any]:
     """The leaves of a tree, or of a list of leaves, whose flag is True.
 
     Args:
-      tree: tree with one leaf for each flag.
-      flags: one bool for each leaf, in flattening order.
+        tree: tree with one leaf for each flag.
+        flags: one bool for each leaf, in flattening order.
 
     Returns:
-      List of leaves.
+        List of leaves.
 
     Example:
-      >>> pick({"bias": 1, "kernel": 2}, (False, True))
-      [2]
+        >>> pick({"bias": 1, "kernel": 2}, (False, True))
+        [2]
     """
     return [leaf for leaf, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]
 
@@ -259,17 +259,17 @@ def put(tree: Any, flags: tuple[bool, ...], leaves: list[Any], rest: Any = None)
     """Puts leaves back where `pick` took them.
 
     Args:
-      tree: tree with one leaf for each flag.
-      flags: one bool for each leaf, in flattening order.
-      leaves: one for each True flag.
-      rest: what the other places hold, a tree like `tree`; None is `tree` itself.
+        tree: tree with one leaf for each flag.
+        flags: one bool for each leaf, in flattening order.
+        leaves: one for each True flag.
+        rest: what the other places hold, a tree like `tree`; None is `tree` itself.
 
     Returns:
-      Tree like `tree`.
+        Tree like `tree`.
 
     Example:
-      >>> put({"bias": 1, "kernel": 2}, (False, True), [3])
-      {'bias': 1, 'kernel': 3}
+        >>> put({"bias": 1, "kernel": 2}, (False, True), [3])
+        {'bias': 1, 'kernel': 3}
     """
     old, treedef = jax.tree.flatten(tree)
     others = old if rest is None else treedef.flatten_up_to(rest)

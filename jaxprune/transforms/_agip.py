@@ -23,9 +23,9 @@ class AgipState(NamedTuple):
     """State of `agip_transform`.
 
     Example:
-      >>> state = agip_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
-      >>> int(state.mask_updates), state.masks["kernel"].shape
-      (0, (2, 2))
+        >>> state = agip_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
+        >>> int(state.mask_updates), state.masks["kernel"].shape
+        (0, (2, 2))
     """
 
     prune_step: jax.Array  # int32 [], optimizer updates seen
@@ -71,51 +71,51 @@ def agip_transform(
     update due at such a step leaves the masks as they are and is made up for at the next.
 
     Args:
-      sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1); or an
-        `optax.Schedule` from the step to that fraction, read at the mask updates only.
-      every: steps between mask updates.
-      start: step (counted in optimizer updates, from 0) of the first mask update.
-      stop: step of the last mask update; masks are fixed from then on.
-      decay: of the average, in [0, 1). None keeps no average: `S` is the momentum of the
-        optimizer before this transformation (SGD's `trace`, Adam's or Lion's `mu`) if
-        `jaxprune.chain` hands it on, else the incoming update, and costs no state.
-      dtype: of the average; bfloat16 only for a `decay` up to 0.99, beyond which its steps
-        are too small for bfloat16 to register.
-      score: function `(params, statistics) -> scores`; see `jaxprune.scores`.
-      budget: function `(shapes, sparsity) -> Budget`; None is
-        `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
-        tenth of its uniform budget.
-      regrow: fraction of the kept weights that moves at `start`, in [0, 1).
-      rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
-      prunable: None for floating-point leaves of two or more dimensions that are not named
-        `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools.
+        sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1); or an
+            `optax.Schedule` from the step to that fraction, read at the mask updates only.
+        every: steps between mask updates.
+        start: step (counted in optimizer updates, from 0) of the first mask update.
+        stop: step of the last mask update; masks are fixed from then on.
+        decay: of the average, in [0, 1). None keeps no average: `S` is the momentum of the
+            optimizer before this transformation (SGD's `trace`, Adam's or Lion's `mu`) if
+            `jaxprune.chain` hands it on, else the incoming update, and costs no state.
+        dtype: of the average; bfloat16 only for a `decay` up to 0.99, beyond which its steps
+            are too small for bfloat16 to register.
+        score: function `(params, statistics) -> scores`; see `jaxprune.scores`.
+        budget: function `(shapes, sparsity) -> Budget`; None is
+            `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
+            tenth of its uniform budget.
+        regrow: fraction of the kept weights that moves at `start`, in [0, 1).
+        rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
+        prunable: None for floating-point leaves of two or more dimensions that are not named
+            `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`, takes the raw
-      gradient as the extra argument `grad` (`jaxprune.chain` passes it by itself; without it
-      the incoming update is averaged) and ignores other extra arguments.
+        An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`, takes the raw
+        gradient as the extra argument `grad` (`jaxprune.chain` passes it by itself; without it
+        the incoming update is averaged) and ignores other extra arguments.
 
     Raises:
-      ValueError: if an argument is out of range; from `init`, if `prunable` matches nothing or
-        a budget cannot be met; from `update`, if `params` is missing or of another structure.
+        ValueError: if an argument is out of range; from `init`, if `prunable` matches nothing or
+            a budget cannot be met; from `update`, if `params` is missing or of another structure.
 
     References:
-      Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878 (the ramp).
-      Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
-      Evci et al., Rigging the lottery, arXiv:1911.11134 (regrowth by gradient).
+        Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878 (the ramp).
+        Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
+        Evci et al., Rigging the lottery, arXiv:1911.11134 (regrowth by gradient).
 
     Example:
-      >>> import jaxprune
-      >>> optimizer = jaxprune.chain(
-      ...     optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.75, every=2, stop=4))
-      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
-      >>> state = optimizer.init(params)
-      >>> for _ in range(5):
-      ...     gradients = {"kernel": jnp.ones((2, 4))}
-      ...     updates, state = optimizer.update(gradients, state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> jaxprune.get_masks(state)["kernel"].tolist()
-      [[False, False, False, False], [False, False, True, True]]
+        >>> import jaxprune
+        >>> optimizer = jaxprune.chain(
+        ...     optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.75, every=2, stop=4))
+        >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+        >>> state = optimizer.init(params)
+        >>> for _ in range(5):
+        ...     gradients = {"kernel": jnp.ones((2, 4))}
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> jaxprune.get_masks(state)["kernel"].tolist()
+        [[False, False, False, False], [False, False, True, True]]
     """
     _check(every, start, stop, decay, dtype, regrow)
     steps = schedules.mask_update_steps(start, stop, every)

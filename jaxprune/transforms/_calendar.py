@@ -28,13 +28,13 @@ def make_calendar(
     """Counts everything on the host, where integers are exact.
 
     Args:
-      shapes: shapes of the pruned leaves.
-      sparsities: sparsity after each mask update.
-      regrow: fraction of the kept weights that each mask update moves.
-      budget: how many weights each leaf keeps at a sparsity.
+        shapes: shapes of the pruned leaves.
+        sparsities: sparsity after each mask update.
+        regrow: fraction of the kept weights that each mask update moves.
+        budget: how many weights each leaf keeps at a sparsity.
 
     Returns:
-      A `Calendar`.
+        A `Calendar`.
     """
     plan = [budget(shapes, sparsity) for sparsity in sparsities]
     total = np.array([entry.total for entry in plan], np.int64)

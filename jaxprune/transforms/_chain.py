@@ -14,21 +14,21 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     arguments are not troubled. The state is that of `optax.chain`.
 
     Args:
-      *transforms: gradient transformations, applied in order.
+        *transforms: gradient transformations, applied in order.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`.
+        An `optax.GradientTransformationExtraArgs`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import jaxprune
-      >>> optimizer = jaxprune.chain(
-      ...     optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.72, stop=1000))
-      >>> params = {"kernel": jnp.ones((4, 4))}
-      >>> state = optimizer.init(params)
-      >>> updates, state = optimizer.update({"kernel": jnp.ones((4, 4))}, state, params)
-      >>> f"{updates['kernel'][0, 0]:.3f}"
-      '-0.100'
+        >>> import jax.numpy as jnp
+        >>> import jaxprune
+        >>> optimizer = jaxprune.chain(
+        ...     optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.72, stop=1000))
+        >>> params = {"kernel": jnp.ones((4, 4))}
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update({"kernel": jnp.ones((4, 4))}, state, params)
+        >>> f"{updates['kernel'][0, 0]:.3f}"
+        '-0.100'
     """
     members = tuple(optax.with_extra_args_support(transform) for transform in transforms)
 
