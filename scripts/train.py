@@ -36,7 +36,7 @@ import tyro
 from flax import nnx
 
 import jaxprune
-from jaxprune import checkpoints, data, models, reports, scores, training, trees
+from jaxprune import budgets, checkpoints, data, models, rates, reports, scores, training, trees
 from jaxprune.metrics import MetricsLog, show_progress
 
 ModelName = Literal[
@@ -76,8 +76,10 @@ class Config:
     prune_start: float = 0.1  # when sparsity starts to rise, as a fraction of all steps
     prune_stop: float = 0.6  # when sparsity is reached, as a fraction of all steps
     prune_every: int = 100  # steps between two mask updates
-    decay: float = 0.99  # of the running average of gradients
-    regrow: float | None = None  # fraction exchanged at a mask update; None: the default
+    decay: float | None = 0.99  # of the running average of gradients; None: use the momentum
+    budget: Literal["global", "uniform"] = "global"  # one ranking of all weights, or one a layer
+    regrow: float = 0.0  # fraction of the kept weights that moves at the first mask update
+    rate: Literal["none", "density", "statistic"] = "none"  # what survivors' rates adapt to
 
     workdir: str = ""  # folder of all outputs; empty: runs/ and a name made of the main options
     overwrite: bool = False  # delete the run that the workdir holds and start afresh
@@ -101,8 +103,9 @@ class Config:
             ("at least 0", lambda x: x >= 0, "steps pad warmup_steps weight_decay chunk seed"),
             ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every"),
             ("above 0", lambda x: 0 < x < math.inf, "epochs learning_rate"),
-            ("in [0, 1)", lambda x: 0 <= x < 1, "sparsity momentum decay label_smoothing"),
-            ("in [0, 1]", lambda x: x is None or 0 <= x <= 1, "prune_start prune_stop regrow"),
+            ("in [0, 1)", lambda x: 0 <= x < 1, "sparsity momentum label_smoothing regrow"),
+            ("in [0, 1)", lambda x: x is None or 0 <= x < 1, "decay"),
+            ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop"),
         ]
         for rule, holds, names in rules:
             values = [(name, getattr(self, name)) for name in names.split()]
@@ -123,7 +126,14 @@ CONFIGS = {
     ),
     "fashion_resnet8": (
         "ResNet-8 on Fashion-MNIST: minutes on a CPU.",
-        Config(dataset="fashion_mnist", epochs=5.0, pad=2, flip=True),
+        Config(
+            dataset="fashion_mnist",
+            epochs=5.0,
+            pad=2,
+            flip=True,
+            learning_rate=0.4,
+            warmup_steps=50,
+        ),  # fmt: skip
     ),
     "fashion_resnet20": (
         "ResNet-20 on Fashion-MNIST: for an accelerator.",
@@ -313,15 +323,22 @@ def make_optimizer(
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     ]
     if config.method != "none":
-        options: dict[str, Any] = {} if config.regrow is None else {"regrow": config.regrow}
-        if config.method != "agip":
-            score = getattr(scores, config.method)
-            options["score"] = score(config.seed) if config.method == "random" else score
+        score = scores.taylor if config.method == "agip" else getattr(scores, config.method)
         parts = config.prune_start, config.prune_stop
         start, stop = (min(round(steps * part), steps - 1) for part in parts)
-        options |= {"every": config.prune_every, "decay": config.decay}
-        options |= {"start": start, "stop": stop}
-        transforms.append(jaxprune.agip_transform(config.sparsity, **options))
+        rules = {"none": None, "density": rates.by_density(), "statistic": rates.by_statistic()}
+        prune = jaxprune.agip_transform(
+            config.sparsity,
+            every=config.prune_every,
+            start=start,
+            stop=stop,
+            decay=config.decay,
+            score=score(config.seed) if config.method == "random" else score,
+            budget=budgets.uniform if config.budget == "uniform" else budgets.global_budget(),
+            regrow=config.regrow,
+            rate=rules[config.rate],
+        )
+        transforms.append(prune)
     return jaxprune.chain(*transforms)
 
 

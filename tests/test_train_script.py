@@ -235,7 +235,7 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
             ["`sparsity` must", "`learning_rate` must be above 0; got 0.0", "`seed` must"],
         ),
         (["digits_resnet8", "--prune-start", "0.7"], ["`prune_stop` must not", "0.7", "0.6"]),
-        (["digits_resnet8", "--regrow", "1.5"], ["`regrow` must be in [0, 1]; got 1.5"]),
+        (["digits_resnet8", "--regrow", "1.5"], ["`regrow` must be in [0, 1); got 1.5"]),
     ],
 )
 def test_bad_options_are_named(args, parts, capsys):
