@@ -83,6 +83,10 @@ def help_text(script: str, *positional: str) -> str:
 
 def problem(words: list[str]) -> str | None:
     """What is wrong with a command of ours, or None."""
+    if "--" in words:  # what follows goes to the training script, with the same configuration
+        end = words.index("--")
+        training = ["python", "scripts/train.py", words[2], *words[end + 1 :]]
+        return problem(words[:end]) or problem(training)
     program = words[0].rpartition("/")[2]
     if program == "make":
         goals = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
