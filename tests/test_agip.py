@@ -184,6 +184,23 @@ def test_regrown_weights_start_at_zero_where_the_statistic_is_largest() -> None:
     assert new.sum() == 50
 
 
+def test_what_a_mask_update_drops_it_does_not_regrow() -> None:
+    tx = jaxprune.agip_transform(
+        lambda step: 0.5, every=1, start=0, stop=4, regrow=0.5, score=scores.magnitude, decay=0.0
+    )
+    params = {"kernel": jnp.arange(1.0, 21.0).reshape(4, 5)}
+    loud_where_small = {"kernel": 1 / params["kernel"]}
+    state = tx.init(params)
+    _, state = tx.update(loud_where_small, state, params)
+    first = np.asarray(state.masks["kernel"]).ravel()
+    _, state = tx.update(loud_where_small, state, params)
+    second = np.asarray(state.masks["kernel"]).ravel()
+    np.testing.assert_array_equal(np.flatnonzero(first), range(10, 20))
+    moved = 10 - (first & second).sum()
+    assert moved == 4  # 10 * 0.5 / 2 * (1 + cos(pi / 4)) = 4.3
+    np.testing.assert_array_equal(np.flatnonzero(second), [0, 1, 2, 3, *range(14, 20)])
+
+
 def test_regrowth_moves_weights_between_layers() -> None:
     tx = jaxprune.chain(
         optax.sgd(0.0),
