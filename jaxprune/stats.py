@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxprune import trees
 
-__all__ = ["all_finite", "first_moment", "unbias", "update_average"]
+__all__ = ["all_finite", "faults", "first_moment", "unbias", "update_average"]
 
 
 def update_average(average: Any, gradients: Any, decay: float) -> Any:
@@ -78,6 +78,22 @@ def first_moment(inner_state: Any) -> Any | None:
     """
     found = [m for name in ("trace", "mu") for m in trees.state_fields(inner_state, name)]
     return found[0] if len(found) == 1 else None
+
+
+def faults(x: jax.Array) -> jax.Array:
+    """Marks infinities and NaNs, eight entries to a byte.
+
+    Args:
+        x: floating-point array.
+
+    Returns:
+        uint8, packed along the last dimension; 0 where eight entries are finite.
+
+    Example:
+        >>> faults(jnp.array([1.0, jnp.nan, 3.0])).tolist()
+        [64]
+    """
+    return jnp.packbits(~jnp.isfinite(jnp.atleast_1d(x)), axis=-1)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -169,7 +169,7 @@ def agip_transform(
         if decay is None:
             moment = trees.leaves_like(params, stats.first_moment(inner_state))
             statistics = moves if moment is None else trees.pick(moment, flags)
-            average, evidence = (), ()
+            average, evidence = (), ([], [])
         else:
             raw = trees.leaves_like(params, grad)
             gradients = moves if raw is None else trees.pick(raw, flags)
@@ -178,8 +178,8 @@ def agip_transform(
             )
             statistics = average
             # Gradients are buffers, but updates are computed: as operands of the `cond` they
-            # would be written to memory at every step. One that is not finite shows in a sum.
-            evidence = [jnp.sum(u) for u in moves] if raw is None else gradients
+            # would be written to memory at every step. Their faults take a bit each.
+            evidence = ([], [stats.faults(u) for u in moves]) if raw is None else (gradients, [])
 
         def settled(statistics: list[jax.Array]) -> list[jax.Array]:
             seen = state.prune_step + 1
@@ -190,7 +190,9 @@ def agip_transform(
         due = done > state.mask_updates
 
         def renew(masks: Any, survivors: Any, statistics: Any, weights: Any, evidence: Any) -> Any:
-            ok = stats.all_finite((weights, statistics, evidence))
+            arrays, faults = evidence
+            ok = stats.all_finite((weights, statistics, arrays))
+            ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
             statistics = settled(statistics)
             entry = read_entry(calendar, done - 1)
             new = _new_masks(masks, statistics, weights, entry, score, ever_grows(calendar))
