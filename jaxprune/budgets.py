@@ -1,11 +1,24 @@
 """How many weights stay: in all, and at least in each leaf. Exact integers, on the host."""
 
+import bisect
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-__all__ = ["Budget", "BudgetRule", "global_budget", "keep_count", "uniform"]
+from jaxprune import trees
+
+__all__ = [
+    "Budget",
+    "BudgetRule",
+    "custom",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    "global_budget",
+    "keep_count",
+    "uniform",
+]
 
 Shape = tuple[int, ...]
 
@@ -29,7 +42,7 @@ class Budget(NamedTuple):
     floors: tuple[int, ...]
 
 
-BudgetRule = Callable[[Sequence[Shape], float], Budget]
+BudgetRule = Callable[[Mapping[str, Shape], float], Budget]
 
 
 def keep_count(size: int, sparsity: float) -> int:
@@ -50,26 +63,24 @@ def keep_count(size: int, sparsity: float) -> int:
         >>> keep_count(5, 0.5)
         2
     """
-    # As the decimal number that was written: 50 * 0.29 is 14.499999999999998 in floating point.
-    exact = Fraction(str(float(sparsity)))
-    return size - math.floor(size * exact + Fraction(1, 2))
+    return size - math.floor(size * _decimal(sparsity) + Fraction(1, 2))
 
 
-def uniform(shapes: Sequence[Shape], sparsity: float) -> Budget:
+def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
     """The same sparsity in every leaf.
 
     Args:
-        shapes: shapes of the pruned leaves.
+        shapes: shapes of the pruned leaves by path, in flattening order.
         sparsity: fraction to prune, in [0, 1).
 
     Returns:
         A `Budget` whose floors add up to its total.
 
     Example:
-        >>> uniform([(10, 10), (20,)], 0.9)
+        >>> uniform({"a": (10, 10), "b": (20,)}, 0.9)
         Budget(total=12, floors=(10, 2))
     """
-    floors = tuple(keep_count(math.prod(shape), sparsity) for shape in shapes)
+    floors = tuple(keep_count(math.prod(shape), sparsity) for shape in shapes.values())
     return Budget(sum(floors), floors)
 
 
@@ -88,24 +99,247 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
             weight can stay in each leaf.
 
     Example:
-        >>> global_budget(0.5)([(10, 10), (20,)], 0.9)
+        >>> global_budget(0.5)({"a": (10, 10), "b": (20,)}, 0.9)
         Budget(total=12, floors=(5, 1))
     """
     if not 0 <= floor <= 1:
         raise ValueError(f"`floor` must lie in [0, 1], but is {floor!r}.")
 
-    def rule(shapes: Sequence[Shape], sparsity: float) -> Budget:
-        sizes = [math.prod(shape) for shape in shapes]
-        total = keep_count(sum(sizes), sparsity)
-        floors = tuple(max(1, math.floor(floor * total * n / sum(sizes))) for n in sizes)
+    def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+        sizes = _sizes(shapes)
+        everything = sum(sizes.values())
+        total = keep_count(everything, sparsity)
+        floors = tuple(max(1, math.floor(floor * total * n / everything)) for n in sizes.values())
         if sum(floors) > total:
-            small = min(sizes)
-            raise ValueError(
-                f"`sparsity` {sparsity} keeps {total} of {sum(sizes)} weights, fewer than the "
-                f"{sum(floors)} that the floors of {len(sizes)} leaves need (the smallest leaf "
-                f"has {small} weights). Lower `sparsity` or `floor`, or exclude small leaves "
-                "with `prunable`."
+            trees.raise_for(
+                _smallest(sizes),
+                f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than the "
+                f"{sum(floors)} that the floors of {len(sizes)} leaves need. Lower `sparsity` or "
+                "`floor`, or exclude small leaves with `prunable`. The smallest are:",
             )
         return Budget(total, floors)
 
     return rule
+
+
+def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """The Erdos-Renyi distribution: the more inputs and outputs a layer has, the sparser it is.
+
+    The density of a leaf is proportional to `(n_in + n_out) / (n_in * n_out)`, with the last
+    two dimensions as `n_in` and `n_out`. Leaves whose density would exceed 1 stay dense, and
+    the others share what is left. The counts are exact: a count that is not an integer is
+    rounded by largest remainder, ties to the earlier leaf, and every leaf keeps at least one
+    weight. A vector counts as `n_in = 1`, a scalar as `n_in = n_out = 1`.
+
+    Args:
+        shapes: shapes of the pruned leaves by path, in flattening order.
+        sparsity: fraction to prune, in [0, 1).
+
+    Returns:
+        A `Budget` whose floors add up to its total.
+
+    Raises:
+        ValueError: if not even one weight can stay in each leaf.
+
+    Example:
+        >>> erdos_renyi({"a": (100, 100), "b": (100, 10), "c": (10, 10)}, 0.5)
+        Budget(total=5550, floors=(4450, 1000, 100))
+
+    References:
+        D. C. Mocanu, E. Mocanu, P. Stone, P. H. Nguyen, M. Gibescu, A. Liotta, Scalable Training
+        of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by Network
+        Science, arXiv:1707.04780.
+    """
+
+    def rate(shape: Shape) -> int:
+        n_in, n_out = (1, 1, *shape)[-2:]
+        return math.prod(shape[:-2]) * (n_in + n_out)
+
+    return _in_proportion([rate(shape) for shape in shapes.values()], shapes, sparsity)
+
+
+def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """The Erdos-Renyi-kernel distribution: `erdos_renyi` with the size of the kernel counted in.
+
+    The density of a leaf is proportional to the sum of its dimensions divided by their product:
+    `(n_in + n_out + width + height) / (n_in * n_out * width * height)` for a convolution.
+    Everything else is as in `erdos_renyi`; matrices get the same as there if there is nothing
+    but matrices. A scalar counts as a vector of one weight.
+
+    Args:
+        shapes: shapes of the pruned leaves by path, in flattening order.
+        sparsity: fraction to prune, in [0, 1).
+
+    Returns:
+        A `Budget` whose floors add up to its total.
+
+    Raises:
+        ValueError: if not even one weight can stay in each leaf.
+
+    Example:
+        >>> erdos_renyi_kernel({"1x1": (1, 1, 64, 64), "3x3": (3, 3, 64, 64)}, 0.9)
+        Budget(total=4096, floors=(2017, 2079))
+
+    References:
+        U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, Rigging the Lottery: Making All
+        Tickets Winners, arXiv:1911.11134.
+    """
+    rates = [sum(shape) if shape else 1 for shape in shapes.values()]
+    return _in_proportion(rates, shapes, sparsity)
+
+
+def custom(sparsities: Mapping[str, float]) -> BudgetRule:
+    """A sparsity of its own for some leaves; the others take up the rest.
+
+    At the sparsity `s` of the whole, every leaf is pruned to the same level `x`, but no leaf
+    beyond its own sparsity: `sum(n * min(own, x)) = s * sum(n)` over leaves of `n` weights.
+    So along a rising schedule a named leaf follows the others until it reaches its own
+    sparsity, and stays there. Counts that are not integers are rounded by largest remainder,
+    ties to the earlier leaf. A leaf without a name keeps at least one weight; a named leaf ends
+    at `keep_count(n, own)`, which can be 0 where it is tiny.
+
+    With a name for every leaf the largest `s` is the mean of the own sparsities, weighted by
+    size. Within half a weight for each leaf of that mean, the floors are `keep_count(n, own)`,
+    and the total is their sum.
+
+    Args:
+        sparsities: sparsity in [0, 1) by path; 0 keeps a leaf dense.
+
+    Returns:
+        A function `(shapes, sparsity) -> Budget`, with floors that add up to the total.
+
+    Raises:
+        ValueError: if a value is outside [0, 1); from the returned function, if a path is not
+            that of a pruned leaf, or if the sparsity cannot be reached.
+
+    Example:
+        >>> rule = custom({"first": 0.0, "last": 0.5})
+        >>> shapes = {"first": (10, 10), "last": (10, 10), "middle": (10, 10)}
+        >>> rule(shapes, 0.2)
+        Budget(total=240, floors=(100, 70, 70))
+        >>> rule(shapes, 0.4)
+        Budget(total=180, floors=(100, 50, 30))
+    """
+    bad = [f"{path}: {own!r}" for path, own in sparsities.items() if not 0 <= own < 1]
+    trees.raise_for(bad, "`sparsities` must lie in [0, 1); change these:")
+    sparsities = dict(sparsities)
+
+    def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+        _check_paths(sparsities, shapes)
+        sizes = _sizes(shapes)
+        most = [
+            n - keep_count(n, sparsities[path]) if path in sparsities else n - 1
+            for path, n in sizes.items()
+        ]
+        pruned = sum(sizes.values()) - keep_count(sum(sizes.values()), sparsity)
+        if pruned and len(sparsities) == len(sizes) and _is_mean(sparsity, sparsities, sizes):
+            gone = most
+        elif pruned > sum(most):
+            _raise_unreachable(sparsity, sparsities, sizes, sum(most))
+        else:
+            gone = _round(_fill(list(sizes.values()), [0] * len(most), most, pruned), pruned)
+        floors = tuple(n - k for n, k in zip(sizes.values(), gone, strict=True))
+        return Budget(sum(floors), floors)
+
+    return rule
+
+
+def _decimal(sparsity: float) -> Fraction:
+    """The decimal number that was written: 50 * 0.29 is below 14.5 in floating point."""
+    return Fraction(str(float(sparsity)))
+
+
+def _sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Number of weights of each leaf, by path."""
+    return {path: math.prod(shape) for path, shape in shapes.items()}
+
+
+def _smallest(sizes: Mapping[str, int], count: int = 8) -> list[str]:
+    """The lines of an error that name the smallest leaves."""
+    first = sorted(sizes, key=lambda path: sizes[path])[:count]
+    return [f"{path}: size {sizes[path]}" for path in first]
+
+
+def _in_proportion(rates: list[int], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """Kept counts proportional to `rates`, between one weight and all of a leaf."""
+    sizes = _sizes(shapes)
+    everything = sum(sizes.values())
+    total = keep_count(everything, sparsity)
+    if total < len(sizes):
+        trees.raise_for(
+            _smallest(sizes),
+            f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than one for "
+            f"each of {len(sizes)} leaves. Lower `sparsity`, or exclude small leaves with "
+            "`prunable`. The smallest are:",
+        )
+    shares = _fill(rates, [1] * len(sizes), list(sizes.values()), total)
+    return Budget(total, tuple(_round(shares, total)))
+
+
+def _fill(
+    rates: Sequence[int], least: Sequence[int], most: Sequence[int], total: int
+) -> list[Fraction]:
+    """Solves `sum(clip(level * rates, least, most)) = total`, and returns the summands.
+
+    Needs `sum(least) <= total <= sum(most)` and rates above 0. Repeating the division
+    until no leaf is above its bound, as the papers do, solves the same equation without lower
+    bounds; here the level is found between the levels at which some leaf meets a bound.
+    """
+    bounds = list(zip(rates, least, most, strict=True))
+    corners = sorted({Fraction(b, rate) for rate, low, high in bounds for b in (low, high)})
+
+    def scaled(level: Fraction) -> list[int]:
+        # Integers over one denominator: arithmetic on Fractions is ten times slower.
+        p, q = level.numerator, level.denominator
+        return [min(max(p * rate, q * low), q * high) for rate, low, high in bounds]
+
+    def filled(level: Fraction) -> Fraction:
+        return Fraction(sum(scaled(level)), level.denominator)
+
+    if not bounds:
+        return []
+    level = corners[bisect.bisect_right(corners, total, key=filled) - 1]
+    slope = sum(rate for rate, low, high in bounds if low <= level * rate < high)
+    if slope:
+        level += (total - filled(level)) / slope
+    return [Fraction(part, level.denominator) for part in scaled(level)]
+
+
+def _round(shares: Sequence[Fraction], total: int) -> list[int]:
+    """Integers that add up to `total`, by largest remainder, ties to the lower index."""
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _check_paths(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> None:
+    """Raises if a path is not that of a pruned leaf."""
+    problems = []
+    for path in sparsities:
+        if path not in shapes:
+            close = difflib.get_close_matches(path, list(shapes), n=1, cutoff=0.0)
+            problems.append(f"{path}: did you mean {close[0]}?" if close else path)
+    trees.raise_for(problems, "`sparsities` must name pruned leaves by their paths; change these:")
+
+
+def _is_mean(sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int]) -> bool:
+    """Whether `sparsity` is the mean of the leaves' own, within half a weight for each leaf."""
+    gone = sum(n * _decimal(own[path]) for path, n in sizes.items())
+    return abs(sum(sizes.values()) * _decimal(sparsity) - gone) <= Fraction(len(sizes), 2)
+
+
+def _raise_unreachable(
+    sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int], most: int
+) -> None:
+    """Raises the error of `custom` for a sparsity above what the leaves' own allow."""
+    everything = sum(sizes.values())
+    # Rounded down, so that the value in the message can be used.
+    highest = math.floor(Fraction(most * 10**4, everything)) / 10**4
+    capped = [f"{path}: {own[path]} of {sizes[path]} weights" for path in own]
+    trees.raise_for(
+        capped or _smallest(sizes),
+        f"`sparsity` {sparsity} cannot be reached: with these sparsities of single leaves it is "
+        f"at most {highest}. Lower `sparsity`, raise them, or leave leaves out of `sparsities`:",
+    )

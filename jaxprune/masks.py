@@ -1,14 +1,17 @@
 """Masks beside parameters: read them from an optimizer state, apply them, make them in one call."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxprune import budgets, scores, selection, trees
+from jaxprune import budgets, patterns, plans, scores, trees
 
-__all__ = ["apply_masks", "get_masks", "prune"]
+__all__ = ["apply_masks", "get_masks", "prune", "prune_in_rounds"]
 
 
 def get_masks(opt_state: Any) -> Any:
@@ -81,27 +84,34 @@ def prune(
     params: Any,
     sparsity: float,
     *,
-    score: scores.Score = scores.magnitude,
+    score: scores.Score | Any = scores.magnitude,
     statistics: Any = None,
     budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    masks: Any = None,
 ) -> tuple[Any, Any]:
     """Prunes once, without training.
 
     Args:
         params: tree of arrays.
         sparsity: fraction of the prunable weights to set to zero, in [0, 1).
-        score: function `(params, statistics) -> scores`; the largest are kept.
+        score: function `(params, statistics) -> scores`, or a tree of scores like `params`, such
+            as those of `jaxprune.at_init`; the largest are kept.
         statistics: tree like `params` for scores that need one: gradients or their averages.
         budget: function `(shapes, sparsity) -> Budget`; None is one global ranking in which
             each leaf keeps at least a tenth of its uniform budget.
+        pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
+            `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        masks: what was pruned before, from `prune` or `get_masks`, and stays pruned.
 
     Returns:
         The pruned parameters and the masks, a tree of bools like `params`.
 
     Raises:
-        ValueError: if `sparsity` is outside [0, 1), or nothing can be pruned.
+        ValueError: if `sparsity` is outside [0, 1), nothing can be pruned, a pattern or a budget
+            does not fit, or a tree differs from `params`.
 
     Example:
         >>> import jaxprune
@@ -113,20 +123,95 @@ def prune(
     if not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
     flags = trees.prunable_flags(params, prunable)
+    paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
         statistics = trees.pick(statistics, flags)
-    rule = budgets.global_budget() if budget is None else budget
-    total, floors = rule([weight.shape for weight in weights], sparsity)
-    selected = _largest(score(weights, statistics), total, floors=jnp.array(floors, jnp.int32))
+    if callable(score):
+        ranked = score(weights, statistics)
+    else:
+        trees.check_same_structure("score", score, params)
+        ranked = trees.pick(score, flags)
+    among = None if masks is None else trees.pick(_full_masks(masks, params), flags)
+    plan = plans.make_plan(
+        dict(zip(paths, weights, strict=True)), [0], [sparsity], budget=budget, pattern=pattern
+    )
+
     everything = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
-    masks = trees.put(everything, flags, selected)
+    kinds = tuple((group.pattern, group.members) for group in plan.groups)
+    tables = [group[2:] for group in plan.groups]
+    masks = trees.put(everything, flags, _selected(kinds, tables, ranked, among))
     return apply_masks(params, masks), masks
 
 
-# Outside of `jit` its loops would be compiled anew at every call.
-_largest = jax.jit(selection.largest)
+def prune_in_rounds(
+    params: Any,
+    sparsity: float,
+    score: Callable[[Any], Any],
+    *,
+    rounds: int = 100,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Prunes a little, scores what is left again, and so on.
+
+    With density `d = 1 - sparsity`, round `k` of `n` leaves the density `d ** (k / n)`. What
+    is pruned in one round stays pruned. This is how SynFlow keeps layers from being emptied.
+
+    Args:
+        params: tree of arrays.
+        sparsity: fraction of the prunable weights to set to zero, in [0, 1).
+        score: function from the parameters, with zeros where they are pruned, to scores, a
+            tree like the parameters.
+        rounds: how many, at least 1.
+        **options: `budget`, `pattern` and `prunable` of `prune`.
+
+    Returns:
+        The pruned parameters and the masks, as `prune`.
+
+    Raises:
+        ValueError: if `rounds` is less than 1, and as `prune`.
+
+    References:
+        Tanaka et al., Pruning neural networks without any data, arXiv:2006.05467.
+
+    Example:
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, 0.5]])}
+        >>> pruned, masks = prune_in_rounds(params, 0.5, scores.magnitude, rounds=2)
+        >>> pruned["kernel"].tolist()
+        [[3.0, 0.0], [2.0, 0.0]]
+    """
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    pruned, masks = params, jax.tree.map(lambda _: True, params)
+    for k in range(1, rounds + 1):
+        now = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)
+        pruned, masks = prune(pruned, now, score=score(pruned), masks=masks, **options)
+    return pruned, masks
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _selected(kinds: Any, tables: Any, ranked: list[jax.Array], among: Any) -> list[jax.Array]:
+    """Masks of one plan; compiled once for all counts, not at every call."""
+    groups = [plans.Group(*kind, *counts) for kind, counts in zip(kinds, tables, strict=True)]
+    plan = plans.Plan(np.zeros(1, np.int32), tuple(groups))
+    return plans.select(plan, 0, ranked) if among is None else plans.renew(plan, 0, among, ranked)
+
+
+def _full_masks(masks: Any, params: Any) -> list[jax.Array]:
+    """Masks in the order and shapes of the parameters; the scalar True stands for all kept."""
+    by_path = trees.leaf_by_path(masks)
+    filled = [
+        jnp.broadcast_to(by_path[path], jnp.shape(leaf))
+        if path in by_path and jnp.ndim(by_path[path]) == 0
+        else by_path.get(path)
+        for path, leaf in trees.leaf_by_path(params).items()
+    ]
+    tree = jax.tree.unflatten(jax.tree.structure(params), filled)
+    trees.check_same_structure("masks", tree, params)
+    return filled
 
 
 def _is_masked_node(node: Any) -> bool:

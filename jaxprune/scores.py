@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Score", "gradient", "magnitude", "random", "taylor"]
+__all__ = ["Score", "draw", "gradient", "magnitude", "random", "taylor"]
 
 Score = Callable[[Any, Any], Any]
 
@@ -104,12 +104,29 @@ def random(seed: int) -> Score:
 
     def score(params: Any, statistics: Any = None) -> Any:
         del statistics
-        leaves, treedef = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        draws = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-        return jax.tree.unflatten(treedef, draws)
+        return draw(jax.random.key(seed), params)
 
     return score
+
+
+def draw(key: jax.Array, params: Any) -> Any:
+    """Uniform random scores in [0, 1), the same for the same key and shapes.
+
+    Args:
+        key: a key of `jax.random`.
+        params: tree of arrays; only their shapes are used.
+
+    Returns:
+        Tree of float32 arrays like `params`.
+
+    Example:
+        >>> draw(jax.random.key(0), [jnp.zeros((2, 3))])[0].shape
+        (2, 3)
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    draws = [jax.random.uniform(key, jnp.shape(leaf)) for key, leaf in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, draws)
 
 
 def _required(statistics: Any) -> Any:

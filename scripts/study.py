@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import math
 import os
 import shlex
 import statistics
@@ -22,14 +21,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from configs import Method
 
 from jaxprune import checkpoints, reports
 
 TRAIN = Path(__file__).with_name("train.py")
-# Colours by Okabe and Ito: told apart by readers with any colour vision.
-STYLES = {"agip": ("o-", "#0072B2"), "gradient": ("s--", "#D55E00"),
-          "magnitude": ("^-.", "#009E73"), "random": ("D:", "#CC79A7")}  # fmt: skip
+METHODS = [name for name in get_args(Method) if name != "none"]
 # What may differ between runs of a study. The last three change no number.
 FREE = {"method", "sparsity", "seed", "workdir", "overwrite", "data_dir", "source_dir"}
 OWN = {"--method", "--sparsity", "--seed", "--workdir", "--overwrite"}
@@ -55,9 +54,9 @@ def parse(args: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     usage = "study.py CONFIG [options] [-- options of train.py]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form)
-    add, methods = parser.add_argument, list(STYLES)
+    add = parser.add_argument
     add("config", nargs="?", help="named configuration of train.py, such as digits_resnet8")
-    add("--methods", nargs="+", default=methods, choices=methods, help="default: all of them")
+    add("--methods", nargs="+", default=METHODS, choices=METHODS, help="default: all of them")
     add("--sparsities", nargs="+", type=float, default=[0.72, 0.9, 0.95], metavar="FRACTION")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     add("--workdir", type=Path, default=Path("runs/study"), help="default: runs/study")
@@ -196,7 +195,7 @@ def write_results(workdir: Path) -> dict[str, dict[str, Any]]:
         lines = (json.dumps(record) + "\n" for record in records.values())
         checkpoints.write_text(workdir / "results.jsonl", "".join(lines))
         rows = aggregate([*records.values()])
-        plot(rows, workdir / "results.png")
+        reports.plot_accuracy(rows, workdir / "results.png")
         table = [{k: f"{x:.2%}" if isinstance(x, float) else x for k, x in r.items()} for r in rows]
         commands = (checkpoints.read_json(workdir / "study.json") or {}).get("commands", [])
         facts = [f"- command: `{command}`" for command in commands]
@@ -213,7 +212,7 @@ def aggregate(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     dense = {run["seed"]: run["test_accuracy"] for run in records if run["method"] == "none"}
     groups, rows = {}, []
     for run in records:
-        key = ["none", *STYLES].index(run["method"]), run["target_sparsity"]
+        key = ["none", *METHODS].index(run["method"]), run["target_sparsity"]
         groups.setdefault(key, []).append(run)
     for (_, sparsity), runs in sorted(groups.items()):
         row = {"method": runs[0]["method"], "sparsity": sparsity, "runs": len(runs)}
@@ -228,33 +227,6 @@ def aggregate(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row[f"{name} bytes"] = round(statistics.mean(run[f"{name}_bytes"] for run in runs))
         rows.append(row)
     return rows
-
-
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against sparsity: a line for each method, the dense runs as a band."""
-    from matplotlib import figure, ticker
-
-    canvas = figure.Figure(figsize=(6.4, 4.4), dpi=140, layout="constrained")
-    axes = canvas.subplots()
-    for shift, (method, (style, colour)) in enumerate(STYLES.items(), start=-2):
-        # Equal steps are equal factors of what is kept; a shift keeps error bars apart.
-        if own := [row for row in rows if row["method"] == method]:
-            x = [0.015 * shift - math.log(1 - row["sparsity"]) for row in own]
-            y, sd = ([row[key] or 0 for row in own] for key in ("accuracy", "SD"))
-            axes.errorbar(x, y, sd, fmt=style, color=colour, ms=4, capsize=3, label=method)
-    if rows[0]["method"] == "none":
-        mean, sd = rows[0]["accuracy"], rows[0]["SD"] or 0
-        axes.axhline(mean, color="#000000", linewidth=1, label="dense")
-        axes.axhspan(mean - sd, mean + sd, color="#000000", alpha=0.12, linewidth=0)
-    ticks = sorted({row["sparsity"] for row in rows if row["method"] != "none"})
-    axes.set_xticks([-math.log(1 - s) for s in ticks], [f"{s:.4g}" for s in ticks])
-    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-    axes.set(xlabel="Sparsity", ylabel="Test accuracy: mean and SD over seeds")
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    canvas.savefig(partial, format="png")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -24,129 +24,34 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from configs import CONFIGS, Config
 from flax import nnx
 
 import jaxprune
-from jaxprune import budgets, checkpoints, data, models, rates, reports, scores, training, trees
+from jaxprune import (
+    at_init,
+    budgets,
+    checkpoints,
+    data,
+    models,
+    rates,
+    reports,
+    scores,
+    training,
+    trees,
+)
 from jaxprune.metrics import MetricsLog, show_progress
 
-ModelName = Literal[
-    "resnet8", "resnet20", "resnet32", "resnet56", "resnet110",
-    "resnet18", "resnet34", "resnet50", "resnet101",
-]  # fmt: skip
-Method = Literal["none", "agip", "magnitude", "gradient", "random"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every knob of a run; the comments are the help text."""
-
-    dataset: Literal["digits", "fashion_mnist", "synthetic"] = "digits"  # images to train on
-    data_dir: str = ""  # folder of prepared data; empty: the user's cache
-    source_dir: str = ""  # folder with the data set's original files; empty: download them
-    image_size: int = 224  # height and width of synthetic images
-    model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
-    seed: int = 0  # of initialisation, data order and augmentation
-
-    epochs: float = 30.0  # passes over the training images
-    steps: int = 0  # training steps; 0: as many as the epochs give
-    batch_size: int = 128  # images per step, over all devices
-    pad: int = 0  # augmentation: shift by up to so many pixels
-    flip: bool = False  # augmentation: mirror half of the images
-
-    learning_rate: float = 0.1  # the peak; it falls to 0 along a cosine
-    warmup_steps: int = 0  # steps in which the learning rate rises from 0 to its peak
-    momentum: float = 0.9  # of SGD, in [0, 1)
-    nesterov: bool = False  # Nesterov's momentum
-    weight_decay: float = 5e-4  # of kernels; biases and norm parameters have none
-    label_smoothing: float = 0.0  # share of the target that is spread over all classes
-
-    method: Method = "agip"  # none: dense; agip: default score; others: the same with that score
-    sparsity: float = 0.72  # fraction of the kernels' weights that end as zeros, in [0, 1)
-    prune_start: float = 0.1  # when sparsity starts to rise, as a fraction of all steps
-    prune_stop: float = 0.6  # when sparsity is reached, as a fraction of all steps
-    prune_every: int = 100  # steps between two mask updates
-    decay: float | None = 0.99  # of the running average of gradients; None: use the momentum
-    budget: Literal["global", "uniform"] = "global"  # one ranking of all weights, or one a layer
-    regrow: float = 0.0  # fraction of the kept weights that moves at the first mask update
-    rate: Literal["none", "density", "statistic"] = "none"  # what survivors' rates adapt to
-
-    workdir: str = ""  # folder of all outputs; empty: runs/ and a name made of the main options
-    overwrite: bool = False  # delete the run that the workdir holds and start afresh
-    eval_every: int = 200  # steps between two evaluations on the test images
-    eval_batch_size: int = 512  # images per step of an evaluation
-    save_every: int = 500  # steps between two checkpoints
-    log_every: int = 50  # steps between two lines of metrics
-    chunk: int = 0  # steps per call; 0: 1 on CPU (convolutions in loops are slow there), else 50
-
-    def __post_init__(self) -> None:
-        """Checks every value; one error names all that are out of range."""
-        kinds = get_type_hints(Config).items()
-        choices = {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
-        bad = [
-            f"`{name}` must be one of {', '.join(names)}; got {getattr(self, name)!r}"
-            for name, names in choices.items()
-            if getattr(self, name) not in names
-        ]
-        at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every"
-        rules = [
-            ("at least 0", lambda x: x >= 0, "steps pad warmup_steps weight_decay chunk seed"),
-            ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every"),
-            ("above 0", lambda x: 0 < x < math.inf, "epochs learning_rate"),
-            ("in [0, 1)", lambda x: 0 <= x < 1, "sparsity momentum label_smoothing regrow"),
-            ("in [0, 1)", lambda x: x is None or 0 <= x < 1, "decay"),
-            ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop"),
-        ]
-        for rule, holds, names in rules:
-            values = [(name, getattr(self, name)) for name in names.split()]
-            bad += [f"`{name}` must be {rule}; got {x}" for name, x in values if not holds(x)]
-        if self.prune_stop < self.prune_start:
-            bad.append(
-                f"`prune_stop` must not be less than `prune_start` ({self.prune_start}); "
-                f"got {self.prune_stop}"
-            )
-        if bad:
-            raise ValueError("\n".join(bad))
-
-
-CONFIGS = {
-    "digits_resnet8": (
-        "ResNet-8 on scikit-learn's 8x8 digits: seconds on a CPU, no download.",
-        Config(epochs=40.0, batch_size=64, pad=1, prune_every=20, log_every=20, eval_every=110),
-    ),
-    "fashion_resnet8": (
-        "ResNet-8 on Fashion-MNIST: minutes on a CPU.",
-        Config(
-            dataset="fashion_mnist",
-            epochs=5.0,
-            pad=2,
-            flip=True,
-            learning_rate=0.4,
-            warmup_steps=50,
-        ),  # fmt: skip
-    ),
-    "fashion_resnet20": (
-        "ResNet-20 on Fashion-MNIST: for an accelerator.",
-        Config(dataset="fashion_mnist", model="resnet20", pad=2, flip=True, eval_every=500),
-    ),
-    "synthetic_resnet50": (
-        "ResNet-50 on made-up ImageNet-sized images: a benchmark.",
-        Config(
-            dataset="synthetic", model="resnet50", dtype="bfloat16", steps=200, eval_batch_size=128
-        ),
-    ),
-}
-
+AT_INIT = ("snip", "grasp", "synflow")
 # What may change when a run goes on; all else must be as it was.
 FREE = {"workdir", "overwrite", "data_dir", "source_dir"}
 # What --overwrite deletes, config.json last: it is what says that the folder holds a run.
@@ -193,11 +98,6 @@ def train(config: Config) -> dict[str, Any]:
         rngs=nnx.Rngs(config.seed),
     )
     schedule = learning_rate(config, steps)
-    with plain_errors():
-        tx = make_optimizer(config, schedule, steps)
-        graphdef, state = training.create_state(model, tx, mesh)
-    key = jax.random.key(config.seed)
-    chunk = 1 if jax.default_backend() == "cpu" else min(50, config.log_every)
 
     def prepare_test(images: jax.Array) -> jax.Array:
         return data.normalize(images, dataset.mean, dataset.std, config.dtype)
@@ -205,6 +105,19 @@ def train(config: Config) -> dict[str, Any]:
     def prepare_train(key: jax.Array, images: jax.Array) -> jax.Array:
         return prepare_test(data.augment(key, images, pad=config.pad, flip=config.flip))
 
+    with plain_errors():
+        prune = None
+        if config.method in AT_INIT:
+            masks = masks_at_init(config, model, dataset, prepare_test)
+            prune = jaxprune.fixed_mask_transform(masks)
+        elif config.method != "none":
+            prune = make_pruning(config, steps)
+        tx = make_optimizer(config, schedule, prune)
+        graphdef, state = training.create_state(model, tx, mesh)
+        # Methods that are sparse from the start have masks already.
+        state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
+    key = jax.random.key(config.seed)
+    chunk = 1 if jax.default_backend() == "cpu" else min(50, config.log_every)
     step_fn = training.make_train_step(
         graphdef, tx, prepare_train, label_smoothing=config.label_smoothing
     )
@@ -311,7 +224,7 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: Config, schedule: optax.Schedule, steps: int
+    config: Config, schedule: optax.Schedule, prune: optax.GradientTransformation | None
 ) -> optax.GradientTransformation:
     """SGD with momentum and weight decay on kernels, then pruning."""
 
@@ -322,24 +235,66 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay, mask=kernels),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     ]
-    if config.method != "none":
-        score = scores.taylor if config.method == "agip" else getattr(scores, config.method)
-        parts = config.prune_start, config.prune_stop
-        start, stop = (min(round(steps * part), steps - 1) for part in parts)
+    return jaxprune.chain(*transforms, *([prune] if prune else []))
+
+
+def make_pruning(config: Config, steps: int) -> optax.GradientTransformation:
+    """The transformation of a method that prunes while training."""
+    start, stop = (
+        min(round(steps * part), steps - 1) for part in (config.prune_start, config.prune_stop)
+    )
+    options: dict[str, Any] = {"every": config.prune_every, "start": start, "stop": stop}
+    options |= {"budget": budget_of(config)}
+    method = config.method
+    if method in ("agip", "gradient"):
         rules = {"none": None, "density": rates.by_density(), "statistic": rates.by_statistic()}
-        prune = jaxprune.agip_transform(
-            config.sparsity,
-            every=config.prune_every,
-            start=start,
-            stop=stop,
-            decay=config.decay,
-            score=score(config.seed) if config.method == "random" else score,
-            budget=budgets.uniform if config.budget == "uniform" else budgets.global_budget(),
-            regrow=config.regrow,
-            rate=rules[config.rate],
-        )
-        transforms.append(prune)
-    return jaxprune.chain(*transforms)
+        options |= {"decay": config.decay, "regrow": config.regrow, "rate": rules[config.rate]}
+        options |= {"score": scores.taylor if method == "agip" else scores.gradient}
+        method = "agip"
+    elif method in ("set", "rigl"):
+        options |= {"drop": config.drop, "seed": config.seed}
+    elif method == "random":
+        options |= {"seed": config.seed}
+    elif method == "acdc":
+        options |= {"every": max(1, round(steps * config.phase))}
+    return getattr(jaxprune, f"{method}_transform")(config.sparsity, **options)
+
+
+def masks_at_init(
+    config: Config, model: nnx.Module, dataset: data.Dataset, prepare: Callable[..., jax.Array]
+) -> Any:
+    """The masks of a method that prunes before training."""
+    if config.method == "synflow":
+        model.eval()
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = map(nnx.to_pure_dict, states)
+    # The last norm of a residual branch starts with the scale 0; no weight before it would count.
+    params = jax.tree.map_with_path(
+        lambda path, x: jnp.ones_like(x) if trees.path_string(path).endswith("scale") else x, params
+    )
+    images = prepare(jnp.asarray(dataset.train.images[: config.init_images]))
+    labels = jnp.asarray(dataset.train.labels[: config.init_images])
+
+    def apply(params: Any, images: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params, rest)(images)
+
+    def loss(params: Any, temperature: float) -> jax.Array:
+        return jnp.mean(training.cross_entropy(apply(params, images) / temperature, labels))
+
+    budget = budget_of(config)
+    if config.method == "synflow":
+        score = jax.jit(lambda params: at_init.synflow(apply, params, images[:1]))
+        return jaxprune.prune_in_rounds(params, config.sparsity, score, budget=budget)[1]
+    # The temperature of GraSP's authors, and none for SNIP.
+    temperature = 200.0 if config.method == "grasp" else 1.0
+    score = jax.jit(lambda params: getattr(at_init, config.method)(loss, params, temperature))
+    return jaxprune.prune(params, config.sparsity, score=score(params), budget=budget)[1]
+
+
+def budget_of(config: Config) -> budgets.BudgetRule | None:
+    """The budget rule; None is the method's own."""
+    rules = {"global": budgets.global_budget(), "uniform": budgets.uniform}
+    return (rules | {"erdos_renyi_kernel": budgets.erdos_renyi_kernel}).get(config.budget)
 
 
 def masks_of(config: Config, state: training.TrainState) -> Any:
@@ -376,9 +331,7 @@ def summarize(
 
     total = jaxprune.summarize(state.params, masks).total
     dense_bytes, sparse_bytes = reports.checkpoint_bytes(state.params, masks)
-    dense = make_optimizer(
-        dataclasses.replace(config, method="none"), optax.constant_schedule(0), 1
-    )
+    dense = make_optimizer(config, optax.constant_schedule(0), None)
     state_bytes = nbytes(state.opt_state)
     return {
         "test_accuracy": column("test_accuracy")[-1],

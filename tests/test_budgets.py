@@ -4,15 +4,34 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import keep_count
+from reference import erdos_renyi_densities, keep_count, largest_remainder, water_levels
 
 from jaxprune import budgets
 
 SIZES = st.integers(1, 10**8)
 SPARSITIES = st.floats(0, 1, exclude_max=True)
-SHAPES = st.lists(st.lists(st.integers(1, 12), max_size=4).map(tuple), min_size=1, max_size=6)
+SHAPES = st.lists(st.lists(st.integers(1, 12), max_size=4).map(tuple), min_size=1, max_size=6).map(
+    lambda shapes: named(*shapes)
+)
+
+MATRICES = st.lists(
+    st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6
+).map(lambda shapes: named(*shapes))
+ERDOS_RENYI = pytest.mark.parametrize(
+    "rule", [budgets.erdos_renyi, budgets.erdos_renyi_kernel], ids=["er", "erk"]
+)
+OWN = st.dictionaries(st.sampled_from("012345"), st.floats(0, 0.99), max_size=6)
+
+
+def named(*shapes):
+    """Paths "0", "1", ... for some shapes."""
+    return {str(i): shape for i, shape in enumerate(shapes)}
+
+
+def sizes_of(shapes):
+    return [math.prod(shape) for shape in shapes.values()]
 
 
 # ---- keep_count
@@ -54,7 +73,9 @@ def test_keep_count_falls_with_sparsity(size, low, high):
 @given(shapes=SHAPES, sparsity=SPARSITIES)
 def test_uniform_gives_every_leaf_its_own_count(shapes, sparsity):
     budget = budgets.uniform(shapes, sparsity)
-    assert budget.floors == tuple(budgets.keep_count(math.prod(s), sparsity) for s in shapes)
+    assert budget.floors == tuple(
+        budgets.keep_count(math.prod(s), sparsity) for s in shapes.values()
+    )
     assert budget.total == sum(budget.floors)
 
 
@@ -63,7 +84,7 @@ def test_uniform_gives_every_leaf_its_own_count(shapes, sparsity):
 
 @given(shapes=SHAPES, sparsity=st.floats(0, 0.99), floor=st.floats(0, 1))
 def test_global_floors_can_be_met(shapes, sparsity, floor):
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = sizes_of(shapes)
     total = budgets.keep_count(sum(sizes), sparsity)
     shares = [Fraction(floor) * total * n / sum(sizes) for n in sizes]
     try:
@@ -81,22 +102,228 @@ def test_global_floors_can_be_met(shapes, sparsity, floor):
 
 def test_floor_one_can_always_be_met_by_leaves_that_keep_something() -> None:
     rule = budgets.global_budget(1.0)
-    assert rule([(3,)] * 10, 0.1) == budgets.Budget(27, (2,) * 10)
+    assert rule(named(*[(3,)] * 10), 0.1) == budgets.Budget(27, (2,) * 10)
 
 
 @given(hundreds=st.lists(st.integers(1, 50), min_size=1, max_size=5), percent=st.integers(0, 99))
 def test_floor_one_is_uniform_where_nothing_is_rounded(hundreds, percent):
-    shapes = [(n, 100) for n in hundreds]
+    shapes = named(*((n, 100) for n in hundreds))
     rule = budgets.global_budget(1.0)
     assert rule(shapes, percent / 100) == budgets.uniform(shapes, percent / 100)
 
 
 def test_floor_zero_leaves_one_weight_in_each_leaf():
-    assert budgets.global_budget(0.0)([(10, 10), (20,)], 0.9) == budgets.Budget(12, (1, 1))
+    assert budgets.global_budget(0.0)(named((10, 10), (20,)), 0.9) == budgets.Budget(12, (1, 1))
 
 
 def test_default_floor_is_a_tenth_of_the_uniform_budget():
-    assert budgets.global_budget()([(10, 100), (50, 10)], 0.5) == budgets.Budget(750, (50, 25))
+    assert budgets.global_budget()(named((10, 100), (50, 10)), 0.5) == budgets.Budget(750, (50, 25))
+
+
+# ---- erdos_renyi, erdos_renyi_kernel
+
+
+@ERDOS_RENYI
+@given(shapes=MATRICES, sparsity=SPARSITIES)
+def test_densities_are_those_of_the_papers(rule, shapes, sparsity):
+    kernel = rule is budgets.erdos_renyi_kernel
+    total = keep_count(sum(sizes_of(shapes)), sparsity)
+    densities = erdos_renyi_densities(list(shapes.values()), sparsity, kernel)
+    shares = [d * n for d, n in zip(densities, sizes_of(shapes), strict=True)]
+    assume(min(shares) >= 1)
+    assert rule(shapes, sparsity) == (total, tuple(largest_remainder(shares, total)))
+
+
+@ERDOS_RENYI
+@given(shapes=SHAPES, sparsity=SPARSITIES)
+def test_erdos_renyi_is_exact_and_empties_no_leaf(rule, shapes, sparsity):
+    sizes = sizes_of(shapes)
+    total = keep_count(sum(sizes), sparsity)
+    if total < len(shapes):
+        with pytest.raises(ValueError, match="fewer than one for each of"):
+            rule(shapes, sparsity)
+        return
+    budget = rule(shapes, sparsity)
+    assert budget.total == sum(budget.floors) == total
+    assert all(1 <= k <= n for k, n in zip(budget.floors, sizes, strict=True))
+
+
+@ERDOS_RENYI
+def test_leaves_at_one_weight_leave_the_others_in_proportion(rule):
+    # Total 33, rates 200, 40, 2, 2: shares in proportion would be 27.05, 5.41, .27, .27.
+    shapes = named((100, 100), (20, 20), (1, 1), (1, 1))
+    assert rule(shapes, 1 - 33 / 10402) == (33, (26, 5, 1, 1))
+
+
+@ERDOS_RENYI
+def test_leaves_that_would_exceed_one_are_dense(rule):
+    # With 5550 of 11100, the factor 5550 / 330 asks for 1850 of 1000 and 336 of 100.
+    shapes = named((100, 100), (100, 10), (10, 10))
+    assert rule(shapes, 0.5) == (5550, (4450, 1000, 100))
+
+
+@given(channels=st.integers(2, 64), sparsity=st.floats(0.05, 0.95))
+def test_a_small_kernel_is_denser_than_a_large_one(channels, sparsity):
+    shapes = {"1x1": (1, 1, channels, channels), "3x3": (3, 3, channels, channels)}
+    small, large = budgets.erdos_renyi_kernel(shapes, sparsity).floors
+    assert small * 9 > large
+
+
+def test_erdos_renyi_does_not_look_at_the_kernel():
+    shapes = {"1x1": (1, 1, 30, 50), "3x3": (3, 3, 30, 50)}
+    assert budgets.erdos_renyi(shapes, 0.9) == (1500, (150, 1350))
+    assert budgets.erdos_renyi_kernel(shapes, 0.9) == (1500, (732, 768))
+
+
+def test_vectors_have_one_input_in_erdos_renyi():
+    wide = {"vector": (99,), "matrix": (100, 100)}
+    flat = {"vector": (1, 99), "matrix": (100, 100)}
+    assert budgets.erdos_renyi(wide, 0.99) == budgets.erdos_renyi(flat, 0.99) == (101, (34, 67))
+    assert budgets.erdos_renyi_kernel(wide, 0.99) == (101, (33, 68))
+    assert budgets.erdos_renyi(named((), (10, 10)), 0.9).floors[0] == 1
+    assert budgets.erdos_renyi_kernel(named((), (10, 10)), 0.9).floors[0] == 1
+
+
+def resnet50():
+    """Shape and number of output positions of each layer; 3x3 convolutions have the strides."""
+    layers, wide, side = {"stem": ((7, 7, 3, 64), 112**2)}, 64, 56
+    for stage, (depth, width) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)]):
+        for block in range(depth):
+            name, before = f"{stage}/{block}", side
+            side //= 2 if stage and not block else 1
+            layers[f"{name}/conv1"] = ((1, 1, wide, width), before**2)
+            layers[f"{name}/conv2"] = ((3, 3, width, width), side**2)
+            layers[f"{name}/conv3"] = ((1, 1, width, 4 * width), side**2)
+            if not block:
+                layers[f"{name}/projection"] = ((1, 1, wide, 4 * width), side**2)
+            wide = 4 * width
+    return layers | {"classifier": ((wide, 1000), 1)}
+
+
+def test_flops_of_resnet50_are_those_published_for_rigl():
+    # Relative FLOPs at inference: .42 with the kernel distribution, .23 uniform, stem dense.
+    layers = resnet50()
+    shapes = {path: shape for path, (shape, _) in layers.items()}
+    dense = sum(math.prod(shape) * places for shape, places in layers.values())
+    assert sum(sizes_of(shapes)) == 25_502_912
+
+    def relative(budget):
+        places = [places for _, places in layers.values()]
+        return sum(k * n for k, n in zip(budget.floors, places, strict=True)) / dense
+
+    assert relative(budgets.erdos_renyi_kernel(shapes, 0.8)) == pytest.approx(0.42, abs=0.01)
+    stem_dense = budgets.Budget(
+        0, (math.prod(shapes["stem"]), *budgets.uniform(shapes, 0.8).floors[1:])
+    )
+    assert relative(stem_dense) == pytest.approx(0.23, abs=0.01)
+
+
+# ---- custom
+
+
+@given(shapes=SHAPES, own=OWN, sparsity=SPARSITIES)
+def test_custom_is_water_filling(shapes, own, sparsity):
+    own = {path: value for path, value in own.items() if path in shapes}
+    assume(len(own) < len(shapes))
+    sizes = sizes_of(shapes)
+    most = [
+        n - keep_count(n, own[path]) if path in own else n - 1
+        for path, n in zip(shapes, sizes, strict=True)
+    ]
+    total = keep_count(sum(sizes), sparsity)
+    pruned = sum(sizes) - total
+    if pruned > sum(most):
+        with pytest.raises(ValueError, match="cannot be reached"):
+            budgets.custom(own)(shapes, sparsity)
+        return
+    gone = largest_remainder(water_levels(sizes, most, pruned), pruned)
+    floors = tuple(n - k for n, k in zip(sizes, gone, strict=True))
+    assert budgets.custom(own)(shapes, sparsity) == (total, floors)
+
+
+def test_leaves_follow_the_ramp_until_their_own_sparsity():
+    rule = budgets.custom({"dense": 0.0, "half": 0.5})
+    shapes = {"half": (10, 10), "dense": (100,), "rest": (2, 50)}
+    table = {0.0: (100, 100), 0.2: (70, 70), 0.3: (55, 55), 0.4: (50, 30), 0.49: (50, 3)}
+    for sparsity, (half, rest) in table.items():
+        assert rule(shapes, sparsity) == (half + 100 + rest, (half, 100, rest))
+
+
+@given(shapes=SHAPES, values=st.lists(st.floats(0, 0.99), min_size=6, max_size=6))
+def test_the_mean_of_all_own_sparsities_can_be_reached(shapes, values):
+    own = dict(zip(shapes, values, strict=False))
+    sizes = sizes_of(shapes)
+    floors = tuple(keep_count(n, v) for n, v in zip(sizes, own.values(), strict=True))
+    mean = sum(n * v for n, v in zip(sizes, own.values(), strict=True)) / sum(sizes)
+    slack = 0.49 * len(sizes) / sum(sizes)
+    for sparsity in (mean, mean + slack, max(mean - slack, 0.0)):
+        if sparsity < 1 and keep_count(sum(sizes), sparsity) < sum(sizes):
+            assert budgets.custom(own)(shapes, sparsity) == (sum(floors), floors)
+    assert budgets.custom(own)(shapes, 0.0).floors == tuple(sizes)
+
+
+def test_named_leaves_share_a_lower_sparsity_exactly():
+    rule = budgets.custom({"0": 0.1, "1": 0.9})
+    assert rule(named((100,), (100,)), 0.3) == (140, (90, 50))
+
+
+def test_custom_keeps_its_own_copy_of_the_sparsities():
+    own = {"0": 0.5}
+    rule = budgets.custom(own)
+    own["0"] = 0.0
+    assert rule(named((10,), (10,)), 0.5) == (10, (5, 5))
+
+
+# ---- laws of all rules
+
+
+@pytest.mark.parametrize("name", ["uniform", "er", "erk", "custom"])
+@given(shapes=SHAPES, own=OWN, low=SPARSITIES, high=SPARSITIES)
+def test_floors_fall_with_sparsity_up_to_one_weight(name, shapes, own, low, high):
+    rule = {
+        "uniform": budgets.uniform,
+        "er": budgets.erdos_renyi,
+        "erk": budgets.erdos_renyi_kernel,
+        "custom": budgets.custom({path: own[path] for path in own if path in shapes}),
+    }[name]
+    try:
+        more, less = (rule(shapes, sparsity) for sparsity in sorted((low, high)))
+    except ValueError:  # which sparsities are refused is tested above
+        assume(False)
+    assert more.total >= less.total
+    assert all(a + 1 >= b for a, b in zip(more.floors, less.floors, strict=True))
+
+
+@ERDOS_RENYI
+def test_sparsity_zero_keeps_everything(rule):
+    assert rule(named((3, 5), (4,)), 0.0) == (19, (15, 4))
+
+
+def test_sparsity_zero_keeps_everything_even_near_the_mean_of_all_own():
+    # The mean is .45, within half a weight of 0 for each of these tiny leaves.
+    own = {str(i): 0.9 if i == 0 else 0.4 for i in range(10)}
+    assert budgets.custom(own)(named(*[(1,)] * 10), 0.0) == (10, (1,) * 10)
+
+
+@ERDOS_RENYI
+def test_equal_remainders_go_to_the_earlier_leaf(rule):
+    assert rule(named((3,), (3,)), 0.5) == (3, (2, 1))
+    assert budgets.custom({})(named((3,), (3,)), 0.5) == (3, (1, 2))  # pruned: (2, 1)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        budgets.uniform,
+        budgets.global_budget(),
+        budgets.erdos_renyi,
+        budgets.erdos_renyi_kernel,
+        budgets.custom({}),
+    ],
+    ids=["uniform", "global", "er", "erk", "custom"],
+)
+def test_no_leaves_need_no_weights(rule):
+    assert rule({}, 0.5) == (0, ())
 
 
 # ---- errors
@@ -110,9 +337,79 @@ def test_floor_must_be_a_share(floor):
 
 def test_a_budget_that_cannot_be_met_says_what_to_do():
     with pytest.raises(ValueError) as error:
-        budgets.global_budget(0.0)([(3,), (4,), (4,)], 0.9)
+        budgets.global_budget(0.0)({"b": (4,), "a": (3,), "c": (4,)}, 0.9)
     assert str(error.value) == (
         "`sparsity` 0.9 keeps 1 of 11 weights, fewer than the 3 that the floors of 3 leaves "
-        "need (the smallest leaf has 3 weights). Lower `sparsity` or `floor`, or exclude small "
-        "leaves with `prunable`."
+        "need. Lower `sparsity` or `floor`, or exclude small leaves with `prunable`. The smallest "
+        "are:\n  a: size 3\n  b: size 4\n  c: size 4"
     )
+
+
+@ERDOS_RENYI
+def test_erdos_renyi_names_the_smallest_leaves(rule):
+    with pytest.raises(ValueError) as error:
+        rule({"b": (4, 4), "a": (2, 2)}, 0.95)
+    assert str(error.value) == (
+        "`sparsity` 0.95 keeps 1 of 20 weights, fewer than one for each of 2 leaves. Lower "
+        "`sparsity`, or exclude small leaves with `prunable`. The smallest are:\n"
+        "  a: size 4\n  b: size 16"
+    )
+
+
+def test_errors_name_eight_leaves_at_most():
+    with pytest.raises(ValueError) as error:
+        budgets.erdos_renyi(named(*[(2, 2)] * 20), 0.9)
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [f"  {i}: size 4" for i in range(8)]
+
+
+def test_own_sparsities_must_lie_in_the_unit_interval():
+    own = {"a": 1.0, "b": 0.5, "c": -0.1, "d": float("nan")}
+    with pytest.raises(ValueError) as error:
+        budgets.custom(own)
+    assert str(error.value) == (
+        "`sparsities` must lie in [0, 1); change these:\n  a: 1.0\n  c: -0.1\n  d: nan"
+    )
+
+
+def test_unknown_paths_are_named_with_the_closest_ones():
+    rule = budgets.custom({"conv/kernl": 0.5, "head/kernel": 0.1, "dens/kernel": 0.5})
+    shapes = {"conv/kernel": (3, 3), "dense/kernel": (3, 3), "head/kernel": (3, 3)}
+    with pytest.raises(ValueError) as error:
+        rule(shapes, 0.5)
+    assert str(error.value) == (
+        "`sparsities` must name pruned leaves by their paths; change these:\n"
+        "  conv/kernl: did you mean conv/kernel?\n  dens/kernel: did you mean dense/kernel?"
+    )
+    with pytest.raises(ValueError, match="change these:\n  conv/kernl\n"):
+        rule({}, 0.5)
+
+
+def test_a_sparsity_beyond_the_own_ones_says_how_far_it_goes():
+    rule = budgets.custom({"a": 0.75, "b": 0.9})
+    shapes = {"a": (10, 10), "b": (10, 10)}
+    with pytest.raises(ValueError) as error:
+        rule(shapes, 0.95)
+    assert str(error.value) == (
+        "`sparsity` 0.95 cannot be reached: with these sparsities of single leaves it is at most "
+        "0.825. Lower `sparsity`, raise them, or leave leaves out of `sparsities`:\n"
+        "  a: 0.75 of 100 weights\n  b: 0.9 of 100 weights"
+    )
+    assert rule(shapes, 0.825).total == 35
+
+
+def test_the_highest_sparsity_of_the_error_is_rounded_down():
+    rule, shapes = budgets.custom({"a": 0.0}), {"a": (20_000,), "b": (10_001,)}
+    with pytest.raises(ValueError, match=r"at most 0\.3333\. "):  # 10000 / 30001 is .33332
+        rule(shapes, 0.5)
+    assert rule(shapes, 0.3333).floors == (20_000, 2)
+
+
+@given(shapes=SHAPES, own=OWN)
+def test_the_highest_sparsity_of_the_error_can_be_used(shapes, own):
+    rule = budgets.custom({path: own[path] for path in own if path in shapes})
+    try:
+        rule(shapes, 0.999999)
+    except ValueError as error:
+        highest = float(str(error).split("at most ")[1].split()[0].rstrip("."))
+        assert rule(shapes, highest).total <= sum(sizes_of(shapes))

@@ -4,7 +4,7 @@ Counts are exact Python integers, taken on the host. The plot functions need mat
 `train`) and import it when they are called.
 """
 
-from jaxprune.reports._plots import plot_densities, plot_training
+from jaxprune.reports._plots import plot_accuracy, plot_densities, plot_training
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
 from jaxprune.reports._tables import markdown_table, table
 
@@ -13,6 +13,7 @@ __all__ = [
     "Summary",
     "checkpoint_bytes",
     "markdown_table",
+    "plot_accuracy",
     "plot_densities",
     "plot_training",
     "summarize",

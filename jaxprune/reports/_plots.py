@@ -1,5 +1,6 @@
 """Plots of training and of densities, on figures that pyplot's global state does not know."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours without yellow: told apart by readers with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 
@@ -134,6 +136,59 @@ def plot_densities(
     total = "" if len(runs) > 1 else f": {next(iter(runs.values())).total.density:.1%} in all"
     _finish(axes, title=f"Weights kept in each layer{total}", xlabel="Density", percent="x")
     axes.grid(visible=False, axis="y")
+    _save(figure, path)
+
+
+def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws accuracy against sparsity, one line a method and dense runs as a band.
+
+    Args:
+        rows: one for each method and sparsity: `method` ("none" is dense), `sparsity` and
+            `accuracy` as fractions, `SD` the standard deviation of the accuracy, or None.
+        path: the PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: if `rows` is empty.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> rows = [{"method": "none", "sparsity": 0.0, "accuracy": 0.9, "SD": 0.01},
+        ...         {"method": "agip", "sparsity": 0.8, "accuracy": 0.9, "SD": None}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_accuracy(rows, f"{folder}/accuracy.png")
+        ...     pathlib.Path(folder, "accuracy.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    if not rows:
+        raise ValueError("`rows` must have one row for each method and sparsity, but is empty.")
+    figure = _figure(7.0, 4.8)
+    axes = figure.subplots()
+    methods = [*dict.fromkeys(row["method"] for row in rows if row["method"] != "none")]
+    for index, method in enumerate(methods):
+        own = [row for row in rows if row["method"] == method]
+        # Equal steps are equal factors of what is kept; a shift keeps error bars apart.
+        shift = 0.015 * (index - len(methods) / 2)
+        axes.errorbar(
+            [shift - math.log(1 - row["sparsity"]) for row in own],
+            [row["accuracy"] for row in own],
+            [row["SD"] or 0 for row in own],
+            color=_COLOURS[index % len(_COLOURS)],
+            linestyle=_DASHES[index // len(_COLOURS) % len(_DASHES)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4,
+            capsize=3,
+            label=method,
+        )
+    for row in rows:
+        if row["method"] == "none":
+            mean, sd = row["accuracy"], row["SD"] or 0
+            axes.axhline(mean, color="#000000", linewidth=1, label="dense")
+            axes.axhspan(mean - sd, mean + sd, color="#000000", alpha=0.12, linewidth=0)
+    ticks = sorted({row["sparsity"] for row in rows if row["method"] != "none"})
+    axes.set_xticks([-math.log(1 - s) for s in ticks], [f"{s:.4g}" for s in ticks])
+    title = "Test accuracy: mean and SD over seeds"
+    _finish(axes, title=title, xlabel="Sparsity", ylabel="Accuracy")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
     _save(figure, path)
 
 

@@ -1,11 +1,12 @@
 """Parameters, non-zeros and bytes of a network, counted exactly."""
 
 import io
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from jaxprune import storage
 from jaxprune.reports._tables import table
 from jaxprune.trees import leaves_with_paths, raise_for
 
@@ -84,8 +85,8 @@ def summarize(params: Any, masks: Any = None) -> Summary:
 
     Args:
         params: Any pytree of arrays: Linen dicts, `nnx.State`, lists.
-        masks: Bools of the same tree and shapes, True where kept, as `jaxprune.get_masks` gives
-            them. With masks, `params` may hold `jax.ShapeDtypeStruct`.
+        masks: Bools of the same tree, True where kept, as `jaxprune.get_masks` gives them: of the
+            shapes of the leaves, or scalars. With masks, `params` may hold `jax.ShapeDtypeStruct`.
 
     Returns:
         A `Summary`: print it, or use its `rows`, `total` and `to_dict()`.
@@ -126,13 +127,13 @@ def summarize(params: Any, masks: Any = None) -> Summary:
 def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
     """Size of a file with these parameters, saved dense and saved sparse.
 
-    Both files are really written, uncompressed, by `numpy.savez` in memory. In the sparse file a
-    leaf with zeros is its mask, one bit a weight, and the values that are kept; a leaf without
-    zeros stays as it is. Shapes come from the model, as they do with any checkpoint.
+    Both files are really written, in memory, by `jaxprune.storage.save`, uncompressed. In the
+    dense file every leaf has the mask True; the sparse file has `masks`, and what `params` hold
+    where these are False does not matter.
 
     Args:
         params: Any pytree of arrays.
-        masks: Bools of the same tree and shapes, True where kept.
+        masks: Bools of the same tree, True where kept, of the shapes of the leaves or scalars.
 
     Returns:
         `(dense_bytes, sparse_bytes)`.
@@ -144,36 +145,22 @@ def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
         >>> import numpy as np
         >>> kernel, mask = np.ones(10_000, np.float32), np.arange(10_000) < 1_000
         >>> dense, sparse = checkpoint_bytes([kernel], [mask])
-        >>> dense - 40_000 < 500, sparse - (4_000 + 10_000 // 8) < 1_000
+        >>> dense - 40_000 < 1_000, sparse - (4_000 + 10_000 // 8) < 1_000
         (True, True)
     """
     kept = _checked(params, masks)
-    dense, sparse = {}, {}
-    for path, leaf in _leaves(params):
-        values = _storable(leaf)
-        dense[f"params/{path}"] = values
-        sparse |= _sparse_arrays(path, values, kept[path])
-    return _file_bytes(dense), _file_bytes(sparse)
+    leaves = [(np.asarray(leaf), kept[path]) for path, leaf in _leaves(params)]
+    build = jax.tree.structure(params).unflatten
+    pruned = build([np.where(mask, leaf, np.zeros((), leaf.dtype)) for leaf, mask in leaves])
+    everything = build([True] * len(leaves))
+    return _file_bytes(params, everything), _file_bytes(pruned, masks)
 
 
-def _sparse_arrays(path: str, values: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays that stand for one leaf in a sparse file."""
-    if mask.all():
-        return {f"params/{path}": values}
-    return {f"masks/{path}": np.packbits(mask), f"params/{path}": values[mask]}
-
-
-def _storable(leaf: Any) -> np.ndarray:
-    """The leaf on the host; types that NumPy does not know (bfloat16) as integers of their size."""
-    values = np.asarray(leaf)
-    return values if values.dtype.isbuiltin == 1 else values.view(f"u{values.dtype.itemsize}")
-
-
-def _file_bytes(arrays: Mapping[str, np.ndarray]) -> int:
-    """Length of the .npz file with these arrays."""
+def _file_bytes(params: Any, masks: Any) -> int:
+    """Length of the file with these parameters and masks."""
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **arrays)
-    return len(file.getvalue())
+    storage.save(file, params, masks)
+    return file.tell()
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
@@ -195,8 +182,10 @@ def _checked(params: Any, masks: Any) -> dict[str, np.ndarray]:
             bad.append(f"{path}: has no mask")
         elif mask.dtype != bool:
             bad.append(f"{path}: its mask has dtype {mask.dtype}")
-        elif mask.shape != np.shape(leaf):
+        elif mask.shape not in ((), np.shape(leaf)):
             bad.append(f"{path}: has shape {np.shape(leaf)}, its mask {mask.shape}")
+        else:
+            given[path] = np.broadcast_to(mask, np.shape(leaf))
     known = {path for path, _ in leaves}
     bad += [f"{path}: a mask without a parameter" for path in given if path not in known]
     raise_for(

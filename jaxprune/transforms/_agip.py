@@ -1,21 +1,22 @@
 """Adaptive gradient-informed pruning."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import budgets, rates, schedules, scores, selection, stats, trees
-from jaxprune.transforms._calendar import (
-    Calendar,
-    entries_until,
-    ever_grows,
-    make_calendar,
-    read_entry,
-    sparsities_at,
+from jaxprune import budgets, patterns, plans, rates, schedules, scores, selection, stats, trees
+from jaxprune.transforms._masking import (
+    check_window,
+    plan_once,
+    project,
+    put_masks,
+    raw_gradients,
+    split,
+    update_masks,
+    zero_counters,
 )
 
 
@@ -29,9 +30,9 @@ class AgipState(NamedTuple):
     """
 
     prune_step: jax.Array  # int32 [], optimizer updates seen
-    mask_updates: jax.Array  # int32 [], entries of the mask-update calendar that are done
+    mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
-    masks: Any  # bool, like the parameters, True where a weight is kept
+    masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
     gradient_average: Any  # `dtype`, like the pruned parameters; () without an own average
     densities: Any  # float32 [pruned leaves]; () without `rate`
     mean_statistics: Any  # float32 [pruned leaves]; () without `rate`
@@ -47,6 +48,7 @@ def agip_transform(
     dtype: Any = jnp.float32,
     score: scores.Score = scores.taylor,
     budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
     regrow: float = 0.0,
     rate: rates.RateRule | None = None,
     prunable: trees.Prunable = None,
@@ -85,6 +87,8 @@ def agip_transform(
         budget: function `(shapes, sparsity) -> Budget`; None is
             `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
             tenth of its uniform budget.
+        pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
+            `(path, leaf) -> pattern`.
         regrow: fraction of the kept weights that moves at `start`, in [0, 1).
         rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
         prunable: None for floating-point leaves of two or more dimensions that are not named
@@ -119,27 +123,27 @@ def agip_transform(
     """
     _check(every, start, stop, decay, dtype, regrow)
     steps = schedules.mask_update_steps(start, stop, every)
-    sparsities = sparsities_at(sparsity, steps)
+    sparsities = plans.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
-    rule = budgets.global_budget() if budget is None else budget
+    moved = [fraction(step) for step in steps]
 
-    @functools.lru_cache(maxsize=4)
-    def calendar_for(shapes: tuple[tuple[int, ...], ...]) -> Calendar:
-        return make_calendar(shapes, sparsities, [fraction(t) for t in steps], rule)
+    def make(leaves: Mapping[str, Any]) -> plans.Plan:
+        return plans.make_plan(
+            leaves, steps, sparsities, moved=moved, budget=budget, pattern=pattern
+        )
+
+    plan_for = plan_once(make)
 
     def init_fn(params: optax.Params) -> AgipState:
         flags = trees.prunable_flags(params, prunable)
         pruned = trees.pick(params, flags)
         if pruned:
-            calendar_for(_shapes(pruned))  # a budget that cannot be met raises here
+            plan_for(params, flags)  # a budget that cannot be met raises here
         zeros = [jnp.zeros_like(leaf, dtype=dtype) for leaf in pruned]
-        rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
         return AgipState(
-            prune_step=jnp.zeros([], jnp.int32),
-            mask_updates=jnp.zeros([], jnp.int32),
-            refused=jnp.zeros([], jnp.int32),
-            masks=jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params),
-            gradient_average=() if decay is None else trees.put(params, flags, zeros, rest),
+            **zero_counters(),
+            masks=put_masks(params, flags, [jnp.ones_like(p, dtype=bool) for p in pruned]),
+            gradient_average=() if decay is None else put_masks(params, flags, zeros),
             densities=() if rate is None else jnp.ones(len(pruned)),
             mean_statistics=() if rate is None else jnp.ones(len(pruned)),
         )
@@ -154,57 +158,41 @@ def agip_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "`params` is missing: pruning needs the parameters. Call "
-                "`optimizer.update(gradients, state, params)`."
-            )
-        trees.check_same_structure("updates", updates, params)
-        flags = trees.prunable_flags(params, prunable)
-        weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
-        masks = trees.pick(state.masks, flags)
-        calendar = calendar_for(_shapes(weights))
+        flags, weights, moves, masks = split(updates, state.masks, params, prunable)
+        plan = plan_for(params, flags)
 
         # Gradients -> statistics.
+        gradients, faults = [], []
         if decay is None:
             moment = trees.leaves_like(params, stats.first_moment(inner_state))
-            statistics = moves if moment is None else trees.pick(moment, flags)
-            average, evidence = (), ([], [])
+            average, statistics = (), moves if moment is None else trees.pick(moment, flags)
         else:
-            raw = trees.leaves_like(params, grad)
-            gradients = moves if raw is None else trees.pick(raw, flags)
-            average = stats.update_average(
-                jax.tree.leaves(state.gradient_average), gradients, decay
-            )
+            raw = raw_gradients(grad, params, flags)
+            if raw is None:
+                # Updates are computed: as operands of the branch they would be written to memory
+                # at every step. Their faults take a bit each.
+                faults = [stats.faults(update) for update in moves]
+            else:
+                gradients = raw
+            average = jax.tree.leaves(state.gradient_average)
+            average = stats.update_average(average, raw or moves, decay)
             statistics = average
-            # Gradients are buffers, but updates are computed: as operands of the `cond` they
-            # would be written to memory at every step. Their faults take a bit each.
-            evidence = ([], [stats.faults(u) for u in moves]) if raw is None else (gradients, [])
 
         def settled(statistics: list[jax.Array]) -> list[jax.Array]:
             seen = state.prune_step + 1
             return statistics if decay is None else stats.unbias(statistics, decay, seen)
 
         # Statistics -> masks, at a mask update.
-        done = entries_until(state.prune_step, every, start, stop, len(steps))
-        due = done > state.mask_updates
-
-        def renew(masks: Any, survivors: Any, statistics: Any, weights: Any, evidence: Any) -> Any:
-            arrays, faults = evidence
-            ok = stats.all_finite((weights, statistics, arrays))
-            ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
+        def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
+            (masks, survivors), (statistics, weights, _) = carry, buffers
             statistics = settled(statistics)
-            entry = read_entry(calendar, done - 1)
-            new = _new_masks(masks, statistics, weights, entry, score, ever_grows(calendar))
-            new_survivors = _survivors(new, statistics) if rate is not None else survivors
-            return *_choose(ok, (new, new_survivors), (masks, survivors)), ok
+            growth = scores.gradient(None, statistics) if plans.ever_grows(plan) else None
+            new = plans.renew(plan, index, masks, score(weights, statistics), growth)
+            return new, _survivors(new, statistics) if rate is not None else survivors
 
-        masks, survivors, ok = jax.lax.cond(
-            due,
-            renew,
-            lambda masks, survivors, *_: (masks, survivors, jnp.array(True)),
-            # Raw buffers only: what is computed out here for the branch costs every step.
-            *(masks, (state.densities, state.mean_statistics), statistics, weights, evidence),
+        survivors = state.densities, state.mean_statistics
+        (masks, survivors), counters = update_masks(
+            plan, state, (masks, survivors), (statistics, weights, gradients), renew, faults
         )
         densities, means = survivors
 
@@ -213,41 +201,16 @@ def agip_transform(
             statistics = settled(statistics)
             factors = [rate(*leaf) for leaf in zip(statistics, means, densities, strict=True)]
             moves = [_scale(u, factor) for u, factor in zip(moves, factors, strict=True)]
-        moves = [_project(*leaf) for leaf in zip(moves, masks, weights, strict=True)]
+        moves = list(map(project, moves, masks, weights))
         return trees.put(updates, flags, moves), AgipState(
-            prune_step=jnp.asarray(optax.safe_increment(state.prune_step)),
-            mask_updates=jnp.where(ok, done, state.mask_updates),
-            refused=state.refused + (due & ~ok),
-            masks=trees.put(state.masks, flags, masks),
-            gradient_average=jax.tree.unflatten(
-                jax.tree.structure(state.gradient_average), average
-            ),
+            **counters,
+            masks=put_masks(params, flags, masks),
+            gradient_average=() if decay is None else put_masks(params, flags, average),
             densities=densities,
             mean_statistics=means,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _new_masks(
-    masks: list[jax.Array],
-    statistics: list[jax.Array],
-    weights: list[jax.Array],
-    entry: Calendar,
-    score: scores.Score,
-    grows: bool,
-) -> list[jax.Array]:
-    """Drops the lowest scores among the kept weights and regrows the largest statistics."""
-    size = sum(mask.size for mask in masks)
-    alive = jnp.sum(selection.count_kept(masks))
-    moved = jnp.minimum(entry.moved, size - alive)
-    keep = jnp.minimum(entry.total - moved, alive)
-    kept = selection.largest(score(weights, statistics), keep, floors=entry.floors, among=masks)
-    if not grows:
-        return kept
-    gone = [~mask for mask in masks]
-    grown = selection.largest(scores.gradient(None, statistics), entry.total - keep, among=gone)
-    return [a | b for a, b in zip(kept, grown, strict=True)]
 
 
 def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -266,34 +229,11 @@ def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
     return (update * factor).astype(update.dtype)
 
 
-def _project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
-    """The update that leaves a kept weight its step and takes a pruned weight to exactly 0."""
-    # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
-    dtype = jnp.promote_types(update.dtype, weight.dtype)
-    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
-
-
-def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
-    """One of two trees, by a scalar condition."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def _shapes(leaves: Sequence[jax.Array]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of arrays."""
-    return tuple(leaf.shape for leaf in leaves)
-
-
 def _check(
     every: int, start: int, stop: int, decay: float | None, dtype: Any, regrow: float
 ) -> None:
     """Static checks of the arguments of `agip_transform`, raised together."""
-    problems = []
-    if every < 1:
-        problems.append(f"`every` must be at least 1 step, but is {every!r}")
-    if start < 0:
-        problems.append(f"`start` must not be negative, but is {start!r}")
-    if stop < start:
-        problems.append(f"`stop` must not be before `start`, but {stop!r} < {start!r}")
+    problems: list[str] = []
     if decay is not None and not 0 <= decay < 1:
         problems.append(f"`decay` must lie in [0, 1) or be None, but is {decay!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -302,4 +242,4 @@ def _check(
         problems.append(f"`dtype` bfloat16 allows a `decay` up to 0.99, but it is {decay!r}")
     if not 0 <= regrow < 1:
         problems.append(f"`regrow` must lie in [0, 1), but is {regrow!r}")
-    trees.raise_for(problems, "agip_transform cannot run with these arguments:")
+    check_window("agip_transform", every, start, stop, *problems)

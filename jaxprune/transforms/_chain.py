@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from jaxprune.transforms._masking import DynamicState
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -12,6 +16,10 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     member two extra arguments: `grad`, the gradient as it entered the chain, and
     `inner_state`, the new states of the members before it. Members that do not know these
     arguments are not troubled. The state is that of `optax.chain`.
+
+    Behind `set_transform`, `rigl_transform` and `acdc_transform` it also holds the moments of
+    pruned weights at 0 (whatever the members before keep in the shape of a weight: momentum,
+    Adam's `mu` and `nu`), so that a weight that comes back starts without a past.
 
     Args:
         *transforms: gradient transformations, applied in order.
@@ -50,7 +58,27 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
             updates, member_state = member.update(
                 updates, member_state, params, **(extra_args | {"inner_state": new_state})
             )
+            if isinstance(member_state, DynamicState):
+                new_state = _restart_moments(members, new_state, member_state.masks)
             new_state = (*new_state, member_state)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _restart_moments(members: Any, states: tuple[Any, ...], masks: Any) -> tuple[Any, ...]:
+    """The states of the first members, with 0 in place of each moment of a pruned weight."""
+    everything = jax.tree.map(
+        lambda mask: True if isinstance(mask, optax.MaskedNode) else mask,
+        masks,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+    def keep(moment: Any, mask: Any) -> Any:
+        same = jnp.shape(mask) == jnp.shape(moment)  # Adafactor's sums over rows are not
+        return jnp.where(mask, moment, jnp.zeros_like(moment)) if same else moment
+
+    return tuple(
+        optax.tree_utils.tree_map_params(member, keep, state, everything)
+        for member, state in zip(members, states, strict=False)
+    )

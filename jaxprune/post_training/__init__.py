@@ -1,0 +1,23 @@
+"""Pruning after training, in one shot, from a few batches of calibration data.
+
+`wanda` and `sparsegpt` take any function of parameters and a batch. The inputs of each kernel are
+found in its jaxpr, so models need no hooks: Linen, NNX, Equinox and plain functions work alike.
+"""
+
+from jaxprune.post_training._inputs import gram, input_statistics, squared_norms
+from jaxprune.post_training._interpreter import InputStatistics
+from jaxprune.post_training._layouts import Layout, from_matrices, to_matrices
+from jaxprune.post_training._sparsegpt import sparsegpt
+from jaxprune.post_training._wanda import wanda
+
+__all__ = [
+    "InputStatistics",
+    "Layout",
+    "from_matrices",
+    "gram",
+    "input_statistics",
+    "sparsegpt",
+    "squared_norms",
+    "to_matrices",
+    "wanda",
+]

@@ -1,0 +1,7 @@
+"""Masks and sparse parameters in one small file, and as sparse matrices."""
+
+from jaxprune.storage._files import load, save
+from jaxprune.storage._leaves import pack_mask, unpack_mask
+from jaxprune.storage._matrices import from_bcoo, to_bcoo
+
+__all__ = ["from_bcoo", "load", "pack_mask", "save", "to_bcoo", "unpack_mask"]

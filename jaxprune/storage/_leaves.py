@@ -1,0 +1,133 @@
+"""Masks as bits, and parameters with their masks on the host."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+
+
+def pack_mask(mask: Any) -> np.ndarray:
+    """Packs a mask into one bit a weight.
+
+    Args:
+        mask: bool array of any shape.
+
+    Returns:
+        uint8 array of `ceil(mask.size / 8)` bytes: weights in row-major order, the first in the
+        highest bit, padded with 0.
+
+    Raises:
+        ValueError: if the mask is not bool.
+
+    Example:
+        >>> pack_mask([[True, False, False], [False, False, True]]).tolist()
+        [132]
+    """
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise ValueError(f"`mask` must be bool, but has dtype {mask.dtype}.")
+    return np.packbits(mask)
+
+
+def unpack_mask(bits: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Unpacks what `pack_mask` made.
+
+    Args:
+        bits: uint8 array.
+        shape: shape of the mask.
+
+    Returns:
+        bool array of this shape.
+
+    Raises:
+        ValueError: if `bits` is not uint8 or not as long as the shape asks for.
+
+    Example:
+        >>> unpack_mask(pack_mask([True, False, True]), (3,)).tolist()
+        [True, False, True]
+    """
+    bits, size = np.asarray(bits), math.prod(shape)
+    if bits.dtype != np.uint8 or bits.shape != (-(-size // 8),):
+        raise ValueError(
+            f"`bits` must be uint8[{-(-size // 8)}] for a mask of shape {tuple(shape)}, but is "
+            f"{bits.dtype}{list(bits.shape)}."
+        )
+    return np.unpackbits(bits, count=size).view(bool).reshape(shape)
+
+
+def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Values and mask of each leaf on the host; a mask has the shape of its leaf or is True."""
+    leaves = trees.leaf_by_path(params)
+    values = {path: _host_array(leaf) for path, leaf in leaves.items()}
+    trees.raise_for(
+        [
+            f"{path}: {getattr(leaf, 'dtype', None) or type(leaf).__name__}"
+            for path, leaf in leaves.items()
+            if values[path].dtype == object
+        ],
+        "`params` must hold arrays of numbers; take these leaves out "
+        "(a random key can be stored as its `jax.random.key_data`):",
+    )
+    if masks is None:
+        return {path: (leaf, _mask_of_zeros(leaf)) for path, leaf in values.items()}
+    kept = _checked_masks(masks, values)
+    lost = {path: np.count_nonzero(_nonzero(leaf) & ~kept[path]) for path, leaf in values.items()}
+    trees.raise_for(
+        [f"{path}: {count} of {values[path].size}" for path, count in lost.items() if count],
+        "`params` must be 0 where they are masked; call `jaxprune.apply_masks` first. "
+        "Masked weights that are not 0:",
+    )
+    return {path: (leaf, kept[path]) for path, leaf in values.items()}
+
+
+def jax_array(values: np.ndarray) -> Any:
+    """The array for JAX, unless that would change its dtype."""
+    keeps = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
+    return jnp.asarray(values) if keeps else values
+
+
+def _host_array(leaf: Any) -> np.ndarray:
+    """The leaf in row-major and native order; what is not an array of numbers has dtype object."""
+    if jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.extended):
+        return np.array(None)
+    values = np.asarray(leaf, order="C")
+    known = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.number)
+    if not known or values.dtype.char in "gG":  # JAX has no long double
+        return np.array(None)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def _nonzero(values: np.ndarray) -> np.ndarray:
+    """Where values are not 0; NumPy warns when it compares a signalling NaN."""
+    with np.errstate(invalid="ignore"):
+        return values != 0
+
+
+def _mask_of_zeros(values: np.ndarray) -> np.ndarray:
+    """What zeros tell about a weight matrix; elsewhere, as in a new bias, they tell nothing."""
+    if values.ndim < 2 or not jnp.issubdtype(values.dtype, jnp.floating):
+        return np.array(True)
+    # The bytes of -0.0 are not all zero, and it must come back; not every float8 has a zero.
+    raw = values.reshape(-1, 1).view(np.uint8)
+    return _nonzero(values) | raw.any(axis=1).reshape(values.shape)
+
+
+def _checked_masks(masks: Any, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Masks on the host by path; a scalar False gets the shape of its leaf."""
+    given = {path: np.asarray(mask) for path, mask in trees.leaf_by_path(masks).items()}
+    bad = [f"{path}: has no mask" for path in values if path not in given]
+    bad += [f"{path}: a mask without a parameter" for path in given if path not in values]
+    for path, leaf in values.items():
+        mask = given.get(path, np.array(True))
+        if mask.dtype != bool:
+            bad.append(f"{path}: its mask has dtype {mask.dtype}")
+        elif mask.shape not in ((), leaf.shape):
+            bad.append(f"{path}: has shape {leaf.shape}, its mask {mask.shape}")
+        elif not mask.ndim and not mask:
+            given[path] = np.zeros(leaf.shape, bool)
+    trees.raise_for(bad, "`masks` must be a tree of bools like `params`, True where kept:")
+    return given

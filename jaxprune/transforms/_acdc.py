@@ -1,0 +1,93 @@
+"""Alternating compressed and decompressed phases."""
+
+from typing import Any
+
+import optax
+
+from jaxprune import budgets, patterns, plans, scores, trees
+from jaxprune.transforms._masking import DynamicState, check_window, masking_transform
+
+
+def acdc_transform(
+    sparsity: float,
+    *,
+    every: int = 100,
+    start: int = 0,
+    stop: int,
+    budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
+    prunable: trees.Prunable = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains sparse and dense in turns and ends sparse.
+
+    Put it last in a `jaxprune.chain`, which restarts the moments of weights that come back at
+    0. Training is dense until `start`. Then phases of `every` steps alternate: at the start of a
+    compressed phase the largest `|w|` are kept and the others set to 0; at the start of a
+    decompressed phase all weights train again, the pruned ones from 0. The last compressed
+    phase starts at `stop`. A compressed phase that would end at `stop` or later is left out,
+    so that the last mask is taken from a network that has just trained dense.
+
+    Args:
+        sparsity: fraction of the prunable weights that are 0 in a compressed phase, in [0, 1).
+        every: steps of a phase. The paper: 5 epochs.
+        start: first step of the first compressed phase. The paper: epoch 10 of 100.
+        stop: first step of the last compressed phase. The paper: epoch 85 of 100.
+        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget(0.1)`;
+            `budgets.global_budget(0)` is the paper's.
+        pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
+            `(path, leaf) -> pattern`.
+        prunable: which leaves are pruned, see `trees.prunable_flags`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
+
+    Raises:
+        ValueError: as `magnitude_transform`.
+
+    References:
+        Peste et al., AC/DC: alternating compressed/decompressed training of deep neural
+        networks, arXiv:2106.12379.
+
+    Example:
+        >>> import jaxprune
+        >>> import jax.numpy as jnp
+        >>> optimizer = jaxprune.chain(optax.sgd(0.1), acdc_transform(0.5, every=1, stop=2))
+        >>> params = {"kernel": jnp.array([[3.0, 2.0, 1.0, 0.5]])}
+        >>> state = optimizer.init(params)
+        >>> for _ in range(3):
+        ...     updates, state = optimizer.update(params, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(jaxprune.get_masks(state)["kernel"].tolist())
+        [[True, True, False, False]]
+        [[True, True, True, True]]
+        [[True, True, False, False]]
+    """
+    bad = None if 0 <= sparsity < 1 else f"`sparsity` must lie in [0, 1), but is {sparsity!r}"
+    check_window("acdc_transform", every, start, stop, bad)
+    steps, sparsities = phases(float(sparsity), every, start, stop)
+
+    def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
+        del masks, gradients
+        return plans.select(plan, index, scores.magnitude(weights))
+
+    return masking_transform(
+        steps,
+        sparsities,
+        choose,
+        state_type=DynamicState,
+        budget=budget,
+        pattern=pattern,
+        prunable=prunable,
+    )
+
+
+def phases(sparsity: float, every: int, start: int, stop: int) -> tuple[list[int], list[float]]:
+    """First step of each phase, and its sparsity: 0 where it is decompressed."""
+    steps, sparsities = [], []
+    for i, step in enumerate(range(start, stop, every)):
+        compressed = i % 2 == 0
+        if compressed and step + every >= stop:
+            break
+        steps.append(step)
+        sparsities.append(sparsity if compressed else 0.0)
+    return [*steps, stop], [*sparsities, sparsity]

@@ -1,0 +1,102 @@
+"""Training under masks that are given and stay."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import trees
+from jaxprune.transforms._masking import project, put_masks, split
+
+
+class FixedMaskState(NamedTuple):
+    """State of `fixed_mask_transform`.
+
+    Example:
+        >>> masks = {"kernel": jnp.array([[True, False]])}
+        >>> state = fixed_mask_transform(masks).init({"kernel": jnp.ones((1, 2))})
+        >>> state.masks["kernel"].tolist()
+        [[True, False]]
+    """
+
+    masks: Any  # bool, True where a weight is kept; only of leaves that have a mask
+
+
+def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
+    """Keeps the zeros of a pruned network at 0 while the rest trains on.
+
+    Put it last in the chain: for fine-tuning after `prune`, for a lottery ticket, for masks
+    found at initialisation.
+
+    Args:
+        masks: tree of bools with the paths of the parameters, True where a weight is kept.
+            Each has the shape of its leaf; the scalar True leaves a leaf alone. What `prune`
+            and `get_masks` return.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
+
+    Raises:
+        ValueError: from `init`, if masks and parameters differ in paths or shapes, listing every
+            such leaf; from `update`, if `params` is missing or of another structure.
+
+    Example:
+        >>> import jaxprune
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]])}
+        >>> params, masks = jaxprune.prune(params, 0.5)
+        >>> optimizer = optax.chain(optax.adam(0.1), fixed_mask_transform(masks))
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(params, state, params)
+        >>> (optax.apply_updates(params, updates)["kernel"] != 0).tolist()
+        [[True, False], [False, True]]
+    """
+
+    def init_fn(params: optax.Params) -> FixedMaskState:
+        if not jax.tree.leaves(params):
+            return FixedMaskState(params)  # how Optax asks which parts mirror the parameters
+        by_path = trees.leaf_by_path(masks)
+        leaf_of = trees.leaf_by_path(params)
+        problems = [f"{path}: no mask" for path in leaf_of if path not in by_path]
+        problems += [f"{path}: a mask without a leaf" for path in by_path if path not in leaf_of]
+        problems += [
+            f"{path}: {_described(by_path[path])}, but the parameter has shape {jnp.shape(leaf)}"
+            for path, leaf in leaf_of.items()
+            if path in by_path and not _fits(by_path[path], leaf)
+        ]
+        trees.raise_for(problems, "`masks` must be bools with the paths and shapes of `params`:")
+        own = {path: jnp.asarray(by_path[path]) for path in leaf_of}
+        flags = tuple(mask.ndim > 0 for mask in own.values())
+        return FixedMaskState(put_masks(params, flags, [m for m in own.values() if m.ndim > 0]))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        has_mask = jax.tree.map(
+            lambda mask: not isinstance(mask, optax.MaskedNode),
+            state.masks,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+        parts = split(updates, state.masks, params, has_mask)
+        moves = map(project, parts.updates, parts.masks, parts.weights)
+        return trees.put(updates, parts.flags, list(moves)), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fits(mask: Any, leaf: Any) -> bool:
+    """Whether a mask is a bool array of the leaf's shape, or the scalar True."""
+    if jnp.result_type(mask) != jnp.bool_:
+        return False
+    if jnp.ndim(mask) == 0 and jnp.ndim(leaf) > 0:
+        return bool(mask)
+    return jnp.shape(mask) == jnp.shape(leaf)
+
+
+def _described(mask: Any) -> str:
+    """A mask in an error."""
+    return f"{jnp.result_type(mask)}{list(jnp.shape(mask))}"

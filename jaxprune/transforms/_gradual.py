@@ -1,0 +1,67 @@
+"""Gradual pruning: sparsity rises, and what is pruned stays pruned."""
+
+from typing import Any
+
+import optax
+
+from jaxprune import budgets, patterns, plans, schedules, trees
+from jaxprune.scores import Score
+from jaxprune.transforms._masking import check_window, masking_transform
+
+
+def gradual_transform(
+    name: str,
+    score: Score,
+    sparsity: float | optax.Schedule,
+    *,
+    every: int,
+    start: int,
+    stop: int,
+    needs_gradient: bool = False,
+    budget: budgets.BudgetRule | None,
+    pattern: patterns.PatternRule,
+    prunable: trees.Prunable,
+) -> optax.GradientTransformationExtraArgs:
+    """Drops the lowest scores among the kept weights, step by step.
+
+    Args:
+        name: of the public transformation, for errors.
+        score: function `(weights, gradients) -> scores`.
+        sparsity: as in `magnitude_transform`, and all that follows.
+        every: steps between mask updates.
+        start: first mask update.
+        stop: last mask update.
+        needs_gradient: whether `score` reads gradients.
+        budget: how many weights stay.
+        pattern: which weights fall together.
+        prunable: which leaves are pruned.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+    """
+    check_window(name, every, start, stop)
+    steps = schedules.mask_update_steps(start, stop, every)
+    sparsities = plans.sparsities_at(sparsity, steps)
+    falls = [
+        f"from {a} at step {s} to {b} at step {t}"
+        for a, b, s, t in zip(sparsities, sparsities[1:], steps, steps[1:], strict=False)
+        if b < a
+    ]
+    trees.raise_for(
+        falls,
+        f"`sparsity` must not fall: {name} brings no weight back. Use `agip_transform`, "
+        "`straight_through_transform` or `acdc_transform`, or mend the schedule:",
+    )
+
+    def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
+        return plans.renew(plan, index, masks, score(weights, gradients))
+
+    return masking_transform(
+        steps,
+        sparsities,
+        choose,
+        needs_gradient=needs_gradient,
+        budget=budget,
+        pattern=pattern,
+        prunable=prunable,
+    )

@@ -1,0 +1,252 @@
+"""What all pruning transformations share: state, mask updates behind one branch, projection."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import budgets, patterns, plans, stats, trees
+
+
+class MaskState(NamedTuple):
+    """State of the transformations that keep nothing but masks.
+
+    Example:
+        >>> import jaxprune
+        >>> state = jaxprune.magnitude_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
+        >>> int(state.mask_updates), state.masks["kernel"].shape
+        (0, (2, 2))
+    """
+
+    prune_step: jax.Array  # int32 [], optimizer updates seen
+    mask_updates: jax.Array  # int32 [], mask updates that are done
+    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
+    masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
+
+
+class DynamicState(NamedTuple):
+    """State of the transformations that bring weights back, with the fields of `MaskState`.
+
+    Where it meets one, `jaxprune.chain` holds the moments of pruned weights at 0, so that a
+    weight that comes back starts without a past.
+
+    Example:
+        >>> import jaxprune
+        >>> transform = jaxprune.set_transform(0.5, stop=10)
+        >>> type(transform.init({"kernel": jnp.ones((2, 2))})).__name__
+        'DynamicState'
+    """
+
+    prune_step: jax.Array
+    mask_updates: jax.Array
+    refused: jax.Array
+    masks: Any
+
+
+class Parts(NamedTuple):
+    """The pruned leaves of one update, each a list in flattening order."""
+
+    flags: tuple[bool, ...]  # of all leaves: whether it is pruned
+    weights: list[jax.Array]
+    updates: list[jax.Array]
+    masks: list[jax.Array]
+
+
+Renew = Callable[..., Any]
+
+
+def split(updates: Any, masks: Any, params: Any, prunable: trees.Prunable) -> Parts:
+    """Picks what is pruned out of the arguments of an update, and checks them."""
+    if params is None:
+        raise ValueError(
+            "`params` is missing: pruning needs the parameters. Call "
+            "`optimizer.update(gradients, state, params)`."
+        )
+    trees.check_same_structure("updates", updates, params)
+    flags = trees.prunable_flags(params, prunable)
+    weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
+    return Parts(flags, weights, moves, jax.tree.leaves(masks))
+
+
+def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array] | None:
+    """The raw gradients of the pruned leaves, or None if the chain does not hand them on."""
+    leaves = trees.leaves_like(params, grad)
+    return None if leaves is None else trees.pick(leaves, flags)
+
+
+def put_masks(params: Any, flags: tuple[bool, ...], masks: Sequence[jax.Array]) -> Any:
+    """Masks in the places of the pruned leaves, nothing at all in the others."""
+    # Masks of leaves that are never pruned would be passed in and out of every step.
+    rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    return trees.put(params, flags, list(masks), rest)
+
+
+def update_masks(
+    plan: plans.Plan,
+    state: Any,
+    carry: Any,
+    buffers: Any,
+    renew: Renew,
+    faults: Sequence[jax.Array] = (),
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Changes masks where that is due, in the only branch of a step.
+
+    Args:
+        plan: the mask updates.
+        state: a NamedTuple with the counters of `MaskState`.
+        carry: masks and what changes with them; returned as it is at all other steps.
+        buffers: arrays that `renew` reads. Arrays of the optimizer's state, gradients or
+            parameters only: what is computed for the branch is written to memory at every step.
+        renew: function `(index of the mask update, carry, buffers) -> carry`.
+        faults: bits of values that are not finite, in place of buffers that are computed.
+
+    Returns:
+        The carry, and the new values of the counters. If a buffer is not finite, the mask
+        update is refused: it stays due.
+    """
+    done = plans.entries_until(plan, state.prune_step)
+    due = done > state.mask_updates
+
+    def at_mask_update(carry: Any, buffers: Any, faults: Any) -> Any:
+        ok = stats.all_finite(buffers)
+        ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
+        new = renew(done - 1, carry, buffers)
+        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, carry), ok
+
+    carry, ok = jax.lax.cond(
+        due,
+        at_mask_update,
+        lambda carry, *_: (carry, jnp.array(True)),
+        *(carry, buffers, list(faults)),
+    )
+    counters = {
+        "prune_step": jnp.asarray(optax.safe_increment(state.prune_step)),
+        "mask_updates": jnp.where(ok, done, state.mask_updates),
+        "refused": state.refused + (due & ~ok),
+    }
+    return carry, counters
+
+
+def zero_counters() -> dict[str, jax.Array]:
+    """The counters of a state before the first step."""
+    return {name: jnp.zeros([], jnp.int32) for name in ("prune_step", "mask_updates", "refused")}
+
+
+def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+    """The update that leaves a kept weight its step and takes a pruned weight to exactly 0."""
+    # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
+    dtype = jnp.promote_types(update.dtype, weight.dtype)
+    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+
+
+def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
+    """The pruned leaves by their paths."""
+    items = trees.leaf_by_path(params).items()
+    return {path: leaf for (path, leaf), flag in zip(items, flags, strict=True) if flag}
+
+
+def plan_once(make: Callable[[Mapping[str, Any]], plans.Plan]) -> Callable[..., plans.Plan]:
+    """Remembers the plan of the last few sets of shapes, so that a trace does not count again."""
+    known: dict[tuple, plans.Plan] = {}
+
+    def plan_for(params: Any, flags: tuple[bool, ...]) -> plans.Plan:
+        leaves = named_leaves(params, flags)
+        key = tuple((path, jnp.shape(leaf)) for path, leaf in leaves.items())
+        if key not in known:
+            while len(known) >= 4:
+                known.pop(next(iter(known)))
+            known[key] = make(leaves)
+        return known[key]
+
+    return plan_for
+
+
+def check_window(name: str, every: int, start: int, stop: int, *problems: str | None) -> None:
+    """Static checks of a transformation's arguments, raised together with others."""
+    bad = [problem for problem in problems if problem]
+    if every < 1:
+        bad.append(f"`every` must be at least 1 step, but is {every!r}")
+    if start < 0:
+        bad.append(f"`start` must not be negative, but is {start!r}")
+    if stop < start:
+        bad.append(f"`stop` must not be before `start`, but {stop!r} < {start!r}")
+    trees.raise_for(bad, f"{name} cannot run with these arguments:")
+
+
+def masking_transform(
+    steps: Sequence[int],
+    sparsities: Sequence[float],
+    choose: Callable[..., list[jax.Array]],
+    *,
+    moved: Sequence[float] | None = None,
+    first: Callable[[plans.Plan, list[jax.Array]], list[jax.Array]] | None = None,
+    needs_gradient: bool = False,
+    state_type: Any = MaskState,
+    budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
+    prunable: trees.Prunable = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose state is its masks.
+
+    Args:
+        steps: when masks change.
+        sparsities: sparsity after each mask update.
+        choose: function `(plan, index, masks, weights, gradients) -> masks` on lists of the
+            pruned leaves; `gradients` is None unless `needs_gradient`.
+        moved: fraction of the kept weights that each mask update drops and regrows.
+        first: function `(plan, weights) -> masks` for the first step; None keeps everything.
+        needs_gradient: whether `choose` reads gradients.
+        state_type: `MaskState` or `DynamicState`.
+        budget: how many weights stay.
+        pattern: which weights fall together.
+        prunable: which leaves are pruned.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+    """
+
+    def make(leaves: Mapping[str, Any]) -> plans.Plan:
+        return plans.make_plan(
+            leaves, steps, sparsities, moved=moved, budget=budget, pattern=pattern
+        )
+
+    plan_for = plan_once(make)
+
+    def init_fn(params: optax.Params) -> Any:
+        flags = trees.prunable_flags(params, prunable)
+        weights = trees.pick(params, flags)
+        # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
+        plan = plan_for(params, flags) if weights else None
+        masks = [jnp.ones_like(weight, dtype=bool) for weight in weights]
+        if first and plan:
+            # Outside of `jit` the loops of the selection would be slow.
+            masks = jax.jit(functools.partial(first, plan))(weights)
+        return state_type(**zero_counters(), masks=put_masks(params, flags, masks))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        parts = split(updates, state.masks, params, prunable)
+        plan = plan_for(params, parts.flags)
+        gradients = None
+        if needs_gradient:
+            gradients = raw_gradients(grad, params, parts.flags) or parts.updates
+
+        def renew(index: jax.Array, masks: Any, buffers: Any) -> Any:
+            return choose(plan, index, masks, *buffers)
+
+        masks, counters = update_masks(plan, state, parts.masks, (parts.weights, gradients), renew)
+        moves = map(project, parts.updates, masks, parts.weights)
+        state = state_type(**counters, masks=put_masks(params, parts.flags, masks))
+        return trees.put(updates, parts.flags, list(moves)), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,157 @@
+"""Sparse in the forward pass, dense underneath."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import budgets, patterns, plans, schedules, scores, trees
+from jaxprune.transforms._masking import (
+    check_window,
+    plan_once,
+    put_masks,
+    split,
+    update_masks,
+    zero_counters,
+)
+
+
+class StraightThroughState(NamedTuple):
+    """State of `straight_through_transform`.
+
+    Example:
+        >>> transform = straight_through_transform(0.5, stop=10)
+        >>> state = transform.init({"kernel": jnp.ones((2, 2))})
+        >>> state.hidden["kernel"].tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
+    """
+
+    prune_step: jax.Array  # int32 [], optimizer updates seen
+    mask_updates: jax.Array  # int32 [], mask updates that are done
+    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
+    masks: Any  # bool, like the parameters, True where a weight is used; only of pruned leaves
+    hidden: Any  # like the pruned parameters: the values of weights that are not used, else 0
+
+
+def straight_through_transform(
+    sparsity: float | optax.Schedule,
+    *,
+    every: int = 1,
+    start: int = 0,
+    stop: int,
+    score: scores.Score = scores.magnitude,
+    budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
+    prunable: trees.Prunable = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains dense weights through a sparse network, by straight-through gradients.
+
+    Put it last in the chain. The parameters that the model sees are sparse at every step. The
+    values of weights that are not in use live on in the state and receive the same updates as
+    all others, as if the mask had the gradient 1; at a mask update the largest of all values,
+    used or not, are in use. So a weight can come back with what it has learnt.
+
+    With `scores.magnitude` that is top-k; with `scores.random(seed)` the mask is random and
+    only trained around. Differs from the usual form: weight decay in the optimizer sees
+    parameters only, so that hidden values do not decay.
+
+    Args:
+        sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1), reached
+            along the cubic ramp; or an `optax.Schedule` from the step to that fraction, such as
+            `optax.constant_schedule(0.8)`.
+        every: steps between mask updates. 1 is the usual form; 10 or 100 is cheaper.
+        start: step of the first mask update.
+        stop: step of the last mask update; masks are fixed from then on.
+        score: function `(weights, statistics) -> scores` of the dense values; statistics are
+            None.
+        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget(0.1)`.
+        pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
+            `(path, leaf) -> pattern`.
+        prunable: which leaves are pruned, see `trees.prunable_flags`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
+
+    Raises:
+        ValueError: as `magnitude_transform`.
+
+    References:
+        Bengio, Leonard and Courville, Estimating or propagating gradients through stochastic
+        neurons, arXiv:1308.3432.
+        Jayakumar et al., Top-KAST, arXiv:2106.03517 (top-k masks of dense weights).
+
+    Example:
+        >>> import jaxprune
+        >>> optimizer = optax.chain(optax.sgd(1.0), straight_through_transform(0.5, stop=9))
+        >>> params = {"kernel": jnp.array([[3.0, 2.0]])}
+        >>> state = optimizer.init(params)
+        >>> for _ in range(12):  # the second weight learns while it is hidden
+        ...     gradients = {"kernel": jnp.array([[0.0, -1.0]])}
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params["kernel"].tolist()
+        [[0.0, 14.0]]
+    """
+    check_window("straight_through_transform", every, start, stop)
+    steps = schedules.mask_update_steps(start, stop, every)
+    sparsities = plans.sparsities_at(sparsity, steps)
+
+    def make(leaves: Mapping[str, Any]) -> plans.Plan:
+        return plans.make_plan(leaves, steps, sparsities, budget=budget, pattern=pattern)
+
+    plan_for = plan_once(make)
+
+    def init_fn(params: optax.Params) -> StraightThroughState:
+        flags = trees.prunable_flags(params, prunable)
+        weights = trees.pick(params, flags)
+        if weights:
+            plan_for(params, flags)  # a budget that cannot be met raises here
+        return StraightThroughState(
+            **zero_counters(),
+            masks=put_masks(params, flags, [jnp.ones_like(w, dtype=bool) for w in weights]),
+            hidden=put_masks(params, flags, [jnp.zeros_like(w) for w in weights]),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        parts = split(updates, state.masks, params, prunable)
+        hidden = jax.tree.leaves(state.hidden)
+        plan = plan_for(params, parts.flags)
+
+        def renew(index: jax.Array, masks: list[jax.Array], buffers: Any) -> list[jax.Array]:
+            weights, hidden = buffers
+            dense = list(map(jnp.where, masks, weights, hidden))
+            return plans.select(plan, index, score(dense, None))
+
+        used, counters = update_masks(plan, state, parts.masks, (parts.weights, hidden), renew)
+        leaves = zip(parts.updates, parts.masks, used, parts.weights, hidden, strict=True)
+        results = [_step(*leaf) for leaf in leaves]
+        return trees.put(updates, parts.flags, [move for move, _ in results]), (
+            StraightThroughState(
+                **counters,
+                masks=put_masks(params, parts.flags, used),
+                hidden=put_masks(params, parts.flags, [value for _, value in results]),
+            )
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _step(
+    update: jax.Array, was: jax.Array, used: jax.Array, weight: jax.Array, hidden: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The update of the parameter and the new hidden value of one leaf."""
+    dtype = jnp.promote_types(update.dtype, weight.dtype)
+    update, weight = update.astype(dtype), weight.astype(dtype)
+    # What was in use takes the optimizer's own update, so that it is the same to the bit.
+    back = hidden.astype(dtype) + update
+    move = jnp.where(used, jnp.where(was, update, back), -weight)
+    dense = jnp.where(was, weight + update, back)
+    return move, jnp.where(used, 0, dense).astype(hidden.dtype)

@@ -1,0 +1,120 @@
+"""Configurations of the training scripts: every knob of a run, and the named sets of them."""
+
+import dataclasses
+import math
+from typing import Literal, get_args, get_origin, get_type_hints
+
+ModelName = Literal[
+    "resnet8", "resnet20", "resnet32", "resnet56", "resnet110",
+    "resnet18", "resnet34", "resnet50", "resnet101",
+]  # fmt: skip
+Method = Literal[
+    "none", "agip", "gradient", "magnitude", "saliency", "random", "set", "rigl",
+    "straight_through", "acdc", "snip", "grasp", "synflow",
+]  # fmt: skip
+Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob of a run; the comments are the help text."""
+
+    dataset: Literal["digits", "fashion_mnist", "synthetic"] = "digits"  # images to train on
+    data_dir: str = ""  # folder of prepared data; empty: the user's cache
+    source_dir: str = ""  # folder with the data set's original files; empty: download them
+    image_size: int = 224  # height and width of synthetic images
+    model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
+    seed: int = 0  # of initialisation, data order and augmentation
+
+    epochs: float = 30.0  # passes over the training images
+    steps: int = 0  # training steps; 0: as many as the epochs give
+    batch_size: int = 128  # images per step, over all devices
+    pad: int = 0  # augmentation: shift by up to so many pixels
+    flip: bool = False  # augmentation: mirror half of the images
+
+    learning_rate: float = 0.1  # the peak; it falls to 0 along a cosine
+    warmup_steps: int = 0  # steps in which the learning rate rises from 0 to its peak
+    momentum: float = 0.9  # of SGD, in [0, 1)
+    nesterov: bool = False  # Nesterov's momentum
+    weight_decay: float = 5e-4  # of kernels; biases and norm parameters have none
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+
+    method: Method = "agip"  # none: dense; gradient: agip by gradient alone; see docs/methods.md
+    sparsity: float = 0.72  # fraction of the kernels' weights that end as zeros, in [0, 1)
+    prune_start: float = 0.1  # when sparsity starts to rise, as a fraction of all steps
+    prune_stop: float = 0.6  # when sparsity is reached, as a fraction of all steps
+    prune_every: int = 100  # steps between two mask updates
+    budget: Budget = "default"  # default: the method's own; global: one ranking of all weights
+    decay: float | None = 0.99  # agip: of the average of gradients; None: use the momentum
+    regrow: float = 0.0  # agip: fraction of the kept weights that moves at the first mask update
+    rate: Literal["none", "density", "statistic"] = "none"  # agip: what survivors' rates adapt to
+    drop: float = 0.3  # set, rigl: fraction of the kept weights that moves at the first mask update
+    phase: float = 0.05  # acdc: length of a phase, as a fraction of all steps
+    init_images: int = 1024  # snip, grasp: training images that are scored, in a single batch
+
+    workdir: str = ""  # folder of all outputs; empty: runs/ and a name made of the main options
+    overwrite: bool = False  # delete the run that the workdir holds and start afresh
+    eval_every: int = 200  # steps between two evaluations on the test images
+    eval_batch_size: int = 512  # images per step of an evaluation
+    save_every: int = 500  # steps between two checkpoints
+    log_every: int = 50  # steps between two lines of metrics
+    chunk: int = 0  # steps per call; 0: 1 on CPU (convolutions in loops are slow there), else 50
+
+    def __post_init__(self) -> None:
+        """Checks every value; one error names all that are out of range."""
+        kinds = get_type_hints(Config).items()
+        choices = {name: get_args(kind) for name, kind in kinds if get_origin(kind) is Literal}
+        bad = [
+            f"`{name}` must be one of {', '.join(names)}; got {getattr(self, name)!r}"
+            for name, names in choices.items()
+            if getattr(self, name) not in names
+        ]
+        at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every"
+        rules = [
+            ("at least 0", lambda x: x >= 0, "steps pad warmup_steps weight_decay chunk seed"),
+            ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every init_images"),
+            ("above 0", lambda x: 0 < x < math.inf, "epochs learning_rate"),
+            ("in [0, 1)", lambda x: 0 <= x < 1, "sparsity momentum label_smoothing regrow drop"),
+            ("in [0, 1)", lambda x: x is None or 0 <= x < 1, "decay"),
+            ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop phase"),
+        ]
+        for rule, holds, names in rules:
+            values = [(name, getattr(self, name)) for name in names.split()]
+            bad += [f"`{name}` must be {rule}; got {x}" for name, x in values if not holds(x)]
+        if self.prune_stop < self.prune_start:
+            bad.append(
+                f"`prune_stop` must not be less than `prune_start` ({self.prune_start}); "
+                f"got {self.prune_stop}"
+            )
+        if bad:
+            raise ValueError("\n".join(bad))
+
+
+CONFIGS = {
+    "digits_resnet8": (
+        "ResNet-8 on scikit-learn's 8x8 digits: seconds on a CPU, no download.",
+        Config(epochs=40.0, batch_size=64, pad=1, prune_every=20, log_every=20, eval_every=110),
+    ),
+    "fashion_resnet8": (
+        "ResNet-8 on Fashion-MNIST: minutes on a CPU.",
+        Config(
+            dataset="fashion_mnist",
+            epochs=5.0,
+            pad=2,
+            flip=True,
+            learning_rate=0.4,
+            warmup_steps=50,
+        ),  # fmt: skip
+    ),
+    "fashion_resnet20": (
+        "ResNet-20 on Fashion-MNIST: for an accelerator.",
+        Config(dataset="fashion_mnist", model="resnet20", pad=2, flip=True, eval_every=500),
+    ),
+    "synthetic_resnet50": (
+        "ResNet-50 on made-up ImageNet-sized images: a benchmark.",
+        Config(
+            dataset="synthetic", model="resnet50", dtype="bfloat16", steps=200, eval_batch_size=128
+        ),
+    ),
+}
