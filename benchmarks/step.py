@@ -4,11 +4,12 @@ Times `tx.update` + `optax.apply_updates`, jitted and donated, for the plain opt
 each way to prune, in one process: rounds in which every arm runs once, medians of the ratios
 within a round. Prints a table, and writes JSON if asked.
 
-    python benchmarks/step.py [--rounds 30] [--json results.json]
+    python benchmarks/step.py [--rounds 30] [--only RigL] [--json results.json]
 
 The floor counts the bytes that one step must read and write per parameter, relative to the
 plain optimizer: SGD with momentum moves 24 bytes (read gradient, momentum, parameter and the
-new momentum again; write momentum and parameter), a mask adds 1, a float32 average 12.
+new momentum again; write momentum and parameter), a mask adds 1 (2 where it holds moments at
+0 as well), a float32 average 12, hidden weights 22.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import optax
 from flax import nnx
 
 import jaxprune
-from jaxprune import models, rates
+from jaxprune import budgets, models, patterns, rates
 
 SPARSITY = 0.72
 EVERY = 100
@@ -60,23 +61,40 @@ def optimizers() -> dict[str, tuple[float | None, optax.GradientTransformation]]
 
     sgd = optax.sgd(0.1, momentum=0.9)
 
-    def prune(**options: Any) -> optax.GradientTransformation:
+    def prune(method: str = "agip", **options: Any) -> optax.GradientTransformation:
         # The ramp runs long after the steps that are timed.
-        return jaxprune.agip_transform(SPARSITY, every=EVERY, start=0, stop=10_000, **options)
+        options = {"every": EVERY, "start": 0, "stop": 10_000} | options
+        return getattr(jaxprune, f"{method}_transform")(SPARSITY, **options)
 
-    def pruned(**options: Any) -> optax.GradientTransformation:
-        return jaxprune.chain(sgd, prune(**options))
+    def pruned(method: str = "agip", **options: Any) -> optax.GradientTransformation:
+        return jaxprune.chain(sgd, prune(method, **options))
 
+    masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), parameters())
+    two_of_four = {"budget": budgets.uniform, "pattern": two_of_four_where_it_fits}
     return {
         "sgd, momentum": (1.0, sgd),
-        "statistic from the update": (25 / 24, pruned(decay=None)),
-        "own average, float32": (37 / 24, pruned()),
-        "own average, bfloat16": (33 / 24, pruned(dtype=jnp.bfloat16)),
-        "own average, optax.chain": (41 / 24, optax.chain(sgd, prune())),
-        "own average, regrowth": (37 / 24, pruned(regrow=0.3)),
-        "own average, rate by density": (37 / 24, pruned(rate=rates.by_density())),
-        "own average, rate by statistic": (41 / 24, pruned(rate=rates.by_statistic())),
+        "magnitude": (25 / 24, pruned("magnitude")),
+        "magnitude, 2:4": (25 / 24, pruned("magnitude", **two_of_four)),
+        "saliency": (25 / 24, pruned("saliency")),
+        "random": (25 / 24, pruned("random")),
+        "SET": (26 / 24, pruned("set")),
+        "RigL": (26 / 24, pruned("rigl")),
+        "AC/DC": (26 / 24, pruned("acdc")),
+        "fixed masks": (25 / 24, jaxprune.chain(sgd, jaxprune.fixed_mask_transform(masks))),
+        "straight-through": (46 / 24, pruned("straight_through", every=EVERY)),
+        "AGIP, statistic from the momentum": (25 / 24, pruned(decay=None)),
+        "AGIP, average in float32": (37 / 24, pruned()),
+        "AGIP, average in bfloat16": (33 / 24, pruned(dtype=jnp.bfloat16)),
+        "AGIP, plain optax.chain": (41 / 24, optax.chain(sgd, prune())),
+        "AGIP, regrowth": (37 / 24, pruned(regrow=0.3)),
+        "AGIP, rate by density": (37 / 24, pruned(rate=rates.by_density())),
+        "AGIP, rate by statistic": (41 / 24, pruned(rate=rates.by_statistic())),
     }
+
+
+def two_of_four_where_it_fits(path: str, leaf: Any) -> patterns.Pattern:
+    """2:4 along the input channels, single weights in the first convolution."""
+    return patterns.n_m(2, 4) if leaf.shape[-2] % 4 == 0 else None
 
 
 def tree_bytes(tree: Any) -> int:

@@ -125,6 +125,8 @@ def prune(
     flags = trees.prunable_flags(params, prunable)
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
+    if not weights:
+        raise ValueError("`params` must have a leaf that can be pruned, but has no leaves at all.")
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
         statistics = trees.pick(statistics, flags)

@@ -249,3 +249,24 @@ def synflow(kernels):
         out_of.insert(0, size @ out_of[0])
     paths = [np.outer(a, b) * size for a, size, b in zip(into, sizes, out_of)]
     return [p / sum(p.sum() for p in paths) for p in paths]
+
+
+def drop_and_grow(weights, growth, masks, totals, moved):
+    """RigL and SET in one leaf after another: drop the smallest weights, grow the rest's best."""
+    new = []
+    for w, g, mask, total, count in zip(weights, growth, masks, totals, moved, strict=True):
+        count = min(count, mask.size - mask.sum())
+        (kept,) = largest([np.abs(w)], total - count, among=[mask])
+        (grown,) = largest([np.asarray(g)], total - kept.sum(), among=[~mask])
+        new.append(kept | grown)
+    return new
+
+
+def straight_through(weight, gradients, rate, keeps):
+    """Dense SGD on the gradients of a sparse network; `keeps[t]` values are in use at step t."""
+    dense, used = weight.astype(np.float64), np.ones(weight.shape, bool)
+    for gradient, keep in zip(gradients, keeps, strict=True):
+        if keep is not None:
+            (used,) = largest([np.abs(dense)], keep)
+        dense = dense - rate * gradient
+    return np.where(used, dense, 0), used

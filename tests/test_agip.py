@@ -203,22 +203,26 @@ def test_what_a_mask_update_drops_it_does_not_regrow() -> None:
     np.testing.assert_array_equal(np.flatnonzero(second), [0, 1, 2, 3, *range(14, 20)])
 
 
-def test_regrowth_moves_weights_between_layers() -> None:
+@pytest.mark.parametrize("budget", [budgets.uniform, budgets.global_budget(0.5)])
+def test_regrowth_moves_weights_between_layers_unless_the_budget_fixes_them(budget: Any) -> None:
     tx = jaxprune.chain(
         optax.sgd(0.0),
         jaxprune.agip_transform(
-            lambda step: 0.5, every=1, start=0, stop=4, regrow=0.5, budget=budgets.uniform
+            lambda step: 0.5, every=1, start=0, stop=4, decay=0.0, regrow=0.5, budget=budget
         ),
     )
     params = params_of()
     state = tx.init(params)
-    loud_b = {"a": 1e-3 * jnp.ones((6, 10)), "b": jnp.ones((10, 4)), "bias": jnp.ones(4)}
     per_leaf = []
-    for _ in range(3):
-        _, state = tx.update(loud_b, state, params)
+    for a, b in ((1.0, 1e-3), (1e-3, 1.0), (1e-3, 1.0)):
+        gradient = {"a": a * jnp.ones((6, 10)), "b": b * jnp.ones((10, 4)), "bias": jnp.ones(4)}
+        _, state = tx.update(gradient, state, params)
         per_leaf.append([int(m.sum()) for m in (state[-1].masks["a"], state[-1].masks["b"])])
-    assert per_leaf[0] == [30, 20]
-    assert per_leaf[1][1] > 30 and sum(per_leaf[1]) == 50
+    assert [sum(counts) for counts in per_leaf] == [50] * 3
+    if budget is budgets.uniform:
+        assert per_leaf == [[30, 20]] * 3
+    else:
+        assert per_leaf[1][1] > per_leaf[0][1] + 5 and per_leaf[1][0] >= 15
 
 
 # Mechanism 4: the rate of the survivors.

@@ -77,8 +77,9 @@ def test_get_masks_finds_the_transformation(place):
 
     masks = jaxprune.get_masks(_marked(state))
     assert jax.tree.structure(masks) == jax.tree.structure(PARAMS)
-    for mask, p in zip(*map(jax.tree.leaves, (masks, PARAMS)), strict=True):
+    for mask, p in zip(_kernels(masks), _kernels(PARAMS), strict=True):
         np.testing.assert_array_equal(mask, _pattern(p))
+    assert masks["bias"].shape == ()  # nothing is kept of a leaf that is never pruned
 
 
 def test_get_masks_after_an_update_are_the_zeros_of_the_parameters():
@@ -87,7 +88,7 @@ def test_get_masks_after_an_update_are_the_zeros_of_the_parameters():
     updates, state = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
     params, masks = optax.apply_updates(PARAMS, updates), jaxprune.get_masks(state)
     assert sum(int(mask.sum()) for mask in _kernels(masks)) == keep_count(SIZE, 0.6)
-    for mask, p in zip(*map(jax.tree.leaves, (masks, params)), strict=True):
+    for mask, p in zip(_kernels(masks), _kernels(params), strict=True):
         np.testing.assert_array_equal(mask, p != 0)
 
 
@@ -243,7 +244,8 @@ def test_prune_with_a_uniform_budget_and_with_random_scores():
 
 def test_prune_with_a_custom_budget():
     def rule(shapes, sparsity):
-        assert (shapes, sparsity) == ([(3, 4, 5), (5, 7)], 0.5)
+        assert (list(shapes.values()), sparsity) == ([(3, 4, 5), (5, 7)], 0.5)
+        assert [path.partition("/")[2] for path in shapes] == ["kernel", "kernel"]
         return budgets.Budget(30, (0, 30))
 
     _, masks = jaxprune.prune(PARAMS, 0.5, budget=rule)
@@ -299,7 +301,7 @@ def test_sparsity_out_of_range(sparsity):
         ),
         ({"w": jnp.ones((2, 2), jnp.int8)}, {"prunable": {"w": True}}, "w: shape .*dtype int8"),
         ({"a": jnp.ones((1, 2)), "b": jnp.ones((1, 2))}, {}, "Lower `sparsity` or `floor`"),
-        ({}, {}, "entries in all, but has 0"),
+        ({}, {}, "has no leaves at all"),
     ],
 )
 def test_prune_errors(params, arguments, message):

@@ -568,6 +568,8 @@ def _scanned(params, x):
     [
         (lambda p, x: p["w"][jnp.array([0, 1])], "used by `gather`"),
         (_scanned, "used by `scan`"),
+        (lambda p, x: x @ jax.lax.reshape(p["w"], (4, 4), (1, 0)), "used by `reshape`"),
+        (lambda p, x: jax.debug.callback(lambda w: None, p["w"]), "used by `debug_callback`"),
         (lambda p, x: x @ (p["w"] * 2), "used by `mul`"),
         (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "used by `concatenate`"),
         (lambda p, x: x @ jnp.broadcast_to(p["w"], (2, 4, 4)), "used by `broadcast_in_dim`"),

@@ -259,8 +259,8 @@ def test_views_are_saved_in_row_major_order():
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     params = {"strided": whole[0, ::2], "transposed": whole.T, "backwards": whole[::-1, ::-2]}
     masks = jax.tree.map(lambda leaf: leaf > 0, params)
-    for given in (None, masks, jax.tree.map(lambda _: True, params)):
-        _assert_same_bits(_loaded(_dumped(params, given))[0], params)
+    for kept in (None, masks, jax.tree.map(lambda _: True, params)):
+        _assert_same_bits(_loaded(_dumped(params, kept))[0], params)
 
 
 def test_64_bits_stay_64_bits():

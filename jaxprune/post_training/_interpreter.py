@@ -128,8 +128,8 @@ def _walk(jaxpr: Any, consts: Sequence[Any], inputs: list[_Value], found: _Found
             result = equation.primitive.bind(*(operand.array for operand in operands), **parameters)
             results = result if equation.primitive.multiple_results else [result]
             outputs = [_Value(array, None) for array in results]
-            if touches_view:
-                outputs[0] = outputs[0]._replace(view=_follow(equation, operands, found))
+            if touches_view and (view := _follow(equation, operands, found)):
+                outputs = [_Value(outputs[0].array, view)]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -142,10 +142,10 @@ def _body(parameters: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
 
 def _follow(equation: Any, operands: list[_Value], found: _Found) -> _View | None:
     """Records what an equation does with a view; its own result if that is a view as well."""
-    name, output = equation.primitive.name, equation.outvars[0].aval
+    name = equation.primitive.name
     views = [operand.view for operand in operands if operand.view]
-    if len(operands) == 1 and (step := _step(equation, operands[0].array.ndim)):
-        return views[0]._replace(layout=views[0].layout.then(step, output.shape))
+    if step := _step(equation):
+        return views[0]._replace(layout=views[0].layout.then(*step))
     if name not in READERS:
         found.problems.extend((view, f"used by `{name}`") for view in views)
     elif len(views) == 2:
@@ -158,21 +158,19 @@ def _follow(equation: Any, operands: list[_Value], found: _Found) -> _View | Non
     return None
 
 
-def _step(equation: Any, rank: int) -> tuple[int, ...] | None:
-    """The permutation by which a view becomes another view; None if it does not."""
-    name, source, output = (
-        equation.primitive.name,
-        equation.invars[0].aval,
-        equation.outvars[0].aval,
-    )
+def _step(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The permutation and shape by which a view becomes another view; None if it does not."""
+    if len(equation.invars) != 1 or len(equation.outvars) != 1:
+        return None
+    name, parameters = equation.primitive.name, equation.params
+    source, output = equation.invars[0].aval, equation.outvars[0].aval
     if name == "transpose":
-        return equation.params["permutation"]
+        return parameters["permutation"], output.shape
     same_value = name in _SAME_VALUE and jnp.issubdtype(output.dtype, jnp.floating)
     # A broadcast is a reshape if it adds axes of size 1 only; `lax.reshape` may transpose first.
-    reshape = name in _RESHAPES and source.size == output.size
-    if name == "reshape" and equation.params["dimensions"] is not None:
-        return None
-    return tuple(range(rank)) if same_value or reshape else None
+    transposes = name == "reshape" and parameters["dimensions"] is not None
+    reshape = name in _RESHAPES and source.size == output.size and not transposes
+    return (tuple(range(source.ndim)), output.shape) if same_value or reshape else None
 
 
 def _record(view: _View, reading: Any, found: _Found) -> None:

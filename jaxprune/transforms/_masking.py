@@ -166,13 +166,14 @@ def plan_once(make: Callable[[Mapping[str, Any]], plans.Plan]) -> Callable[..., 
 
 def check_window(name: str, every: int, start: int, stop: int, *problems: str | None) -> None:
     """Static checks of a transformation's arguments, raised together with others."""
-    bad = [problem for problem in problems if problem]
+    bad = []
     if every < 1:
         bad.append(f"`every` must be at least 1 step, but is {every!r}")
     if start < 0:
         bad.append(f"`start` must not be negative, but is {start!r}")
     if stop < start:
         bad.append(f"`stop` must not be before `start`, but {stop!r} < {start!r}")
+    bad += [problem for problem in problems if problem]
     trees.raise_for(bad, f"{name} cannot run with these arguments:")
 
 

@@ -126,12 +126,13 @@ def straight_through_transform(
         plan = plan_for(params, parts.flags)
 
         def renew(index: jax.Array, masks: list[jax.Array], buffers: Any) -> list[jax.Array]:
-            weights, hidden = buffers
-            dense = list(map(jnp.where, masks, weights, hidden))
+            del masks
+            # One of the two is 0.
+            dense = [weight + value for weight, value in zip(*buffers, strict=True)]
             return plans.select(plan, index, score(dense, None))
 
         used, counters = update_masks(plan, state, parts.masks, (parts.weights, hidden), renew)
-        leaves = zip(parts.updates, parts.masks, used, parts.weights, hidden, strict=True)
+        leaves = zip(parts.updates, used, parts.weights, hidden, strict=True)
         results = [_step(*leaf) for leaf in leaves]
         return trees.put(updates, parts.flags, [move for move, _ in results]), (
             StraightThroughState(
@@ -145,13 +146,12 @@ def straight_through_transform(
 
 
 def _step(
-    update: jax.Array, was: jax.Array, used: jax.Array, weight: jax.Array, hidden: jax.Array
+    update: jax.Array, used: jax.Array, weight: jax.Array, hidden: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The update of the parameter and the new hidden value of one leaf."""
     dtype = jnp.promote_types(update.dtype, weight.dtype)
     update, weight = update.astype(dtype), weight.astype(dtype)
-    # What was in use takes the optimizer's own update, so that it is the same to the bit.
+    # Where a weight was in use its hidden value is 0, so that its update is the optimizer's own.
     back = hidden.astype(dtype) + update
-    move = jnp.where(used, jnp.where(was, update, back), -weight)
-    dense = jnp.where(was, weight + update, back)
-    return move, jnp.where(used, 0, dense).astype(hidden.dtype)
+    value = jnp.where(used, 0, weight + back).astype(hidden.dtype)
+    return jnp.where(used, back, -weight), value
