@@ -1,13 +1,15 @@
 """Scores and budgets -> masks: exactly k largest, without a sort.
 
 A float32 score becomes an unsigned integer key in the same order, and a search on the
-integers finds the threshold `T` with exactly `k` keys above it or at it. Each pass of the
-search only counts, so it works on arrays of any shape where they lie: sharded arrays
-exchange counts, never weights. Equal scores at the threshold are kept in the order of their
-index, first by leaf and then row-major within the leaf, as a stable sort would.
+integers finds the threshold `T` with exactly `k` keys above it or at it. Equal scores at the
+threshold are kept in the order of their index, first by leaf and then row-major within the
+leaf, as a stable sort would; a search on the index finds the last one. Each pass of a search
+only counts, so it works on arrays of any shape where they lie: sharded arrays exchange one
+count for each leaf, never weights.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +23,10 @@ __all__ = ["count_kept", "largest"]
 # Keys: 0 can never be kept, 1 is NaN, then -inf .. +inf. No key reaches _TOP.
 _NEVER, _NAN, _TOP = np.uint32(0), np.uint32(1), np.uint32(0xFF800001)
 _LIMIT = 2**31 - 1
-# Widest bracket, in keys, in which counts are worth interpolating: eight binades of float32.
-_NARROW = np.uint32(1 << 26)
+# Up to here every integer is a float32.
+_FLOAT_LIMIT = 2**24
+# Widest bracket, in keys, in which counts are worth interpolating: sixteen binades of float32.
+_NARROW = np.uint32(1 << 27)
 
 
 def largest(scores: Any, keep: Any, *, floors: Any = None, among: Any = None) -> Any:
@@ -63,9 +67,9 @@ def largest(scores: Any, keep: Any, *, floors: Any = None, among: Any = None) ->
     able = _sizes(leaves) if among is None else count_kept(among)
     floors = jnp.minimum(floors.astype(jnp.int32), able)
     keep = jnp.clip(jnp.asarray(keep, jnp.int32), jnp.sum(floors), jnp.sum(able))
-    share, cut = _share_out(keys, keep, floors, able)
-    masks = _masks(keys, share, _cut_each(keys, share, cut, able))
-    return jax.tree.unflatten(treedef, [m.reshape(x.shape) for m, x in zip(masks, leaves)])
+    cut = _cut(keys, keep, floors, able)
+    masks = [_flags(*leaf) for leaf in zip(keys, cut.key, cut.last, strict=True)]
+    return jax.tree.unflatten(treedef, masks)
 
 
 def count_kept(masks: Any) -> jax.Array:
@@ -81,7 +85,7 @@ def count_kept(masks: Any) -> jax.Array:
         >>> count_kept([jnp.array([True, False, True]), jnp.array([False])]).tolist()
         [2, 0]
     """
-    return jnp.stack([_total(_with_rows(mask)) for mask in jax.tree.leaves(masks)])
+    return jnp.stack([_total(mask) for mask in jax.tree.leaves(masks)])
 
 
 def _check(scores: Any, floors_shape: tuple[int, ...]) -> None:
@@ -106,36 +110,36 @@ def _check(scores: Any, floors_shape: tuple[int, ...]) -> None:
         )
 
 
+@jax.jit
 def _keys(score: jax.Array, allowed: jax.Array | None) -> jax.Array:
     """Maps float32 to uint32 so that the order is kept; 0 where not allowed."""
-    score = _with_rows(score.astype(jnp.float32))
+    score = score.astype(jnp.float32)
     score = jnp.where(score == 0, 0.0, score)  # -0.0 and 0.0 tie
     bits = jax.lax.bitcast_convert_type(score, jnp.uint32)
     keys = jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
     keys = jnp.where(jnp.isnan(score), _NAN, keys)
-    return keys if allowed is None else jnp.where(_with_rows(allowed), keys, _NEVER)
+    return keys if allowed is None else jnp.where(allowed, keys, _NEVER)
 
 
-def _with_rows(x: jax.Array) -> jax.Array:
-    """Gives scalars and vectors leading dimensions; leaves matrices and more as they are."""
-    return x.reshape((1,) * (2 - x.ndim) + x.shape) if x.ndim < 2 else x
-
-
-def _row_totals(flags: jax.Array) -> jax.Array:
-    """Counts True along the last dimension, int32."""
-    # XLA:CPU does not fuse a comparison into a reduction; packed bits are 32 times smaller.
+@jax.jit
+def _total(flags: jax.Array) -> jax.Array:
+    """Counts True, int32 []."""
     return jax.lax.platform_dependent(
-        flags,
-        cpu=lambda x: jnp.sum(
-            jax.lax.population_count(jnp.packbits(x, axis=-1)), axis=-1, dtype=jnp.int32
-        ),
-        default=lambda x: jnp.sum(x, axis=-1, dtype=jnp.int32),
+        flags, cpu=_total_of_bits, default=lambda x: jnp.sum(x, dtype=jnp.int32)
     )
 
 
-def _total(flags: jax.Array) -> jax.Array:
-    """Counts True, int32 []."""
-    return jnp.sum(_row_totals(flags))
+def _total_of_bits(flags: jax.Array) -> jax.Array:
+    """Counts True by packed bits: XLA:CPU does not fuse a comparison into a large reduction."""
+    columns = flags.shape[-1] if flags.ndim else 1
+    # A device that holds a part of each row packs its part alone.
+    parts = math.gcd(columns, jax.device_count())
+    bits = jnp.packbits(flags.reshape(*flags.shape[:-1], parts, columns // parts), axis=-1)
+    counts = jax.lax.population_count(bits)
+    if flags.size > _FLOAT_LIMIT:
+        return jnp.sum(counts, dtype=jnp.int32)
+    # XLA:CPU sums float32 faster than integers.
+    return jnp.sum(counts.astype(jnp.float32)).astype(jnp.int32)
 
 
 def _sizes(leaves: Sequence[jax.Array]) -> jax.Array:
@@ -144,160 +148,142 @@ def _sizes(leaves: Sequence[jax.Array]) -> jax.Array:
 
 
 class _Cut(NamedTuple):
-    """A threshold for each leaf with the counts around it, each [leaves]."""
+    """What each leaf keeps: keys above `key`, and those equal to it up to index `last`."""
 
-    threshold: jax.Array  # uint32
-    reached: jax.Array  # int32, keys at the threshold or above it
-    above: jax.Array  # int32, a lower bound of the keys above it; exact where it matters
+    key: jax.Array  # uint32 [leaves]
+    last: jax.Array  # int32 [leaves], row-major
+    kept: jax.Array  # int32 [leaves]
+
+
+class _Bracket(NamedTuple):
+    """Positions around the cut of each leaf: the further, the fewer are kept."""
+
+    low: jax.Array  # uint32 [leaves], keeps the target or more
+    high: jax.Array  # uint32 [leaves], keeps less
+    at_low: jax.Array  # int32 [leaves], how many each keeps at `low`
+    at_high: jax.Array  # int32 [leaves]
+
+
+def _cut(keys: Sequence[jax.Array], keep: jax.Array, floors: jax.Array, able: jax.Array) -> _Cut:
+    """Finds where to cut each leaf, in three searches that share one compiled loop.
+
+    The first one finds the key that all leaves share, where `keep` entries or a few more
+    stay. The second one lowers it in the leaves whose floor asks for more. The third one finds
+    the last of the equal keys that stays, in the leaves where not all of them can.
+    """
+    sizes, zero = _sizes(keys), jnp.zeros(able.shape, jnp.int32)
+    everything = jnp.full(able.shape, _LIMIT)
+
+    def search(step: jax.Array, carry: tuple[_Cut, jax.Array, jax.Array]) -> Any:
+        cut, above, share = carry
+        common, ties = step == 0, step == 2
+        start = _Bracket(
+            low=jnp.full(able.shape, jnp.where(ties, 0, _NAN)),
+            high=jnp.where(ties, sizes.astype(jnp.uint32) + 1, cut.key),
+            at_low=jnp.where(ties, cut.kept, able),
+            at_high=jnp.where(ties, above, cut.kept),
+        )
+        active = jnp.where(ties, cut.kept > share, cut.kept < share)
+
+        def place(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+            last = sizes - 1 - position.astype(jnp.int32)
+            return jnp.where(ties, cut.key, position), jnp.where(ties, last, everything)
+
+        def excess(counts: jax.Array) -> jax.Array:
+            total = jnp.sum(jnp.maximum(floors, counts)) - keep
+            return jnp.where(common, total, counts - share)
+
+        def count(position: jax.Array) -> jax.Array:
+            places = zip(keys, *place(position), strict=True)
+            return jnp.stack([_total(_flags(*leaf)) for leaf in places])
+
+        found = _search(start, active, excess, count)
+        key, last = place(found.low)
+        new = _Cut(key, last, found.at_low)
+        new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, cut)
+        above = jnp.where(active, found.at_high, above)
+        return new, above, jnp.where(common, _shares(new.kept, above, keep, floors), share)
+
+    nothing = _Cut(jnp.full(able.shape, _TOP), everything, zero)
+    # Floors alone may be enough. Until its share is known, a leaf may keep all that it can.
+    share = jnp.where(jnp.sum(floors) >= keep, zero, able)
+    return jax.lax.fori_loop(0, 3, search, (nothing, zero, share))[0]
+
+
+def _shares(reached: jax.Array, above: jax.Array, keep: jax.Array, floors: jax.Array) -> jax.Array:
+    """How many entries each leaf keeps: ties at the common key go to the first leaves."""
+    certain = jnp.maximum(floors, above)
+    spare = jnp.maximum(floors, reached) - certain
+    before = jnp.cumsum(spare) - spare
+    return certain + jnp.clip(keep - jnp.sum(certain) - before, 0, spare)
 
 
 def _search(
-    keys: Sequence[jax.Array],
-    objective: Callable[[jax.Array], jax.Array],
-    target: jax.Array,
-    able: jax.Array,
-) -> _Cut:
-    """Finds the highest thresholds at which `objective(counts)` is not below `target`.
+    start: _Bracket,
+    active: jax.Array,
+    excess: Callable[[jax.Array], jax.Array],
+    count: Callable[[jax.Array], jax.Array],
+) -> _Bracket:
+    """Finds the furthest positions at which `excess(count(position))` is not negative.
 
-    `counts` says how many keys of each leaf reach its threshold. A bracket is halved until
-    it spans a few powers of two of the score, and then shrinks by the Illinois variant of
-    regula falsi on the counts, with a bisection every fourth pass as a safeguard. The search
-    of a leaf ends early where its target is met exactly: then no tie has to be cut.
+    A bracket is divided at round numbers until it spans a few powers of two of the score, and
+    then shrinks by the Illinois variant of regula falsi on the counts, with a division at a round
+    number every fifth pass as a safeguard. Scores that many entries share (0, all of bfloat16)
+    are round numbers. The search of a leaf ends early where its excess is 0.
     """
-    zero, one = jnp.zeros(able.shape, jnp.int32), jnp.ones(able.shape, jnp.float32)
-    nothing = objective(zero) >= target  # the floors alone are enough
-    top = jnp.full(able.shape, _TOP)
-    low = jnp.where(nothing, top, _NAN)
-    at_low = jnp.where(nothing, zero, able)
-    start = (low, top, at_low, zero, one, one, zero > 0, jnp.int32(0))
+    one = jnp.ones(active.shape, jnp.float32)
 
-    def open_(low: jax.Array, high: jax.Array, at_low: jax.Array) -> jax.Array:
-        return (high - low > 1) & (objective(at_low) != target)
+    def unsettled(at: _Bracket) -> jax.Array:
+        return active & (at.high - at.low > 1) & (excess(at.at_low) != 0)
 
     def body(carry: Any) -> Any:
-        low, high, at_low, at_high, low_weight, high_weight, was_up, passes = carry
-        span = high - low
-        over = (objective(at_low) - target).astype(jnp.float32) * low_weight
-        under = (target - objective(at_high)).astype(jnp.float32) * high_weight
+        at, low_weight, high_weight, was_up, passes = carry
+        span = at.high - at.low
+        over = excess(at.at_low).astype(jnp.float32) * low_weight
+        under = -excess(at.at_high).astype(jnp.float32) * high_weight
         guess = span.astype(jnp.float32) * (over / jnp.maximum(over + under, 1.0))
-        halve = (span > _NARROW) | (passes % 4 == 3)
-        step = jnp.where(halve, span // 2, guess.astype(jnp.uint32))
-        middle = low + jnp.clip(step, 1, jnp.maximum(span, 2) - 1)
-        at_middle = jnp.stack([_total(key >= t) for key, t in zip(keys, middle, strict=True)])
-        moves = open_(low, high, at_low)
-        up = moves & (objective(at_middle) >= target)
+        middle = at.low + jnp.clip(guess.astype(jnp.uint32), 1, jnp.maximum(span, 2) - 1)
+        margin = jnp.maximum(span // 8, 1)
+        divide = (span > _NARROW) | (passes % 5 == 4)
+        middle = jnp.where(divide, _roundest(at.low + margin, at.high - margin), middle)
+        counts = count(middle)
+        moves = unsettled(at)
+        up = moves & (excess(counts) >= 0)
         down = moves & ~up
-        return (
-            jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
-            jnp.where(up, at_middle, at_low),
-            jnp.where(down, at_middle, at_high),
-            jnp.where(up, 1.0, jnp.where(was_up, low_weight, low_weight / 2)),
-            jnp.where(down, 1.0, jnp.where(was_up, high_weight / 2, high_weight)),
-            up,
-            passes + 1,
+        at = _Bracket(
+            low=jnp.where(up, middle, at.low),
+            high=jnp.where(down, middle, at.high),
+            at_low=jnp.where(up, counts, at.at_low),
+            at_high=jnp.where(down, counts, at.at_high),
         )
+        low_weight = jnp.where(up, 1.0, jnp.where(was_up, low_weight, low_weight / 2))
+        high_weight = jnp.where(down, 1.0, jnp.where(was_up, high_weight / 2, high_weight))
+        return at, low_weight, high_weight, up, passes + 1
 
-    low, _, at_low, at_high, *_ = jax.lax.while_loop(
-        lambda carry: jnp.any(open_(*carry[:3])), body, start
-    )
-    return _Cut(low, at_low, at_high)
-
-
-def _share_out(
-    keys: Sequence[jax.Array], keep: jax.Array, floors: jax.Array, able: jax.Array
-) -> tuple[jax.Array, _Cut]:
-    """How many entries each leaf keeps, int32 [leaves], and the threshold common to all."""
-
-    def objective(counts: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(jnp.sum(jnp.maximum(floors, counts)), counts.shape)
-
-    cut = _search(keys, objective, jnp.broadcast_to(keep, able.shape), able)
-    certain = jnp.maximum(floors, cut.above)
-    spare = jnp.maximum(floors, cut.reached) - certain
-    before = jnp.cumsum(spare) - spare
-    exact = objective(cut.reached)[0] == keep
-    share = certain + jnp.clip(keep - jnp.sum(certain) - before, 0, spare)
-    return jnp.where(exact, jnp.maximum(floors, cut.reached), share), cut
+    carry = (start, one, one, jnp.zeros(active.shape, bool), jnp.int32(0))
+    return jax.lax.while_loop(lambda carry: jnp.any(unsettled(carry[0])), body, carry)[0]
 
 
-def _cut_each(keys: Sequence[jax.Array], share: jax.Array, cut: _Cut, able: jax.Array) -> _Cut:
-    """The common threshold, and a lower one for each leaf whose floor asks for more."""
-    lower = share > cut.reached
-    # `able` is met by the first threshold, so only leaves below the common one are searched.
-    own = _search(keys, lambda counts: counts, jnp.where(lower, share, able), able)
-    return jax.tree.map(lambda a, b: jnp.where(lower, a, b), own, cut)
+def _roundest(low: jax.Array, high: jax.Array) -> jax.Array:
+    """The number from `low` to `high`, at least 1, that ends in the most zero bits."""
+    zeros = 31 - jax.lax.clz((low - 1) ^ high)
+    return high >> zeros << zeros
 
 
-def _masks(keys: Sequence[jax.Array], share: jax.Array, cut: _Cut) -> list[jax.Array]:
-    """Keeps `share[i]` entries of each leaf: all above its threshold, the first ones at it."""
-    tied = cut.reached > share
-    rows, columns = jax.lax.cond(
-        jnp.any(tied),
-        lambda: _last_ties(keys, cut.threshold, share - cut.above),
-        lambda: (jnp.zeros_like(share), jnp.zeros_like(share)),
-    )
-    rows = jnp.where(tied, rows, _LIMIT)
-    return [
-        (key > t) | ((key == t) & _up_to(key.shape, row, column))
-        for key, t, row, column in zip(keys, cut.threshold, rows, columns, strict=True)
-    ]
+@jax.jit
+def _flags(key: jax.Array, threshold: jax.Array, last: jax.Array) -> jax.Array:
+    """True above the threshold, and at it up to a row-major index."""
+    # The index in two small parts, or XLA:CPU stores an array of it as large as the leaf.
+    axes = range(key.ndim)
+    row, column = _index(key.shape, axes[:-1]), _index(key.shape, axes[-1:])
+    return key >= jnp.where(row <= last - column, threshold, threshold + 1)
 
 
-def _last_ties(
-    keys: Sequence[jax.Array], thresholds: jax.Array, need: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Row and column of each leaf's `need`-th key at its threshold, in row-major order."""
-    ties = [key == t for key, t in zip(keys, thresholds, strict=True)]
-    row, before = _find([_row_totals(tie).reshape(-1) for tie in ties], need)
-    columns = [_row_of(tie, r) for tie, r in zip(ties, row, strict=True)]
-    return row, _find(columns, need - before)[0]
-
-
-def _row_of(flags: jax.Array, row: jax.Array) -> jax.Array:
-    """One row of flags as int32 [last dimension], by row-major index."""
-
-    # A masked sum instead of an index, which would gather a sharded array.
-    def masked_sum(x: jax.Array, dtype: Any) -> jax.Array:
-        here = jnp.where(_row_index(x.shape) == row, x, 0)
-        return jnp.sum(here, axis=tuple(range(x.ndim - 1)), dtype=dtype)
-
-    def by_bits(x: jax.Array) -> jax.Array:
-        bits = masked_sum(jnp.packbits(x, axis=-1), jnp.uint8)
-        return jnp.unpackbits(bits, count=x.shape[-1]).astype(jnp.int32)
-
-    return jax.lax.platform_dependent(
-        flags, cpu=by_bits, default=lambda x: masked_sum(x, jnp.int32)
-    )
-
-
-def _find(counts: Sequence[jax.Array], need: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In each vector, where the running sum reaches `need`, and the sum before that place.
-
-    The place is -1 where `need` is 0.
-    """
-    flat = jnp.concatenate(counts)
-    start = np.cumsum([0] + [c.size for c in counts[:-1]])
-    running = jnp.cumsum(flat)
-    base = running[start] - flat[start]
-    place = jnp.clip(jnp.searchsorted(running, base + need), 0, flat.size - 1)
-    before = running[place] - flat[place] - base
-    return jnp.where(need > 0, place.astype(jnp.int32) - start.astype(np.int32), -1), before
-
-
-def _row_index(shape: tuple[int, ...]) -> jax.Array:
-    """Row-major index over all dimensions but the last, int32, broadcastable to `shape`."""
-    index, stride = jnp.zeros((1,) * len(shape), jnp.int32), 1
-    for axis in range(len(shape) - 2, -1, -1):
-        steps = (*(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
-        index = index + stride * jax.lax.broadcasted_iota(jnp.int32, steps, axis)
-        stride *= shape[axis]
+def _index(shape: tuple[int, ...], axes: Iterable[int]) -> jax.Array:
+    """Row-major index along some dimensions, int32, with length 1 along the others."""
+    index = jnp.zeros((1,) * len(shape), jnp.int32)
+    for axis in axes:
+        along = tuple(n if i == axis else 1 for i, n in enumerate(shape))
+        stride = math.prod(shape[axis + 1 :])
+        index = index + stride * jax.lax.broadcasted_iota(jnp.int32, along, axis)
     return index
-
-
-def _up_to(shape: tuple[int, ...], row: jax.Array, column: jax.Array) -> jax.Array:
-    """True up to and including one row-major position."""
-    columns = (*(1,) * (len(shape) - 1), shape[-1])
-    rows = _row_index(shape)
-    index = jax.lax.broadcasted_iota(jnp.int32, columns, len(shape) - 1)
-    return (rows < row) | ((rows == row) & (index <= column))

@@ -266,65 +266,64 @@ def test_count_kept(masks):
 
 # ---- several devices
 
-# An axis that splits the last dimension into parts of 8 n entries packs its flags in place.
-SPLIT = [
-    ((32, 48), P("x", "y")),
-    ((3, 3, 16, 32), P(None, None, "y", "x")),
-    ((128, 7), P("x")),
-    ((16, 32, 5), P("y", "x")),
-]
-GATHERS = {
-    "parts of 10": ((32, 40), P(None, "x")),
-    "vector": ((256,), P("x")),
+# Shapes and how they lie on a mesh of 4 x 2: whole and broken bytes of flags on each device.
+SHARDED = {
+    "several leaves": [
+        ((32, 48), P("x", "y")),
+        ((3, 3, 16, 32), P(None, None, "y", "x")),
+        ((128, 7), P("x")),
+        ((16, 32, 5), P("y", "x")),
+        ((24,), P()),
+        ((), P()),
+    ],
+    "equal shapes lie differently": [((16, 24), spec) for spec in (P("x"), P(None, "y"), P("y"))],
+    "parts of 10": [((32, 40), P(None, "x"))],
+    "parts of 5": [((32, 10), P("x", "y"))],
+    "both axes on the last dimension": [((6, 24), P(None, ("x", "y")))],
+    "both axes on the last dimension, swapped": [((9, 40), P(None, ("y", "x")))],
+    "both axes on the first dimension": [((40, 9), P(("x", "y"))), ((8, 3, 3), P(("y", "x")))],
+    "vector": [((256,), P("x"))],
+    "vectors with odd parts": [((24,), P(("x", "y"))), ((12,), P("x")), ((10,), P("y"))],
+    "odd rows": [((3, 2, 7), P(None, "y")), ((4, 3, 3, 6), P("x", None, None, "y"))],
 }
 
 
-def _sharded(shapes_and_specs):
+def _exchanged(text):
+    """Numbers of entries that the collectives of a compiled program return, by operation."""
+    found = {}
+    for result, name in re.findall(r"= (\S.*?) ((?:[a-z-]*all-|collective-|reduce-scatter)[a-z-]*)\(", text):
+        shapes = re.findall(r"\[([\d,]*)\]", result)
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+        found.setdefault(name.removesuffix("-start"), []).extend(sizes)
+    return found
+
+
+def test_the_compilers_text_is_read_as_we_think():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.arange(24.0), NamedSharding(mesh, P("x")))
+    text = jax.jit(jnp.sort).lower(x).compile().as_text()
+    assert max(_exchanged(text)["all-gather"]) == 24
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_leaves_get_the_masks_of_one_device_and_exchange_counts_only(name, dtype):
+    shapes, specs = zip(*SHARDED[name], strict=True)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    scores = _draw("ties", 5, [shape for shape, _ in shapes_and_specs])
-    shardings = [NamedSharding(mesh, spec) for _, spec in shapes_and_specs]
-    return scores, jax.device_put(scores, shardings), shardings
-
-
-def _gathered(text):
-    """Number of entries of each all-gather in a compiled program."""
-    results = re.findall(r"= (\S.*?) all-gather(?:-start)?\(", text)
-    shapes = [shape for result in results for shape in re.findall(r"\[([\d,]*)\]", result)]
-    return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
-
-
-def _program(shapes_and_specs):
-    scores, placed, shardings = _sharded(shapes_and_specs)
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    scores = _draw("ties", 5, shapes, dtype)
+    placed = jax.device_put(scores, shardings)
     select = jax.jit(selection.largest, out_shardings=shardings)
-    return scores, placed, select, select.lower(placed, 0, floors=[0] * len(scores)).compile()
-
-
-def test_sharded_leaves_get_the_masks_of_one_device_and_are_never_gathered():
-    scores, placed, select, compiled = _program(SPLIT)
-    for keep in (1, 1000, 5000):
-        for floors in ([0, 0, 0, 0], [9, 99, 800, 80]):
-            masks = select(placed, keep, floors=floors)
+    size = sum(score.size for score in scores)
+    for keep in (1, size // 3, size - 5):
+        for floors in ([0] * len(scores), [score.size // 4 for score in scores]):
+            masks = select(placed, keep, floors=np.array(floors, np.int32))
             _equal(masks, largest(scores, keep, floors))
-            assert [m.sharding.spec for m in masks] == [s.sharding.spec for s in placed]
-    gathered = _gathered(compiled.as_text())
-    assert gathered, "no all-gather at all: does the pattern still fit the compiler's text?"
-    # One count for each row is all that may be gathered, not even packed bits.
-    rows = [score.size // score.shape[-1] for score in scores]
-    assert max(gathered) <= max(rows) < min(score.size for score in scores)
-
-
-@pytest.mark.parametrize("name", GATHERS)
-def test_masks_are_right_where_packing_needs_neighbours(name):
-    scores, placed, select, _ = _program([GATHERS[name]])
-    for keep in (1, 77, 255):
-        _equal(select(placed, keep, floors=[0]), largest(scores, keep))
-
-
-@pytest.mark.xfail(strict=True, reason="packed bits and column counts cross the device boundary")
-@pytest.mark.parametrize("name", GATHERS)
-def test_nothing_is_gathered_where_packing_needs_neighbours(name):
-    scores, _, _, compiled = _program([GATHERS[name]])
-    assert max(_gathered(compiled.as_text())) < scores[0].size
+            assert [mask.sharding.spec for mask in masks] == list(specs)
+    text = select.lower(placed, 0, floors=np.zeros(len(scores), np.int32)).compile().as_text()
+    exchanged = _exchanged(text)
+    assert set(exchanged) == {"all-reduce"}
+    assert max(exchanged["all-reduce"]) == 1
 
 
 # ---- errors

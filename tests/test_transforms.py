@@ -157,7 +157,7 @@ def test_set_grows_at_random_and_differently_at_each_mask_update_and_seed():
         (optax.adamw(0.1), ["mu", "nu"]),
         (optax.inject_hyperparams(optax.adam)(0.1), ["mu", "nu"]),
         (optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale(-0.1)), ["trace"]),
-        (optax.masked(optax.sgd(0.1, momentum=0.9), {"a": True, "b": True, "bias": False}), ["trace"]),
+        (optax.masked(optax.trace(0.9), {"a": True, "b": True, "bias": False}), ["trace"]),
         (optax.MultiSteps(optax.adam(0.1), 2), ["mu", "nu"]),
     ],
 )  # fmt: skip
@@ -173,7 +173,8 @@ def test_chain_restarts_the_moments_of_regrown_weights(name, inner, fields):
             for m, mask in zip(kernels(moment), masks, strict=True):
                 np.testing.assert_array_equal(m[~mask], 0.0)
             if step >= 2:
-                assert all((m[mask] != 0).all() for m, mask in zip(kernels(moment), masks))
+                stay = [new & old for new, old in zip(masks, before, strict=True)]
+                assert all((m[mask] != 0).all() for m, mask in zip(kernels(moment), stay))
     assert regrown > 10
     # The moments of leaves that are never pruned go on: here the bias's, from a gradient of 1.
     plain = optax.trace(0.9)
@@ -222,11 +223,12 @@ def test_straight_through_trains_dense_weights_on_the_gradients_of_the_sparse_ne
 
 def test_straight_through_gives_what_is_in_use_the_optimizers_own_update():
     prune = jaxprune.straight_through_transform(0.6, every=1, stop=3)
-    trace = Trace(optax.chain(optax.adam(0.1), prune), 5)
-    adam = optax.adam(0.1)
-    state = adam.init(trace.params[0])
+    # Powers of two: no product is rounded, however the compiler fuses.
+    sgd = optax.sgd(0.25, momentum=0.5)
+    trace = Trace(optax.chain(sgd, prune), 5)
+    state = sgd.init(trace.params[0])
     for step, gradient in enumerate(trace.gradients):
-        updates, state = adam.update(gradient, state)
+        updates, state = sgd.update(gradient, state)
         before, after = trace.masks(step), trace.masks(step + 1)
         plain = kernels(optax.apply_updates(trace.params[step], updates))
         got = kernels(trace.params[step + 1])

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -68,17 +67,17 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
 
 def _restart_moments(members: Any, states: tuple[Any, ...], masks: Any) -> tuple[Any, ...]:
     """The states of the first members, with 0 in place of each moment of a pruned weight."""
-    everything = jax.tree.map(
-        lambda mask: True if isinstance(mask, optax.MaskedNode) else mask,
-        masks,
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-    )
+
+    def absent(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
 
     def keep(moment: Any, mask: Any) -> Any:
-        same = jnp.shape(mask) == jnp.shape(moment)  # Adafactor's sums over rows are not
-        return jnp.where(mask, moment, jnp.zeros_like(moment)) if same else moment
+        # Adafactor's sums over rows have other shapes than their weights.
+        if absent(moment) or absent(mask) or jnp.shape(mask) != jnp.shape(moment):
+            return moment
+        return jnp.where(mask, moment, jnp.zeros_like(moment))
 
     return tuple(
-        optax.tree_utils.tree_map_params(member, keep, state, everything)
+        optax.tree_utils.tree_map_params(member, keep, state, masks, is_leaf=absent)
         for member, state in zip(members, states, strict=False)
     )
