@@ -205,7 +205,7 @@ def _selected(kinds: Any, tables: Any, ranked: list[jax.Array], among: Any) -> l
 def _full_masks(masks: Any, params: Any) -> list[jax.Array]:
     """Masks in the order and shapes of the parameters; the scalar True stands for all kept."""
     by_path = trees.leaf_by_path(masks)
-    filled = [
+    filled: list[Any] = [
         jnp.broadcast_to(by_path[path], jnp.shape(leaf))
         if path in by_path and jnp.ndim(by_path[path]) == 0
         else by_path.get(path)

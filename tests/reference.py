@@ -266,7 +266,7 @@ def straight_through(weight, gradients, rate, keeps):
     """Dense SGD on the gradients of a sparse network; `keeps[t]` values are in use at step t."""
     dense, used = weight.astype(np.float64), np.ones(weight.shape, bool)
     for gradient, keep in zip(gradients, keeps, strict=True):
+        dense = dense - rate * gradient
         if keep is not None:
             (used,) = largest([np.abs(dense)], keep)
-        dense = dense - rate * gradient
     return np.where(used, dense, 0), used

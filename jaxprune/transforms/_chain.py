@@ -2,10 +2,14 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
-from jaxprune.transforms._masking import DynamicState
+from jaxprune.transforms._masking import (
+    DynamicState,
+    keep_unpruned,
+    project_all,
+    restart_moments,
+)
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -16,9 +20,10 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     `inner_state`, the new states of the members before it. Members that do not know these
     arguments are not troubled. The state is that of `optax.chain`.
 
-    Behind `set_transform`, `rigl_transform` and `acdc_transform` it also holds the moments of
-    pruned weights at 0 (whatever the members before keep in the shape of a weight: momentum,
-    Adam's `mu` and `nu`), so that a weight that comes back starts without a past.
+    The members before `set_transform`, `rigl_transform` or `acdc_transform` see the sparse
+    network: where a weight is pruned, its gradient, its value and its moments (whatever they keep
+    in the shape of a weight: momentum, Adam's `mu` and `nu`) are 0, so that a weight that comes
+    back starts without a past.
 
     Args:
         *transforms: gradient transformations, applied in order.
@@ -52,32 +57,27 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
                 "returned."
             )
         extra_args = {"grad": updates} | extra_args
+        dynamic = [i for i, s in enumerate(state) if isinstance(s, DynamicState)]
+        last, masks, seen = None, None, params
+        if dynamic and params is not None:
+            # Its masks come first: the old ones, read besides the new, would be copied each step.
+            last = dynamic[-1]
+            pruned: Any = members[last].update(updates, state[last], params, **extra_args)[1]
+            masks = pruned.masks
+            before = zip(members[:last], state[:last], strict=True)
+            restarted = [restart_moments(*member, masks) for member in before]
+            state = (*restarted, pruned, *state[last + 1 :])
+            seen, updates = keep_unpruned(params, masks), keep_unpruned(updates, masks)
         new_state: tuple[Any, ...] = ()
-        for member, member_state in zip(members, state, strict=True):
+        for i, (member, member_state) in enumerate(zip(members, state, strict=True)):
+            if i == last:
+                updates, seen = project_all(updates, masks, params), params
+                new_state = (*new_state, member_state)
+                continue
             updates, member_state = member.update(
-                updates, member_state, params, **(extra_args | {"inner_state": new_state})
+                updates, member_state, seen, **(extra_args | {"inner_state": new_state})
             )
-            if isinstance(member_state, DynamicState):
-                new_state = _restart_moments(members, new_state, member_state.masks)
             new_state = (*new_state, member_state)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _restart_moments(members: Any, states: tuple[Any, ...], masks: Any) -> tuple[Any, ...]:
-    """The states of the first members, with 0 in place of each moment of a pruned weight."""
-
-    def absent(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    def keep(moment: Any, mask: Any) -> Any:
-        # Adafactor's sums over rows have other shapes than their weights.
-        if absent(moment) or absent(mask) or jnp.shape(mask) != jnp.shape(moment):
-            return moment
-        return jnp.where(mask, moment, jnp.zeros_like(moment))
-
-    return tuple(
-        optax.tree_utils.tree_map_params(member, keep, state, masks, is_leaf=absent)
-        for member, state in zip(members, states, strict=False)
-    )

@@ -59,7 +59,7 @@ def dynamic_transform(
     fraction = schedules.cosine(drop, start, stop)
 
     def first(plan: plans.Plan, weights: list[jax.Array]) -> list[jax.Array]:
-        return plans.select(plan, 0, scores.random(seed)(weights))
+        return plans.select(plan, 0, scores.random(seed)(weights, None))
 
     def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
         grow = growth(index, weights, gradients)

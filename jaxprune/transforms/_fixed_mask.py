@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.transforms._masking import project, put_masks, split
@@ -31,8 +32,8 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
 
     Args:
         masks: tree of bools with the paths of the parameters, True where a weight is kept.
-            Each has the shape of its leaf; the scalar True leaves a leaf alone. What `prune`
-            and `get_masks` return.
+            Each has the shape of its leaf, or is the scalar True. A mask that is True
+            everywhere leaves its leaf alone. What `prune` and `get_masks` return.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -66,8 +67,8 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
         ]
         trees.raise_for(problems, "`masks` must be bools with the paths and shapes of `params`:")
         own = {path: jnp.asarray(by_path[path]) for path in leaf_of}
-        flags = tuple(mask.ndim > 0 for mask in own.values())
-        return FixedMaskState(put_masks(params, flags, [m for m in own.values() if m.ndim > 0]))
+        flags = tuple(not _keeps_all(mask) for mask in own.values())
+        return FixedMaskState(put_masks(params, flags, trees.pick([*own.values()], flags)))
 
     def update_fn(
         updates: optax.Updates,
@@ -95,6 +96,11 @@ def _fits(mask: Any, leaf: Any) -> bool:
     if jnp.ndim(mask) == 0 and jnp.ndim(leaf) > 0:
         return bool(mask)
     return jnp.shape(mask) == jnp.shape(leaf)
+
+
+def _keeps_all(mask: jax.Array) -> bool:
+    """Whether a mask is known to be True everywhere; such a mask would cost time at each step."""
+    return not isinstance(mask, Tracer) and bool(jnp.all(mask))
 
 
 def _described(mask: Any) -> str:

@@ -30,8 +30,8 @@ class MaskState(NamedTuple):
 class DynamicState(NamedTuple):
     """State of the transformations that bring weights back, with the fields of `MaskState`.
 
-    Where it meets one, `jaxprune.chain` holds the moments of pruned weights at 0, so that a
-    weight that comes back starts without a past.
+    Where it meets one, `jaxprune.chain` shows the members before it the sparse network and
+    holds the moments of pruned weights at 0: a weight that comes back starts without a past.
 
     Example:
         >>> import jaxprune
@@ -140,6 +140,41 @@ def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
     dtype = jnp.promote_types(update.dtype, weight.dtype)
     return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+
+
+def is_absent(node: Any) -> bool:
+    """Whether a place in a tree of masks or moments is left out."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def keep_unpruned(tree: Any, masks: Any) -> Any:
+    """Zeros in place of what is pruned, in a tree like the parameters."""
+
+    def keep(mask: Any, leaf: Any) -> Any:
+        return leaf if is_absent(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(keep, masks, tree, is_leaf=is_absent)
+
+
+def project_all(updates: Any, masks: Any, params: Any) -> Any:
+    """`project` for a whole tree."""
+
+    def one(mask: Any, update: Any, weight: Any) -> Any:
+        return update if is_absent(mask) else project(update, mask, weight)
+
+    return jax.tree.map(one, masks, updates, params, is_leaf=is_absent)
+
+
+def restart_moments(member: Any, state: Any, masks: Any) -> Any:
+    """The state of a transformation, with 0 in place of each moment of a pruned weight."""
+
+    def keep(moment: Any, mask: Any) -> Any:
+        # Adafactor's sums over rows have other shapes than their weights.
+        if is_absent(moment) or is_absent(mask) or jnp.shape(mask) != jnp.shape(moment):
+            return moment
+        return jnp.where(mask, moment, jnp.zeros_like(moment))
+
+    return optax.tree_utils.tree_map_params(member, keep, state, masks, is_leaf=is_absent)
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:

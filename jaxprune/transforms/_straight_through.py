@@ -24,15 +24,15 @@ class StraightThroughState(NamedTuple):
     Example:
         >>> transform = straight_through_transform(0.5, stop=10)
         >>> state = transform.init({"kernel": jnp.ones((2, 2))})
-        >>> state.hidden["kernel"].tolist()
-        [[0.0, 0.0], [0.0, 0.0]]
+        >>> state.dense["kernel"].tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
     """
 
     prune_step: jax.Array  # int32 [], optimizer updates seen
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is used; only of pruned leaves
-    hidden: Any  # like the pruned parameters: the values of weights that are not used, else 0
+    dense: Any  # like the pruned parameters: the values of all their weights, used or not
 
 
 def straight_through_transform(
@@ -49,13 +49,13 @@ def straight_through_transform(
     """Trains dense weights through a sparse network, by straight-through gradients.
 
     Put it last in the chain. The parameters that the model sees are sparse at every step. The
-    values of weights that are not in use live on in the state and receive the same updates as
-    all others, as if the mask had the gradient 1; at a mask update the largest of all values,
-    used or not, are in use. So a weight can come back with what it has learnt.
+    state holds the values of all weights, which receive every update as if the mask had the
+    gradient 1; at a mask update the largest of them come into use, with that very update. So a
+    weight can come back with what it has learnt.
 
     With `scores.magnitude` that is top-k; with `scores.random(seed)` the mask is random and
     only trained around. Differs from the usual form: weight decay in the optimizer sees
-    parameters only, so that hidden values do not decay.
+    parameters only, so that values that are not in use do not decay.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1), reached
@@ -111,7 +111,7 @@ def straight_through_transform(
         return StraightThroughState(
             **zero_counters(),
             masks=put_masks(params, flags, [jnp.ones_like(w, dtype=bool) for w in weights]),
-            hidden=put_masks(params, flags, [jnp.zeros_like(w) for w in weights]),
+            dense=put_masks(params, flags, [jnp.array(w) for w in weights]),
         )
 
     def update_fn(
@@ -122,36 +122,33 @@ def straight_through_transform(
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         parts = split(updates, state.masks, params, prunable)
-        hidden = jax.tree.leaves(state.hidden)
         plan = plan_for(params, parts.flags)
+        values = jax.tree.leaves(state.dense)
+        dense = [
+            (value + update).astype(value.dtype)
+            for value, update in zip(values, parts.updates, strict=True)
+        ]
 
-        def renew(index: jax.Array, masks: list[jax.Array], buffers: Any) -> list[jax.Array]:
+        def renew(index: jax.Array, masks: list[jax.Array], dense: Any) -> list[jax.Array]:
             del masks
-            # One of the two is 0.
-            dense = [weight + value for weight, value in zip(*buffers, strict=True)]
             return plans.select(plan, index, score(dense, None))
 
-        used, counters = update_masks(plan, state, parts.masks, (parts.weights, hidden), renew)
-        leaves = zip(parts.updates, used, parts.weights, hidden, strict=True)
-        results = [_step(*leaf) for leaf in leaves]
-        return trees.put(updates, parts.flags, [move for move, _ in results]), (
-            StraightThroughState(
-                **counters,
-                masks=put_masks(params, parts.flags, used),
-                hidden=put_masks(params, parts.flags, [value for _, value in results]),
-            )
+        masks, counters = update_masks(plan, state, parts.masks, dense, renew)
+        moves = map(_move, parts.updates, masks, parts.weights, dense)
+        state = StraightThroughState(
+            **counters,
+            masks=put_masks(params, parts.flags, masks),
+            dense=put_masks(params, parts.flags, dense),
         )
+        return trees.put(updates, parts.flags, list(moves)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _step(
-    update: jax.Array, used: jax.Array, weight: jax.Array, hidden: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The update of the parameter and the new hidden value of one leaf."""
+def _move(update: jax.Array, mask: jax.Array, weight: jax.Array, dense: jax.Array) -> jax.Array:
+    """The update that takes a parameter to its dense value, or to 0."""
+    # What was in use keeps the optimizer's own update: `dense - weight` would be rounded twice.
+    same = (weight + update).astype(dense.dtype) == dense
     dtype = jnp.promote_types(update.dtype, weight.dtype)
-    update, weight = update.astype(dtype), weight.astype(dtype)
-    # Where a weight was in use its hidden value is 0, so that its update is the optimizer's own.
-    back = hidden.astype(dtype) + update
-    value = jnp.where(used, 0, weight + back).astype(hidden.dtype)
-    return jnp.where(used, back, -weight), value
+    update, weight, dense = (x.astype(dtype) for x in (update, weight, dense))
+    return jnp.where(mask, jnp.where(same, update, dense - weight), -weight)
