@@ -122,7 +122,7 @@ def measure(task: str, arms: Arms, rounds: int, rate: float) -> list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=9, help="for one leaf")
     parser.add_argument("--large-rounds", type=int, default=2, help="for all leaves")
     parser.add_argument("--json", help="also write the records to this file")

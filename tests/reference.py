@@ -270,3 +270,14 @@ def straight_through(weight, gradients, rate, keeps):
         if keep is not None:
             (used,) = largest([np.abs(dense)], keep)
     return np.where(used, dense, 0), used
+
+
+def hashed(word, size):
+    """`lowbias32` of a position, keyed, as uniform float32; one position after another."""
+
+    def mix(x):
+        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+        return x ^ (x >> 16)
+
+    return np.array([(mix(mix(i) ^ int(word)) >> 8) / 2**24 for i in range(size)], np.float32)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import scores
+from tests import reference
 
 
 def _trees(seed, dtype=np.float32):
@@ -70,3 +71,30 @@ def test_random_is_uniform_and_has_few_ties():
     values = np.sort(np.concatenate(draws))
     assert np.abs(values - (np.arange(8000) + 0.5) / 8000).max() < 0.03
     assert len(np.unique(values)) > 7900
+
+
+# ---- random scores
+
+
+def test_draw_hashes_the_row_major_position_under_a_word_for_each_leaf():
+    key, shapes = jax.random.key(3), [(4, 3, 5), (7,), ()]
+    words = jax.random.bits(key, (3,), jnp.uint32)
+    draws = scores.draw(key, [jnp.zeros(shape, jnp.bfloat16) for shape in shapes])
+    for drawn, word, shape in zip(draws, words, shapes, strict=True):
+        assert drawn.dtype == jnp.float32
+        wanted = reference.hashed(word, int(np.prod(shape))).reshape(shape)
+        np.testing.assert_array_equal(drawn, wanted)
+
+
+def test_draws_are_uniform_and_unrelated():
+    """Bins by chi-square; rows, columns, leaves and keys by correlation; all fixed seeds."""
+    leaves = [jnp.zeros((256, 256)), jnp.zeros((256, 256))]
+    a, b = (np.asarray(x, np.float64) for x in scores.draw(jax.random.key(0), leaves))
+    c = np.asarray(scores.draw(jax.random.key(1), leaves)[0], np.float64)
+    counts = np.histogram(a, 64, (0, 1))[0]
+    assert ((counts - 1024) ** 2 / 1024).sum() < 104  # 63 degrees of freedom, p = .001
+    pairs = [(a, b), (a, c), (a[:, :-1], a[:, 1:]), (a[:-1], a[1:]), (a[:-2], a[2:])]
+    for x, y in pairs:
+        assert abs(np.corrcoef(x.ravel(), y.ravel())[0, 1]) < 4 / 256
+    lags = [np.corrcoef(a.ravel()[:4096], np.roll(b.ravel(), k)[:4096])[0, 1] for k in range(512)]
+    assert max(np.abs(lags)) < 5 / 64
