@@ -292,6 +292,15 @@ def test_fixed_masks_stay_and_scalars_leave_a_leaf_alone():
     assert got["b"].shape == () and bool(got["b"])
 
 
+def test_masks_that_keep_everything_cost_nothing():
+    params = draw(0)
+    tx = jaxprune.fixed_mask_transform(jaxprune.prune(params, 0.0)[1])
+    state = tx.init(params)
+    assert jax.tree.leaves(state) == []
+    updates, _ = tx.update(params, state, params)
+    assert updates is params
+
+
 def test_fixed_masks_are_matched_by_path_and_every_misfit_is_listed():
     masks = {"a": jnp.ones((10, 6), bool), "b": jnp.ones((10, 4)), "head": jnp.array(True)}
     with pytest.raises(ValueError) as error:

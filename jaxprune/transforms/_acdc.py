@@ -32,8 +32,8 @@ def acdc_transform(
         every: steps of a phase. The paper: 5 epochs.
         start: first step of the first compressed phase. The paper: epoch 10 of 100.
         stop: first step of the last compressed phase. The paper: epoch 85 of 100.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget(0.1)`;
-            `budgets.global_budget(0)` is the paper's.
+        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. The
+            paper's is `budgets.global_budget(0)`, which may starve layers at high sparsity.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -75,7 +75,7 @@ def acdc_transform(
         sparsities,
         choose,
         state_type=DynamicState,
-        budget=budget,
+        budget=budgets.erdos_renyi_kernel if budget is None else budget,
         pattern=pattern,
         prunable=prunable,
     )

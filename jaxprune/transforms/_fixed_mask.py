@@ -77,6 +77,8 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
+        if not jax.tree.leaves(state.masks):
+            return updates, state
         has_mask = jax.tree.map(
             lambda mask: not isinstance(mask, optax.MaskedNode),
             state.masks,

@@ -66,7 +66,8 @@ def straight_through_transform(
         stop: step of the last mask update; masks are fixed from then on.
         score: function `(weights, statistics) -> scores` of the dense values; statistics are
             None.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget(0.1)`.
+        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. A
+            global ranking may starve layers at high sparsity, because weights come back.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -97,9 +98,10 @@ def straight_through_transform(
     check_window("straight_through_transform", every, start, stop)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = plans.sparsities_at(sparsity, steps)
+    rule = budgets.erdos_renyi_kernel if budget is None else budget
 
     def make(leaves: Mapping[str, Any]) -> plans.Plan:
-        return plans.make_plan(leaves, steps, sparsities, budget=budget, pattern=pattern)
+        return plans.make_plan(leaves, steps, sparsities, budget=rule, pattern=pattern)
 
     plan_for = plan_once(make)
 
@@ -146,9 +148,8 @@ def straight_through_transform(
 
 
 def _move(update: jax.Array, mask: jax.Array, weight: jax.Array, dense: jax.Array) -> jax.Array:
-    """The update that takes a parameter to its dense value, or to 0."""
-    # What was in use keeps the optimizer's own update: `dense - weight` would be rounded twice.
-    same = (weight + update).astype(dense.dtype) == dense
+    """The update of one leaf: the optimizer's own, or to the dense value, or to 0."""
     dtype = jnp.promote_types(update.dtype, weight.dtype)
     update, weight, dense = (x.astype(dtype) for x in (update, weight, dense))
-    return jnp.where(mask, jnp.where(same, update, dense - weight), -weight)
+    # A weight that comes into use is still 0. The old mask says so too, but would be copied.
+    return jnp.where(mask, jnp.where(weight == 0, dense, update), -weight)
