@@ -295,7 +295,7 @@ def test_fixed_masks_stay_and_scalars_leave_a_leaf_alone():
 def test_masks_that_keep_everything_cost_nothing():
     params = draw(0)
     tx = jaxprune.fixed_mask_transform(jaxprune.prune(params, 0.0)[1])
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     assert jax.tree.leaves(state) == []
     updates, _ = tx.update(params, state, params)
     assert updates is params

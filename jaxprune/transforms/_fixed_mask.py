@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -66,9 +67,11 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
             if path in by_path and not _fits(by_path[path], leaf)
         ]
         trees.raise_for(problems, "`masks` must be bools with the paths and shapes of `params`:")
-        own = {path: jnp.asarray(by_path[path]) for path in leaf_of}
-        flags = tuple(not _keeps_all(mask) for mask in own.values())
-        return FixedMaskState(put_masks(params, flags, trees.pick([*own.values()], flags)))
+        own = [by_path[path] for path in leaf_of]
+        flags = tuple(not _keeps_all(mask) for mask in own)
+        return FixedMaskState(
+            put_masks(params, flags, [jnp.array(m) for m in trees.pick(own, flags)])
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -100,9 +103,10 @@ def _fits(mask: Any, leaf: Any) -> bool:
     return jnp.shape(mask) == jnp.shape(leaf)
 
 
-def _keeps_all(mask: jax.Array) -> bool:
+def _keeps_all(mask: Any) -> bool:
     """Whether a mask is known to be True everywhere; such a mask would cost time at each step."""
-    return not isinstance(mask, Tracer) and bool(jnp.all(mask))
+    # NumPy, because inside of `jit` JAX would make a traced array of it.
+    return not isinstance(mask, Tracer) and bool(np.all(np.asarray(mask)))
 
 
 def _described(mask: Any) -> str:
