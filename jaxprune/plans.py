@@ -256,9 +256,10 @@ def _group(
 ) -> Group:
     """Counts of a pattern whose units compete under a budget."""
     shapes = {path: patterns.unit_shape(pattern, leaf.shape) for path, leaf in leaves.items()}
-    plan = [rule(shapes, sparsity) for sparsity in sparsities]
-    total = np.array([entry.total for entry in plan], np.int64)
-    floors = np.array([entry.floors for entry in plan], np.int64)
+    # Once for each sparsity: at a constant one, a long run asks the same thousands of times.
+    known = {sparsity: rule(shapes, sparsity) for sparsity in dict.fromkeys(sparsities)}
+    total = np.array([known[sparsity].total for sparsity in sparsities], np.int64)
+    floors = np.array([known[sparsity].floors for sparsity in sparsities], np.int64)
     fraction = np.asarray(moved)
     count = np.floor(total * fraction + 0.5)
     count_of_leaf = np.floor(floors * fraction[:, None] + 0.5)

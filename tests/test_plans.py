@@ -195,3 +195,17 @@ def test_a_custom_budget_for_a_path_that_does_not_exist():
 def test_sparsities_must_be_fractions():
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), but is:\n  1.5 at step 3"):
         plans.sparsities_at(lambda step: 0.5 * step, [0, 3])
+
+
+def test_a_budget_is_counted_once_for_each_sparsity():
+    asked = []
+
+    def rule(shapes, sparsity):
+        asked.append(sparsity)
+        return budgets.uniform(shapes, sparsity)
+
+    plan = by_budget(rule, [0.5, 0.0, 0.5, 0.0, 0.7])
+    assert asked == [0.5, 0.0, 0.7]
+    assert plan.groups[0].keep.tolist() == [
+        budgets.uniform(SHAPES, s).total for s in (0.5, 0, 0.5, 0, 0.7)
+    ]
