@@ -49,8 +49,8 @@ def gradual_transform(
     ]
     trees.raise_for(
         falls,
-        f"`sparsity` must not fall: {name} brings no weight back. Use `agip_transform`, "
-        "`straight_through_transform` or `acdc_transform`, or mend the schedule:",
+        f"`sparsity` must not fall: {name} brings no weight back. Use `agip_transform` "
+        "or `straight_through_transform`, or mend the schedule:",
     )
 
     def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
