@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxprune import budgets, patterns, plans, scores, trees
 
@@ -30,6 +29,7 @@ def get_masks(opt_state: Any) -> Any:
         ValueError: if there is no pruning transformation in the state.
 
     Example:
+        >>> import optax
         >>> import jaxprune
         >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
         >>> optimizer = optax.chain(optax.sgd(0.1), jaxprune.agip_transform(0.5, stop=10))
@@ -44,7 +44,7 @@ def get_masks(opt_state: Any) -> Any:
             f"transformation (type {type(opt_state).__name__}). Add one, for example "
             "`jaxprune.chain(optimizer, jaxprune.agip_transform(...))`."
         )
-    return jax.tree.map(_merge, *found, is_leaf=_is_masked_node)
+    return jax.tree.map(_merge, *found, is_leaf=trees.is_absent)
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
@@ -216,14 +216,9 @@ def _full_masks(masks: Any, params: Any) -> list[jax.Array]:
     return filled
 
 
-def _is_masked_node(node: Any) -> bool:
-    """What `optax.masked` and `optax.partition` put in place of a leaf they do not see."""
-    return isinstance(node, optax.MaskedNode)
-
-
 def _merge(*masks: Any) -> Any:
     """The mask of a leaf from the one transformation that sees it."""
-    seen = [mask for mask in masks if not _is_masked_node(mask)]
+    seen = [mask for mask in masks if not trees.is_absent(mask)]
     if not seen:
         return jnp.array(True)
     merged = seen[0]

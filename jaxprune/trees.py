@@ -10,6 +10,7 @@ import optax
 __all__ = [
     "Prunable",
     "check_same_structure",
+    "is_absent",
     "leaf_by_path",
     "leaves_like",
     "leaves_with_paths",
@@ -277,6 +278,25 @@ def put(tree: Any, flags: tuple[bool, ...], leaves: list[Any], rest: Any = None)
     return treedef.unflatten(
         [next(new) if flag else other for other, flag in zip(others, flags, strict=True)]
     )
+
+
+def is_absent(node: Any) -> bool:
+    """Whether a place in a tree is left out: an `optax.MaskedNode`.
+
+    `optax.masked` and `optax.partition` put one where they hide a leaf, pruning states where a
+    leaf is never pruned.
+
+    Args:
+        node: a node of a tree; the `is_leaf` of `jax.tree.map`.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_absent(optax.MaskedNode()), is_absent(0)
+        (True, False)
+    """
+    return isinstance(node, optax.MaskedNode)
 
 
 def _can_be_pruned(leaf: Any) -> bool:

@@ -1,6 +1,5 @@
 """Adaptive gradient-informed pruning."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -126,13 +125,7 @@ def agip_transform(
     sparsities = plans.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
     moved = [fraction(step) for step in steps]
-
-    def make(leaves: Mapping[str, Any]) -> plans.Plan:
-        return plans.make_plan(
-            leaves, steps, sparsities, moved=moved, budget=budget, pattern=pattern
-        )
-
-    plan_for = plan_once(make)
+    plan_for = plan_once(steps, sparsities, moved=moved, budget=budget, pattern=pattern)
 
     def init_fn(params: optax.Params) -> AgipState:
         flags = trees.prunable_flags(params, prunable)

@@ -83,9 +83,7 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
         if not jax.tree.leaves(state.masks):
             return updates, state
         has_mask = jax.tree.map(
-            lambda mask: not isinstance(mask, optax.MaskedNode),
-            state.masks,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+            lambda mask: not trees.is_absent(mask), state.masks, is_leaf=trees.is_absent
         )
         parts = split(updates, state.masks, params, has_mask)
         moves = map(project, parts.updates, parts.masks, parts.weights)

@@ -1,7 +1,7 @@
 """What all pruning transformations share: state, mask updates behind one branch, projection."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,27 +142,22 @@ def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
 
 
-def is_absent(node: Any) -> bool:
-    """Whether a place in a tree of masks or moments is left out."""
-    return isinstance(node, optax.MaskedNode)
-
-
 def keep_unpruned(tree: Any, masks: Any) -> Any:
     """Zeros in place of what is pruned, in a tree like the parameters."""
 
     def keep(mask: Any, leaf: Any) -> Any:
-        return leaf if is_absent(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        return leaf if trees.is_absent(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
-    return jax.tree.map(keep, masks, tree, is_leaf=is_absent)
+    return jax.tree.map(keep, masks, tree, is_leaf=trees.is_absent)
 
 
 def project_all(updates: Any, masks: Any, params: Any) -> Any:
     """`project` for a whole tree."""
 
     def one(mask: Any, update: Any, weight: Any) -> Any:
-        return update if is_absent(mask) else project(update, mask, weight)
+        return update if trees.is_absent(mask) else project(update, mask, weight)
 
-    return jax.tree.map(one, masks, updates, params, is_leaf=is_absent)
+    return jax.tree.map(one, masks, updates, params, is_leaf=trees.is_absent)
 
 
 def restart_moments(member: Any, state: Any, masks: Any) -> Any:
@@ -170,11 +165,11 @@ def restart_moments(member: Any, state: Any, masks: Any) -> Any:
 
     def keep(moment: Any, mask: Any) -> Any:
         # Adafactor's sums over rows have other shapes than their weights.
-        if is_absent(moment) or is_absent(mask) or jnp.shape(mask) != jnp.shape(moment):
+        if trees.is_absent(moment) or trees.is_absent(mask) or jnp.shape(mask) != jnp.shape(moment):
             return moment
         return jnp.where(mask, moment, jnp.zeros_like(moment))
 
-    return optax.tree_utils.tree_map_params(member, keep, state, masks, is_leaf=is_absent)
+    return optax.tree_utils.tree_map_params(member, keep, state, masks, is_leaf=trees.is_absent)
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
@@ -183,8 +178,8 @@ def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
     return {path: leaf for (path, leaf), flag in zip(items, flags, strict=True) if flag}
 
 
-def plan_once(make: Callable[[Mapping[str, Any]], plans.Plan]) -> Callable[..., plans.Plan]:
-    """Remembers the plan of the last few sets of shapes, so that a trace does not count again."""
+def plan_once(*arguments: Any, **options: Any) -> Callable[..., plans.Plan]:
+    """`plans.make_plan` for given parameters; remembers its last few results."""
     known: dict[tuple, plans.Plan] = {}
 
     def plan_for(params: Any, flags: tuple[bool, ...]) -> plans.Plan:
@@ -193,7 +188,7 @@ def plan_once(make: Callable[[Mapping[str, Any]], plans.Plan]) -> Callable[..., 
         if key not in known:
             while len(known) >= 4:
                 known.pop(next(iter(known)))
-            known[key] = make(leaves)
+            known[key] = plans.make_plan(leaves, *arguments, **options)
         return known[key]
 
     return plan_for
@@ -243,13 +238,7 @@ def masking_transform(
     Returns:
         An `optax.GradientTransformationExtraArgs`.
     """
-
-    def make(leaves: Mapping[str, Any]) -> plans.Plan:
-        return plans.make_plan(
-            leaves, steps, sparsities, moved=moved, budget=budget, pattern=pattern
-        )
-
-    plan_for = plan_once(make)
+    plan_for = plan_once(steps, sparsities, moved=moved, budget=budget, pattern=pattern)
 
     def init_fn(params: optax.Params) -> Any:
         flags = trees.prunable_flags(params, prunable)

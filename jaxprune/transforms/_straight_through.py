@@ -1,6 +1,5 @@
 """Sparse in the forward pass, dense underneath."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -99,11 +98,7 @@ def straight_through_transform(
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = plans.sparsities_at(sparsity, steps)
     rule = budgets.erdos_renyi_kernel if budget is None else budget
-
-    def make(leaves: Mapping[str, Any]) -> plans.Plan:
-        return plans.make_plan(leaves, steps, sparsities, budget=rule, pattern=pattern)
-
-    plan_for = plan_once(make)
+    plan_for = plan_once(steps, sparsities, budget=rule, pattern=pattern)
 
     def init_fn(params: optax.Params) -> StraightThroughState:
         flags = trees.prunable_flags(params, prunable)
