@@ -16,7 +16,7 @@ from jaxprune import (
     storage,
     transforms,
 )
-from jaxprune.masks import apply_masks, get_masks, prune, prune_in_rounds
+from jaxprune.masks import apply_masks, get_masks, prune, prune_in_rounds, set_masks
 from jaxprune.reports import summarize
 from jaxprune.transforms import (
     AgipState,
@@ -59,6 +59,7 @@ __all__ = [
     "schedules",
     "scores",
     "selection",
+    "set_masks",
     "set_transform",
     "stats",
     "storage",

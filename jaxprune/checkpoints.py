@@ -150,7 +150,9 @@ def fields(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))
 
 
-def open_manager(folder: str | os.PathLike[str], keep: int = 2) -> ocp.CheckpointManager:
+def open_manager(
+    folder: str | os.PathLike[str], keep: int = 2, always: Collection[int] = ()
+) -> ocp.CheckpointManager:
     """An Orbax manager of one run's checkpoints.
 
     Saving blocks: the state is donated to the next step, and what `save` returned from is on disk.
@@ -158,6 +160,7 @@ def open_manager(folder: str | os.PathLike[str], keep: int = 2) -> ocp.Checkpoin
     Args:
         folder: made if it is missing.
         keep: how many of the newest checkpoints stay.
+        always: steps whose checkpoints stay as well, however old they are.
 
     Returns:
         The manager; `latest_step()` is None for a new run. Close it when done.
@@ -170,7 +173,13 @@ def open_manager(folder: str | os.PathLike[str], keep: int = 2) -> ocp.Checkpoin
         True
     """
     check_writable(folder)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    policies = ocp.checkpoint_managers
+    policy = policies.AnyPreservationPolicy(
+        [policies.LatestN(keep), policies.CustomSteps(list(always))]
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, enable_async_checkpointing=False
+    )
     return ocp.CheckpointManager(Path(folder).absolute(), options=options)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune import budgets, patterns, plans, scores, trees
 
-__all__ = ["apply_masks", "get_masks", "prune", "prune_in_rounds"]
+__all__ = ["apply_masks", "get_masks", "prune", "prune_in_rounds", "set_masks"]
 
 
 def get_masks(opt_state: Any) -> Any:
@@ -45,6 +45,63 @@ def get_masks(opt_state: Any) -> Any:
             "`jaxprune.chain(optimizer, jaxprune.agip_transform(...))`."
         )
     return jax.tree.map(_merge, *found, is_leaf=trees.is_absent)
+
+
+def set_masks(opt_state: Any, masks: Any) -> Any:
+    """Puts other masks into an optimizer state, wherever the pruning transformation sits.
+
+    The parameters stay as they are: `apply_masks` zeroes them, or else the next update does.
+
+    Args:
+        opt_state: state of an optimizer with a pruning transformation that leaves its masks
+            alone, such as `fixed_mask_transform()`.
+        masks: tree of bools with the paths of the parameters, True where a weight is kept. Each
+            has the shape of its leaf or is a scalar.
+
+    Returns:
+        The state with these masks; structure, shapes and dtypes are as before.
+
+    Raises:
+        ValueError: if the state holds no masks; if paths or shapes differ, or a mask prunes
+            where the state has none, listing every such leaf.
+
+    Example:
+        >>> import optax
+        >>> import jaxprune
+        >>> params = {"kernel": jnp.array([[3.0, -1.0]]), "bias": jnp.ones(2)}
+        >>> optimizer = optax.chain(optax.sgd(0.1), jaxprune.fixed_mask_transform())
+        >>> state = optimizer.init(params)
+        >>> pruned, masks = jaxprune.prune(params, 0.5)
+        >>> get_masks(set_masks(state, masks))["kernel"].tolist()
+        [[True, False]]
+    """
+    now = trees.leaf_by_path(get_masks(opt_state))
+    by_path = trees.leaf_by_path(masks)
+    problems = [f"{path}: no mask" for path in now if path not in by_path]
+    problems += [f"{path}: a mask without a leaf" for path in by_path if path not in now]
+    for path, mask in by_path.items():
+        held = now.get(path)
+        if held is None:
+            continue
+        if jnp.ndim(held) == 0 and not np.all(mask):
+            problems.append(f"{path}: pruned, but the optimizer does not prune it")
+        elif jnp.ndim(held) and jnp.shape(mask) not in ((), jnp.shape(held)):
+            problems.append(f"{path}: shape {jnp.shape(mask)}, but {jnp.shape(held)} in the state")
+    trees.raise_for(problems, "`masks` must be of the model that `opt_state` optimizes:")
+
+    def renewed(state: Any) -> Any:
+        if not _holds_masks(state):
+            return state
+        held, structure = jax.tree.flatten(state.masks, is_leaf=trees.is_absent)
+        own = [
+            mask
+            if trees.is_absent(mask)
+            else jnp.broadcast_to(jnp.array(by_path[path]), mask.shape)
+            for path, mask in zip(now, held, strict=True)
+        ]
+        return state._replace(masks=jax.tree.unflatten(structure, own))
+
+    return jax.tree.map(renewed, opt_state, is_leaf=_holds_masks)
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
@@ -214,6 +271,11 @@ def _full_masks(masks: Any, params: Any) -> list[jax.Array]:
     tree = jax.tree.unflatten(jax.tree.structure(params), filled)
     trees.check_same_structure("masks", tree, params)
     return filled
+
+
+def _holds_masks(node: Any) -> bool:
+    """Whether a node of an optimizer state is the state of a pruning transformation."""
+    return "masks" in getattr(node, "_fields", ())
 
 
 def _merge(*masks: Any) -> Any:

@@ -33,7 +33,8 @@ class Config:
     pad: int = 0  # augmentation: shift by up to so many pixels
     flip: bool = False  # augmentation: mirror half of the images
 
-    learning_rate: float = 0.1  # the peak; it falls to 0 along a cosine
+    learning_rate: float = 0.1  # the highest one, after the warm-up
+    schedule: Literal["cosine", "steps"] = "cosine"  # cosine: falls to 0; steps: x .1 at 1/2, 3/4
     warmup_steps: int = 0  # steps in which the learning rate rises from 0 to its peak
     momentum: float = 0.9  # of SGD, in [0, 1)
     nesterov: bool = False  # Nesterov's momentum

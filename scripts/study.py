@@ -11,18 +11,16 @@ run (log.txt is what it printed) and results.jsonl, .md and .png, which always c
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import jobs
 from configs import Method
 
 from jaxprune import checkpoints, reports
@@ -100,7 +98,9 @@ def study(options: argparse.Namespace) -> None:
     bar = progress.Progress(*columns, disable=not sys.stdout.isatty())  # prints go above it
     task = bar.add_task("", total=len(runs), completed=done)
     with checkpoints.stop_signals() as stopped, bar:
-        with contextlib.closing(train(waiting, options, stopped)) as ends:
+        commands = {name: command(options, name, own) for name, own in waiting.items()}
+        running = jobs.run(commands, workdir, options.jobs, stopped)
+        with contextlib.closing(running) as ends:
             for ended, (name, code) in enumerate(ends, start=1):
                 if summary := write_results(workdir).get(name):
                     text = f"test accuracy {summary['test_accuracy']:.2%}"
@@ -131,45 +131,11 @@ def plan(options: argparse.Namespace) -> dict[str, list[str]]:
     return runs
 
 
-def train(runs: dict[str, list[str]], options: Any, stopped: list) -> Iterator[tuple[str, int]]:
-    """Trains `--jobs` runs at once; yields each that ended and its exit code."""
-    waiting, children = list(runs), {}
-    try:
-        while (waiting or children) and not stopped:
-            for slot in range(options.jobs):
-                if slot in children and children[slot][1].poll() is not None:
-                    name, child = children.pop(slot)
-                    yield name, child.returncode
-                if slot not in children and waiting and not stopped:
-                    name = waiting.pop(0)
-                    children[slot] = name, start(options, name, runs[name], slot)
-            time.sleep(0.1)
-    finally:
-        for _, child in children.values():
-            child.terminate()  # it saves, then ends
-        for _, child in children.values():
-            child.wait()
-
-
-def start(options: Any, name: str, arguments: list[str], slot: int) -> subprocess.Popen[bytes]:
-    """Starts a run; an error if a child that outlived an earlier study still trains it."""
-    folder = options.workdir / name
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(TRAIN), options.config, "--workdir", str(folder), *arguments]
-    cache = str(options.workdir.absolute() / "compilation_cache")
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    with (folder / "log.txt").open("ab") as log:
-        try:  # the child inherits the locked file as its output: the lock lives as long as it does
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training {folder}; wait or end it") from None
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        child = subprocess.Popen(command + options.training, env=environment, **pipes)
-    if options.jobs > 1 and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))  # the child's later threads inherit its share
-        os.sched_setaffinity(child.pid, cores[slot % len(cores) :: options.jobs])
-    return child
+def command(options: argparse.Namespace, name: str, arguments: list[str]) -> list[str]:
+    """The command line of a run."""
+    folder = str(options.workdir / name)
+    run = [sys.executable, str(TRAIN), options.config, "--workdir", folder, *arguments]
+    return run + options.training
 
 
 def read_configs(workdir: Path) -> dict[str, dict[str, Any]]:

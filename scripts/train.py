@@ -15,7 +15,6 @@ numbers. Everything that it writes is in --workdir:
     training.png, densities.png
 """
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -24,7 +23,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 from configs import CONFIGS, Config
+from experiment import Setting, build, make_optimizer, plain_errors
 from flax import nnx
 
 import jaxprune
@@ -42,7 +42,6 @@ from jaxprune import (
     budgets,
     checkpoints,
     data,
-    models,
     rates,
     reports,
     scores,
@@ -79,50 +78,19 @@ def train(config: Config) -> dict[str, Any]:
             print(f"{workdir} is finished; --overwrite trains it anew.")
             return summary
 
-    # Mesh and data. Small sets live on every device; a batch is a row of indices.
-    mesh = training.make_mesh()
-    with plain_errors():
-        for batch_size in (config.batch_size, config.eval_batch_size):
-            training.check_batch(batch_size, mesh)
-        dataset = load_data(config)
-        batches = data.index_batches(len(dataset.train.labels), config.batch_size, seed=config.seed)
-    train_set, test_set = training.replicate((dataset.train, dataset.test), mesh)
-    epoch = len(dataset.train.labels) // config.batch_size
-    steps = config.steps or max(1, round(config.epochs * epoch))
-
-    # Model and optimizer.
-    model = getattr(models, config.model)(
-        num_classes=dataset.num_classes,
-        in_channels=dataset.train.images.shape[-1],
-        dtype=config.dtype,
-        rngs=nnx.Rngs(config.seed),
-    )
-    schedule = learning_rate(config, steps)
-
-    def prepare_test(images: jax.Array) -> jax.Array:
-        return data.normalize(images, dataset.mean, dataset.std, config.dtype)
-
-    def prepare_train(key: jax.Array, images: jax.Array) -> jax.Array:
-        return prepare_test(data.augment(key, images, pad=config.pad, flip=config.flip))
-
-    with plain_errors():
-        prune = None
+    def make_pruning(setting: Setting) -> optax.GradientTransformation | None:
         if config.method in AT_INIT:
-            masks = masks_at_init(config, model, dataset, prepare_test)
-            prune = jaxprune.fixed_mask_transform(masks)
-        elif config.method != "none":
-            prune = make_pruning(config, steps)
-        tx = make_optimizer(config, schedule, prune)
-        graphdef, state = training.create_state(model, tx, mesh)
-        # Methods that are sparse from the start have masks already.
-        state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
-    key = jax.random.key(config.seed)
-    chunk = 1 if jax.default_backend() == "cpu" else min(50, config.log_every)
-    step_fn = training.make_train_step(
-        graphdef, tx, prepare_train, label_smoothing=config.label_smoothing
-    )
-    run = training.make_chunk_step(step_fn, mesh)
-    evaluate = training.make_evaluate(graphdef, prepare_test, mesh)
+            return jaxprune.fixed_mask_transform(masks_at_init(config, setting))
+        return None if config.method == "none" else gradual_pruning(config, setting.steps)
+
+    experiment = build(config, make_pruning)
+    steps = experiment.steps
+    with plain_errors():
+        state = experiment.create(config.seed)
+    # Methods that are sparse from the start have masks already.
+    state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
+    size = len(experiment.train_set.labels)
+    batches = data.index_batches(size, config.batch_size, seed=config.seed)
 
     # Restore.
     earlier = 0.0  # seconds of training before this process
@@ -151,7 +119,7 @@ def train(config: Config) -> dict[str, Any]:
 
         def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
             values["sparsity"] = sparsity_of(state.params, masks_of(config, state))
-            values["learning_rate"] = float(schedule(step - 1))
+            values["learning_rate"] = float(experiment.schedule(step - 1))
             show(step, values)
             if not math.isfinite(values["train_loss"]):
                 sys.exit(
@@ -161,14 +129,15 @@ def train(config: Config) -> dict[str, Any]:
             metrics.write(step, values)
 
         def test(step: int, state: training.TrainState) -> None:
-            values = evaluate(state, test_set, config.eval_batch_size)
+            values = experiment.evaluate(state)
             show(step, values)
             metrics.write(step, values)
 
         hooks = [training.Hook(config.eval_every, test), training.Hook(config.save_every, save)]
         state = training.fit(
-            state, steps, run, train_set, batches, key, mesh,
-            chunk=config.chunk or chunk, log_every=config.log_every, on_log=log, hooks=hooks,
+            state, steps, experiment.run, experiment.train_set, batches,
+            jax.random.key(config.seed), experiment.mesh,
+            chunk=experiment.chunk, log_every=config.log_every, on_log=log, hooks=hooks,
             should_stop=lambda: bool(stopped),
         )  # fmt: skip
         save(int(state.step), state)
@@ -203,42 +172,7 @@ def delete_run(workdir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def load_data(config: Config) -> data.Dataset:
-    """The data set; of synthetic images just enough for four batches."""
-    folders = {"data_dir": config.data_dir or None, "source_dir": config.source_dir or None}
-    if config.dataset != "synthetic":
-        return data.load(config.dataset, **folders)
-    shape = (config.image_size, config.image_size, 3)
-    sizes = {"train_size": 4 * config.batch_size, "test_size": config.batch_size}
-    return data.load("synthetic", image_shape=shape, num_classes=1000, **sizes)
-
-
-def learning_rate(config: Config, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to 0 at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps,
-    )
-
-
-def make_optimizer(
-    config: Config, schedule: optax.Schedule, prune: optax.GradientTransformation | None
-) -> optax.GradientTransformation:
-    """SGD with momentum and weight decay on kernels, then pruning."""
-
-    def kernels(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-    transforms = [
-        optax.add_decayed_weights(config.weight_decay, mask=kernels),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
-    ]
-    return jaxprune.chain(*transforms, *([prune] if prune else []))
-
-
-def make_pruning(config: Config, steps: int) -> optax.GradientTransformation:
+def gradual_pruning(config: Config, steps: int) -> optax.GradientTransformation:
     """The transformation of a method that prunes while training."""
     start, stop = (
         min(round(steps * part), steps - 1) for part in (config.prune_start, config.prune_stop)
@@ -260,10 +194,9 @@ def make_pruning(config: Config, steps: int) -> optax.GradientTransformation:
     return getattr(jaxprune, f"{method}_transform")(config.sparsity, **options)
 
 
-def masks_at_init(
-    config: Config, model: nnx.Module, dataset: data.Dataset, prepare: Callable[..., jax.Array]
-) -> Any:
+def masks_at_init(config: Config, setting: Setting) -> Any:
     """The masks of a method that prunes before training."""
+    dataset, model, prepare, _ = setting
     if config.method == "synflow":
         model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
@@ -348,15 +281,6 @@ def summarize(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, jaxprune)},
     }
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turns errors that a user can mend into one message without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

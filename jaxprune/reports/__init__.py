@@ -4,7 +4,7 @@ Counts are exact Python integers, taken on the host. The plot functions need mat
 `train`) and import it when they are called.
 """
 
-from jaxprune.reports._plots import plot_accuracy, plot_densities, plot_training
+from jaxprune.reports._plots import plot_accuracy, plot_densities, plot_retraining, plot_training
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
 from jaxprune.reports._tables import markdown_table, table
 
@@ -15,6 +15,7 @@ __all__ = [
     "markdown_table",
     "plot_accuracy",
     "plot_densities",
+    "plot_retraining",
     "plot_training",
     "summarize",
     "table",

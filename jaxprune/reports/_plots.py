@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,13 +163,76 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
         raise ValueError("`rows` must have one row for each method and sparsity, but is empty.")
     figure = _figure(7.0, 4.8)
     axes = figure.subplots()
-    methods = [*dict.fromkeys(row["method"] for row in rows if row["method"] != "none")]
+    # Equal steps are equal factors of what is kept.
+    _draw_methods(axes, rows, lambda row: -math.log(1 - row["sparsity"]), shift=0.015)
+    ticks = sorted({row["sparsity"] for row in rows if row["method"] != "none"})
+    axes.set_xticks([-math.log(1 - s) for s in ticks], [f"{s:.4g}" for s in ticks])
+    title = "Test accuracy: mean and SD over seeds"
+    _finish(axes, title=title, xlabel="Sparsity", ylabel="Accuracy")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    _save(figure, path)
+
+
+def plot_retraining(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws accuracy against compression and against training cost, side by side.
+
+    Args:
+        rows: one for each method and round: `method` ("none" is the dense network), `density` of
+            the kept weights, `accuracy` as a fraction, `SD` its standard deviation, or None, and
+            `epochs` of all training up to there. Methods that prune nothing are in the right
+            panel only.
+        path: the PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: if `rows` is empty.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> row = {"method": "none", "density": 1.0, "accuracy": 0.9, "SD": 0.01, "epochs": 2.0}
+        >>> pruned = row | {"method": "fine_tune", "density": 0.2, "epochs": 10.0}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_retraining([row, pruned], f"{folder}/accuracy.png")
+        ...     pathlib.Path(folder, "accuracy.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    if not rows:
+        raise ValueError("`rows` must have one row for each method and round, but is empty.")
+    figure = _figure(10.0, 4.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    pruned = [row for row in rows if row["density"] < 1 or row["method"] == "none"]
+    _draw_methods(left, pruned, lambda row: -math.log(row["density"]), shift=0.012, of=rows)
+    _draw_methods(right, rows, lambda row: row["epochs"], shift=0.0)
+    ticks = sorted({row["density"] for row in pruned if row["method"] != "none"})
+    left.set_xticks([-math.log(d) for d in ticks], [f"{1 / d:.2g}" for d in ticks])
+    title = "Test accuracy: mean and SD over seeds"
+    _finish(left, title=title, xlabel="Compression of the pruned leaves", ylabel="Accuracy")
+    _finish(right, title="The same networks by cost", xlabel="Epochs of training, all rounds")
+    left.legend().remove()
+    right.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _draw_methods(
+    axes: "Axes",
+    rows: Sequence[Mapping[str, Any]],
+    x: Callable[[Mapping[str, Any]], float],
+    *,
+    shift: float,
+    of: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """A line for each method, with error bars, and the dense runs as a band.
+
+    `of` holds the rows of all methods of a figure, which fix their colours.
+    """
+    methods = [*dict.fromkeys(row["method"] for row in of or rows if row["method"] != "none")]
     for index, method in enumerate(methods):
         own = [row for row in rows if row["method"] == method]
-        # Equal steps are equal factors of what is kept; a shift keeps error bars apart.
-        shift = 0.015 * (index - len(methods) / 2)
+        if not own:
+            continue
+        # A shift keeps error bars apart.
+        offset = shift * (index - len(methods) / 2)
         axes.errorbar(
-            [shift - math.log(1 - row["sparsity"]) for row in own],
+            [offset + x(row) for row in own],
             [row["accuracy"] for row in own],
             [row["SD"] or 0 for row in own],
             color=_COLOURS[index % len(_COLOURS)],
@@ -184,12 +247,6 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
             mean, sd = row["accuracy"], row["SD"] or 0
             axes.axhline(mean, color="#000000", linewidth=1, label="dense")
             axes.axhspan(mean - sd, mean + sd, color="#000000", alpha=0.12, linewidth=0)
-    ticks = sorted({row["sparsity"] for row in rows if row["method"] != "none"})
-    axes.set_xticks([-math.log(1 - s) for s in ticks], [f"{s:.4g}" for s in ticks])
-    title = "Test accuracy: mean and SD over seeds"
-    _finish(axes, title=title, xlabel="Sparsity", ylabel="Accuracy")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    _save(figure, path)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -25,7 +25,9 @@ class FixedMaskState(NamedTuple):
     masks: Any  # bool, True where a weight is kept; only of leaves that have a mask
 
 
-def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
+def fixed_mask_transform(
+    masks: Any = None, *, prunable: trees.Prunable = None
+) -> optax.GradientTransformationExtraArgs:
     """Keeps the zeros of a pruned network at 0 while the rest trains on.
 
     Put it last in the chain: for fine-tuning after `prune`, for a lottery ticket, for masks
@@ -34,14 +36,18 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
     Args:
         masks: tree of bools with the paths of the parameters, True where a weight is kept.
             Each has the shape of its leaf, or is the scalar True. A mask that is True
-            everywhere leaves its leaf alone. What `prune` and `get_masks` return.
+            everywhere leaves its leaf alone. What `prune` and `get_masks` return. None keeps
+            everything until `set_masks` puts other masks into the state, as the drivers of
+            `jaxprune.rewinding` do: new masks, but no new compilation.
+        prunable: without `masks`: which leaves get a mask, see `trees.prunable_flags`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
 
     Raises:
-        ValueError: from `init`, if masks and parameters differ in paths or shapes, listing every
-            such leaf; from `update`, if `params` is missing or of another structure.
+        ValueError: if both `masks` and `prunable` are given; from `init`, if masks and parameters
+            differ in paths or shapes, listing every such leaf; from `update`, if `params` is
+            missing or of another structure.
 
     Example:
         >>> import jaxprune
@@ -54,9 +60,18 @@ def fixed_mask_transform(masks: Any) -> optax.GradientTransformationExtraArgs:
         [[True, False], [False, True]]
     """
 
+    if masks is not None and prunable is not None:
+        raise ValueError(
+            "`prunable` goes without `masks`, which say themselves what is pruned. Give one."
+        )
+
     def init_fn(params: optax.Params) -> FixedMaskState:
         if not jax.tree.leaves(params):
             return FixedMaskState(params)  # how Optax asks which parts mirror the parameters
+        if masks is None:
+            flags = trees.prunable_flags(params, prunable)
+            kept = [jnp.ones(jnp.shape(leaf), bool) for leaf in trees.pick(params, flags)]
+            return FixedMaskState(put_masks(params, flags, kept))
         by_path = trees.leaf_by_path(masks)
         leaf_of = trees.leaf_by_path(params)
         problems = [f"{path}: no mask" for path in leaf_of if path not in by_path]

@@ -1,0 +1,46 @@
+"""Train, prune, go back, train again: fine-tuning, rewinding and lottery tickets as drivers.
+
+A driver takes a `Task` (a training as functions), a workdir and densities. What it has trained is
+on disk; the same call goes on where it was stopped, with the same bits.
+
+    task = rewinding.Task(init, train, evaluate, schedule, steps=10_000)
+    rounds = rewinding.rewind_learning_rate(task, "runs/a", rewinding.densities(8))
+
+The optimizer of the task needs a learning-rate schedule and, last, a `fixed_mask_transform()`.
+Checkpoints need Orbax (the extra `train`).
+"""
+
+from jaxprune.rewinding._drivers import (
+    fine_tune,
+    lottery_ticket,
+    random_masks,
+    reinitialize,
+    retrain_dense,
+    rewind_learning_rate,
+    rewind_weights,
+)
+from jaxprune.rewinding._rounds import Options, Prune, retrain, train_dense
+from jaxprune.rewinding._steps import hold, set_step
+from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, densities, prune_globally
+
+__all__ = [
+    "Guard",
+    "Options",
+    "Prune",
+    "Recipe",
+    "Round",
+    "Task",
+    "densities",
+    "fine_tune",
+    "hold",
+    "lottery_ticket",
+    "prune_globally",
+    "random_masks",
+    "reinitialize",
+    "retrain",
+    "retrain_dense",
+    "rewind_learning_rate",
+    "rewind_weights",
+    "set_step",
+    "train_dense",
+]

@@ -1,0 +1,245 @@
+"""The named ways to train a pruned network again, each one recipe of `retrain`."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+from jaxprune import budgets, masks, scores
+from jaxprune.rewinding._rounds import Options, retrain, rewound, run_rounds
+from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task
+
+_GUARD = Guard()
+
+
+def fine_tune(
+    task: Task,
+    workdir: str | Path,
+    densities: Sequence[float],
+    *,
+    steps: int | None = None,
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Trains the pruned network on at the last rate of the schedule.
+
+    Args:
+        task: the training. Its schedule must stay at its last rate after the end; see `hold`.
+        workdir: see `retrain`.
+        densities: see `retrain`.
+        steps: how long; default as long as the dense training.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    Example:
+        >>> rounds = fine_tune(task, "runs/a", densities(8))  # doctest: +SKIP
+    """
+    options.setdefault("name", "fine_tune")
+    steps = task.steps if steps is None else steps
+    return retrain(task, workdir, Recipe("trained", task.steps, steps), densities, **options)
+
+
+def rewind_learning_rate(
+    task: Task,
+    workdir: str | Path,
+    densities: Sequence[float],
+    *,
+    to: int = 0,
+    guard: Guard | None = _GUARD,
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Trains the pruned network again under the rates of the dense training; weights stay.
+
+    Momentum and statistics stay too: all that changes is the step that the schedule stands at.
+    With `to=0`, a round costs as much as the dense training.
+
+    Args:
+        task: the training.
+        workdir: see `retrain`.
+        densities: see `retrain`.
+        to: step that the schedule goes back to; it then runs to its end.
+        guard: when to warn that this harms, and to rewind weights instead; None is never.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    References:
+        Renda, Frankle and Carbin, Comparing rewinding and fine-tuning in neural network pruning,
+        ICLR 2020, arXiv:2003.02389.
+
+    Example:
+        >>> rounds = rewind_learning_rate(task, "runs/a", densities(8))  # doctest: +SKIP
+    """
+    options.setdefault("name", "rewind_learning_rate")
+    recipe = Recipe("trained", to, task.steps - to)
+    return retrain(task, workdir, recipe, densities, guard=guard, **options)
+
+
+def rewind_weights(
+    task: Task,
+    workdir: str | Path,
+    densities: Sequence[float],
+    *,
+    to: int,
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Puts the kept weights back to an early step and trains from there.
+
+    The whole state of that step comes back: momentum, statistics and the step of the schedule.
+    A tenth of the training is a good step; step 0 is clearly worse on large networks.
+
+    Args:
+        task: the training.
+        workdir: see `retrain`. The dense training keeps a checkpoint of step `to`.
+        densities: see `retrain`.
+        to: the step.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    References:
+        Frankle et al., Linear mode connectivity and the lottery ticket hypothesis, ICML 2020,
+        arXiv:1912.05671; Renda et al., arXiv:2003.02389.
+
+    Example:
+        >>> rounds = rewind_weights(task, "runs/a", densities(8), to=60)  # doctest: +SKIP
+    """
+    options.setdefault("name", "rewind_weights")
+    return retrain(task, workdir, rewound(task, to), densities, **options)
+
+
+def lottery_ticket(
+    task: Task,
+    workdir: str | Path,
+    densities: Sequence[float],
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Puts the kept weights back to their initial values and trains them: a lottery ticket.
+
+    This is `rewind_weights` with `to=0`.
+
+    Args:
+        task: the training.
+        workdir: see `retrain`.
+        densities: see `retrain`.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    References:
+        Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635.
+
+    Example:
+        >>> rounds = lottery_ticket(task, "runs/a", densities(8))  # doctest: +SKIP
+    """
+    options.setdefault("name", "lottery_ticket")
+    return rewind_weights(task, workdir, densities, to=0, **options)
+
+
+def reinitialize(
+    task: Task,
+    workdir: str | Path,
+    densities: Sequence[float],
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Trains the pruned network from new initial values: a control of what weights are worth.
+
+    Args:
+        task: the training; `init` of the round's number gives the new values.
+        workdir: see `retrain`.
+        densities: see `retrain`.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    Example:
+        >>> rounds = reinitialize(task, "runs/a", densities(8))  # doctest: +SKIP
+    """
+    options.setdefault("name", "reinitialize")
+    return retrain(task, workdir, Recipe("new", 0, task.steps), densities, **options)
+
+
+def random_masks(
+    task: Task,
+    workdir: str | Path,
+    densities: Sequence[float],
+    *,
+    to: int = 0,
+    seed: int = 0,
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Prunes at random and rewinds the learning rate: a control of what the score is worth.
+
+    Args:
+        task: the training.
+        workdir: see `retrain`.
+        densities: see `retrain`.
+        to: step that the schedule goes back to.
+        seed: of the masks.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    Example:
+        >>> rounds = random_masks(task, "runs/a", densities(8))  # doctest: +SKIP
+    """
+    options.setdefault("name", "random_masks")
+    rule = {"score": scores.random(seed), "budget": budgets.global_budget(0)}
+    options.setdefault("prune", functools.partial(masks.prune, **rule))
+    return retrain(task, workdir, Recipe("trained", to, task.steps - to), densities, **options)
+
+
+def retrain_dense(
+    task: Task,
+    workdir: str | Path,
+    rounds: int,
+    *,
+    to: int = 0,
+    **options: Unpack[Options],
+) -> list[Round]:
+    """Rewinds the learning rate and prunes nothing: a control of what longer training is worth.
+
+    Args:
+        task: the training.
+        workdir: see `retrain`.
+        rounds: how many; they cost what as many rounds of `rewind_learning_rate` do.
+        to: step that the schedule goes back to.
+        **options: see `Options`.
+
+    Returns:
+        See `retrain`; every density is 1.
+
+    Raises:
+        ValueError: see `retrain`.
+
+    Example:
+        >>> rounds = retrain_dense(task, "runs/a", rounds=8)  # doctest: +SKIP
+    """
+    options.setdefault("name", "retrain_dense")
+    options["prune"] = lambda params, sparsity, *, masks: (params, masks)
+    recipe = Recipe("trained", to, task.steps - to)
+    return run_rounds(task, workdir, recipe, [1.0] * rounds, **options)

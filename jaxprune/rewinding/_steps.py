@@ -1,0 +1,79 @@
+"""The step that the learning-rate schedule stands at, inside an optimizer state."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+# States whose `count` is the step of a schedule: of `scale_by_schedule`, which every Optax
+# optimizer uses for its learning rate, and of `inject_hyperparams`. The counts of Adam and its kin
+# belong to their moments, which rewinding keeps: set back, they would scale the moments up.
+_SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState")
+
+
+def set_step(opt_state: Any, step: int) -> Any:
+    """Puts the learning-rate schedule of an optimizer to a step; nothing else changes.
+
+    Every schedule in the state is set, wherever it sits: in a chain, in `inject_hyperparams`,
+    behind `optax.masked`, `optax.partition` or `optax.MultiSteps` (there, a step is one that
+    reaches the schedule).
+
+    Args:
+        opt_state: state of an Optax optimizer whose learning rate is a schedule.
+        step: the next update uses the rate of this step.
+
+    Returns:
+        The state with the schedules at `step`; momentum and all else as it was.
+
+    Raises:
+        ValueError: if `step` is negative, or no schedule is in the state.
+
+    Example:
+        >>> optimizer = optax.sgd(optax.linear_schedule(1.0, 0.0, 10))
+        >>> params = jnp.zeros(())
+        >>> state = set_step(optimizer.init(params), 4)
+        >>> update, state = optimizer.update(jnp.ones(()), state, params)
+        >>> print(f"{update:.1f}")
+        -0.6
+    """
+    if step < 0:
+        raise ValueError(f"`step` must be at least 0, but is {step}.")
+    if not optax.tree.get_all_with_path(opt_state, "count", _is_schedule_step):
+        raise ValueError(
+            "`opt_state` holds no step of a learning-rate schedule, so there is nothing to rewind: "
+            "the optimizer's learning rate is a constant. Give it a schedule, for example "
+            "`optax.sgd(optax.piecewise_constant_schedule(0.1, {300: 0.1}))`."
+        )
+    return optax.tree.set(opt_state, _is_schedule_step, count=jnp.asarray(step, jnp.int32))
+
+
+def hold(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    """A schedule that stays at its last rate after the training that it was made for.
+
+    Fine-tuning trains on at the last rate of the original run. Build the optimizer with the
+    schedule that this returns, and training on past the end is just that.
+
+    Args:
+        schedule: step -> learning rate.
+        steps: length of the training; the last step is `steps - 1`.
+
+    Returns:
+        The schedule up to there, then constant.
+
+    Raises:
+        ValueError: if `steps` is less than 1.
+
+    Example:
+        >>> schedule = hold(optax.linear_schedule(1.0, 0.0, 10), 10)
+        >>> [round(float(schedule(step)), 1) for step in (0, 5, 9, 10, 99)]
+        [1.0, 0.5, 0.1, 0.1, 0.1]
+    """
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, but is {steps}.")
+    return lambda step: schedule(jnp.minimum(step, steps - 1))
+
+
+def _is_schedule_step(path: tuple[Any, ...], value: Any) -> bool:
+    """Whether a field is the step of a schedule."""
+    del value
+    return getattr(path[-1], "tuple_name", "") in _SCHEDULES

@@ -1,0 +1,403 @@
+"""Prunes a ResNet in rounds and trains it again, in several ways, and compares them.
+
+    python scripts/rewind.py digits_resnet8
+    python scripts/rewind.py fashion_resnet20 --rounds 8 --seeds 0 1 2 --jobs 3 -- --epochs 20
+
+A round prunes the smallest weights of the network that the round before has trained, and trains
+again. What follows `--` goes to the configuration, as in train.py; the learning rate falls in
+steps unless you say `--schedule cosine`. With --help after your options you see what they cost.
+
+The command can be stopped at any time; the same command goes on and ends with the same numbers. It
+may name more methods and seeds. The workdir gets results.jsonl, .md and .png of all that is done,
+and a folder for each seed: the dense training, a folder for each method, and in networks/ each
+trained network as a sparse file (jaxprune.storage.load reads it).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import shlex
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jobs
+import tyro
+from configs import CONFIGS, Config
+from experiment import Experiment, build, plain_errors
+
+import jaxprune
+from jaxprune import (
+    budgets,
+    checkpoints,
+    data,
+    patterns,
+    reports,
+    rewinding,
+    scores,
+    storage,
+    training,
+)
+from jaxprune.metrics import show_progress
+
+# Name -> what it does; `retrain_dense` and the two before it are controls.
+METHODS = {
+    "fine_tune": "train on at the last learning rate",
+    "rewind_weights": "put weights and learning rate back to an early step",
+    "rewind_learning_rate": "keep the weights, put the learning rate back",
+    "lottery_ticket": "put the weights back to their initial values",
+    "reinitialize": "give the kept weights new initial values",
+    "random_masks": "prune at random, put the learning rate back",
+    "retrain_dense": "prune nothing, put the learning rate back",
+}
+RATE_REWOUND = ("rewind_learning_rate", "random_masks", "retrain_dense")
+# Options of train.py that this script sets or that mean nothing here.
+OWN = {
+    "seed", "workdir", "overwrite", "method", "sparsity", "prune-start", "prune-stop",
+    "prune-every", "budget", "decay", "regrow", "rate", "drop", "phase", "init-images",
+}  # fmt: skip
+NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds. Loss: of accuracy
+against the dense network of the same seed, mean. Compression: of the pruned leaves. Epochs: of all
+training that led to the network."""
+FREE = {"seed", "workdir", "data_dir", "source_dir"}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    args = sys.argv[1:] if args is None else list(args)
+    with plain_errors():
+        options = parse(args)
+        if options.report_only:
+            if not write_results(options.workdir):
+                raise ValueError(f"`workdir` {options.workdir} holds no trained network")
+            return
+        config = read_config(options)
+        record_command(options, config, shlex.join(["python", "scripts/rewind.py", *args]))
+        print(cost(options, config), flush=True)
+        if options.jobs > 1 and len(options.seeds) > 1:
+            run_seeds(options, args)
+        else:
+            for seed in options.seeds:
+                run_seed(options, dataclasses.replace(config, seed=seed))
+        write_results(options.workdir)
+        print((options.workdir / "results.md").read_text())
+        print(f"written to {options.workdir}")
+
+
+def parse(args: list[str]) -> argparse.Namespace:
+    """The command line; `training` is what follows the `--`."""
+    form = argparse.RawDescriptionHelpFormatter
+    usage = "rewind.py CONFIG [options] [-- options of train.py]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=form, add_help=False
+    )
+    add = parser.add_argument
+    default = ["fine_tune", "rewind_weights", "rewind_learning_rate", "random_masks"]
+    add("config", nargs="?", choices=CONFIGS, metavar="CONFIG", help=", ".join(CONFIGS))
+    add("--methods", nargs="+", default=default, choices=METHODS, help=f"default: {default}")
+    add("--rounds", type=int, default=8, help="default: 8")
+    add("--rate", type=float, default=0.2, help="part of the rest that a round prunes; default: .2")
+    add("--one-shot", action="store_true", help="each density straight from the dense network")
+    add("--rewind-to", type=float, default=0.1, metavar="PART",
+        help="rewind_weights: to this part of the training; default: .1")  # fmt: skip
+    add("--schedule-to", type=float, default=0.0, metavar="PART",
+        help="where a rewound learning rate starts; default: 0, the beginning")  # fmt: skip
+    add("--pattern", choices=["weights", "channels"], default="weights", help="what is pruned")
+    add("--guard", type=float, default=0.01, metavar="MARGIN",
+        help="loss at density >= .5 at which rewind_learning_rate warns; default: .01")  # fmt: skip
+    add("--switch", action="store_true", help="then rewind weights instead, to --rewind-to")
+    add("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default: 0 1")
+    add("--jobs", type=int, default=1, help="seeds at once, each on its share of the cores")
+    add("--workdir", type=Path, help="default: runs/rewind-CONFIG")
+    add("--save-every", type=int, default=500, help="steps between checkpoints; default: 500")
+    add("--report-only", action="store_true", help="train nothing, rewrite the results")
+    add("-h", "--help", action="store_true", help="show this, and what the options before it cost")
+    end = args.index("--") if "--" in args else len(args)
+    options = parser.parse_args(args[:end])
+    options.training = args[end + 1 :]
+    options.workdir = options.workdir or Path(f"runs/rewind-{options.config}")
+    if options.help:
+        parser.print_help()
+        if options.config:
+            print(f"\nthis command:\n{cost(options, read_config(options))}")
+        else:
+            print("\nName a CONFIG before --help to see what it costs.")
+        sys.exit()
+    given = {option.partition("=")[0].lstrip("-") for option in options.training}
+    if own := sorted(OWN & given):
+        parser.error(f"--{', --'.join(own)} may not follow `--`: it is set here or means nothing")
+    if not options.config and not (options.report_only and options.workdir):
+        parser.error("CONFIG is missing")
+    parts = options.rewind_to, options.schedule_to
+    if not all(0 <= part < 1 for part in parts) or min(options.jobs, options.rounds) < 1:
+        parser.error("parts must lie in [0, 1), --jobs and --rounds must be at least 1")
+    return options
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The configuration with its options."""
+    stepped = {
+        name: (text, dataclasses.replace(config, schedule="steps", method="none"))
+        for name, (text, config) in CONFIGS.items()
+    }
+    return tyro.extras.overridable_config_cli(stepped, args=[options.config, *options.training])
+
+
+def record_command(options: argparse.Namespace, config: Config, command: str) -> None:
+    """Writes config.json, or refuses a workdir of another comparison."""
+    checkpoints.check_writable(options.workdir)
+    names = "rounds rate one_shot rewind_to schedule_to pattern guard switch".split()
+    own = {name: getattr(options, name) for name in names}
+    now = {"config": options.config, "options": own, "training": checkpoints.fields(config, FREE)}
+    path = options.workdir / "config.json"
+    saved = checkpoints.read_json(path)
+    if saved is not None:
+        checkpoints.check_config(saved, now, str(options.workdir))
+    commands = [*dict.fromkeys([*(saved or {}).get("commands", []), command])]
+    checkpoints.write_json(path, now | {"commands": commands})
+
+
+def trainings(options: argparse.Namespace) -> float:
+    """Cost of one seed in dense trainings."""
+    part = {"rewind_weights": 1 - options.rewind_to}
+    part |= dict.fromkeys(RATE_REWOUND, 1 - options.schedule_to)
+    return 1 + options.rounds * sum(part.get(method, 1.0) for method in options.methods)
+
+
+def cost(options: argparse.Namespace, config: Config) -> str:
+    """How much will be trained, in words."""
+    length, unit = (config.steps, "steps") if config.steps else (config.epochs, "epochs")
+    each, seeds = trainings(options), len(options.seeds)
+    last = (1 - options.rate) ** options.rounds
+    return (
+        f"{options.rounds} rounds to density {last:.3g} by {len(options.methods)} methods and the "
+        f"dense network:\n{each:.4g} trainings of {length:g} {unit} a seed, "
+        f"{each * seeds * length:,.0f} {unit} for {seeds} seeds."
+    )
+
+
+def run_seeds(options: argparse.Namespace, args: list[str]) -> None:
+    """One child process for each seed."""
+    end = args.index("--") if "--" in args else len(args)
+    commands = {}
+    for seed in map(str, options.seeds):
+        own = ["--seeds", seed, "--jobs", "1", "--workdir", str(options.workdir)]
+        commands[f"seed-{seed}"] = [sys.executable, __file__, *args[:end], *own, *args[end:]]
+    failed = []
+    with checkpoints.stop_signals() as stopped:
+        for name, code in jobs.run(commands, options.workdir, options.jobs, stopped):
+            print(f"{name}: {'done' if code == 0 else f'FAILED with code {code}'}", flush=True)
+            failed += [name] if code else []
+    if stopped:
+        sys.exit(128 + stopped[0])
+    if failed:
+        logs = ", ".join(str(options.workdir / name / "log.txt") for name in failed)
+        raise ValueError(f"{len(failed)} seeds failed, see {logs}; the same command tries again")
+
+
+def run_seed(options: argparse.Namespace, config: Config) -> None:
+    """All methods for one seed; what is done already is skipped."""
+    workdir = options.workdir / f"seed-{config.seed}"
+    experiment = build(config, lambda setting: jaxprune.fixed_mask_transform())
+    steps = experiment.steps
+    early, to = (round(part * steps) for part in (options.rewind_to, options.schedule_to))
+    finished = [checkpoints.read_json(p)["steps"] for p in workdir.glob("**/round.json")]
+    total = round(trainings(options) * steps)
+    with show_progress(f"seed {config.seed}", total, sum(finished)) as show:
+        task = make_task(config, experiment, show, sum(finished))
+
+        def on_round(result: rewinding.Round, state: training.TrainState) -> None:
+            print(
+                f"seed {config.seed}  {result.method} {result.number}  density "
+                f"{result.density:.3f}  accuracy {result.score:.2%}",
+                flush=True,
+            )
+            name = f"{result.method}-{result.number}.npz"
+            write_network(workdir / "networks" / name, state)
+
+        shared: Any = {"save_every": options.save_every, "on_round": on_round}
+        rewinding.train_dense(task, workdir, keep=[early], **shared)
+        for method in options.methods:
+            call = driver(options, method, early, to, config.seed)
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always", UserWarning)
+                rounds = call(task, workdir, **shared)
+            for note in dict.fromkeys(str(note.message) for note in notes):
+                print(f"warning: {note}", flush=True)
+            record = {"seed": config.seed, "epoch": experiment.epoch, "device": device()}
+            record |= {"rounds": [each._asdict() for each in rounds]}
+            checkpoints.write_json(workdir / f"{method}.json", record)
+            write_results(options.workdir)
+
+
+def driver(
+    options: argparse.Namespace, method: str, early: int, to: int, seed: int
+) -> Callable[..., list[rewinding.Round]]:
+    """The driver of a method with all its arguments but task and workdir."""
+    own: dict[str, Any] = {"iterative": not options.one_shot}
+    rule: dict[str, Any] = {"budget": budgets.global_budget(0)}
+    if options.pattern == "channels":
+        rule["pattern"] = patterns.channels()
+    if method == "random_masks":
+        rule["score"] = scores.random(seed)
+    if method != "retrain_dense":
+        own["prune"] = functools.partial(jaxprune.prune, **rule)
+        own["densities"] = rewinding.densities(options.rounds, options.rate)
+    else:
+        own["rounds"] = options.rounds
+    if method == "rewind_weights":
+        own["to"] = early
+    if method in RATE_REWOUND:
+        own["to"] = to
+    if method == "rewind_learning_rate":
+        fallback = early if options.switch else None
+        own["guard"] = rewinding.Guard(options.guard, weights_from=fallback)
+    return functools.partial(getattr(rewinding, method), **own)
+
+
+def make_task(
+    config: Config, experiment: Experiment, show: Callable[..., None], before: int
+) -> rewinding.Task:
+    """The project's training loop as functions."""
+    size, trained = len(experiment.train_set.labels), [before]
+
+    def init(number: int) -> training.TrainState:
+        return experiment.create(seed_of(config, number))
+
+    def train(state: training.TrainState, start: int, stop: int, number: int) -> Any:
+        batches = data.index_batches(size, config.batch_size, seed=seed_of(config, number))
+        batches.set_state({"next_index": start})
+        state = state._replace(step=jax.device_put(jnp.int32(start), state.step.sharding))
+
+        def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
+            show(trained[0] + step - start, values)
+
+        state = training.fit(
+            state, stop, experiment.run, experiment.train_set, batches,
+            jax.random.fold_in(jax.random.key(config.seed), number), experiment.mesh,
+            chunk=experiment.chunk, log_every=config.log_every, on_log=log,
+        )  # fmt: skip
+        trained[0] += stop - start
+        return state
+
+    def evaluate(state: training.TrainState) -> float:
+        return experiment.evaluate(state)["test_accuracy"]
+
+    return rewinding.Task(init, train, evaluate, experiment.schedule, experiment.steps)
+
+
+def seed_of(config: Config, number: int) -> int:
+    """Of a round's new weights and data order; the dense training's is the run's own."""
+    return config.seed + 1_000_000 * number
+
+
+def write_network(path: Path, state: training.TrainState) -> None:
+    """Parameters and statistics as a sparse file."""
+    path.parent.mkdir(exist_ok=True)
+    everything = {"params": state.params, "model_state": state.model_state}
+    masks = jax.tree.map(lambda _: True, everything)
+    storage.save(path, everything, masks | {"params": jaxprune.get_masks(state.opt_state)},
+        overwrite=True)  # fmt: skip
+
+
+def device() -> str:
+    """What it runs on, in words."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
+
+
+def write_results(workdir: Path) -> list[dict[str, Any]]:
+    """Writes the results of all methods and seeds that are done; returns a row for each round."""
+    found = [path for name in METHODS for path in sorted(workdir.glob(f"seed-*/{name}.json"))]
+    records = [checkpoints.read_json(path) for path in found]
+    if not records:
+        return []
+    lines = [
+        json.dumps({"seed": record["seed"], "epochs": one["total_steps"] / record["epoch"]} | one)
+        for record in records
+        for one in record["rounds"]
+    ]
+    lines = [*dict.fromkeys(lines)]  # the dense network is in each record
+    checkpoints.write_text(workdir / "results.jsonl", "\n".join(lines) + "\n")
+    rows = aggregate([json.loads(line) for line in lines])
+    reports.plot_retraining(rows, workdir / "results.png")
+    commands = (checkpoints.read_json(workdir / "config.json") or {}).get("commands", [])
+    facts = [f"- command: `{command}`" for command in commands]
+    facts += [f"- device: {record['device']}" for record in records]
+    facts += [
+        f"- seed {r['seed']}: {one['note']}" for r in records for one in r["rounds"] if one["note"]
+    ]
+    facts.append(f"- checkpoints on disk: {checkpoint_bytes(workdir):,} bytes")
+    table = [shown(row) for row in rows]
+    parts = [
+        reports.markdown_table(table, list(table[0])),
+        NOTE,
+        reports.markdown_table(lossless(rows), ["method", "largest compression without loss"]),
+        "\n".join(dict.fromkeys(facts)),
+    ]
+    checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
+    return rows
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as text, under the headings of the table."""
+    return {
+        "method": row["method"],
+        "density": f"{row['density']:.3f}",
+        "compression": f"{1 / row['density']:.2f}",
+        "runs": str(row["runs"]),
+        "accuracy": f"{row['accuracy']:.2%}",
+        "SD": "" if row["SD"] is None else f"{row['SD']:.2%}",
+        "loss": f"{row['loss']:+.2%}",
+        "epochs": f"{row['epochs']:.2f}",
+    }
+
+
+def lossless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """For each method the smallest network that is at least as accurate as the dense one."""
+    found = {row["method"]: 1.0 for row in rows if row["method"] not in ("none", "retrain_dense")}
+    for row in rows:
+        if row["method"] in found and row["loss"] <= 0:
+            found[row["method"]] = max(found[row["method"]], 1 / row["density"])
+    heading = "largest compression without loss"
+    return [{"method": method, heading: f"{most:.2f}"} for method, most in found.items()]
+
+
+def checkpoint_bytes(workdir: Path) -> int:
+    """What is kept to go on with: early and last steps, and the last round of each method."""
+    return sum(p.stat().st_size for p in workdir.glob("**/checkpoints/**/*") if p.is_file())
+
+
+def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and round, dense first."""
+    dense = {one["seed"]: one["score"] for one in results if one["number"] == 0}
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for one in results:
+        groups.setdefault((one["method"] if one["number"] else "none", one["number"]), []).append(
+            one
+        )
+    rows = []
+    for (method, _), runs in groups.items():
+        scores = [run["score"] for run in runs]
+        rows.append(
+            {
+                "method": method,
+                "density": statistics.mean(run["density"] for run in runs),
+                "runs": len(runs),
+                "accuracy": statistics.mean(scores),
+                "SD": statistics.stdev(scores) if len(scores) > 1 else None,
+                "loss": statistics.mean(dense[run["seed"]] - run["score"] for run in runs),
+                "epochs": statistics.mean(run["epochs"] for run in runs),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
