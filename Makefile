@@ -10,7 +10,7 @@ ARGS ?=
 PYTHON3 ?=
 
 CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 python
-SOURCES := jaxprune tests scripts $(wildcard benchmarks)
+SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks)
 
 # A compiled program is kept in the checkout and found again by the next run of the tests.
 CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \

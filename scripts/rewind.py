@@ -8,21 +8,19 @@ again. What follows `--` goes to the configuration, as in train.py; the learning
 steps unless you say `--schedule cosine`. With --help after your options you see what they cost.
 
 The command can be stopped at any time; the same command goes on and ends with the same numbers. It
-may name more methods and seeds. The workdir gets results.jsonl, .md and .png of all that is done,
-and a folder for each seed: the dense training, a folder for each method, and in networks/ each
-trained network as a sparse file (jaxprune.storage.load reads it).
+may name more methods, rounds and seeds. The workdir gets results.jsonl, .md and .png of all that is
+done, and a folder for each seed: the dense training, a folder for each method, and in networks/
+each trained network as a sparse file (jaxprune.storage.load reads it).
 """
 
 import argparse
 import dataclasses
 import functools
-import json
 import logging
 import shlex
-import statistics
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ import jobs
 import tyro
 from configs import CONFIGS, Config
 from experiment import Experiment, build, plain_errors
+from rewind_results import write_results
 
 import jaxprune
 from jaxprune import (
@@ -39,7 +38,6 @@ from jaxprune import (
     checkpoints,
     data,
     patterns,
-    reports,
     rewinding,
     scores,
     storage,
@@ -47,15 +45,15 @@ from jaxprune import (
 )
 from jaxprune.metrics import show_progress
 
-# Name -> what it does; `retrain_dense` and the two before it are controls.
+# Name of the driver -> what it does; the last three are controls.
 METHODS = {
     "fine_tune": "train on at the last learning rate",
     "rewind_weights": "put weights and learning rate back to an early step",
     "rewind_learning_rate": "keep the weights, put the learning rate back",
     "lottery_ticket": "put the weights back to their initial values",
-    "reinitialize": "give the kept weights new initial values",
-    "random_masks": "prune at random, put the learning rate back",
-    "retrain_dense": "prune nothing, put the learning rate back",
+    "reinitialize": "give the kept weights new initial values (control)",
+    "random_masks": "prune at random, put the learning rate back (control)",
+    "retrain_dense": "prune nothing, put the learning rate back (control)",
 }
 RATE_REWOUND = ("rewind_learning_rate", "random_masks", "retrain_dense")
 # Options of train.py that this script sets or that mean nothing here.
@@ -63,9 +61,6 @@ OWN = {
     "seed", "workdir", "overwrite", "method", "sparsity", "prune-start", "prune-stop",
     "prune-every", "budget", "decay", "regrow", "rate", "drop", "phase", "init-images",
 }  # fmt: skip
-NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds. Loss: of accuracy
-against the dense network of the same seed, mean. Compression: of the pruned leaves. Epochs: of all
-training that led to the network."""
 FREE = {"seed", "workdir", "data_dir", "source_dir"}
 
 
@@ -75,33 +70,36 @@ def main(args: Sequence[str] | None = None) -> None:
     with plain_errors():
         options = parse(args)
         if options.report_only:
-            if not write_results(options.workdir):
+            if not write_results(options.workdir, METHODS):
                 raise ValueError(f"`workdir` {options.workdir} holds no trained network")
             return
         config = read_config(options)
-        record_command(options, config, shlex.join(["python", "scripts/rewind.py", *args]))
-        print(cost(options, config), flush=True)
-        if options.jobs > 1 and len(options.seeds) > 1:
+        if not options.child:
+            record_command(options, config, shlex.join(["python", "scripts/rewind.py", *args]))
+            print(cost(options, config), flush=True)
+        if options.jobs > 1 and not options.child:
             run_seeds(options, args)
         else:
             for seed in options.seeds:
                 run_seed(options, dataclasses.replace(config, seed=seed))
-        write_results(options.workdir)
-        print((options.workdir / "results.md").read_text())
-        print(f"written to {options.workdir}")
+        write_results(options.workdir, METHODS)
+        print(f"\n{(options.workdir / 'results.md').read_text()}\nwritten to {options.workdir}")
 
 
 def parse(args: list[str]) -> argparse.Namespace:
     """The command line; `training` is what follows the `--`."""
     form = argparse.RawDescriptionHelpFormatter
     usage = "rewind.py CONFIG [options] [-- options of train.py]"
+    meanings = "".join(f"  {name:22} {what}\n" for name, what in METHODS.items())
+    text = f"{__doc__}\nmethods:\n{meanings}"
     parser = argparse.ArgumentParser(
-        usage=usage, description=__doc__, formatter_class=form, add_help=False
+        usage=usage, description=text, formatter_class=form, add_help=False
     )
     add = parser.add_argument
-    default = ["fine_tune", "rewind_weights", "rewind_learning_rate", "random_masks"]
+    default = "fine_tune rewind_weights rewind_learning_rate random_masks retrain_dense".split()
     add("config", nargs="?", choices=CONFIGS, metavar="CONFIG", help=", ".join(CONFIGS))
-    add("--methods", nargs="+", default=default, choices=METHODS, help=f"default: {default}")
+    add("--methods", nargs="+", default=default, choices=METHODS, metavar="METHOD",
+        help=f"default: {' '.join(default)}")  # fmt: skip
     add("--rounds", type=int, default=8, help="default: 8")
     add("--rate", type=float, default=0.2, help="part of the rest that a round prunes; default: .2")
     add("--one-shot", action="store_true", help="each density straight from the dense network")
@@ -118,10 +116,12 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--workdir", type=Path, help="default: runs/rewind-CONFIG")
     add("--save-every", type=int, default=500, help="steps between checkpoints; default: 500")
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
+    add("--child", action="store_true", help=argparse.SUPPRESS)  # of a command with --jobs
     add("-h", "--help", action="store_true", help="show this, and what the options before it cost")
     end = args.index("--") if "--" in args else len(args)
     options = parser.parse_args(args[:end])
     options.training = args[end + 1 :]
+    options.methods = [*dict.fromkeys(options.methods)]
     options.workdir = options.workdir or Path(f"runs/rewind-{options.config}")
     if options.help:
         parser.print_help()
@@ -130,14 +130,14 @@ def parse(args: list[str]) -> argparse.Namespace:
         else:
             print("\nName a CONFIG before --help to see what it costs.")
         sys.exit()
-    given = {option.partition("=")[0].lstrip("-") for option in options.training}
+    given = {word.partition("=")[0].lstrip("-").replace("_", "-") for word in options.training}
     if own := sorted(OWN & given):
         parser.error(f"--{', --'.join(own)} may not follow `--`: it is set here or means nothing")
-    if not options.config and not (options.report_only and options.workdir):
+    if not (options.config or options.report_only):
         parser.error("CONFIG is missing")
     parts = options.rewind_to, options.schedule_to
-    if not all(0 <= part < 1 for part in parts) or min(options.jobs, options.rounds) < 1:
-        parser.error("parts must lie in [0, 1), --jobs and --rounds must be at least 1")
+    if not all(0 <= part < 1 for part in parts) or min(options.jobs, options.save_every) < 1:
+        parser.error("parts must lie in [0, 1), --jobs and --save-every must be at least 1")
     return options
 
 
@@ -153,7 +153,7 @@ def read_config(options: argparse.Namespace) -> Config:
 def record_command(options: argparse.Namespace, config: Config, command: str) -> None:
     """Writes config.json, or refuses a workdir of another comparison."""
     checkpoints.check_writable(options.workdir)
-    names = "rounds rate one_shot rewind_to schedule_to pattern guard switch".split()
+    names = "rate one_shot rewind_to schedule_to pattern guard switch".split()
     own = {name: getattr(options, name) for name in names}
     now = {"config": options.config, "options": own, "training": checkpoints.fields(config, FREE)}
     path = options.workdir / "config.json"
@@ -175,7 +175,7 @@ def cost(options: argparse.Namespace, config: Config) -> str:
     """How much will be trained, in words."""
     length, unit = (config.steps, "steps") if config.steps else (config.epochs, "epochs")
     each, seeds = trainings(options), len(options.seeds)
-    last = (1 - options.rate) ** options.rounds
+    last = rewinding.densities(options.rounds, options.rate)[-1]
     return (
         f"{options.rounds} rounds to density {last:.3g} by {len(options.methods)} methods and the "
         f"dense network:\n{each:.4g} trainings of {length:g} {unit} a seed, "
@@ -188,7 +188,7 @@ def run_seeds(options: argparse.Namespace, args: list[str]) -> None:
     end = args.index("--") if "--" in args else len(args)
     commands = {}
     for seed in map(str, options.seeds):
-        own = ["--seeds", seed, "--jobs", "1", "--workdir", str(options.workdir)]
+        own = ["--seeds", seed, "--child", "--workdir", str(options.workdir)]
         commands[f"seed-{seed}"] = [sys.executable, __file__, *args[:end], *own, *args[end:]]
     failed = []
     with checkpoints.stop_signals() as stopped:
@@ -234,7 +234,7 @@ def run_seed(options: argparse.Namespace, config: Config) -> None:
             record = {"seed": config.seed, "epoch": experiment.epoch, "device": device()}
             record |= {"rounds": [each._asdict() for each in rounds]}
             checkpoints.write_json(workdir / f"{method}.json", record)
-            write_results(options.workdir)
+            write_results(options.workdir, METHODS)
 
 
 def driver(
@@ -310,93 +310,6 @@ def write_network(path: Path, state: training.TrainState) -> None:
 def device() -> str:
     """What it runs on, in words."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
-
-
-def write_results(workdir: Path) -> list[dict[str, Any]]:
-    """Writes the results of all methods and seeds that are done; returns a row for each round."""
-    found = [path for name in METHODS for path in sorted(workdir.glob(f"seed-*/{name}.json"))]
-    records = [checkpoints.read_json(path) for path in found]
-    if not records:
-        return []
-    lines = [
-        json.dumps({"seed": record["seed"], "epochs": one["total_steps"] / record["epoch"]} | one)
-        for record in records
-        for one in record["rounds"]
-    ]
-    lines = [*dict.fromkeys(lines)]  # the dense network is in each record
-    checkpoints.write_text(workdir / "results.jsonl", "\n".join(lines) + "\n")
-    rows = aggregate([json.loads(line) for line in lines])
-    reports.plot_retraining(rows, workdir / "results.png")
-    commands = (checkpoints.read_json(workdir / "config.json") or {}).get("commands", [])
-    facts = [f"- command: `{command}`" for command in commands]
-    facts += [f"- device: {record['device']}" for record in records]
-    facts += [
-        f"- seed {r['seed']}: {one['note']}" for r in records for one in r["rounds"] if one["note"]
-    ]
-    facts.append(f"- checkpoints on disk: {checkpoint_bytes(workdir):,} bytes")
-    table = [shown(row) for row in rows]
-    parts = [
-        reports.markdown_table(table, list(table[0])),
-        NOTE,
-        reports.markdown_table(lossless(rows), ["method", "largest compression without loss"]),
-        "\n".join(dict.fromkeys(facts)),
-    ]
-    checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
-    return rows
-
-
-def shown(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row as text, under the headings of the table."""
-    return {
-        "method": row["method"],
-        "density": f"{row['density']:.3f}",
-        "compression": f"{1 / row['density']:.2f}",
-        "runs": str(row["runs"]),
-        "accuracy": f"{row['accuracy']:.2%}",
-        "SD": "" if row["SD"] is None else f"{row['SD']:.2%}",
-        "loss": f"{row['loss']:+.2%}",
-        "epochs": f"{row['epochs']:.2f}",
-    }
-
-
-def lossless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """For each method the smallest network that is at least as accurate as the dense one."""
-    found = {row["method"]: 1.0 for row in rows if row["method"] not in ("none", "retrain_dense")}
-    for row in rows:
-        if row["method"] in found and row["loss"] <= 0:
-            found[row["method"]] = max(found[row["method"]], 1 / row["density"])
-    heading = "largest compression without loss"
-    return [{"method": method, heading: f"{most:.2f}"} for method, most in found.items()]
-
-
-def checkpoint_bytes(workdir: Path) -> int:
-    """What is kept to go on with: early and last steps, and the last round of each method."""
-    return sum(p.stat().st_size for p in workdir.glob("**/checkpoints/**/*") if p.is_file())
-
-
-def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and round, dense first."""
-    dense = {one["seed"]: one["score"] for one in results if one["number"] == 0}
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for one in results:
-        groups.setdefault((one["method"] if one["number"] else "none", one["number"]), []).append(
-            one
-        )
-    rows = []
-    for (method, _), runs in groups.items():
-        scores = [run["score"] for run in runs]
-        rows.append(
-            {
-                "method": method,
-                "density": statistics.mean(run["density"] for run in runs),
-                "runs": len(runs),
-                "accuracy": statistics.mean(scores),
-                "SD": statistics.stdev(scores) if len(scores) > 1 else None,
-                "loss": statistics.mean(dense[run["seed"]] - run["score"] for run in runs),
-                "epochs": statistics.mean(run["epochs"] for run in runs),
-            }
-        )
-    return rows
 
 
 if __name__ == "__main__":

@@ -218,6 +218,49 @@ def test_flops_of_resnet50_are_those_published_for_rigl():
     assert relative(stem_dense) == pytest.approx(0.23, abs=0.01)
 
 
+# Overall density and share of the MACs -> what AMC keeps of each layer of a ResNet-50 after each of
+# its four rounds, in ten-thousandths and in the order of `resnet50()`. From the plotting code of
+# Renda et al., github.com/lottery-ticket/rewinding-iclr20-public.
+AMC = {
+    (0.5, 0.4826): """
+        5935 5254 4623 5411 4955 5093 3844 5102 4505 5235 5577 5063 4853 5435 4784 5181 4578 4427
+        4569 4353 4926 4574 4662 4784 4564 4559 4843 4990 5063 3917 4887 4476 4015 4456 4608 4583
+        4192 5817 4172 5049 4936 4818 4476 4848 5151 5524 5612 5083 4554 5538 5817 5073 5724 4911
+    """,
+    (0.325, 0.333): """
+        4053 3604 3240 3779 3442 3532 2741 3640 3154 3653 3748 3464 3262 3694 3312 3572 3110 3101
+        3253 3024 3420 3199 3226 3276 3195 3096 3352 3424 3581 2737 3456 3195 2858 3159 3325 3213
+        2957 4165 2853 3572 3487 3361 3118 3456 3195 3730 4183 3011 2808 3945 4278 3136 4121 1622
+    """,
+    (0.24375, 0.2888): """
+        4073 3742 3353 3928 3208 3663 2849 3786 3253 2691 3886 3597 2577 3828 3437 3698 2488 3208
+        3376 2428 3546 3318 2344 3399 3320 2025 3469 3052 3714 2011 3586 3318 1983 3278 3446 1955
+        3066 3765 1973 3667 3604 1959 3229 3336 1729 1873 3975 1589 1561 2689 4431 1556 3397 1258
+    """,
+    (0.195, 0.2445): """
+        4013 3512 3246 3347 2782 3549 2420 3136 3209 2250 3072 3347 2204 3600 3099 3310 2029 3081
+        3264 1988 3076 3113 1924 3067 2782 1726 2961 2401 2925 1667 2883 2755 1653 2828 2677 1634
+        2750 2617 1630 2681 2580 1630 2585 2337 1520 1579 2851 1405 1345 2103 3292 1364 2544 895
+    """,
+}
+
+
+@pytest.mark.parametrize(("density", "macs"), AMC)
+def test_densities_of_resnet50_are_those_of_amc(density, macs):
+    layers = resnet50()
+    keeps = [int(keep) / 10_000 for keep in AMC[density, macs].split()]
+    sizes = [math.prod(shape) for shape, _ in layers.values()]
+    own = {path: 1 - keep for path, keep in zip(layers, keeps, strict=True)}
+    sparsity = sum(s * n for s, n in zip(own.values(), sizes, strict=True)) / sum(sizes)
+    shapes = {path: shape for path, (shape, _) in layers.items()}
+    total, kept = budgets.custom(own)(shapes, sparsity)
+    assert total / sum(sizes) == pytest.approx(density, abs=1e-5)
+    places = [places for _, places in layers.values()]
+    dense = sum(n * p for n, p in zip(sizes, places, strict=True))
+    sparse = sum(k * p for k, p in zip(kept, places, strict=True))
+    assert sparse / dense == pytest.approx(macs, abs=1e-4)
+
+
 # ---- custom
 
 

@@ -151,6 +151,81 @@ def test_get_masks_without_masks(optimizer):
         jaxprune.get_masks(optimizer.init(PARAMS))
 
 
+# ---- set_masks
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_set_masks_is_undone_by_get_masks(place):
+    state = PLACES[place].init(PARAMS)
+    masks = jax.tree.map(_pattern, PARAMS) | {"bias": True}
+    changed = jaxprune.set_masks(state, masks)
+    assert jax.tree.map(jnp.result_type, changed) == jax.tree.map(jnp.result_type, state)
+    found = jaxprune.get_masks(changed)
+    for mask, p in zip(_kernels(found), _kernels(PARAMS), strict=True):
+        np.testing.assert_array_equal(mask, _pattern(p))
+    assert found["bias"].shape == ()
+    # Only masks have changed.
+    same = jax.tree.map(np.array_equal, changed, _marked(state))
+    assert all(jax.tree.leaves(same))
+
+
+def test_set_masks_reaches_the_parts_of_a_partition():
+    parts = {"one": _agip(0.5), "two": _agip(0.9), "rest": optax.sgd(0.1)}
+    state = optax.partition(parts, _labels(PARAMS)).init(PARAMS)
+    masks = jax.tree.map(_pattern, PARAMS) | {"bias": jnp.ones(7, bool)}
+    found = jaxprune.get_masks(jaxprune.set_masks(state, masks))
+    for mask, p in zip(_kernels(found), _kernels(PARAMS), strict=True):
+        np.testing.assert_array_equal(mask, _pattern(p))
+
+
+def test_scalar_masks_fill_a_leaf():
+    state = jaxprune.fixed_mask_transform().init(PARAMS)
+    masks = {"conv": {"kernel": False}, "dense": {"kernel": np.array(True)}, "bias": True}
+    found = jaxprune.get_masks(jaxprune.set_masks(state, masks))
+    assert found["conv"]["kernel"].shape == (3, 4, 5) and not found["conv"]["kernel"].any()
+    assert found["dense"]["kernel"].shape == (5, 7) and found["dense"]["kernel"].all()
+
+
+def test_masks_of_prune_fit_and_the_next_update_zeroes():
+    tx = optax.chain(optax.adam(0.1), jaxprune.fixed_mask_transform())
+    _, masks = jaxprune.prune(PARAMS, 0.5)
+    update = jax.jit(tx.update)
+    params, state = PARAMS, jaxprune.set_masks(tx.init(PARAMS), masks)
+    for _ in range(2):
+        grads = jax.tree.map(jnp.cos, params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for mask, p in zip(_kernels(masks), _kernels(params), strict=True):
+        np.testing.assert_array_equal(mask, p != 0)
+    assert update._cache_size() == 1, "new masks must not compile anything"
+
+
+def test_set_masks_in_nnx():
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    tx = jaxprune.chain(optax.sgd(0.1), jaxprune.fixed_mask_transform())
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    masks = {"kernel": np.arange(24).reshape(4, 6) % 3 == 0, "bias": True}
+    optimizer.opt_state = nnx.data(jaxprune.set_masks(optimizer.opt_state, masks))
+    optimizer.update(model, jax.tree.map(lambda p: p + 0.1, nnx.state(model, nnx.Param)))
+    np.testing.assert_array_equal(np.asarray(model.kernel) != 0, masks["kernel"])
+
+
+def test_set_masks_names_every_misfit():
+    state = jaxprune.fixed_mask_transform().init(PARAMS)
+    masks = {"conv": {"kernel": jnp.ones((3, 4), bool)}, "bias": jnp.zeros(7, bool), "new": True}
+    with pytest.raises(ValueError, match="`masks` must be of the model") as error:
+        jaxprune.set_masks(state, masks)
+    for line in (
+        "conv/kernel: shape (3, 4), but (3, 4, 5) in the state",
+        "dense/kernel: no mask",
+        "bias: pruned, but the optimizer does not prune it",
+        "new: a mask without a leaf",
+    ):
+        assert line in str(error.value)
+    with pytest.raises(ValueError, match="holds no masks"):
+        jaxprune.set_masks(optax.sgd(0.1).init(PARAMS), masks)
+
+
 # ---- apply_masks
 
 

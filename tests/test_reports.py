@@ -262,6 +262,30 @@ def test_plot_training_takes_what_was_measured(tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
+def test_plot_retraining_draws_each_method_in_both_panels(tmp_path, monkeypatch):
+    figures = _recorded(monkeypatch)
+    dense = {"method": "none", "density": 1.0, "accuracy": 0.9, "SD": 0.01, "epochs": 2.0}
+    rows = [dense]
+    for method, kept in ("fine_tune", 0.5), ("retrain_dense", 1.0):
+        for number in (1, 2):
+            more = {"density": kept**number, "accuracy": 0.8, "epochs": 2.0 + number, "SD": None}
+            rows.append(dense | {"method": method} | more)
+    reports.plot_retraining(rows, tmp_path / "a.png")
+    assert _ink(tmp_path / "a.png") > 0.01
+    left, right = figures[0].axes
+    drawn = [
+        {bars.get_label(): list(bars.lines[0].get_xdata()) for bars in axes.containers}
+        for axes in (left, right)
+    ]
+    assert drawn[0] == {"fine_tune": pytest.approx([np.log(2), np.log(4)], abs=0.03)}
+    assert drawn[1] == {"fine_tune": [3.0, 4.0], "retrain_dense": [3.0, 4.0]}
+    assert {label.get_text() for label in left.get_xticklabels()} == {"2", "4"}
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert sorted(labels) == ["dense", "fine_tune", "retrain_dense"]
+    with pytest.raises(ValueError, match="`rows`"):
+        reports.plot_retraining([], tmp_path / "b.png")
+
+
 def test_plot_densities_draws_a_bar_a_kernel(tmp_path, monkeypatch):
     figures = _recorded(monkeypatch)
     params, masks = _network()

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import budgets, patterns, scores
+from jaxprune import budgets, patterns, scores, trees
 from jaxprune.transforms import DynamicState
 from jaxprune.transforms._acdc import phases
 from tests import reference
@@ -299,6 +299,19 @@ def test_masks_that_keep_everything_cost_nothing():
     assert jax.tree.leaves(state) == []
     updates, _ = tx.update(params, state, params)
     assert updates is params
+
+
+def test_without_masks_everything_prunable_has_one():
+    params = draw(0)
+    state = jaxprune.fixed_mask_transform().init(params)
+    flags = trees.prunable_flags(params)
+    masks = jax.tree.leaves(state.masks)
+    assert [mask.shape for mask in masks] == [leaf.shape for leaf in trees.pick(params, flags)]
+    assert all(mask.all() for mask in masks)
+    one = jaxprune.fixed_mask_transform(prunable=lambda path, leaf: path == "a").init(params)
+    assert [mask.shape for mask in jax.tree.leaves(one)] == [params["a"].shape]
+    with pytest.raises(ValueError, match="`prunable` goes without `masks`"):
+        jaxprune.fixed_mask_transform(params, prunable=lambda path, leaf: True)
 
 
 def test_fixed_masks_are_matched_by_path_and_every_misfit_is_listed():

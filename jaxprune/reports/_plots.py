@@ -197,18 +197,19 @@ def plot_retraining(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     """
     if not rows:
         raise ValueError("`rows` must have one row for each method and round, but is empty.")
-    figure = _figure(10.0, 4.4)
+    figure = _figure(11.0, 4.4)
     left, right = figure.subplots(1, 2, sharey=True)
     pruned = [row for row in rows if row["density"] < 1 or row["method"] == "none"]
     _draw_methods(left, pruned, lambda row: -math.log(row["density"]), shift=0.012, of=rows)
     _draw_methods(right, rows, lambda row: row["epochs"], shift=0.0)
     ticks = sorted({row["density"] for row in pruned if row["method"] != "none"})
-    left.set_xticks([-math.log(d) for d in ticks], [f"{1 / d:.2g}" for d in ticks])
+    left.set_xticks([-math.log(d) for d in ticks], [f"{1 / d:.3g}" for d in ticks])
     title = "Test accuracy: mean and SD over seeds"
     _finish(left, title=title, xlabel="Compression of the pruned leaves", ylabel="Accuracy")
     _finish(right, title="The same networks by cost", xlabel="Epochs of training, all rounds")
-    left.legend().remove()
-    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.get_legend().remove()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, path)
 
 

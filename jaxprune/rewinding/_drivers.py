@@ -36,7 +36,9 @@ def fine_tune(
         ValueError: see `retrain`.
 
     Example:
-        >>> rounds = fine_tune(task, "runs/a", densities(8))  # doctest: +SKIP
+        >>> rounds = fine_tune(task, workdir, [0.5, 0.25], steps=5)
+        >>> [one.total_steps for one in rounds]
+        [20, 25, 30]
     """
     options.setdefault("name", "fine_tune")
     steps = task.steps if steps is None else steps
@@ -76,7 +78,9 @@ def rewind_learning_rate(
         ICLR 2020, arXiv:2003.02389.
 
     Example:
-        >>> rounds = rewind_learning_rate(task, "runs/a", densities(8))  # doctest: +SKIP
+        >>> rounds = rewind_learning_rate(task, workdir, [0.5, 0.25])
+        >>> [one.density for one in rounds]
+        [1.0, 0.5, 0.25]
     """
     options.setdefault("name", "rewind_learning_rate")
     recipe = Recipe("trained", to, task.steps - to)
@@ -114,7 +118,9 @@ def rewind_weights(
         arXiv:1912.05671; Renda et al., arXiv:2003.02389.
 
     Example:
-        >>> rounds = rewind_weights(task, "runs/a", densities(8), to=60)  # doctest: +SKIP
+        >>> rounds = rewind_weights(task, workdir, [0.5, 0.25], to=2)
+        >>> [one.total_steps for one in rounds]
+        [20, 38, 56]
     """
     options.setdefault("name", "rewind_weights")
     return retrain(task, workdir, rewound(task, to), densities, **options)
@@ -146,7 +152,9 @@ def lottery_ticket(
         Frankle and Carbin, The lottery ticket hypothesis, ICLR 2019, arXiv:1803.03635.
 
     Example:
-        >>> rounds = lottery_ticket(task, "runs/a", densities(8))  # doctest: +SKIP
+        >>> rounds = lottery_ticket(task, workdir, [0.5, 0.25])
+        >>> [one.steps for one in rounds]
+        [20, 20, 20]
     """
     options.setdefault("name", "lottery_ticket")
     return rewind_weights(task, workdir, densities, to=0, **options)
@@ -173,7 +181,9 @@ def reinitialize(
         ValueError: see `retrain`.
 
     Example:
-        >>> rounds = reinitialize(task, "runs/a", densities(8))  # doctest: +SKIP
+        >>> rounds = reinitialize(task, workdir, [0.5, 0.25])
+        >>> rounds[-1].density
+        0.25
     """
     options.setdefault("name", "reinitialize")
     return retrain(task, workdir, Recipe("new", 0, task.steps), densities, **options)
@@ -205,7 +215,9 @@ def random_masks(
         ValueError: see `retrain`.
 
     Example:
-        >>> rounds = random_masks(task, "runs/a", densities(8))  # doctest: +SKIP
+        >>> rounds = random_masks(task, workdir, [0.5], seed=1)
+        >>> rounds[-1].density
+        0.5
     """
     options.setdefault("name", "random_masks")
     rule = {"score": scores.random(seed), "budget": budgets.global_budget(0)}
@@ -237,7 +249,9 @@ def retrain_dense(
         ValueError: see `retrain`.
 
     Example:
-        >>> rounds = retrain_dense(task, "runs/a", rounds=8)  # doctest: +SKIP
+        >>> rounds = retrain_dense(task, workdir, rounds=2)
+        >>> [one.density for one in rounds]
+        [1.0, 1.0, 1.0]
     """
     options.setdefault("name", "retrain_dense")
     options["prune"] = lambda params, sparsity, *, masks: (params, masks)

@@ -89,7 +89,8 @@ def train_dense(
             keeping its checkpoint; and as `retrain`.
 
     Example:
-        >>> train_dense(task, "runs/a", keep=[100])  # doctest: +SKIP
+        >>> train_dense(task, workdir, keep=[2]).total_steps
+        20
     """
     keep = sorted(set(keep) - {0})  # step 0 is `task.init(0)`
     if not all(0 < step <= task.steps for step in keep):
@@ -134,8 +135,10 @@ def retrain(
             holds another run, or a training diverges.
 
     Example:
-        >>> recipe = Recipe(weights_from="trained", schedule_from=0, steps=600)
-        >>> retrain(task, "runs/a", recipe, [0.8, 0.64], name="mine")  # doctest: +SKIP
+        >>> recipe = Recipe(weights_from="trained", schedule_from=10, steps=10)
+        >>> rounds = retrain(task, workdir, recipe, [0.5], name="half", iterative=False)
+        >>> rounds[-1].method, rounds[-1].total_steps
+        ('half', 30)
     """
     _tasks.check_densities(densities)
     return run_rounds(task, workdir, recipe, densities, guard=guard, **options)
@@ -209,7 +212,7 @@ def _run(
     step, stop = manager.latest_step(), recipe.schedule_from + recipe.steps
     if step is None:
         step = recipe.schedule_from
-        state = jax.tree.map(_placed, _begin(task, stage, like, options), like)
+        state = _placed(_begin(task, stage, like, options), like)
     else:
         state, _ = checkpoints.restore(manager, like, step)
     every = options.get("save_every", 1000)
@@ -320,6 +323,9 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jax.numpy.shape(leaf), leaf.dtype, sharding=sharding)
 
 
-def _placed(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
-    """An array on the devices that it is trained on; pruning may have moved it."""
-    return jax.device_put(leaf, like.sharding)
+def _placed(state: Any, like: Any) -> Any:
+    """The state on the devices that it is trained on; pruning may have moved some of it."""
+    leaves, structure = jax.tree.flatten(state)
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(like)]
+    placed = [jax.device_put(*pair) for pair in zip(leaves, shardings, strict=True)]
+    return jax.tree.unflatten(structure, placed)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -38,13 +39,22 @@ def set_step(opt_state: Any, step: int) -> Any:
     """
     if step < 0:
         raise ValueError(f"`step` must be at least 0, but is {step}.")
-    if not optax.tree.get_all_with_path(opt_state, "count", _is_schedule_step):
+    found = [
+        node for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule) if _is_schedule(node)
+    ]
+    if not found:
         raise ValueError(
             "`opt_state` holds no step of a learning-rate schedule, so there is nothing to rewind: "
             "the optimizer's learning rate is a constant. Give it a schedule, for example "
             "`optax.sgd(optax.piecewise_constant_schedule(0.1, {300: 0.1}))`."
         )
-    return optax.tree.set(opt_state, _is_schedule_step, count=jnp.asarray(step, jnp.int32))
+
+    # Not `optax.tree.set`: it does not look below a state that has a `count` of its own, such as
+    # that of `inject_hyperparams` (optax 0.2.8).
+    def at_step(node: Any) -> Any:
+        return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
+
+    return jax.tree.map(at_step, opt_state, is_leaf=_is_schedule)
 
 
 def hold(schedule: optax.Schedule, steps: int) -> optax.Schedule:
@@ -73,7 +83,6 @@ def hold(schedule: optax.Schedule, steps: int) -> optax.Schedule:
     return lambda step: schedule(jnp.minimum(step, steps - 1))
 
 
-def _is_schedule_step(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether a field is the step of a schedule."""
-    del value
-    return getattr(path[-1], "tuple_name", "") in _SCHEDULES
+def _is_schedule(node: Any) -> bool:
+    """Whether a node of an optimizer state is the state of a schedule."""
+    return type(node).__name__ in _SCHEDULES

@@ -23,8 +23,9 @@ class Task(NamedTuple):
     one call over all their steps gives: then a run that was killed ends with the same bits.
 
     Example:
+        >>> schedule = optax.constant_schedule(0.1)
         >>> task = Task(
-        ...     init=lambda number: make_state(seed=number),  # doctest: +SKIP
+        ...     init=lambda number: make_state(seed=number),
         ...     train=lambda state, start, stop, number: my_loop(state, start, stop, seed=number),
         ...     evaluate=lambda state: accuracy(state),
         ...     schedule=schedule,
