@@ -127,7 +127,8 @@ def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str
             f"`workdir` {where} holds a run of another configuration:\n"
             + "\n".join(differing)
             + "\n"
-            "Use another --workdir, the same options to go on with it, or --overwrite to delete it."
+            "Go on with the same options, use another workdir, or delete that folder (which "
+            "--overwrite of scripts/train.py does)."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune import budgets, patterns, plans, scores, trees
 
@@ -83,7 +84,9 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         held = now.get(path)
         if held is None:
             continue
-        if jnp.ndim(held) == 0 and not np.all(mask):
+        if jnp.result_type(mask) != jnp.bool_:
+            problems.append(f"{path}: {jnp.result_type(mask)}, must be bool")
+        elif jnp.ndim(held) == 0 and not np.all(mask):
             problems.append(f"{path}: pruned, but the optimizer does not prune it")
         elif jnp.ndim(held) and jnp.shape(mask) not in ((), jnp.shape(held)):
             problems.append(f"{path}: shape {jnp.shape(mask)}, but {jnp.shape(held)} in the state")
@@ -94,9 +97,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
             return state
         held, structure = jax.tree.flatten(state.masks, is_leaf=trees.is_absent)
         own = [
-            mask
-            if trees.is_absent(mask)
-            else jnp.broadcast_to(jnp.array(by_path[path]), mask.shape)
+            mask if trees.is_absent(mask) else _placed_like(mask, by_path[path])
             for path, mask in zip(now, held, strict=True)
         ]
         return state._replace(masks=jax.tree.unflatten(structure, own))
@@ -271,6 +272,14 @@ def _full_masks(masks: Any, params: Any) -> list[jax.Array]:
     tree = jax.tree.unflatten(jax.tree.structure(params), filled)
     trees.check_same_structure("masks", tree, params)
     return filled
+
+
+def _placed_like(held: Any, mask: Any) -> jax.Array:
+    """A mask in the shape and, outside of `jit`, on the devices of the one that it replaces."""
+    mask = jnp.broadcast_to(jnp.array(mask), held.shape)
+    if isinstance(held, Tracer) or isinstance(mask, Tracer) or not held.committed:
+        return mask
+    return jax.device_put(mask, held.sharding)
 
 
 def _holds_masks(node: Any) -> bool:

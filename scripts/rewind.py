@@ -60,6 +60,7 @@ RATE_REWOUND = ("rewind_learning_rate", "random_masks", "retrain_dense")
 OWN = {
     "seed", "workdir", "overwrite", "method", "sparsity", "prune-start", "prune-stop",
     "prune-every", "budget", "decay", "regrow", "rate", "drop", "phase", "init-images",
+    "save-every", "eval-every",
 }  # fmt: skip
 FREE = {"seed", "workdir", "data_dir", "source_dir"}
 
@@ -75,8 +76,9 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         config = read_config(options)
         if not options.child:
+            price = cost(options, config)
             record_command(options, config, shlex.join(["python", "scripts/rewind.py", *args]))
-            print(cost(options, config), flush=True)
+            print(price, flush=True)
         if options.jobs > 1 and not options.child:
             run_seeds(options, args)
         else:
@@ -154,8 +156,8 @@ def record_command(options: argparse.Namespace, config: Config, command: str) ->
     """Writes config.json, or refuses a workdir of another comparison."""
     checkpoints.check_writable(options.workdir)
     names = "rate one_shot rewind_to schedule_to pattern guard switch".split()
-    own = {name: getattr(options, name) for name in names}
-    now = {"config": options.config, "options": own, "training": checkpoints.fields(config, FREE)}
+    now = {"config": options.config} | checkpoints.fields(config, FREE)
+    now |= {f"rewind.py --{name}": getattr(options, name) for name in names}
     path = options.workdir / "config.json"
     saved = checkpoints.read_json(path)
     if saved is not None:
@@ -208,6 +210,8 @@ def run_seed(options: argparse.Namespace, config: Config) -> None:
     experiment = build(config, lambda setting: jaxprune.fixed_mask_transform())
     steps = experiment.steps
     early, to = (round(part * steps) for part in (options.rewind_to, options.schedule_to))
+    if max(early, to) >= steps:
+        raise ValueError(f"--rewind-to or --schedule-to leaves none of the {steps} steps to train")
     finished = [checkpoints.read_json(p)["steps"] for p in workdir.glob("**/round.json")]
     total = round(trainings(options) * steps)
     with show_progress(f"seed {config.seed}", total, sum(finished)) as show:

@@ -154,7 +154,7 @@ def test_other_configurations_are_refused_and_listed():
     message = str(error.value)
     for part in ("runs/a", "seed: 0 there, 1 now", "sparsity: 0.72 there, 0.9 now", "flip"):
         assert part in message
-    assert "Use another --workdir, the same options" in message
+    assert "Go on with the same options, use another workdir" in message
 
 
 def test_second_signal_acts_as_usual():

@@ -12,7 +12,7 @@ from flax import nnx
 from reference import keep_count, largest
 
 import jaxprune
-from jaxprune import budgets, scores
+from jaxprune import budgets, scores, training
 
 PARAMS = {
     "conv": {"kernel": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)},
@@ -200,6 +200,27 @@ def test_masks_of_prune_fit_and_the_next_update_zeroes():
     assert update._cache_size() == 1, "new masks must not compile anything"
 
 
+def test_masks_are_matched_by_path_and_copied():
+    state = jaxprune.fixed_mask_transform().init(PARAMS)
+    mine = {name: PARAMS[name] for name in ("dense", "bias", "conv")}  # in another order
+    masks = jax.tree.map(_pattern, mine) | {"bias": True}
+    changed = jaxprune.set_masks(state, masks)
+    found = jaxprune.get_masks(changed)
+    for mask, p in zip(_kernels(found), _kernels(PARAMS), strict=True):
+        np.testing.assert_array_equal(mask, _pattern(p))
+    jax.jit(lambda s: s, donate_argnums=0)(changed)
+    assert masks["conv"]["kernel"].any(), "the caller's masks were donated"
+
+
+def test_set_masks_keeps_devices():
+    mesh = training.make_mesh()
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put(jaxprune.fixed_mask_transform().init(PARAMS), whole)
+    masks = jax.tree.map(_pattern, PARAMS) | {"bias": True}
+    changed = jaxprune.set_masks(state, masks)
+    assert {mask.sharding for mask in jax.tree.leaves(changed.masks)} == {whole}
+
+
 def test_set_masks_in_nnx():
     model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     tx = jaxprune.chain(optax.sgd(0.1), jaxprune.fixed_mask_transform())
@@ -212,7 +233,8 @@ def test_set_masks_in_nnx():
 
 def test_set_masks_names_every_misfit():
     state = jaxprune.fixed_mask_transform().init(PARAMS)
-    masks = {"conv": {"kernel": jnp.ones((3, 4), bool)}, "bias": jnp.zeros(7, bool), "new": True}
+    off = jnp.zeros(7, bool).at[0].set(True)
+    masks = {"conv": {"kernel": jnp.ones((3, 4), bool)}, "bias": off, "new": True}
     with pytest.raises(ValueError, match="`masks` must be of the model") as error:
         jaxprune.set_masks(state, masks)
     for line in (
@@ -222,6 +244,9 @@ def test_set_masks_names_every_misfit():
         "new: a mask without a leaf",
     ):
         assert line in str(error.value)
+    numbers = jax.tree.map(jnp.ones_like, PARAMS)
+    with pytest.raises(ValueError, match="conv/kernel: float32, must be bool"):
+        jaxprune.set_masks(state, numbers)
     with pytest.raises(ValueError, match="holds no masks"):
         jaxprune.set_masks(optax.sgd(0.1).init(PARAMS), masks)
 

@@ -1,9 +1,11 @@
 """Rewinding drivers on a toy training: what each restores, resuming after a kill, bad input."""
 
+import collections
 import dataclasses
 import functools
 import json
 import shutil
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune
-from jaxprune import budgets, checkpoints, models, patterns, rewinding, scores, trees
+from jaxprune import budgets, checkpoints, models, patterns, rewinding, scores, training, trees
 from jaxprune.rewinding import Guard, Recipe, Task
 
 STEPS, EARLY = 10, 3
@@ -193,6 +195,7 @@ def test_only_the_schedule_is_set():
     for _ in range(3):
         _, state = tx.update(params, state, params)
     rewound = rewinding.set_step(state, 1)
+    assert rewinding.steps_of(state) == [3] and rewinding.steps_of(rewound) == [1]
     changed = [
         path
         for (path, a), (_, b) in zip(
@@ -202,6 +205,18 @@ def test_only_the_schedule_is_set():
     ]
     assert changed == ["0/1/count"], "Adam's count belongs to its moments"
     assert jax.tree.map(jnp.result_type, rewound) == jax.tree.map(jnp.result_type, state)
+
+
+def test_all_schedules_are_set():
+    adamw = optax.adamw(SCHEDULES["cosine"], weight_decay=SCHEDULES["warm-up"])
+    parts = {"a": adamw, "b": optax.sgd(SCHEDULES["piecewise"])}
+    tx = optax.partition(parts, {"one": "a", "two": "b"})
+    params = {"one": jnp.ones((2, 2)), "two": jnp.ones((2, 2))}
+    state = tx.init(params)
+    _, state = jax.jit(tx.update)(params, state, params)
+    rewound = rewinding.set_step(state, 7)
+    assert rewinding.steps_of(rewound) == [7, 7, 7]
+    assert jax.tree.map(jax.typeof, rewound) == jax.tree.map(jax.typeof, state)
 
 
 def test_a_schedule_inside_of_accumulation_is_set():
@@ -464,8 +479,10 @@ def test_a_killed_run_ends_with_the_same_bits(driver, tmp_path):
         whole.task, tmp_path / "whole", DENSITIES[:2], on_round=whole.on_round, **more
     )
     assert len(whole.calls) > 6, "no kill inside of a round"
+    assert len(whole.trained) == 3
 
-    for kill_at in range(1, 2 * len(whole.calls) + 1):
+    stride = 1 if driver == "rewind_weights" else 4
+    for kill_at in range(1, 2 * len(whole.calls) + 1, stride):
         toy = Toy()
         count = [0]
 
@@ -489,6 +506,7 @@ def test_a_killed_run_ends_with_the_same_bits(driver, tmp_path):
                 continue
         assert found == [one._replace(checkpoint_bytes=f.checkpoint_bytes)
                          for one, f in zip(expected, found, strict=True)]  # fmt: skip
+        assert toy.trained.keys() == whole.trained.keys()  # no result without its hook
         for key, state in toy.trained.items():
             assert same(state, whole.trained[key]), (kill_at, key)
         shutil.rmtree(folder)
@@ -530,6 +548,13 @@ def test_the_guard_can_rewind_weights(tmp_path):
     long, short = STEPS, STEPS - EARLY
     assert [one.total_steps for one in rounds] == [long, 2 * long + short, 2 * long + 2 * short]
     assert [bool(one.note) for one in rounds] == [False, True, False]
+    first = "rewind_learning_rate/round-1-density-0.8"
+    assert stages(tmp_path) == {
+        "dense": [EARLY, STEPS],
+        first: [],
+        f"{first}-weights-{EARLY}": [],
+        f"rewind_learning_rate/round-2-density-0.64-weights-{EARLY}": [STEPS],
+    }
     masked = jaxprune.apply_masks(dense_at(toy, EARLY).params, masks_of(toy.begun[2, EARLY]))
     assert same(toy.begun[2, EARLY].params, masked)
     with pytest.warns(UserWarning, match="lost"):
@@ -537,10 +562,201 @@ def test_the_guard_can_rewind_weights(tmp_path):
     assert again == rounds
 
 
+class Falling(Toy):
+    """Its score is what is left, in 64ths: exact numbers."""
+
+    def evaluate(self, state):
+        kept = sum(int(masks_of(state)[name]["kernel"].sum()) for name in ("first", "last"))
+        return kept / 64
+
+
+@pytest.mark.parametrize(
+    ("guard", "harmed"),
+    [
+        (Guard(margin=44 / 64), []),  # a loss of exactly the margin is none
+        (Guard(margin=43.9 / 64), [2]),
+        (Guard(margin=21 / 64, density=0.75), [1]),  # the density counts itself
+        (Guard(margin=23 / 64, density=0.5), [2]),  # against the dense network, not the last
+        (Guard(margin=0, density=0.51), [1]),  # what was asked for, not what rounding made of it
+    ],
+)
+def test_what_counts_as_harm(guard, harmed, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rounds = rewinding.rewind_learning_rate(
+            Falling().task, tmp_path, [0.75, 0.5, 0.25], guard=guard
+        )
+    assert [one.number for one in rounds if one.note] == harmed
+    assert {warning.filename for warning in caught} <= {__file__}
+    assert len(caught) == len(harmed)
+
+
+def test_rewound_weights_are_not_harmed_again(tmp_path):
+    guard = Guard(margin=0.1, density=0.1, weights_from=EARLY)
+    with pytest.warns(UserWarning, match="lost") as caught:
+        rounds = rewinding.rewind_learning_rate(
+            Falling().task, tmp_path, [0.75, 0.5, 0.25], guard=guard
+        )
+    assert len(caught) == 1 and [bool(one.note) for one in rounds] == [False, True, False, False]
+
+
+def test_a_guard_can_be_given_to_an_existing_run(tmp_path):
+    silent = rewinding.rewind_learning_rate(Bad().task, tmp_path, DENSITIES[:2], guard=None)
+    with pytest.warns(UserWarning, match="are rewound to step 0"):
+        rounds = rewinding.rewind_learning_rate(
+            Bad().task, tmp_path, DENSITIES[:2], guard=Guard(weights_from=0)
+        )
+    assert rounds[1].total_steps == silent[1].total_steps + STEPS
+    # The old rounds can still be added to.
+    more = rewinding.rewind_learning_rate(Bad().task, tmp_path, DENSITIES, guard=None)
+    assert more[: len(silent)] == silent
+
+
 @pytest.mark.parametrize("guard", [None, Guard(margin=0.9), Guard(density=0.9)])
 def test_the_guard_is_silent_where_nothing_is_wrong(guard, tmp_path):
     rounds = rewinding.rewind_learning_rate(Bad().task, tmp_path, DENSITIES[:1], guard=guard)
     assert rounds[1].note == ""
+
+
+# ---- what a folder stands for
+
+
+def test_an_early_checkpoint_outlives_another_driver(tmp_path):
+    toy = Toy()
+
+    def killed(state, start, stop, number):
+        if start == 5:
+            raise Killed
+        return toy.train(state, start, stop, number)
+
+    options = {"save_every": 5}
+    with pytest.raises(Killed):
+        task = toy.task._replace(train=killed)
+        rewinding.rewind_weights(task, tmp_path, [0.5], to=EARLY, **options)
+    rewinding.fine_tune(toy.task, tmp_path, [0.5], **options)
+    found = rewinding.rewind_weights(toy.task, tmp_path, [0.5], to=EARLY, **options)
+    fresh = rewinding.rewind_weights(Toy().task, tmp_path / "b", [0.5], to=EARLY, **options)
+    assert found[-1].score == fresh[-1].score
+
+
+def test_a_step_that_a_stopped_training_went_past(tmp_path):
+    toy = Toy()
+
+    def killed(state, start, stop, number):
+        if start == 5:
+            raise Killed
+        return toy.train(state, start, stop, number)
+
+    with pytest.raises(Killed):
+        rewinding.train_dense(toy.task._replace(train=killed), tmp_path, save_every=5)
+    call = functools.partial(rewinding.rewind_weights, densities=[0.5], to=EARLY)
+    refused(f"no checkpoint of step {EARLY}", tmp_path, lambda *a: call(*a))
+
+
+@pytest.mark.parametrize("change", ["seed", "rule", "earlier density", "lambda"])
+def test_rounds_of_another_rule_are_refused(change, tmp_path):
+    calls = {
+        "seed": [
+            lambda *a: rewinding.random_masks(*a, [0.5], seed=0),
+            lambda *a: rewinding.random_masks(*a, [0.5], seed=1),
+        ],
+        "rule": [
+            lambda *a: rewinding.fine_tune(*a, [0.5]),
+            lambda *a: rewinding.fine_tune(
+                *a, [0.5], prune=functools.partial(jaxprune.prune, budget=budgets.uniform)
+            ),
+        ],
+        "earlier density": [
+            lambda *a: rewinding.fine_tune(*a, [0.8, 0.5]),
+            lambda *a: rewinding.fine_tune(*a, [0.7, 0.5], iterative=True),
+        ],
+        "lambda": [
+            lambda *a: rewinding.fine_tune(*a, [0.5], prune=floor(0.1)),
+            lambda *a: rewinding.fine_tune(*a, [0.5], prune=floor(0.2)),
+        ],
+    }[change]
+    calls[0](Toy().task, tmp_path)
+    if change == "earlier density":  # another folder for round 1, the same for round 2
+        with pytest.raises(ValueError, match="another configuration"):
+            calls[1](Toy().task, tmp_path)
+    else:
+        refused("another configuration", tmp_path, calls[1])
+    calls[0](Toy().task, tmp_path)
+
+
+def floor(share):
+    rule = budgets.global_budget(share)
+    return lambda params, sparsity, *, masks: jaxprune.prune(
+        params, sparsity, budget=rule, masks=masks
+    )
+
+
+def test_weights_that_pruning_changed_are_used(tmp_path):
+    def prune(params, sparsity, *, masks):
+        pruned, masks = rewinding.prune_globally(params, sparsity, masks=masks)
+        return jax.tree.map(lambda leaf: 2 * leaf, pruned), masks
+
+    toy = Toy()
+    rewinding.fine_tune(toy.task, tmp_path, [0.5], prune=prune, on_round=toy.on_round)
+    expected, _ = rewinding.prune_globally(toy.trained["dense", 0].params, 0.5)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, expected)
+    assert same(toy.begun[1, STEPS].params, doubled)
+
+
+# ---- devices and types
+
+
+def test_states_keep_their_shardings_and_their_freedom(tmp_path):
+    mesh = training.make_mesh()
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    class Sharded(Toy):
+        def init(self, number):
+            state = super().init(number)
+            place = functools.partial(jax.device_put, device=whole)
+            params = jax.tree.map(place, state.params)
+            params["last"]["kernel"] = jax.device_put(params["last"]["kernel"], spread)
+            statistics = jax.device_put(state.statistics, spread)
+            return State(params, statistics, jax.tree.map(place, self.tx.init(params)))
+
+        def train(self, state, start, stop, number):
+            assert state.params["last"]["kernel"].sharding == spread
+            assert state.statistics.sharding == spread
+            return super().train(state, start, stop, number)
+
+    toy = Sharded()
+    rewinding.rewind_weights(toy.task, tmp_path, DENSITIES[:2], to=EARLY)
+
+    class Free(Toy):
+        def train(self, state, start, stop, number):
+            assert not any(leaf.committed for leaf in jax.tree.leaves(state))
+            jax.jit(jnp.sum)(jax.device_put(jnp.ones(8), spread) * state.statistics)
+            return super().train(state, start, stop, number)
+
+    rewinding.rewind_weights(Free().task, tmp_path / "free", DENSITIES[:2], to=EARLY)
+
+
+def test_weak_types_and_python_numbers_do_not_change_a_resumed_run(tmp_path):
+    scores = []
+    for every in (2, STEPS):
+        toy = Toy(make_state=dict)
+        init, seen = toy.init, []
+
+        def with_extras(number, init=init):
+            return init(number) | {"weak": jnp.asarray(1.1), "python": 3}
+
+        def train(state, start, stop, number, toy=toy, seen=seen):
+            seen.append(jnp.result_type(state["weak"] * jnp.ones((), jnp.bfloat16)))
+            extras = {name: state[name] for name in ("weak", "python")}
+            own = {name: leaf for name, leaf in state.items() if name not in extras}
+            return toy.train(own, start, stop, number) | extras
+
+        task = toy.task._replace(init=with_extras, train=train)
+        rounds = rewinding.fine_tune(task, tmp_path / str(every), [0.5], save_every=every)
+        scores.append([one.score for one in rounds])
+        assert set(seen) == {jnp.dtype("float32")}
+    assert scores[0] == scores[1]
 
 
 # ---- states of other loops
@@ -563,10 +779,11 @@ class DataState:
 
 
 def flax_state(**named):
-    return OtherFlaxState(step=jnp.zeros((), jnp.int32), apply_fn=len, tx=optax.sgd(1), **named)
+    # As `TrainState.create` makes it: the step is a Python integer.
+    return OtherFlaxState(step=0, apply_fn=len, tx=optax.sgd(1), **named)
 
 
-@pytest.mark.parametrize("make_state", [dict, DataState, flax_state])
+@pytest.mark.parametrize("make_state", [dict, DataState, flax_state, collections.OrderedDict])
 def test_any_state_with_the_two_fields(make_state, tmp_path):
     expected = rewinding.rewind_weights(Toy().task, tmp_path / "a", DENSITIES[:2], to=EARLY)
     toy = Toy(make_state=make_state)
@@ -577,11 +794,12 @@ def test_any_state_with_the_two_fields(make_state, tmp_path):
 # ---- bad input
 
 
-def refused(message, tmp_path, call, calls_made=0, toy=None):
+def refused(message, tmp_path, call, toy=None, kind=ValueError):
+    """The error of a call, which has trained nothing."""
     toy = toy or Toy()
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(kind, match=message) as error:
         call(toy.task, tmp_path)
-    assert len(toy.calls) == calls_made
+    assert not toy.calls
     return str(error.value)
 
 
@@ -612,6 +830,91 @@ def test_a_step_beyond_the_training(driver, to, tmp_path):
     refused(f"has {STEPS} steps", tmp_path, lambda *a: call(*a, [0.5], to=to))
 
 
+@pytest.mark.parametrize("to", [0.3, True, "2", None])
+@pytest.mark.parametrize("driver", ["rewind_weights", "rewind_learning_rate", "retrain_dense"])
+def test_a_step_that_is_no_number(driver, to, tmp_path):
+    call, rounds = getattr(rewinding, driver), 1 if driver == "retrain_dense" else [0.5]
+    refused("must be a number of steps", tmp_path, lambda *a: call(*a, rounds, to=to))
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path):
+    toy = Toy()
+    task = toy.task._replace(steps=np.int64(STEPS))
+    found = rewinding.rewind_weights(
+        task, tmp_path, np.array([0.5, 0.25], np.float32), to=np.int32(EARLY)
+    )
+    again = rewinding.rewind_weights(Toy().task, tmp_path, [0.5, 0.25], to=EARLY)
+    assert found == again
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe("train", 0, 5), Recipe(STEPS + 1, 0, 5), Recipe(0, 0, 2.5)]
+)
+def test_recipes_that_mean_nothing(recipe, tmp_path):
+    message = "must be a number of steps|it has no such step"
+    refused(message, tmp_path, lambda *a: rewinding.retrain(*a, recipe, [0.5]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_evry": 2}, "unexpected keyword `save_evry`; did you mean `save_every`"),
+        ({"to": 3}, "unexpected keyword `to`; there are name"),
+        ({"save_every": 0}, "`save_every` must be at least 1, but is 0"),
+        ({"save_every": -5}, "`save_every` must be at least 1, but is -5"),
+        ({"name": "dense"}, "`name` must be that of a folder, other than `dense`"),
+        ({"name": "a/b"}, "`name` must be that of a folder"),
+        ({"name": ""}, "`name` must be that of a folder"),
+    ],
+)
+def test_bad_options(options, message, tmp_path):
+    kind = TypeError if "unexpected" in message else ValueError
+    call = functools.partial(rewinding.fine_tune, densities=[0.5], **options)
+    refused(message, tmp_path, lambda *a: call(*a), kind=kind)
+
+
+def test_retraining_the_dense_network_needs_a_round(tmp_path):
+    refused("`rounds` must be at least 1", tmp_path, lambda *a: rewinding.retrain_dense(*a, 0))
+
+
+def test_the_dense_control_goes_back_to_where_it_is_told(tmp_path):
+    toy = Toy()
+    rewinding.retrain_dense(toy.task, tmp_path, 1, to=EARLY)
+    assert toy.calls[-1] == (1, EARLY, STEPS)
+
+
+def test_accumulated_steps_must_be_counted_as_updates(tmp_path):
+    schedule = rewinding.hold(SCHEDULES["cosine"], STEPS)
+    tx = optax.chain(optax.MultiSteps(optax.sgd(schedule), 2), jaxprune.fixed_mask_transform())
+    with pytest.raises(ValueError, match="the schedule stands at step 1 after it"):
+        rewinding.rewind_weights(Toy(tx=tx).task, tmp_path, [0.5], to=EARLY)
+
+
+def test_an_optimizer_that_prunes_by_itself(tmp_path):
+    prune = jaxprune.magnitude_transform(0.9, start=0, stop=5, every=1)
+    toy = Toy(tx=optimizer(rewinding.hold(SCHEDULES["cosine"], STEPS), prune))
+    with pytest.raises(ValueError, match="the dense training has pruned"):
+        rewinding.fine_tune(toy.task, tmp_path, [0.5])
+
+
+def test_a_mask_for_a_leaf_that_the_optimizer_does_not_prune(tmp_path):
+    mask = jaxprune.fixed_mask_transform(prunable=lambda path, leaf: path == "first/kernel")
+    toy = Toy(tx=optimizer(rewinding.hold(SCHEDULES["cosine"], STEPS), mask))
+    text = refused("masks", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5]), toy)
+    assert "last/kernel: pruned, but the optimizer does not prune it" in text
+
+
+def test_a_schedule_that_starts_again_after_its_end(tmp_path):
+    cycles = optax.join_schedules([SCHEDULES["cosine"]] * 2, [STEPS])
+    task = Toy().task._replace(schedule=cycles)
+    with pytest.raises(ValueError, match="at step 10"):
+        rewinding.fine_tune(task, tmp_path, [0.5])
+    # Rewinding does not go there.
+    tx = optimizer(SCHEDULES["cosine"])
+    unheld = Toy(tx=tx).task._replace(schedule=SCHEDULES["cosine"])
+    rewinding.rewind_learning_rate(unheld, tmp_path, [0.5], guard=None)
+
+
 def test_a_guard_beyond_the_training(tmp_path):
     guard = Guard(weights_from=STEPS + 1)
     call = rewinding.rewind_learning_rate
@@ -640,21 +943,19 @@ def test_a_schedule_that_moves_after_its_end(tmp_path):
 
 def test_an_optimizer_that_cannot_be_rewound(tmp_path):
     toy = Toy(tx=optimizer(0.1))
-    refused("nothing to rewind", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5]), 1, toy)
+    refused("nothing to rewind", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5]), toy=toy)
 
 
 def test_an_optimizer_without_masks(tmp_path):
     toy = Toy(tx=optimizer(SCHEDULES["cosine"], optax.identity()))
-    refused("holds no masks", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5]), 1, toy)
+    refused("holds no masks", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5]), toy=toy)
 
 
 def test_masks_of_another_model(tmp_path):
     def prune(params, sparsity, *, masks):
         return params, {"other": jnp.ones((2, 2), bool)}
 
-    text = refused(
-        "masks", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5], prune=prune), calls_made=1
-    )
+    text = refused("masks", tmp_path, lambda *a: rewinding.fine_tune(*a, [0.5], prune=prune))
     assert "other: a mask without a leaf" in text and "first/kernel: no mask" in text
 
 
@@ -701,7 +1002,7 @@ def test_a_training_that_diverges_keeps_what_was_there(tmp_path):
         return state
 
     task = toy.task._replace(train=train)
-    with pytest.raises(ValueError, match="not finite after step 8; lower the learning rate"):
+    with pytest.raises(ValueError, match="4 to 8: the parameters are not finite; lower the"):
         rewinding.rewind_learning_rate(task, tmp_path, [0.5], save_every=4)
     found = rewinding.rewind_learning_rate(toy.task, tmp_path, [0.5], save_every=4)
     expected = rewinding.rewind_learning_rate(Toy().task, tmp_path / "b", [0.5], save_every=4)
@@ -725,5 +1026,6 @@ def test_results_are_json(tmp_path):
     done = rewinding.train_dense(Toy().task, tmp_path)
     assert json.loads((tmp_path / "dense" / "round.json").read_text()) == done._asdict()
     assert checkpoints.read_json(tmp_path / "dense" / "stage.json") == {
-        "history": [[1.0, ["new", 0, STEPS]]]
+        "history": [f"dense training of {STEPS} steps"],
+        "keep": [],
     }

@@ -19,8 +19,9 @@ from jaxprune.rewinding._drivers import (
     rewind_learning_rate,
     rewind_weights,
 )
-from jaxprune.rewinding._rounds import Options, Prune, retrain, train_dense
-from jaxprune.rewinding._steps import hold, set_step
+from jaxprune.rewinding._rounds import retrain, train_dense
+from jaxprune.rewinding._stages import Options, Prune
+from jaxprune.rewinding._steps import hold, set_step, steps_of
 from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, densities, prune_globally
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "rewind_learning_rate",
     "rewind_weights",
     "set_step",
+    "steps_of",
     "train_dense",
 ]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Unpack
 
 from jaxprune import budgets, masks, scores
-from jaxprune.rewinding._rounds import Options, retrain, rewound, run_rounds
-from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task
+from jaxprune.rewinding._rounds import retrain, rewound, run_rounds
+from jaxprune.rewinding._stages import Options
+from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, keep_all, whole
 
 _GUARD = Guard()
 
@@ -83,7 +84,7 @@ def rewind_learning_rate(
         [1.0, 0.5, 0.25]
     """
     options.setdefault("name", "rewind_learning_rate")
-    recipe = Recipe("trained", to, task.steps - to)
+    recipe = _rate_rewound(task, to)
     return retrain(task, workdir, recipe, densities, guard=guard, **options)
 
 
@@ -123,7 +124,7 @@ def rewind_weights(
         [20, 38, 56]
     """
     options.setdefault("name", "rewind_weights")
-    return retrain(task, workdir, rewound(task, to), densities, **options)
+    return retrain(task, workdir, rewound(task, whole("to", to)), densities, **options)
 
 
 def lottery_ticket(
@@ -222,7 +223,7 @@ def random_masks(
     options.setdefault("name", "random_masks")
     rule = {"score": scores.random(seed), "budget": budgets.global_budget(0)}
     options.setdefault("prune", functools.partial(masks.prune, **rule))
-    return retrain(task, workdir, Recipe("trained", to, task.steps - to), densities, **options)
+    return retrain(task, workdir, _rate_rewound(task, to), densities, **options)
 
 
 def retrain_dense(
@@ -254,6 +255,13 @@ def retrain_dense(
         [1.0, 1.0, 1.0]
     """
     options.setdefault("name", "retrain_dense")
-    options["prune"] = lambda params, sparsity, *, masks: (params, masks)
-    recipe = Recipe("trained", to, task.steps - to)
+    if whole("rounds", rounds) < 1:
+        raise ValueError(f"`rounds` must be at least 1, but is {rounds}.")
+    options["prune"] = keep_all
+    recipe = _rate_rewound(task, to)
     return run_rounds(task, workdir, recipe, [1.0] * rounds, **options)
+
+
+def _rate_rewound(task: Task, to: int) -> Recipe:
+    """Trained weights, the schedule from a step to its end."""
+    return Recipe("trained", to, task.steps - whole("to", to))

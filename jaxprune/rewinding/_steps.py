@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import optax
 
 # States whose `count` is the step of a schedule: of `scale_by_schedule`, which every Optax
-# optimizer uses for its learning rate, and of `inject_hyperparams`. The counts of Adam and its kin
-# belong to their moments, which rewinding keeps: set back, they would scale the moments up.
-_SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState")
+# optimizer uses for its learning rate, of `inject_hyperparams`, and of scheduled weight decay. The
+# counts of Adam and its kin belong to their moments, which rewinding keeps: set back, they would
+# scale the moments up.
+_SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState", "WeightDecaySchedule")
 
 
 def set_step(opt_state: Any, step: int) -> Any:
     """Puts the learning-rate schedule of an optimizer to a step; nothing else changes.
 
-    Every schedule in the state is set, wherever it sits: in a chain, in `inject_hyperparams`,
-    behind `optax.masked`, `optax.partition` or `optax.MultiSteps` (there, a step is one that
-    reaches the schedule).
+    Every schedule of Optax is set, wherever it sits: in a chain, in `inject_hyperparams`, behind
+    `optax.masked`, `optax.partition` or `optax.MultiSteps` (there, a step is one that reaches the
+    schedule). Optimizers of `optax.contrib` that count on their own are not known here.
 
     Args:
         opt_state: state of an Optax optimizer whose learning rate is a schedule.
@@ -39,13 +40,10 @@ def set_step(opt_state: Any, step: int) -> Any:
     """
     if step < 0:
         raise ValueError(f"`step` must be at least 0, but is {step}.")
-    found = [
-        node for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule) if _is_schedule(node)
-    ]
-    if not found:
+    if not steps_of(opt_state):
         raise ValueError(
-            "`opt_state` holds no step of a learning-rate schedule, so there is nothing to rewind: "
-            "the optimizer's learning rate is a constant. Give it a schedule, for example "
+            "`opt_state` holds no step of a learning-rate schedule, so there is nothing to rewind. "
+            "Where the learning rate is a constant, give the optimizer a schedule, for example "
             "`optax.sgd(optax.piecewise_constant_schedule(0.1, {300: 0.1}))`."
         )
 
@@ -55,6 +53,23 @@ def set_step(opt_state: Any, step: int) -> Any:
         return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
 
     return jax.tree.map(at_step, opt_state, is_leaf=_is_schedule)
+
+
+def steps_of(opt_state: Any) -> list[int]:
+    """The steps at which the schedules of an optimizer state stand.
+
+    Args:
+        opt_state: state of an Optax optimizer.
+
+    Returns:
+        One for each schedule; empty if there is none.
+
+    Example:
+        >>> steps_of(optax.sgd(optax.linear_schedule(1.0, 0.0, 10)).init({}))
+        [0]
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+    return [int(node.count) for node in nodes if _is_schedule(node)]
 
 
 def hold(schedule: optax.Schedule, steps: int) -> optax.Schedule:

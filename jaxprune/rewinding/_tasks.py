@@ -1,6 +1,9 @@
 """What the drivers need of a training, and what they say of each round."""
 
+import contextlib
+import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +17,8 @@ from jaxprune.masks import prune
 
 class Task(NamedTuple):
     """A training as functions, of any model and any loop.
+
+    One step of `train` is one step of the schedule (behind `optax.MultiSteps`, one update).
 
     A state is a pytree with the fields `params` and `opt_state`: a NamedTuple such as
     `training.TrainState`, a dataclass such as Flax's `TrainState`, or a dict. The optimizer has a
@@ -67,7 +72,8 @@ class Guard(NamedTuple):
         0.5
     """
 
-    margin: float = 0.01  # a larger loss against the dense network is reported ...
+    # In units of `Task.evaluate`: a larger loss against the dense network is reported ...
+    margin: float = 0.01
     density: float = 0.5  # ... in rounds of at least this density
     weights_from: int | None = None  # None: go on; a step: rewind the weights to it from there on
 
@@ -133,6 +139,12 @@ def prune_globally(params: Any, sparsity: float, *, masks: Any = None) -> tuple[
     return prune(params, sparsity, budget=budgets.global_budget(0), masks=masks)
 
 
+def keep_all(params: Any, sparsity: float, *, masks: Any) -> tuple[Any, Any]:
+    """Prunes nothing."""
+    del sparsity
+    return params, masks
+
+
 def get(state: Any, name: str) -> Any:
     """A field of a state."""
     if isinstance(state, Mapping) and name in state:
@@ -148,40 +160,59 @@ def get(state: Any, name: str) -> Any:
 
 def replace(state: Any, **fields: Any) -> Any:
     """The state with other fields."""
+    if isinstance(state, dict):
+        replaced = copy.copy(state)  # of the same kind and in the same order
+        replaced.update(fields)
+        return replaced
     if isinstance(state, Mapping):
-        return {**state, **fields}
+        make: Any = type(state)
+        return make({**state, **fields})
     if hasattr(state, "_replace"):
         return state._replace(**fields)
     return dataclasses.replace(state, **fields)
 
 
-def check_recipe(task: Task, recipe: Recipe) -> None:
-    """Refuses what cannot be trained, before anything is."""
-    end, start = task.steps, recipe.schedule_from
+def checked_recipe(task: Task, recipe: Recipe) -> Recipe:
+    """The recipe in Python integers; refuses what cannot be trained, before anything is."""
+    source, end = recipe.weights_from, operator.index(task.steps)
+    if source not in ("trained", "new"):
+        source = whole("weights_from", source)
+    start, steps = whole("schedule_from", recipe.schedule_from), whole("steps", recipe.steps)
     problems = []
-    if isinstance(recipe.weights_from, int) and not 0 <= recipe.weights_from <= end:
-        problems.append(f"weights from step {recipe.weights_from}: it has no such step")
+    if isinstance(source, int) and not 0 <= source <= end:
+        problems.append(f"weights from step {source}: it has no such step")
     if not 0 <= start <= end:
         problems.append(f"schedule from step {start}: it has no such step")
-    if recipe.steps < 1:
-        problems.append(f"training for {recipe.steps} steps: must be at least 1")
+    if steps < 1:
+        problems.append(f"training for {steps} steps: must be at least 1")
     trees.raise_for(problems, f"the dense training has {end} steps, and this does not fit it:")
-    last = start + recipe.steps - 1
-    rates = [jnp.asarray(task.schedule(step)).item() for step in (end - 1, max(last, end - 1))]
-    if rates[0] != rates[1]:
-        raise ValueError(
-            f"training goes on to step {last}, past the {end} steps of the schedule, where its "
-            f"rate must stay {rates[0]:g} but is {rates[1]:g}. Build the optimizer and the task "
-            "with `rewinding.hold(schedule, steps)`."
-        )
+    last, beyond = jnp.asarray(task.schedule(end - 1)).item(), start + steps - 1
+    for step in sorted({end, (end + beyond) // 2, beyond}):
+        rate = jnp.asarray(task.schedule(step)).item()
+        if beyond >= step >= end and rate != last:
+            raise ValueError(
+                f"training goes on to step {beyond}, past the {end} steps of the schedule, where "
+                f"its rate must stay {last:g} but is {rate:g} at step {step}. Build the optimizer "
+                "and the task with `rewinding.hold(schedule, steps)`."
+            )
+    return Recipe(source, start, steps)
+
+
+def whole(name: str, value: Any) -> int:
+    """A number of steps; refuses fractions and what is no number."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise ValueError(f"`{name}` must be a number of steps, but is {value!r}.")
 
 
 def check_densities(densities: Sequence[float]) -> None:
     """Refuses densities that do not fall."""
-    falling = all(a > b for a, b in zip([1.0, *densities], densities, strict=False))
-    if not (densities and falling and densities[-1] > 0):
+    targets = [float(density) for density in densities]
+    falling = all(a > b for a, b in zip([1.0, *targets], targets, strict=False))
+    if not (targets and falling and targets[-1] > 0):
         raise ValueError(
-            f"`densities` must fall from below 1 to above 0, but are {list(densities)}. "
+            f"`densities` must fall from below 1 to above 0, but are {targets}. "
             "`rewinding.densities` gives those of the usual rounds."
         )
 

@@ -1,0 +1,263 @@
+"""One training on disk: begun, resumed, finished, read.
+
+Each training is a stage with a folder of its own:
+
+    stage.json      what led to it; a folder with another history is refused
+    checkpoints/    the newest one, and those that later stages need
+    round.json      the result; a stage that has it is skipped
+"""
+
+import contextlib
+import functools
+import math
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import checkpoints, stats
+from jaxprune.masks import apply_masks, get_masks, set_masks
+from jaxprune.rewinding import _tasks
+from jaxprune.rewinding._steps import set_step, steps_of
+from jaxprune.rewinding._tasks import Recipe, Round, Task, get, replace
+
+
+class Prune(Protocol):
+    """What prunes between two rounds: `jaxprune.prune` with some arguments given.
+
+    Example:
+        >>> import functools
+        >>> import jaxprune
+        >>> prune: Prune = functools.partial(jaxprune.prune, budget=jaxprune.budgets.uniform)
+    """
+
+    def __call__(self, params: Any, sparsity: float, *, masks: Any) -> tuple[Any, Any]:
+        """The pruned parameters and their masks; what `masks` prunes stays pruned."""
+        ...
+
+
+class Options(TypedDict, total=False):
+    """Keywords that all drivers share.
+
+    Example:
+        >>> options: Options = {"iterative": False, "save_every": 500}
+    """
+
+    name: str  # folder in the workdir and `Round.method`; default the name of the driver
+    iterative: bool  # True: each round prunes the one before it; False: the dense network
+    prune: Prune  # default global magnitude; give it the `prunable` of `fixed_mask_transform`
+    save_every: int  # steps between two checkpoints of a training, default 1000
+    on_round: Callable[[Round, Any], None]  # gets each trained network, before it counts as done
+
+
+class Stage(NamedTuple):
+    """The training of one network.
+
+    Example:
+        >>> dense = Stage(Path("runs/dense"), 0, 1.0, Recipe("new", 0, 600), None, None)
+        >>> dense.recipe.steps
+        600
+    """
+
+    folder: Path
+    number: int  # 0 is the dense training
+    density: float
+    recipe: Recipe
+    before: "Stage | None"  # whose network is pruned; None for the dense training
+    prune: Prune | None  # None for the dense training
+
+
+def run(
+    task: Task, stage: Stage, total_steps: int, options: Options, keep: Collection[int] = ()
+) -> Round:
+    """The result of a stage: read from its folder, or trained from its newest checkpoint on."""
+    folder, recipe = stage.folder, stage.recipe
+    record = {"history": history(stage)}
+    saved = checkpoints.read_json(folder / "stage.json")
+    if saved is None:
+        checkpoints.check_writable(folder)
+    else:
+        checkpoints.check_config(saved, record, str(folder))
+    keep = sorted({*keep, *(saved or {}).get("keep", [])})
+    checkpoints.write_json(folder / "stage.json", record | {"keep": keep})
+    if (result := checkpoints.read_json(folder / "round.json")) is not None:
+        return Round(**result)
+
+    like = task.init(0)
+    opened = checkpoints.open_manager(folder / "checkpoints", keep=1, always=keep)
+    with contextlib.closing(opened) as manager:
+        step, stop = manager.latest_step(), recipe.schedule_from + recipe.steps
+        if step is None:
+            step = recipe.schedule_from
+            state = _placed(_begin(task, stage, like), like)
+        else:
+            state, _ = checkpoints.restore(manager, _abstract(like), step)
+            state = _placed(state, like)
+        every = options.get("save_every", 1000)
+        while step < stop:
+            due = min([stop, (step // every + 1) * every, *(k for k in keep if k > step)])
+            state = task.train(state, step, due, stage.number)
+            _check_trained(stage, state, step, due)
+            checkpoints.save(manager, due, state, {})
+            step = due
+    done = Round(
+        method=options.get("name", "dense") if stage.before else "dense",
+        number=stage.number,
+        density=_tasks.density_of(get_masks(get(state, "opt_state"))),
+        score=float(task.evaluate(state)),
+        steps=recipe.steps,
+        total_steps=total_steps,
+        checkpoint_bytes=_bytes(folder / "checkpoints"),
+    )
+    if not math.isfinite(done.score):
+        raise ValueError(f"{folder}: `evaluate` must return a finite number, but gave {done.score}")
+    if hook := options.get("on_round"):
+        hook(done, state)
+    write_result(stage, done)
+    return done
+
+
+def write_result(stage: Stage, done: Round) -> None:
+    """Marks a stage as done."""
+    checkpoints.write_json(stage.folder / "round.json", done._asdict())
+
+
+def history(stage: Stage) -> list[str]:
+    """What led to a stage, in words."""
+    weights, start, steps = stage.recipe
+    if stage.before is None:
+        return [f"dense training of {steps} steps"]
+    own = (
+        f"density {stage.density:.6g} by {describe(stage.prune)}, weights {weights}, "
+        f"schedule from {start}, {steps} steps"
+    )
+    return [*history(stage.before), own]
+
+
+def describe(value: Any) -> str:
+    """A function and what it was given, in words that are the same in every process."""
+    if isinstance(value, functools.partial):
+        given = [*map(describe, value.args)]
+        given += [f"{name}={describe(own)}" for name, own in sorted(value.keywords.items())]
+        return f"{describe(value.func)}({', '.join(given)})"
+    if callable(value):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        return name + (f"[{', '.join(map(describe, cells))}]" if cells else "")
+    if isinstance(value, str | int | float | bool | type(None)):
+        return repr(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {describe(own)}' for name, own in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(map(describe, value))})"
+    return type(value).__qualname__
+
+
+def saved_steps(stage: Stage) -> list[int]:
+    """Steps of a stage whose checkpoints are on disk."""
+    folders = (stage.folder / "checkpoints").glob("*")
+    return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
+
+
+def delete_checkpoints(stage: Stage) -> None:
+    """For a stage that no other can start from any more."""
+    shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+
+
+def _begin(task: Task, stage: Stage, like: Any) -> Any:
+    """The state that a stage starts from."""
+    if stage.before is None or stage.prune is None:
+        return task.init(0)
+    source = stage.recipe.weights_from
+    trained = _restore(stage.before, like)
+    held = get_masks(get(trained, "opt_state"))
+    pruned, masks = stage.prune(get(trained, "params"), 1 - stage.density, masks=held)
+    if source == "trained":
+        state = replace(trained, params=pruned)
+    elif source in ("new", 0):
+        state = task.init(stage.number if source == "new" else 0)
+    else:
+        dense = stage.before
+        while dense.before is not None:
+            dense = dense.before
+        state = _restore(dense, like, source)
+    opt_state = set_step(get(state, "opt_state"), stage.recipe.schedule_from)
+    return replace(
+        state,
+        params=apply_masks(get(state, "params"), masks),
+        opt_state=set_masks(opt_state, masks),
+    )
+
+
+def _check_trained(stage: Stage, state: Any, start: int, stop: int) -> None:
+    """Refuses what `train` did if the result would mean something else than it says."""
+    where = f"{stage.folder}, steps {start} to {stop}"
+    if not stats.all_finite(get(state, "params")):
+        raise ValueError(
+            f"{where}: the parameters are not finite; lower the learning rate. Everything up to "
+            f"step {start} is kept."
+        )
+    opt_state = get(state, "opt_state")
+    if wrong := sorted({count for count in steps_of(opt_state) if count != stop}):
+        raise ValueError(
+            f"{where}: the schedule stands at step {wrong[0]} after it. One step of `train` must "
+            "be one step of the schedule; behind `optax.MultiSteps`, that is one update."
+        )
+    if stage.before is None and _tasks.density_of(get_masks(opt_state)) < 1:
+        raise ValueError(
+            f"{where}: the dense training has pruned. The optimizer must hold masks and leave them "
+            "alone: use `jaxprune.fixed_mask_transform()`."
+        )
+
+
+def _restore(stage: Stage, like: Any, step: Any = None) -> Any:
+    """A checkpoint of a stage, the newest unless told."""
+    saved = saved_steps(stage)
+    if not saved or step not in (None, *saved):
+        what = "checkpoint any more" if step is None else f"checkpoint of step {step}"
+        raise ValueError(
+            f"{stage.folder} has no {what}, and a round needs it to start from. Use another "
+            "workdir or another `name`."
+        )
+    opened = checkpoints.open_manager(stage.folder / "checkpoints", keep=len(saved))
+    with contextlib.closing(opened) as manager:
+        return checkpoints.restore(manager, _abstract(like), step)[0]
+
+
+def _bytes(folder: Path) -> int:
+    """Size on disk of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _abstract(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state."""
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, state)
+
+
+def _placed(state: Any, like: Any) -> Any:
+    """The state as `init` would have made it: types, devices, and freedom to move between them."""
+    leaves, structure = jax.tree.flatten(state)
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    return jax.tree.unflatten(structure, [_placed_leaf(*pair) for pair in pairs])
+
+
+def _placed_leaf(leaf: Any, like: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        leaf = jnp.array(leaf, jnp.result_type(leaf))
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    if leaf.weak_type:  # lost in a checkpoint, so it must not matter before either
+        leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
+    if getattr(like, "committed", False):
+        return jax.device_put(leaf, like.sharding)
+    return jnp.asarray(np.asarray(leaf)) if leaf.committed else leaf
