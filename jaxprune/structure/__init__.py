@@ -1,0 +1,23 @@
+"""Channels that are removed for real: what must shrink together, and functions on smaller arrays.
+
+groups = structure.find_groups(apply, variables, images)     # from the jaxpr, any framework
+plan = groups.plan({"conv1/kernel:3": kept})                 # bools, one for each channel
+small = plan.compact(variables)                              # smaller arrays
+output = jax.jit(plan.wrap(apply))(small, images)            # the same function on them
+"""
+
+from jaxprune.structure._groups import Frozen, Group, Groups, Member, find_groups
+from jaxprune.structure._plans import Plan, load_plan
+from jaxprune.structure._traces import Model, Trace
+
+__all__ = [
+    "Frozen",
+    "Group",
+    "Groups",
+    "Member",
+    "Model",
+    "Plan",
+    "Trace",
+    "find_groups",
+    "load_plan",
+]

@@ -1,0 +1,242 @@
+"""Follows a traced function once and finds which indices of its parameters belong together."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend import core, source_info_util
+
+from jaxprune.structure import (
+    _control,
+    _elementwise,
+    _indexing,
+    _products,
+    _reductions,
+    _shapes,
+)
+from jaxprune.structure._nodes import FROZEN, Nodes
+from jaxprune.structure._values import (
+    ALWAYS_SAME,
+    ALWAYS_ZERO,
+    NOTHING,
+    SAME,
+    ZERO,
+    ZERO_SOFT,
+    Graph,
+    Op,
+    Rule,
+    Value,
+)
+
+RULES: dict[str, Rule] = {
+    **_elementwise.RULES,
+    **_shapes.RULES,
+    **_products.RULES,
+    **_reductions.RULES,
+    **_indexing.RULES,
+    **_control.RULES,
+}
+INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
+_FEW = 65536  # constants up to this size are looked at
+
+
+class Analysis:
+    """The state of one pass over a function.
+
+    Args:
+        consumers: `(leaf, dimension)` pairs that only consume a width, from an earlier pass.
+
+    Example:
+        >>> analysis = Analysis()
+        >>> leaf = analysis.leaf(jax.ShapeDtypeStruct((2, 3), "float32"), zeroed=True)
+        >>> [nodes.tolist() for nodes in leaf.nodes]
+        [[1, 2], [3, 4, 5]]
+    """
+
+    def __init__(self, consumers: frozenset[tuple[int, int]] = frozenset()) -> None:
+        """Knows no function yet."""
+        self.nodes = Nodes()
+        self.leaves: list[Value] = []
+        self.known_consumers = consumers
+        self.consumers: set[tuple[int, int]] = set()
+        self.producers: set[tuple[int, int]] = set()
+        self.freezes: list[tuple[list[tuple[int, int]], str]] = []  # dimensions hit, reason
+        self.inexact: list[tuple[np.ndarray, str]] = []  # nodes, reason
+        self.unknown: dict[str, int] = {}
+        self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules that are being followed
+
+    # ---- values
+
+    def leaf(self, aval: Any, zeroed: bool) -> Value:
+        """A parameter, or (not `zeroed`) another array that shrinks but is never set to zero."""
+        index, value = len(self.leaves), Value(aval, of_params=True)
+        for dimension, size in enumerate(value.shape):
+            value.nodes.append(self.nodes.new(size, True) if size > 1 else frozen(size))
+            facts = NOTHING
+            if zeroed:
+                consumes = (index, dimension) in self.known_consumers
+                facts = ZERO | SAME if consumes else ALWAYS_ZERO
+            value.facts.append(np.full(size, facts, np.uint8))
+            value.origins.append(frozenset([(index, dimension)]) if zeroed else frozenset())
+        self.leaves.append(value)
+        return value
+
+    def data(self, aval: Any) -> Value:
+        """An input that keeps its shape."""
+        value = Value(aval)
+        self.fix(value)
+        return value
+
+    def constant(self, array: Any) -> Value:
+        """An array that the function holds; it shrinks with what it meets."""
+        aval = jax.typeof(array)
+        value = Value(aval, of_params=True, constant=array)
+        value.nodes = [self.nodes.new(n) if n > 1 else frozen(n) for n in value.shape]
+        value.origins = [frozenset()] * len(value.shape)
+        is_plain = not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+        if is_plain and not isinstance(array, Tracer) and 0 < math.prod(aval.shape) <= _FEW:
+            numbers = np.asarray(array)
+            if (numbers == numbers.flat[0]).all():
+                value.number = numbers.flat[0].item()
+        facts = NOTHING if value.number is None else ALWAYS_SAME
+        facts = ALWAYS_ZERO if value.number == 0 else facts
+        value.facts = [np.full(n, facts, np.uint8) for n in value.shape]
+        return value
+
+    def fix(self, value: Value) -> None:
+        """Says of a value that it keeps its shape and that nothing else is known."""
+        value.nodes = [frozen(n) for n in value.shape]
+        value.facts = [np.zeros(n, np.uint8) for n in value.shape]
+        value.origins = [frozenset()] * len(value.shape)
+
+    # ---- what rules do
+
+    def root(self, nodes: np.ndarray) -> np.ndarray:
+        """See `Nodes.root`."""
+        return self.nodes.root(nodes)
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """See `Nodes.unite`."""
+        if a is not b:
+            self.nodes.unite(a, b)
+
+    def is_free(self, nodes: np.ndarray) -> np.ndarray:
+        """Bools: whether each may be removed."""
+        return ~self.nodes.is_frozen(nodes)
+
+    def any_free(self, values: Sequence[Value]) -> bool:
+        """Whether anything of the values may be removed."""
+        return any(self.is_free(nodes).any() for value in values for nodes in value.nodes)
+
+    def freeze(self, nodes: np.ndarray, reason: str) -> None:
+        """Nodes that must be kept, and why; the reason is noted for each parameter hit."""
+        roots = np.unique(self.root(nodes))
+        roots = roots[roots != FROZEN]
+        if not len(roots):
+            return
+        if self.nodes.of_leaf[roots].any():
+            hit = [
+                (index, dimension)
+                for index, leaf in enumerate(self.leaves)
+                for dimension, own in enumerate(leaf.nodes)
+                if np.isin(self.root(own), roots).any()
+            ]
+            self.freezes.append((hit, reason))
+        self.unite(roots, np.zeros_like(roots))
+
+    def freeze_all(self, op: Op, reason: str) -> bool:
+        """Freezes all operands; outputs keep their shapes. Returns True, as done."""
+        for value in op.ins:
+            for nodes in value.nodes:
+                self.freeze(nodes, f"{reason} {op.where}")
+        for value in op.outs:
+            self.fix(value)
+        return True
+
+    def need(self, nodes: np.ndarray, facts: np.ndarray, fact: np.uint8, reason: str) -> None:
+        """A pruned index must have this fact (`ZERO` or `SAME`), or else be kept."""
+        free = self.is_free(nodes)
+        bad = free & (facts & fact == 0)
+        if bad.any():
+            self.freeze(nodes[bad], reason)
+        soft = fact * (ZERO_SOFT // ZERO)
+        unless = free & ~bad & (facts & soft == 0)
+        if unless.any():
+            self.inexact.append((nodes[unless], reason))
+
+    # ---- following a function
+
+    def graph(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Graph:
+        """Follows a jaxpr on values."""
+        ops: list[Op] = []
+        outs = self._inline(jaxpr, consts, ins, ops)
+        return Graph(list(ins), outs, ops)
+
+    def _inline(
+        self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value], ops: list[Op]
+    ) -> list[Value]:
+        known: dict[Any, Value] = {}
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            known[var] = const if isinstance(const, Value) else self.constant(const)
+        known.update(zip(jaxpr.invars, ins, strict=True))
+
+        def read(atom: Any) -> Value:
+            return self.constant(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+        for equation in live_equations(jaxpr):
+            operands = [read(atom) for atom in equation.invars]
+            name = equation.primitive.name
+            if name in INLINED:
+                inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+                outs = self._inline(inner.jaxpr, inner.consts, operands, ops)
+            else:
+                where = source_info_util.summarize(equation.source_info)
+                outs = [Value(var.aval) for var in equation.outvars]
+                op = Op(name, equation.primitive, equation.params, operands, outs, f"at {where}")
+                self._follow(op)
+                ops.append(op)
+            known.update(zip(equation.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _follow(self, op: Op) -> None:
+        """Fills in the outputs of an operation by its rule."""
+        of_params = all(value.of_params for value in op.ins)
+        for out in op.outs:
+            out.of_params, out.op = of_params, op
+        rule = RULES.get(op.name)
+        if rule is None or rule.analyze(self, op) is False:
+            if self.any_free(op.ins):
+                self.unknown[op.name] = self.unknown.get(op.name, 0) + 1
+            self.freeze_all(op, f"primitive `{op.name}` is not understood")
+        for out in op.outs:
+            if not out.origins:
+                out.origins = [frozenset()] * len(out.shape)
+            for dimension, size in enumerate(out.shape):
+                assert len(out.nodes[dimension]) == len(out.facts[dimension]) == size, op.name
+                if size == 1:  # removing it would change what it broadcasts to
+                    self.freeze(out.nodes[dimension], f"size 1 in `{op.name}` {op.where}")
+            if out.number == 0:
+                out.facts = [np.full(n, ALWAYS_ZERO, np.uint8) for n in out.shape]
+            if not of_params:  # dimensions of parameters that live on in data: they produce
+                self.producers.update(*out.origins)
+                out.origins = [frozenset()] * len(out.shape)
+
+
+def frozen(size: int) -> np.ndarray:
+    """Nodes that must be kept."""
+    return np.zeros(size, np.int64)
+
+
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations whose results are used. What nothing uses must not freeze anything."""
+    used = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+    live = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(var in used for var in equation.outvars):
+            live.append(equation)
+            used.update(var for var in equation.invars if not isinstance(var, core.Literal))
+    return live[::-1]

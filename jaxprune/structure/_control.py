@@ -1,0 +1,277 @@
+"""Primitives that contain functions: derivative rules, rematerialisation, loops and branches.
+
+This file is the one that leans on JAX's internals: how custom derivatives carry their rules.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.structure._elementwise import zero_only
+from jaxprune.structure._values import Op, Rule, Value
+
+_ABSENT = ("Zero", "SymbolicZero")  # JAX's stand-ins for a cotangent that is not there
+
+
+def _unite_all(analysis: Any, a: Value, b: Value) -> None:
+    """Two values of one shape shrink alike."""
+    for one, other in zip(a.nodes, b.nodes, strict=True):
+        analysis.unite(one, other)
+
+
+def _blank(value: Value) -> Value:
+    """Another value with the same nodes, of which nothing else is known."""
+    facts = [np.zeros(n, np.uint8) for n in value.shape]
+    return Value(value.aval, list(value.nodes), facts, [frozenset()] * len(value.shape))
+
+
+def _entering(value: Value) -> Value:
+    """A value as the function inside sees it; what computed it stays outside."""
+    facts = [zero_only(own) for own in value.facts]
+    inside = Value(value.aval, list(value.nodes), facts, list(value.origins), value.of_params)
+    inside.number = value.number
+    return inside
+
+
+def _tangent(value: Value) -> Value:
+    """The tangent of a value: 0 where the value is always 0."""
+    tangent = _entering(value)
+    tangent.number = None
+    return tangent
+
+
+def _leaving(out: Value, inner: Value) -> None:
+    """What the function inside returns, as seen outside."""
+    out.like(inner)
+    out.facts = [zero_only(own) for own in inner.facts]
+
+
+def _is_float(value: Value) -> bool:
+    return bool(jnp.issubdtype(value.aval.dtype, jnp.inexact))
+
+
+def _call(analysis: Any, op: Op, jaxpr: Any, consts: Any) -> None:
+    """Follows the function inside; its outputs are those of the operation."""
+    op.inner["call"] = analysis.graph(jaxpr, consts, list(map(_entering, op.ins)))
+    for out, inner in zip(op.outs, op.inner["call"].outs, strict=True):
+        _leaving(out, inner)
+
+
+def _seen(analysis: Any, op: Op, jaxpr: Any) -> bool:
+    """Whether the rule is being followed already: most call the function itself again.
+
+    It then shares what was found, which also keeps derivatives of derivatives right.
+    """
+    roots = [analysis.root(nodes) for value in op.ins for nodes in value.nodes]
+    key = (str(jaxpr), tuple(np.concatenate([*roots, np.zeros(0, np.int64)]).tolist()))
+    for other, inner in analysis.rule_stack:
+        if other == key:
+            op.inner = inner
+            return True
+    analysis.rule_stack.append((key, op.inner))
+    return False
+
+
+def _custom_jvp(analysis: Any, op: Op) -> None:
+    closed, skipped = op.params["call_jaxpr"], op.params["num_consts"]
+    _call(analysis, op, closed.jaxpr, closed.consts)
+    if not analysis.any_free(op.ins) or _seen(analysis, op, closed.jaxpr):
+        return
+    primals = list(map(_entering, op.ins[skipped:]))
+    constant = [not _is_float(value) for value in primals]
+    jaxpr, consts, out_constant = op.params["jvp_jaxpr_fun"].call_wrapped(*constant)
+    tangents = [_tangent(v) for v, c in zip(primals, constant, strict=True) if not c]
+    graph = analysis.graph(jaxpr, consts, [*primals, *tangents])
+    analysis.rule_stack.pop()
+    outs, out_tangents = graph.outs[: len(op.outs)], iter(graph.outs[len(op.outs) :])
+    for out, primal, is_constant in zip(op.outs, outs, out_constant, strict=True):
+        _unite_all(analysis, out, primal)
+        if not is_constant:
+            _unite_all(analysis, out, next(out_tangents))
+    op.inner |= {"jvp": graph, "constant": constant, "out_constant": out_constant}
+
+
+def _run_custom_jvp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    if "jvp" not in op.inner:  # nothing in it shrinks
+        return run.bind(op, arrays)
+    inner, skipped = op.inner, op.params["num_consts"]
+    call = jax.custom_jvp(lambda *args: tuple(run.graph(inner["call"], args)))
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        pairs = zip(tangents[skipped:], inner["constant"], strict=True)
+        given = [tangent for tangent, constant in pairs if not constant]
+        results = run.graph(inner["jvp"], [*primals[skipped:], *given])
+        outs, moving = results[: len(op.outs)], iter(results[len(op.outs) :])
+        pairs = zip(outs, inner["out_constant"], strict=True)
+        return tuple(outs), tuple(_no_tangent(out) if c else next(moving) for out, c in pairs)
+
+    call.defjvp(jvp)
+    return list(call(*arrays))
+
+
+def _no_tangent(out: Any) -> Any:
+    if jnp.issubdtype(out.dtype, jnp.inexact):
+        return jnp.zeros_like(out)
+    return np.zeros(out.shape, jax.dtypes.float0)
+
+
+def _custom_vjp(analysis: Any, op: Op) -> bool | None:
+    closed = op.params["call_jaxpr"]
+    _call(analysis, op, closed.jaxpr, closed.consts)
+    if not analysis.any_free(op.ins):
+        return None
+    if op.params["num_consts"]:
+        return False
+    if _seen(analysis, op, closed.jaxpr):
+        return None
+    jaxpr, consts = op.params["fwd_jaxpr_thunk"].call_wrapped(*map(_is_float, op.ins))
+    ins = list(map(_entering, op.ins))
+    forward = analysis.graph(jaxpr, consts, ins)
+    analysis.rule_stack.pop()
+    count = len(forward.outs) - len(op.outs)
+    forwarded = op.params["out_trees"]()[2]  # which residuals are just an input
+    computed = iter(forward.outs[:count])
+    residuals = [_blank(next(computed) if at is None else ins[at]) for at in forwarded]
+    for out, primal in zip(op.outs, forward.outs[count:], strict=True):
+        _unite_all(analysis, out, primal)
+    cotangents = [_blank(out) for out in op.outs]
+    given: list[bool] = []
+
+    def backward(*args: Any) -> list[Any]:
+        results = getattr(op.params["bwd"], "call_wrapped", op.params["bwd"])(*args)
+        given[:] = [
+            getattr(x, "dtype", jax.dtypes.float0) != jax.dtypes.float0
+            and type(x).__name__ not in _ABSENT
+            for x in results
+        ]
+        return [x for x, is_given in zip(results, given, strict=True) if is_given]
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.aval.dtype) for v in [*residuals, *cotangents]]
+    traced = jax.make_jaxpr(backward)(*shapes)
+    graph = analysis.graph(traced.jaxpr, traced.consts, [*residuals, *cotangents])
+    received = [value for value, is_given in zip(op.ins, given, strict=True) if is_given]
+    for value, cotangent in zip(received, graph.outs, strict=True):
+        _unite_all(analysis, value, cotangent)
+    op.inner |= {"forward": forward, "backward": graph, "residuals": count}
+    op.inner |= {"given": list(given), "forwarded": forwarded}
+    return None
+
+
+def _run_custom_vjp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    if "forward" not in op.inner:
+        return run.bind(op, arrays)
+    inner = op.inner
+    call = jax.custom_vjp(lambda *args: tuple(run.graph(inner["call"], args)))
+
+    def forward(*args: Any) -> Any:
+        results = run.graph(inner["forward"], args)
+        computed = iter(results[: inner["residuals"]])
+        residuals = [next(computed) if at is None else args[at] for at in inner["forwarded"]]
+        return tuple(results[inner["residuals"] :]), tuple(residuals)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        results = iter(run.graph(inner["backward"], [*residuals, *cotangents]))
+        return tuple(next(results) if given else None for given in inner["given"])
+
+    call.defvjp(forward, backward)
+    return list(call(*arrays))
+
+
+def _remat(analysis: Any, op: Op) -> None:
+    _call(analysis, op, op.params["jaxpr"], ())
+
+
+def _run_remat(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    call = jax.checkpoint(
+        lambda *args: tuple(run.graph(op.inner["call"], args)),
+        prevent_cse=op.params["prevent_cse"],
+        policy=op.params["policy"],
+    )
+    return list(call(*arrays))
+
+
+def _scan(analysis: Any, op: Op) -> None:
+    params, closed = op.params, op.params["jaxpr"]
+    first, count = params["num_consts"], params["num_carry"]
+    ins = list(map(_entering, op.ins))
+    consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
+    for value in xs:
+        analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")
+    facts = [list(value.facts) for value in carry]
+    while True:  # until facts hold for every pass through the loop
+        carried = [_blank(value) for value in carry]
+        for value, own in zip(carried, facts, strict=True):
+            value.facts = list(own)
+        rows = []
+        for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
+            row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.of_params)
+            rows.append(row)
+        graph = analysis.graph(closed.jaxpr, closed.consts, [*consts, *carried, *rows])
+        after = []
+        for value, out, own in zip(carried, graph.outs[:count], facts, strict=True):
+            _unite_all(analysis, value, out)
+            after.append([a & b for a, b in zip(own, out.facts, strict=True)])
+        settled = all(
+            np.array_equal(a, b)
+            for old, new in zip(facts, after, strict=True)
+            for a, b in zip(old, new, strict=True)
+        )
+        facts = after
+        if settled:
+            break
+    for out, inner, own in zip(op.outs[:count], graph.outs[:count], facts, strict=True):
+        out.like(inner)
+        out.facts = [zero_only(facts) for facts in own]
+    for out, inner in zip(op.outs[count:], graph.outs[count:], strict=True):
+        length = out.shape[0]
+        out.nodes = [np.zeros(length, np.int64), *inner.nodes]
+        out.facts = [np.zeros(length, np.uint8), *map(zero_only, inner.facts)]
+    for out in op.outs:
+        out.number, out.origins = None, []
+    op.inner["call"] = graph
+
+
+def _run_scan(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    params, first, count = op.params, op.params["num_consts"], op.params["num_carry"]
+
+    def body(carry: Any, row: Any) -> Any:
+        outs = run.graph(op.inner["call"], [*arrays[:first], *carry, *row])
+        return tuple(outs[:count]), tuple(outs[count:])
+
+    carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, outs = lax.scan(body, carry, rows, **options)
+    return [*carry, *outs]
+
+
+def _cond(analysis: Any, op: Op) -> None:
+    branches = [
+        analysis.graph(branch.jaxpr, branch.consts, list(map(_entering, op.ins[1:])))
+        for branch in op.params["branches"]
+    ]
+    op.inner["branches"] = branches
+    for out, *inner in zip(op.outs, *[graph.outs for graph in branches], strict=True):
+        _leaving(out, inner[0])
+        out.number, out.origins = None, []
+        for other in inner[1:]:
+            _unite_all(analysis, out, other)
+            out.facts = [a & zero_only(b) for a, b in zip(out.facts, other.facts, strict=True)]
+
+
+def _run_cond(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    calls = [functools.partial(run.graph, graph) for graph in op.inner["branches"]]
+    branches = [lambda *args, call=call: tuple(call(args)) for call in calls]
+    return list(lax.switch(arrays[0], branches, *arrays[1:]))
+
+
+RULES = {
+    "custom_jvp_call": Rule(_custom_jvp, _run_custom_jvp),
+    "custom_vjp_call": Rule(_custom_vjp, _run_custom_vjp),
+    "scan": Rule(_scan, _run_scan),
+    "cond": Rule(_cond, _run_cond),
+}
+RULES |= {name: Rule(_remat, _run_remat) for name in ("remat2", "checkpoint", "remat")}

@@ -1,0 +1,140 @@
+"""Runs a traced function on smaller arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.structure import _elementwise
+from jaxprune.structure._analysis import RULES, Analysis
+from jaxprune.structure._values import ZERO, Graph, Op, Value
+
+
+class Execution:
+    """One run of a traced function with some of its indices removed.
+
+    Args:
+        analysis: of the function, on dense shapes.
+        kept: bool for each node, by its root.
+
+    Example:
+        >>> Execution(Analysis(), np.ones(1, bool)).arrays
+        {}
+    """
+
+    def __init__(self, analysis: Analysis, kept: np.ndarray) -> None:
+        """Nothing has run yet."""
+        self.analysis, self._kept = analysis, kept
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self.arrays: dict[int, Any] = {}  # by id of the value
+        self._commons: dict[tuple[int, int], Any] = {}
+
+    def kept(self, value: Value, dimension: int) -> np.ndarray:
+        """Bools: which indices of a dimension are there."""
+        return self._kept[self.analysis.root(value.nodes[dimension])]
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Of the smaller array."""
+        if id(value) not in self._shapes:
+            dimensions = range(len(value.shape))
+            sizes = tuple(int(self.kept(value, dimension).sum()) for dimension in dimensions)
+            self._shapes[id(value)] = sizes
+        return self._shapes[id(value)]
+
+    def take(self, array: Any, value: Value) -> Any:
+        """What is there of a dense array."""
+        for dimension in range(len(value.shape)):
+            kept = self.kept(value, dimension)
+            if not kept.all():
+                array = jnp.take(array, np.flatnonzero(kept), axis=dimension)
+        return array
+
+    def is_zero(self, value: Value, dimension: int) -> bool:
+        """Whether all removed entries are 0 in the dense function."""
+        removed = ~self.kept(value, dimension)
+        return bool((value.facts[dimension][removed] & ZERO).all())
+
+    def common(self, value: Value, dimension: int) -> Any:
+        """The entries that all removed indices of a dimension hold; size 1 along it."""
+        key = id(value), dimension
+        if key not in self._commons:
+            self._commons[key] = self._common(value, dimension)
+        return self._commons[key]
+
+    def _common(self, value: Value, dimension: int) -> Any:
+        if value.number is not None or self.is_zero(value, dimension):
+            shape = list(self.shape(value))
+            shape[dimension] = 1
+            return jnp.full(shape, value.number or 0, value.aval.dtype)
+        op = value.op
+        if op is None:
+            raise AssertionError(f"no common value of {value}")
+        if op.name in _elementwise.NAMES:
+            operands = [
+                self.common(v, dimension) if v.shape and v.shape[dimension] > 1 else self.read(v)
+                for v in op.ins
+            ]
+            return self.bind(op, operands)[0]
+        if op.name in _elementwise.IDENTITIES:
+            return self.common(op.ins[op.outs.index(value)], dimension)
+        operand = op.ins[0]
+        if op.name == "broadcast_in_dim":
+            source = list(op.params["broadcast_dimensions"])
+            shape = list(self.shape(value))
+            shape[dimension] = 1
+            array = self.read(operand)
+            if dimension in source and operand.shape[source.index(dimension)] > 1:
+                array = self.common(operand, source.index(dimension))
+            return lax.broadcast_in_dim(array, shape, source)
+        if op.name == "transpose":
+            source = op.params["permutation"]
+            return lax.transpose(self.common(operand, source[dimension]), source)
+        raise AssertionError(f"no common value of `{op.name}` {op.where}")
+
+    def read(self, value: Value) -> Any:
+        """The array of a value."""
+        if id(value) in self.arrays:
+            return self.arrays[id(value)]
+        assert value.constant is not None, "used before it is computed"
+        return self.take(value.constant, value)
+
+    def graph(self, graph: Graph, arrays: Sequence[Any]) -> list[Any]:
+        """The outputs of a function for smaller inputs."""
+        outer = self.arrays, self._commons
+        self.arrays, self._commons = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
+        for op in graph.ops:
+            rule, operands = RULES.get(op.name), [self.read(value) for value in op.ins]
+            run = rule.run if rule is not None and rule.run is not None else None
+            if run is None or not (op.inner or self._shrinks(op)):
+                results = self.bind(op, operands)
+            else:
+                results = run(self, op, operands)
+            for value, array in zip(op.outs, results, strict=True):
+                if tuple(array.shape) != self.shape(value):
+                    raise ValueError(
+                        f"`{op.name}` {op.where} gave shape {tuple(array.shape)} where the plan "
+                        f"needs {self.shape(value)}; please report this"
+                    )
+                self.arrays[id(value)] = array
+        results = [self.read(value) for value in graph.outs]
+        self.arrays, self._commons = outer
+        return results
+
+    def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
+        """Runs the primitive as it is."""
+        subfunctions, params = [], op.params
+        if self._has_functions(op):
+            bound = op.primitive.get_bind_params(op.params)
+            # Older versions of JAX return the functions apart.
+            subfunctions, params = bound if isinstance(bound, tuple) else ([], bound)
+        results = op.primitive.bind(*subfunctions, *arrays, **params)
+        return list(results) if op.primitive.multiple_results else [results]
+
+    def _shrinks(self, op: Op) -> bool:
+        return any(self.shape(value) != value.shape for value in [*op.ins, *op.outs])
+
+    @staticmethod
+    def _has_functions(op: Op) -> bool:
+        return op.name.startswith("custom_")

@@ -1,0 +1,60 @@
+"""Which indices must be kept or removed together: a union-find over arrays of integers."""
+
+import numpy as np
+
+FROZEN = 0  # the node of everything that must be kept
+
+
+class Nodes:
+    """A growing union-find over whole arrays of nodes; the root of a class is its least node.
+
+    Every index of every dimension has a node. Nodes of one class are kept or removed as one.
+
+    Example:
+        >>> nodes = Nodes()
+        >>> a, b = nodes.new(3), nodes.new(3)
+        >>> nodes.unite(a, b[::-1])
+        >>> (nodes.root(b) == a[::-1]).all()
+        np.True_
+    """
+
+    def __init__(self) -> None:
+        """Starts with the frozen node alone."""
+        self.parent = np.zeros(4096, np.int64)
+        self.of_leaf = np.zeros(4096, bool)  # whether the class holds an index of a parameter
+        self.count = 1
+
+    def new(self, count: int, of_leaf: bool = False) -> np.ndarray:
+        """As many nodes, each a class of its own."""
+        while self.count + count > len(self.parent):
+            self.parent = np.concatenate([self.parent, np.zeros_like(self.parent)])
+            self.of_leaf = np.concatenate([self.of_leaf, np.zeros_like(self.of_leaf)])
+        nodes = np.arange(self.count, self.count + count)
+        self.parent[nodes] = nodes
+        self.of_leaf[nodes] = of_leaf
+        self.count += count
+        return nodes
+
+    def root(self, nodes: np.ndarray) -> np.ndarray:
+        """The least node of each one's class."""
+        roots = self.parent[nodes]
+        while not np.array_equal(roots, higher := self.parent[roots]):
+            roots = higher
+        self.parent[nodes] = roots
+        return roots
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Makes one class of `a[i]` and `b[i]`, for each i."""
+        while True:
+            root_a, root_b = self.root(a), self.root(b)
+            differ = root_a != root_b
+            if not differ.any():
+                return
+            low = np.minimum(root_a, root_b)[differ]
+            high = np.maximum(root_a, root_b)[differ]
+            np.logical_or.at(self.of_leaf, low, self.of_leaf[high])
+            np.minimum.at(self.parent, high, low)
+
+    def is_frozen(self, nodes: np.ndarray) -> np.ndarray:
+        """Bools: whether each must be kept."""
+        return self.root(nodes) == FROZEN

@@ -1,0 +1,278 @@
+"""Which channels stay: smaller trees, dense trees with zeros, and functions that run on them."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.structure._analysis import Analysis
+from jaxprune.structure._execution import Execution
+from jaxprune.structure._nodes import FROZEN
+from jaxprune.structure._traces import Model, Trace, analyze, trace_function
+
+_VERSION = 1
+
+
+class Plan(NamedTuple):
+    """Which indices of which dimensions stay.
+
+    Example:
+        >>> model = Model({"w": (2, 3)}, frozenset({"w"}), frozenset())
+        >>> plan = Plan(model, {"w": [np.array([True, True]), np.array([True, False, True])]})
+        >>> plan.compact({"w": jnp.arange(6).reshape(2, 3)})["w"].tolist()
+        [[0, 2], [3, 5]]
+    """
+
+    model: Model
+    kept: dict[str, list[np.ndarray]]  # by path of a leaf: bools for each dimension
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Of a leaf after compaction."""
+        return tuple(int(own.sum()) for own in self.kept[path])
+
+    def compact(self, variables: Any) -> Any:
+        """The smaller arrays.
+
+        Args:
+            variables: tree like that of `find_groups`, at dense shapes.
+
+        Returns:
+            The same tree, each leaf without what goes.
+
+        Raises:
+            ValueError: paths or shapes are those of another model; it lists all of them.
+        """
+        return self._map(lambda path, leaf: _take(leaf, self.kept[path]), variables)
+
+    def mask(self, variables: Any) -> Any:
+        """Dense parameters with zeros where `compact` removes; other state as it is.
+
+        This is what a compacted function must agree with.
+
+        Args:
+            variables: tree like that of `find_groups`, at dense shapes.
+
+        Returns:
+            The same tree.
+
+        Raises:
+            ValueError: as `compact`.
+        """
+
+        def zeroed(path: str, leaf: Any) -> Any:
+            return _zero(leaf, self.kept[path]) if path in self.model.parameters else leaf
+
+        return self._map(zeroed, variables)
+
+    def _map(self, change: Callable[[str, Any], Any], variables: Any) -> Any:
+        self._check(variables, self.model.shapes)
+        leaves = [change(*named) for named in trees.leaf_by_path(variables).items()]
+        return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+    def _check(self, variables: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuses trees of another model."""
+        found = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(variables).items()}
+        problems = [f"{path}: missing" for path in shapes if path not in found]
+        problems += [f"{path}: not in the plan" for path in found if path not in shapes]
+        problems += [
+            f"{path}: shape {found[path]}, must be {shape}"
+            for path, shape in shapes.items()
+            if path in found and found[path] != shape
+        ]
+        trees.raise_for(problems, "`variables` must be those of the plan:")
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function on the smaller arrays.
+
+        It is traced at the dense shapes and checked against the plan, then run on smaller arrays.
+        Call it under `jax.jit`, as tracing takes time.
+
+        Args:
+            function: `function(variables, *args)`: one of those that were analysed, or another
+                that the plan fits.
+
+        Returns:
+            A function of compacted variables and the same arguments.
+
+        Raises:
+            ValueError: from the returned function: the variables are not compacted by this plan,
+                or the function needs channels that the plan removes.
+        """
+
+        @functools.wraps(function)
+        def compacted(variables: Any, *args: Any) -> Any:
+            self._check(variables, {path: self.shape(path) for path in self.kept})
+            leaves, structure = jax.tree.flatten(variables)
+            dense = [
+                jax.ShapeDtypeStruct(shape, leaf.dtype)
+                for shape, leaf in zip(self.model.shapes.values(), leaves, strict=True)
+            ]
+            traced = trace_function(Trace(function, args), jax.tree.unflatten(structure, dense))
+            analysis, graph = analyze(self.model, traced, outputs=False)
+            kept = self._kept_nodes(analysis)
+            outs = Execution(analysis, kept).graph(graph, [*leaves, *jax.tree.leaves(args)])
+            return jax.tree.unflatten(traced.structure, outs)
+
+        return compacted
+
+    def _kept_nodes(self, analysis: Analysis) -> np.ndarray:
+        """Bools for the nodes of a function; an error if the plan does not fit it."""
+        kept, problems = np.ones(analysis.nodes.count, bool), []
+        dimensions = [
+            (index, path, dimension, flags, analysis.root(leaf.nodes[dimension]))
+            for index, ((path, own), leaf) in enumerate(
+                zip(self.kept.items(), analysis.leaves, strict=True)
+            )
+            for dimension, flags in enumerate(own)
+        ]
+        for index, path, dimension, flags, roots in dimensions:
+            if (roots[~flags] == FROZEN).any():
+                hits = [why for hit, why in analysis.freezes if (index, dimension) in hit]
+                why = hits[0] if hits else "joined with a dimension that must stay whole"
+                problems.append(f"{path} dimension {dimension}: {why}")
+            kept[roots[~flags]] = False
+        kept[FROZEN] = True
+        for _, path, dimension, flags, roots in dimensions:
+            if (kept[roots] < flags).any():
+                problems.append(f"{path} dimension {dimension}: would have to shrink as well")
+        rule = "the plan does not fit this function; make it from all functions that will run:"
+        trees.raise_for(problems, rule)
+        return kept
+
+    def verify(
+        self,
+        function: Callable[..., Any],
+        variables: Any,
+        *args: Any,
+        updates: Callable[[Any], Any] | None = None,
+        tolerance: float = 1e-4,
+    ) -> float:
+        """Compares the compacted function with the dense one on masked variables.
+
+        Args:
+            function: see `wrap`.
+            variables: dense.
+            *args: of the function.
+            updates: see `Trace`.
+            tolerance: of the largest difference, relative to the largest entry of each output.
+
+        Returns:
+            The largest relative difference.
+
+        Raises:
+            ValueError: it is larger than the tolerance or not a number, or an output that is no
+                update has another shape.
+        """
+        dense = jax.jit(function)(self.mask(variables), *args)
+        small = jax.jit(self.wrap(function))(self.compact(variables), *args)
+        outs = [jax.tree.leaves(dense), jax.tree.leaves(small)]
+        if updates is not None:
+            indices = jax.tree.unflatten(jax.tree.structure(dense), list(range(len(outs[0]))))
+            for path, index in trees.leaf_by_path(updates(indices)).items():
+                outs[0][index] = _take(outs[0][index], self.kept[path])
+        shapes = [[jnp.shape(out) for out in own] for own in outs]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"outputs have the shapes {shapes[1]} instead of {shapes[0]}; if some are new "
+                "values of variables, say so with `updates`"
+            )
+        worst = float(np.max([0.0, *map(_gap, *outs)]))  # NaN if one is
+        if not worst <= tolerance:
+            raise ValueError(
+                f"the compacted function differs from the masked one by {worst:.3g}, more than "
+                f"`tolerance` {tolerance:g}; please report this"
+            )
+        return worst
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON; `load_plan` reads it.
+
+        Args:
+            path: the file; replaced atomically.
+        """
+        content = {
+            "version": _VERSION,
+            "parameters": sorted(self.model.parameters),
+            "consumers": sorted(self.model.consumers),
+            "leaves": {
+                name: {
+                    "shape": shape,
+                    "removed": [np.flatnonzero(~own).tolist() for own in self.kept[name]],
+                }
+                for name, shape in self.model.shapes.items()
+            },
+        }
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.tmp")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Reads a plan.
+
+    Args:
+        path: a file of `Plan.save`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: it is not such a file, or of another version.
+        OSError: it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> model = Model({"w": (2,)}, frozenset(), frozenset())
+        >>> file = tempfile.mkdtemp() + "/plan.json"
+        >>> Plan(model, {"w": [np.array([True, False])]}).save(file)
+        >>> load_plan(file).shape("w")
+        (1,)
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        version = content["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a plan of jaxprune: {error}") from error
+    if version != _VERSION:
+        raise ValueError(f"{path} is a plan of version {version}; this jaxprune reads {_VERSION}")
+    shapes = {name: tuple(leaf["shape"]) for name, leaf in content["leaves"].items()}
+    consumers = frozenset((index, dimension) for index, dimension in content["consumers"])
+    model = Model(shapes, frozenset(content["parameters"]), consumers)
+    kept = {}
+    for name, leaf in content["leaves"].items():
+        kept[name] = [np.ones(size, bool) for size in shapes[name]]
+        for own, removed in zip(kept[name], leaf["removed"], strict=True):
+            own[removed] = False
+    return Plan(model, kept)
+
+
+def _take(leaf: Any, kept: list[np.ndarray]) -> Any:
+    """What stays of an array."""
+    for dimension, own in enumerate(kept):
+        if not own.all():
+            leaf = jnp.take(leaf, np.flatnonzero(own), axis=dimension)
+    return leaf
+
+
+def _zero(leaf: Any, kept: list[np.ndarray]) -> Any:
+    """An array with zeros at what goes."""
+    for dimension, own in enumerate(kept):
+        if not own.all():
+            shape = [-1 if d == dimension else 1 for d in range(leaf.ndim)]
+            leaf = jnp.where(own.reshape(shape), leaf, jnp.zeros_like(leaf))
+    return leaf
+
+
+def _gap(a: Any, b: Any) -> float:
+    """The largest difference, relative to the largest entry."""
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        return float(not np.array_equal(a, b))
+    scale = jnp.max(jnp.abs(a), initial=0.0) + 1e-30
+    return float(jnp.max(jnp.abs(a - b), initial=0.0) / scale)

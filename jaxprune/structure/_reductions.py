@@ -1,0 +1,101 @@
+"""Primitives that combine or order the entries along a dimension."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.structure._elementwise import zero_only
+from jaxprune.structure._values import SAME, ZERO, Op, Rule
+
+_SUMMARIES = {"reduce_sum", "reduce_max", "reduce_min"}
+_WINDOWS = "reduce_window_max reduce_window_sum reduce_window_min"
+
+
+def _reduce(analysis: Any, op: Op) -> None:
+    value, out = op.ins[0], op.outs[0]
+    axes = set(op.params["axes"])
+    corrected = None
+    for axis in sorted(axes):
+        nodes, facts = value.nodes[axis], value.facts[axis]
+        free = analysis.is_free(nodes)
+        reason = f"`{op.name}` over it {op.where}"
+        if op.name not in _SUMMARIES:
+            analysis.freeze(nodes, reason)
+        elif op.name == "reduce_sum" and (facts[free] & ZERO).all():
+            analysis.need(nodes, facts, ZERO, f"{reason}, and pruned entries would not add 0")
+        elif free.any() and corrected is None:
+            # What pruned entries all hold is added to the sum, or compared, once for all.
+            corrected = axis
+            analysis.need(nodes, facts, SAME, f"{reason}, and pruned entries would differ")
+        else:
+            analysis.freeze(nodes, reason)
+    for dimension in range(len(value.shape)):
+        if dimension not in axes:
+            facts = zero_only(value.facts[dimension])
+            out.nodes.append(value.nodes[dimension])
+            out.facts.append(facts if op.name in _SUMMARIES else np.zeros_like(facts))
+            out.origins.append(value.origins[dimension])
+
+
+def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    value, array = op.ins[0], arrays[0]
+    for axis in op.params["axes"]:
+        removed = len(value.nodes[axis]) - array.shape[axis]
+        if not removed or (op.name == "reduce_sum" and run.is_zero(value, axis)):
+            continue
+        common = run.common(value, axis)
+        if op.name == "reduce_sum":
+            common = common * jnp.asarray(removed, common.dtype)
+        array = lax.concatenate([array, common], axis)
+    return [op.primitive.bind(array, **op.params)]
+
+
+def _along(analysis: Any, op: Op) -> bool | None:
+    value = op.ins[0]
+    dimensions = len(value.shape)
+    axis = op.params.get("axis", op.params.get("dimension", dimensions - 1)) % dimensions
+    if any(other.shape != value.shape for other in op.ins):
+        return False
+    for other in op.ins:
+        analysis.freeze(other.nodes[axis], f"`{op.name}` along it {op.where}")
+    for dimension in range(dimensions):
+        for other in op.ins[1:]:
+            analysis.unite(value.nodes[dimension], other.nodes[dimension])
+    for out in op.outs:
+        analysis.fix(out)
+        for dimension in range(dimensions):
+            if dimension != axis:
+                out.nodes[dimension] = value.nodes[dimension]
+    return None
+
+
+def _window(analysis: Any, op: Op) -> None:
+    value, out, params = op.ins[0], op.outs[0], op.params
+    analysis.fix(out)
+    sides = zip(params["padding"], params["window_dimensions"], strict=True)
+    # A window with nothing but padding in it would hold an infinity.
+    covered = all(max(padding) < window for padding, window in sides)
+    for dimension in range(len(value.shape)):
+        alone = params["window_dimensions"][dimension] == params["window_strides"][dimension] == 1
+        alone &= tuple(params["padding"][dimension]) == (0, 0)
+        for name in ("base_dilation", "window_dilation"):
+            alone &= not params.get(name) or params[name][dimension] == 1
+        if alone:
+            out.nodes[dimension] = value.nodes[dimension]
+            if covered:
+                out.facts[dimension] = zero_only(value.facts[dimension])
+        else:
+            analysis.freeze(value.nodes[dimension], f"a window slides over it {op.where}")
+
+
+RULES = {name: Rule(_reduce, _run_reduce) for name in sorted(_SUMMARIES)}
+RULES |= {
+    name: Rule(_reduce)
+    for name in "reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+}
+RULES |= {
+    name: Rule(_along) for name in "cumsum cumprod cummax cummin cumlogsumexp sort top_k".split()
+}
+RULES |= {name: Rule(_window) for name in _WINDOWS.split()}

@@ -1,0 +1,94 @@
+"""What the analysis knows of a value in a traced function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# What holds of the entries at an index of a dimension once that index is pruned: in the dense
+# function with every slice of the class zeroed (the first two), or with only those slices zeroed
+# that produce it, such as a kernel's outputs, but not those that consume it (the last two).
+ZERO, SAME = np.uint8(1), np.uint8(2)  # they are 0; all pruned indices hold the same value
+ZERO_SOFT, SAME_SOFT = np.uint8(4), np.uint8(8)
+NOTHING = np.uint8(0)
+ALWAYS_ZERO = ZERO | SAME | ZERO_SOFT | SAME_SOFT
+ALWAYS_SAME = SAME | SAME_SOFT
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An intermediate result: for each dimension, the nodes of its indices and what is known.
+
+    Example:
+        >>> import jax
+        >>> Value(jax.ShapeDtypeStruct((2, 3), "float32")).shape
+        (2, 3)
+    """
+
+    aval: Any
+    nodes: list[np.ndarray] = dataclasses.field(default_factory=list)  # int64 [n] per dimension
+    facts: list[np.ndarray] = dataclasses.field(default_factory=list)  # uint8 [n] per dimension
+    # Per dimension: the (leaf, dimension) of parameters that it comes from; of parameters only.
+    origins: list[frozenset] = dataclasses.field(default_factory=list)
+    of_params: bool = False  # a function of parameters and constants alone
+    number: Any = None  # the one number that all entries are, if that is known
+    constant: Any = None  # the array, if the function holds it
+    op: "Op | None" = None  # what computes it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense value."""
+        return tuple(self.aval.shape)
+
+    def like(self, other: "Value") -> None:
+        """Takes over all that is known of another value of the same shape."""
+        self.nodes, self.facts = list(other.nodes), list(other.facts)
+        self.origins, self.number = list(other.origins), other.number
+
+
+@dataclasses.dataclass(eq=False)
+class Op:
+    """One primitive applied to values.
+
+    Example:
+        >>> Op("add", None, {}, [], [], "").name
+        'add'
+    """
+
+    name: str
+    primitive: Any
+    params: dict[str, Any]
+    ins: list[Value]
+    outs: list[Value]
+    where: str  # line of the user's code
+    inner: dict[str, Any] = dataclasses.field(default_factory=dict)  # what control flow runs
+
+
+class Graph(NamedTuple):
+    """A traced function: its operations in order, calls of `jit` inlined.
+
+    Example:
+        >>> Graph([], [], []).ops
+        []
+    """
+
+    ins: list[Value]
+    outs: list[Value]
+    ops: list[Op]
+
+
+class Rule(NamedTuple):
+    """How a primitive joins dimensions, and how it runs on smaller arrays.
+
+    `analyze(analysis, op)` fills in the outputs of the operation; it returns False for a form that
+    it does not know, which then freezes all it touches. `run(execution, op, arrays)` returns a list
+    of arrays; None binds the primitive as it is.
+
+    Example:
+        >>> Rule(lambda analysis, op: False).run is None
+        True
+    """
+
+    analyze: Callable[[Any, Op], bool | None]
+    run: Callable[[Any, Op, list[Any]], list[Any]] | None = None
