@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
 
+import jaxprune
 from jaxprune import models, structure, trees
 from jaxprune.structure import Trace
 
@@ -405,6 +407,82 @@ def test_transformations_of_a_wrapped_function(mlp):
     np.testing.assert_allclose(
         curvature(wrapped, small), curvature(FUNCTION, masked), rtol=1e-4, atol=1e-4
     )
+
+
+# ---- optimizer state
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "adamw": lambda: optax.adamw(optax.cosine_decay_schedule(0.1, 9)),
+    "lamb": lambda: optax.lamb(0.1),
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+    "partition": lambda: optax.partition(
+        {"one": optax.adam(0.1), "two": optax.sgd(0.1, momentum=0.9)}, {"a": "one", "b": "two"}
+    ),
+    "masked": lambda: optax.chain(optax.masked(optax.trace(0.9), {"a": True, "b": False})),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adam(0.1), 2),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(0.1),
+    "masks": lambda: jaxprune.chain(optax.sgd(0.1, momentum=0.9), jaxprune.fixed_mask_transform()),
+}
+
+
+def stepped(tx, function, params, state):
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(function(p, X))))(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_as_if_masked(mlp, name):
+    tx = OPTIMIZERS[name]()
+    plan = mlp.plan(halves(mlp))
+    params, state = WEIGHTS, tx.init(WEIGHTS)
+    for _ in range(3):
+        params, state = stepped(tx, FUNCTION, params, state)
+    small = plan.compact(params)
+    done = structure.compact_state(plan, tx, state, params)
+    assert done.restarted == ()
+    shapes = jax.tree.map(jnp.shape, done.state)
+    assert shapes == jax.tree.map(jnp.shape, tx.init(small))
+    # One step on gradients of the masked network; lamb and clipping look at norms of all weights.
+    masked = plan.mask(params)
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(FUNCTION(p, X))))(masked)
+    if name not in ("lamb", "clip"):
+        updates, _ = tx.update(grads, state, masked)
+        small_updates, _ = tx.update(plan.compact(grads), done.state, small)
+        assert difference(plan.compact(updates), small_updates) < 1e-6
+    wrapped = plan.wrap(FUNCTION)
+    trained, _ = stepped(tx, wrapped, small, done.state)
+    assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, small)
+
+
+def test_what_has_no_slices_begins_anew():
+    weights, function = between(jax.nn.relu, width=256)
+    weights["a"]["kernel"], x = draw(128, 256), draw(5, 128)
+    groups = structure.find_groups(function, weights, x)
+    plan = groups.plan(halves(groups))
+    tx = optax.adafactor(0.1)
+    state = tx.init(weights)
+    done = structure.compact_state(plan, tx, state, weights)
+    assert done.restarted and all("a/kernel" in path for path in done.restarted)
+    assert {path.split("/")[-3] for path in done.restarted} <= {"v_row", "v_col"}
+    small = plan.compact(weights)
+    tx.update(small, done.state, small)
+
+
+def test_parameters_may_be_a_part_of_the_variables():
+    variables = {"params": WEIGHTS, "other": jnp.ones(3)}
+
+    def function(v, x):
+        return FUNCTION(v["params"], x) + v["other"][None]
+
+    groups = structure.find_groups(function, variables, X)
+    plan = groups.plan(halves(groups))
+    tx = optax.adam(0.1)
+    done = structure.compact_state(plan, tx, tx.init(WEIGHTS), WEIGHTS, under="params")
+    assert done.state[0].mu["a"]["kernel"].shape == (6, 4) and done.restarted == ()
+    with pytest.raises(ValueError, match=r"a/kernel: shape \(6, 8\), in the plan missing"):
+        structure.compact_state(plan, tx, tx.init(WEIGHTS), WEIGHTS)
 
 
 # ---- bad input

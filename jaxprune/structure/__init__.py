@@ -7,10 +7,23 @@ output = jax.jit(plan.wrap(apply))(small, images)            # the same function
 """
 
 from jaxprune.structure._groups import Frozen, Group, Groups, Member, find_groups
+from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan
+from jaxprune.structure._ranking import (
+    count_parameters,
+    filter_norms,
+    fpgm,
+    keep_global,
+    keep_uniform,
+    keep_within,
+    norm_scales,
+    normalized,
+    taylor,
+)
 from jaxprune.structure._traces import Model, Trace
 
 __all__ = [
+    "CompactedState",
     "Frozen",
     "Group",
     "Groups",
@@ -18,6 +31,16 @@ __all__ = [
     "Model",
     "Plan",
     "Trace",
+    "compact_state",
+    "count_parameters",
+    "filter_norms",
     "find_groups",
+    "fpgm",
+    "keep_global",
+    "keep_uniform",
+    "keep_within",
     "load_plan",
+    "norm_scales",
+    "normalized",
+    "taylor",
 ]

@@ -36,6 +36,10 @@ class Plan(NamedTuple):
         """Of a leaf after compaction."""
         return tuple(int(own.sum()) for own in self.kept[path])
 
+    def take(self, path: str, array: Any) -> Any:
+        """What stays of an array that is shaped like a leaf, such as its gradient."""
+        return _take(array, self.kept[path])
+
     def compact(self, variables: Any) -> Any:
         """The smaller arrays.
 

@@ -1,0 +1,91 @@
+"""The optimizer state of a network that got smaller."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import trees
+from jaxprune.structure._plans import Plan
+
+
+class CompactedState(NamedTuple):
+    """What `compact_state` returns.
+
+    Example:
+        >>> CompactedState((), ("0/v_row/w",)).restarted
+        ('0/v_row/w',)
+    """
+
+    state: Any
+    restarted: tuple[str, ...]  # paths of what could not be sliced and begins anew
+
+
+def compact_state(
+    plan: Plan, optimizer: optax.GradientTransformation, state: Any, params: Any, *, under: str = ""
+) -> CompactedState:
+    """Makes an optimizer state as small as the parameters.
+
+    What mirrors a parameter (its path ends with that of the parameter, and its shape is the dense
+    one: momentum, moments, masks, averages) is sliced like it. What has the shape that
+    `optimizer.init` gives it for the smaller parameters stays, such as a step. The rest, such as
+    the row and column sums of Adafactor, has no slices and begins anew.
+
+    Args:
+        plan: from `Groups.plan`.
+        optimizer: that made the state.
+        state: of the optimizer, at dense shapes.
+        params: dense, as given to `optimizer.init`.
+        under: path of the parameters inside of the variables of the plan, such as `"params"`.
+
+    Returns:
+        A `CompactedState`: the state, and the paths of what began anew.
+
+    Raises:
+        ValueError: a parameter is not in the plan, or has another shape there; it lists all.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxprune.structure import find_groups
+        >>> def mlp(w, x):
+        ...     return jax.nn.relu(x @ w["in"]) @ w["out"]
+        >>> params = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
+        >>> plan = find_groups(mlp, params, jnp.ones((1, 3))).plan({"in:1": np.arange(8) < 6})
+        >>> optimizer = optax.adam(0.1)
+        >>> small = compact_state(plan, optimizer, optimizer.init(params), params)
+        >>> small.state[0].mu["in"].shape, small.restarted
+        ((3, 6), ())
+    """
+    prefix = f"{under}/" if under else ""
+    dense = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
+    problems = [
+        f"{path}: shape {shape}, in the plan {plan.model.shapes.get(prefix + path, 'missing')}"
+        for path, shape in dense.items()
+        if plan.model.shapes.get(prefix + path) != shape
+    ]
+    trees.raise_for(problems, "`params` must be those of the plan, under the path `under`:")
+    smaller = [plan.take(prefix + path, leaf) for path, leaf in trees.leaf_by_path(params).items()]
+    new = optimizer.init(jax.tree.unflatten(jax.tree.structure(params), smaller))
+    leaves, restarted = [], []
+    named = trees.leaves_with_paths(state)
+    for (path, leaf), (_, fresh) in zip(named, trees.leaves_with_paths(new), strict=True):
+        owner = _owner(path, jnp.shape(leaf), dense)
+        if owner is not None:
+            leaves.append(plan.take(prefix + owner, leaf))
+        elif jnp.shape(leaf) == jnp.shape(fresh):
+            leaves.append(leaf)
+        else:
+            leaves.append(fresh)
+            restarted.append(path)
+    return CompactedState(jax.tree.unflatten(jax.tree.structure(new), leaves), tuple(restarted))
+
+
+def _owner(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:
+    """The parameter that a leaf of a state mirrors: the longest path that its own ends with."""
+    parts = path.split("/")
+    for start in range(len(parts)):
+        candidate = "/".join(parts[start:])
+        if dense.get(candidate) == shape:
+            return candidate
+    return None
