@@ -82,8 +82,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.jobs > 1 and not options.child:
             run_seeds(options, args)
         else:
-            for seed in options.seeds:
-                run_seed(options, dataclasses.replace(config, seed=seed))
+            try:
+                for seed in options.seeds:
+                    run_seed(options, dataclasses.replace(config, seed=seed))
+            except KeyboardInterrupt:
+                print("\nstopped; the same command goes on from there")
+                sys.exit(130)
         write_results(options.workdir, METHODS)
         print(f"\n{(options.workdir / 'results.md').read_text()}\nwritten to {options.workdir}")
 

@@ -226,6 +226,15 @@ def test_a_workdir_of_another_comparison_is_refused(finished, script):
     assert (workdir / "config.json").read_text() == before
 
 
+def test_an_interrupt_says_how_to_go_on(script, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "run_seed", interrupted)
+    code, text = script.go("digits_resnet8", "--workdir", tmp_path)
+    assert code == 130 and "the same command goes on from there" in text
+
+
 def test_report_only_trains_nothing(finished, script):
     workdir, _ = finished
     before = (workdir / "results.jsonl").read_text()
