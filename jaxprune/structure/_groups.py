@@ -202,8 +202,9 @@ def find_groups(
     model = Model(
         {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()}, names, frozenset()
     )
+    traced = [trace_function(trace, variables) for trace in traces]
     for _ in range(2):  # the second pass knows what only consumes a width
-        analyses = [analyze(model, trace_function(trace, variables))[0] for trace in traces]
+        analyses = [analyze(model, each)[0] for each in traced]
         consumers = frozenset().union(*[analysis.consumers for analysis in analyses])
         producers = frozenset().union(*[analysis.producers for analysis in analyses])
         model = model._replace(consumers=consumers - producers)
