@@ -1,5 +1,6 @@
 """Masks are found wherever they sit, applied exactly, and made in one call with exact counts."""
 
+import collections
 from typing import NamedTuple
 
 import chex
@@ -202,8 +203,9 @@ def test_masks_of_prune_fit_and_the_next_update_zeroes():
 
 def test_masks_are_matched_by_path_and_copied():
     state = jaxprune.fixed_mask_transform().init(PARAMS)
-    mine = {name: PARAMS[name] for name in ("dense", "bias", "conv")}  # in another order
-    masks = jax.tree.map(_pattern, mine) | {"bias": True}
+    masks = jax.tree.map(_pattern, PARAMS) | {"bias": True}
+    # JAX sorts the keys of a dict, but not these.
+    masks = collections.OrderedDict((name, masks[name]) for name in ("dense", "bias", "conv"))
     changed = jaxprune.set_masks(state, masks)
     found = jaxprune.get_masks(changed)
     for mask, p in zip(_kernels(found), _kernels(PARAMS), strict=True):

@@ -361,6 +361,13 @@ def test_pruning_goes_by_the_trained_weights_of_the_round_before(tmp_path):
             assert np.array_equal(masks[name]["kernel"], expected)
 
 
+def test_pruning_is_global_without_a_floor():
+    params = {"large": jnp.ones((5, 10)), "small": jnp.full((5, 10), 1e-3)}
+    _, masks = rewinding.prune_globally(params, 0.5)
+    assert int(masks["small"].sum()) == 1, "no leaf is emptied"
+    assert int(masks["large"].sum()) == 49
+
+
 def test_one_shot_prunes_the_dense_network_each_time(tmp_path):
     toy = Toy()
     rounds = rewinding.rewind_learning_rate(
@@ -577,7 +584,7 @@ class Falling(Toy):
         (Guard(margin=43.9 / 64), [2]),
         (Guard(margin=21 / 64, density=0.75), [1]),  # the density counts itself
         (Guard(margin=23 / 64, density=0.5), [2]),  # against the dense network, not the last
-        (Guard(margin=0, density=0.51), [1]),  # what was asked for, not what rounding made of it
+        (Guard(margin=0, density=0.51), [1]),
     ],
 )
 def test_what_counts_as_harm(guard, harmed, tmp_path):
@@ -589,6 +596,13 @@ def test_what_counts_as_harm(guard, harmed, tmp_path):
     assert [one.number for one in rounds if one.note] == harmed
     assert {warning.filename for warning in caught} <= {__file__}
     assert len(caught) == len(harmed)
+
+
+def test_the_guard_goes_by_the_density_that_was_asked_for(tmp_path):
+    guard = Guard(margin=0, density=0.55)
+    with pytest.warns(UserWarning, match="lost"):
+        rounds = rewinding.rewind_learning_rate(Falling().task, tmp_path, [0.55], guard=guard)
+    assert rounds[1].density < 0.55, "48 of 88 weights"
 
 
 def test_rewound_weights_are_not_harmed_again(tmp_path):
@@ -725,8 +739,14 @@ def test_states_keep_their_shardings_and_their_freedom(tmp_path):
             assert state.statistics.sharding == spread
             return super().train(state, start, stop, number)
 
-    toy = Sharded()
-    rewinding.rewind_weights(toy.task, tmp_path, DENSITIES[:2], to=EARLY)
+    def moves(params, sparsity, *, masks):
+        pruned = rewinding.prune_globally(params, sparsity, masks=masks)
+        return jax.device_put(pruned, jax.devices()[1])
+
+    for number, options in enumerate([{}, {"prune": moves}]):
+        task, folder = Sharded().task, tmp_path / str(number)
+        rewinding.rewind_weights(task, folder, DENSITIES[:2], to=EARLY, **options)
+        rewinding.fine_tune(task, folder, DENSITIES[:2], **options)
 
     class Free(Toy):
         def train(self, state, start, stop, number):

@@ -177,7 +177,7 @@ def _begin(task: Task, stage: Stage, like: Any) -> Any:
     held = get_masks(get(trained, "opt_state"))
     pruned, masks = stage.prune(get(trained, "params"), 1 - stage.density, masks=held)
     if source == "trained":
-        state = replace(trained, params=pruned)
+        state = replace(trained, params=_placed(pruned, get(like, "params")))
     elif source in ("new", 0):
         state = task.init(stage.number if source == "new" else 0)
     else:
@@ -186,11 +186,9 @@ def _begin(task: Task, stage: Stage, like: Any) -> Any:
             dense = dense.before
         state = _restore(dense, like, source)
     opt_state = set_step(get(state, "opt_state"), stage.recipe.schedule_from)
-    return replace(
-        state,
-        params=apply_masks(get(state, "params"), masks),
-        opt_state=set_masks(opt_state, masks),
-    )
+    opt_state = set_masks(opt_state, masks)  # on the devices of those that they replace
+    params = apply_masks(get(state, "params"), get_masks(opt_state))
+    return replace(state, params=params, opt_state=opt_state)
 
 
 def _check_trained(stage: Stage, state: Any, start: int, stop: int) -> None:
