@@ -128,6 +128,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     options = parser.parse_args(args[:end])
     options.training = args[end + 1 :]
     options.methods = [*dict.fromkeys(options.methods)]
+    options.jobs = min(options.jobs, len(options.seeds))  # one seed alone gets all cores
     options.workdir = options.workdir or Path(f"runs/rewind-{options.config}")
     if options.help:
         parser.print_help()

@@ -949,6 +949,8 @@ def test_a_missing_early_checkpoint_names_its_step(tmp_path):
         lambda *a: rewinding.rewind_weights(*a, [0.5], to=EARLY),
     )
     assert f"keep=[{EARLY}]" in text
+    with pytest.raises(ValueError, match="`keep` must be a number of steps, but is 0.5"):
+        rewinding.train_dense(Toy().task, tmp_path / "b", keep=[0.5])
     with pytest.raises(ValueError, match=r"`keep` must hold steps .* got \[99\]"):
         rewinding.train_dense(Toy().task, tmp_path / "b", keep=[99])
 

@@ -20,7 +20,7 @@ from jaxprune.rewinding._stages import (
     write_result,
 )
 from jaxprune.rewinding._steps import set_step
-from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, get
+from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, get, whole
 
 
 def train_dense(
@@ -49,7 +49,7 @@ def train_dense(
         20
     """
     _check_options(options)
-    keep = sorted({operator.index(step) for step in keep} - {0})  # step 0 is `task.init(0)`
+    keep = sorted({whole("keep", step) for step in keep} - {0})  # step 0 is `task.init(0)`
     if not all(0 < step <= task.steps for step in keep):
         raise ValueError(f"`keep` must hold steps of the training, 0 to {task.steps}; got {keep}.")
     stage = _dense_stage(task, workdir)
