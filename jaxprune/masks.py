@@ -78,8 +78,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     """
     now = trees.leaf_by_path(get_masks(opt_state))
     by_path = trees.leaf_by_path(masks)
-    problems = [f"{path}: no mask" for path in now if path not in by_path]
-    problems += [f"{path}: a mask without a leaf" for path in by_path if path not in now]
+    problems = trees.unmatched(by_path, now)
     for path, mask in by_path.items():
         held = now.get(path)
         if held is None:
@@ -125,9 +124,7 @@ def apply_masks(tree: Any, masks: Any) -> Any:
         [1.0, 0.0]
     """
     by_path, leaf_of = trees.leaf_by_path(masks), trees.leaf_by_path(tree)
-    named, paths = leaf_of.items(), leaf_of.keys()
-    problems = [f"{path}: no mask" for path, _ in named if path not in by_path]
-    problems += [f"{path}: a mask without a leaf" for path in by_path if path not in paths]
+    named, problems = leaf_of.items(), trees.unmatched(by_path, leaf_of)
     problems += [
         f"{path}: shape {jnp.shape(leaf)}, but mask {jnp.shape(by_path[path])}"
         for path, leaf in named

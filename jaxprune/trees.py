@@ -1,6 +1,6 @@
 """Leaf paths, the rule that says which leaves are pruned, and errors that name every bad leaf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ __all__ = [
     "put",
     "raise_for",
     "state_fields",
+    "unmatched",
 ]
 
 Prunable = Callable[[str, Any], bool] | Any | None
@@ -137,6 +138,24 @@ def raise_for(problems: list[str], summary: str) -> None:
     """
     if problems:
         raise ValueError("\n  ".join([summary, *problems]))
+
+
+def unmatched(masks: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
+    """The paths that only masks have, or only leaves.
+
+    Args:
+        masks: by path.
+        leaves: by path, what the masks are for.
+
+    Returns:
+        A line for each, for `raise_for`.
+
+    Example:
+        >>> unmatched({"a": True, "b": True}, {"b": 1.0, "c": 2.0})
+        ['c: no mask', 'a: a mask without a leaf']
+    """
+    problems = [f"{path}: no mask" for path in leaves if path not in masks]
+    return problems + [f"{path}: a mask without a leaf" for path in masks if path not in leaves]
 
 
 def check_same_structure(name: str, tree: Any, params: Any) -> None:

@@ -74,8 +74,7 @@ def fixed_mask_transform(
             return FixedMaskState(put_masks(params, flags, kept))
         by_path = trees.leaf_by_path(masks)
         leaf_of = trees.leaf_by_path(params)
-        problems = [f"{path}: no mask" for path in leaf_of if path not in by_path]
-        problems += [f"{path}: a mask without a leaf" for path in by_path if path not in leaf_of]
+        problems = trees.unmatched(by_path, leaf_of)
         problems += [
             f"{path}: {_described(by_path[path])}, but the parameter has shape {jnp.shape(leaf)}"
             for path, leaf in leaf_of.items()
