@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -24,17 +23,6 @@ COMMAND = shlex.split(
     "--save-every 5 --guard 1"
 )
 TRAINING = shlex.split(f"--steps {STEPS} --batch-size 16 --eval-batch-size 360 --log-every 6")
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device, and one compilation cache for all runs of this file."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return cache | {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 @pytest.fixture

@@ -635,17 +635,22 @@ def test_the_guard_is_silent_where_nothing_is_wrong(guard, tmp_path):
 # ---- what a folder stands for
 
 
-def test_an_early_checkpoint_outlives_another_driver(tmp_path):
-    toy = Toy()
+def killed_at_step_5(toy):
+    """The task of a toy, which dies there."""
 
-    def killed(state, start, stop, number):
+    def train(state, start, stop, number):
         if start == 5:
             raise Killed
         return toy.train(state, start, stop, number)
 
+    return toy.task._replace(train=train)
+
+
+def test_an_early_checkpoint_outlives_another_driver(tmp_path):
+    toy = Toy()
     options = {"save_every": 5}
     with pytest.raises(Killed):
-        task = toy.task._replace(train=killed)
+        task = killed_at_step_5(toy)
         rewinding.rewind_weights(task, tmp_path, [0.5], to=EARLY, **options)
     rewinding.fine_tune(toy.task, tmp_path, [0.5], **options)
     found = rewinding.rewind_weights(toy.task, tmp_path, [0.5], to=EARLY, **options)
@@ -655,14 +660,8 @@ def test_an_early_checkpoint_outlives_another_driver(tmp_path):
 
 def test_a_step_that_a_stopped_training_went_past(tmp_path):
     toy = Toy()
-
-    def killed(state, start, stop, number):
-        if start == 5:
-            raise Killed
-        return toy.train(state, start, stop, number)
-
     with pytest.raises(Killed):
-        rewinding.train_dense(toy.task._replace(train=killed), tmp_path, save_every=5)
+        rewinding.train_dense(killed_at_step_5(toy), tmp_path, save_every=5)
     call = functools.partial(rewinding.rewind_weights, densities=[0.5], to=EARLY)
     refused(f"no checkpoint of step {EARLY}", tmp_path, lambda *a: call(*a))
 

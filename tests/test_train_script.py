@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
@@ -34,17 +33,6 @@ def _load_script():
 
 train = _load_script()
 FIELDS = dataclasses.fields(train.Config)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device, and one compilation cache for all runs of this file."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return cache | {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 @pytest.fixture(scope="module")
