@@ -1,7 +1,7 @@
 """Follows a traced function once and finds which indices of its parameters belong together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxprune.structure import (
     _reductions,
     _shapes,
 )
-from jaxprune.structure._nodes import FROZEN, Nodes
+from jaxprune.structure._nodes import FROZEN, Nodes, rows_of
 from jaxprune.structure._values import (
     ALWAYS_SAME,
     ALWAYS_ZERO,
@@ -29,6 +29,7 @@ from jaxprune.structure._values import (
     Graph,
     Op,
     Rule,
+    Split,
     Value,
 )
 
@@ -49,6 +50,7 @@ class Analysis:
 
     Args:
         consumers: `(leaf, dimension)` pairs that only consume a width, from an earlier pass.
+        factors: which factor of a split dimension may shrink, see `split_factor`.
 
     Example:
         >>> analysis = Analysis()
@@ -57,29 +59,37 @@ class Analysis:
         [[1, 2], [3, 4, 5]]
     """
 
-    def __init__(self, consumers: frozenset[tuple[int, int]] = frozenset()) -> None:
+    def __init__(
+        self,
+        consumers: frozenset[tuple[int, int]] = frozenset(),
+        factors: Mapping[Split, int] | None = None,
+    ) -> None:
         """Knows no function yet."""
         self.nodes = Nodes()
         self.leaves: list[Value] = []
+        self.used: set[int] = set()  # leaves that some operation reads
         self.known_consumers = consumers
+        self.factors = dict(factors or {})
+        self.splits: dict[Split, list[np.ndarray]] = {}  # nodes of the factors, where all is free
         self.consumers: set[tuple[int, int]] = set()
         self.producers: set[tuple[int, int]] = set()
         self.freezes: list[tuple[list[tuple[int, int]], str]] = []  # dimensions hit, reason
         self.inexact: list[tuple[np.ndarray, str]] = []  # nodes, reason
         self.unknown: dict[str, int] = {}
+        self.op = Op("update", None, {}, [], [], "of a variable")  # what is being followed
         self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules that are being followed
 
     # ---- values
 
-    def leaf(self, aval: Any, zeroed: bool) -> Value:
-        """A parameter, or (not `zeroed`) another array that shrinks but is never set to zero."""
-        index, value = len(self.leaves), Value(aval, of_params=True)
+    def leaf(self, aval: Any, zeroed: bool, cached: bool = False) -> Value:
+        """An array that shrinks: a parameter that is masked (`zeroed`), a cache, or other state."""
+        index, value = len(self.leaves), Value(aval, of_params=not cached)
+        value.leaf = index
         for dimension, size in enumerate(value.shape):
             value.nodes.append(self.nodes.new(size, True) if size > 1 else frozen(size))
-            facts = NOTHING
-            if zeroed:
-                consumes = (index, dimension) in self.known_consumers
-                facts = ZERO | SAME if consumes else ALWAYS_ZERO
+            facts = ALWAYS_ZERO if zeroed or cached else NOTHING
+            if (index, dimension) in self.known_consumers:
+                facts = ZERO | SAME
             value.facts.append(np.full(size, facts, np.uint8))
             value.origins.append(frozenset([(index, dimension)]) if zeroed else frozenset())
         self.leaves.append(value)
@@ -120,9 +130,34 @@ class Analysis:
         return self.nodes.root(nodes)
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        """See `Nodes.unite`."""
-        if a is not b:
-            self.nodes.unite(a, b)
+        """See `Nodes.unite`; what meets a width that must stay is frozen, and that is noted."""
+        if a is b:
+            return
+        frozen_a, frozen_b = self.nodes.is_frozen(a), self.nodes.is_frozen(b)
+        for nodes in (a[frozen_b & ~frozen_a], b[frozen_a & ~frozen_b]):
+            self.freeze(nodes, f"`{self.op.name}` {self.op.where} joins it to a fixed width")
+        self.nodes.unite(a, b)
+
+    def split_factor(self, roots: np.ndarray) -> int:
+        """Which factor of a dimension that is split keeps its freedom: a choice, noted in `splits`.
+
+        The outermost, unless another is known to be better: a first pass may have frozen it.
+        """
+        for factor in range(roots.ndim):  # what shrinks by one factor already needs no choice
+            along = rows_of(roots, factor)
+            if (along == along[:, :1]).all():
+                return factor
+        own = set(roots.flat)
+        for split, factor in self.factors.items():
+            if split.sizes == roots.shape and int(self.root(np.array([split.node]))[0]) in own:
+                return factor
+        return 0
+
+    def note_split(self, roots: np.ndarray, nodes: np.ndarray) -> None:
+        """Notes the nodes of the factor that kept its freedom."""
+        free = roots[roots != FROZEN]
+        if len(free) and self.nodes.of_leaf[free.min()]:
+            self.splits.setdefault(Split(int(free.min()), roots.shape), []).append(nodes)
 
     def is_free(self, nodes: np.ndarray) -> np.ndarray:
         """Bools: whether each may be removed."""
@@ -146,7 +181,7 @@ class Analysis:
                 if np.isin(self.root(own), roots).any()
             ]
             self.freezes.append((hit, reason))
-        self.unite(roots, np.zeros_like(roots))
+        self.nodes.unite(roots, np.zeros_like(roots))
 
     def freeze_all(self, op: Op, reason: str) -> bool:
         """Freezes all operands; outputs keep their shapes. Returns True, as done."""
@@ -197,7 +232,10 @@ class Analysis:
                 where = source_info_util.summarize(equation.source_info)
                 outs = [Value(var.aval) for var in equation.outvars]
                 op = Op(name, equation.primitive, equation.params, operands, outs, f"at {where}")
+                self.used.update(value.leaf for value in operands if value.leaf is not None)
+                outer, self.op = self.op, op
                 self._follow(op)
+                self.op = outer
                 ops.append(op)
             known.update(zip(equation.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]

@@ -11,10 +11,20 @@ from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._nodes import FROZEN, Nodes
 from jaxprune.structure._plans import Plan
-from jaxprune.structure._traces import Model, Trace, analyze, trace_function
+from jaxprune.structure._traces import (
+    Model,
+    Trace,
+    Traced,
+    analyze,
+    broken_caches,
+    trace_function,
+)
+from jaxprune.structure._values import Graph, Split
 
 # Parts of the path of a leaf that is state: it shrinks with the parameters but is never masked.
-_STATE = {"batch_stats", "mean", "var", "cache", "count", "key", "rngs"}
+_STATE = {"batch_stats", "mean", "var", "count", "key", "rngs"}
+_WHOLE = "all its indices are one unit: it could only go as a whole"
+_CHOICES = 8  # passes over all traces in which factors of splits may still be tried
 
 
 class Member(NamedTuple):
@@ -166,6 +176,7 @@ def find_groups(
     *args: Any,
     updates: Callable[[Any], Any] | None = None,
     parameters: Callable[[str, Any], bool] | None = None,
+    caches: Callable[[str, Any], bool] | None = None,
 ) -> Groups:
     """Finds which dimensions of a function's variables can shrink, and which shrink together.
 
@@ -179,7 +190,10 @@ def find_groups(
         *args: arrays or `jax.ShapeDtypeStruct`; batch sizes may be others later.
         updates: see `Trace`.
         parameters: `(path, leaf) -> bool`: what a mask may set to zero. Default floating-point
-            leaves whose path has no part such as `batch_stats`, `mean` or `var`.
+            leaves that are no caches and whose path has no part such as `batch_stats`, `mean`
+            or `var`.
+        caches: `(path, leaf) -> bool`: state that is 0 before it is first written, such as keys and
+            values of earlier tokens. Default leaves with `cache` in a part of their path.
 
     Returns:
         The groups.
@@ -197,18 +211,57 @@ def find_groups(
     """
     traces = [Trace(function, args, updates)] if callable(function) else list(function)
     leaves = trees.leaf_by_path(variables)
-    rule = _is_parameter if parameters is None else parameters
-    names = frozenset(path for path, leaf in leaves.items() if rule(path, leaf))
+    is_cache = _is_cache if caches is None else caches
+    is_parameter = _is_parameter if parameters is None else parameters
+    names = {path for path, leaf in leaves.items() if is_parameter(path, leaf)}
     model = Model(
-        {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()}, names, frozenset()
+        {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()},
+        frozenset(names),
+        caches=frozenset(path for path in leaves.keys() - names if is_cache(path, leaves[path])),
     )
     traced = [trace_function(trace, variables) for trace in traces]
-    for _ in range(2):  # the second pass knows what only consumes a width
-        analyses = [analyze(model, each)[0] for each in traced]
-        consumers = frozenset().union(*[analysis.consumers for analysis in analyses])
-        producers = frozenset().union(*[analysis.producers for analysis in analyses])
-        model = model._replace(consumers=consumers - producers)
-    return _join(model, analyses)
+    tried: dict[Split, int] = {}
+    passes: list[tuple[Traced, Analysis, Graph]] = []
+    refined, number = None, 0
+    while refined != model:
+        model = model if refined is None else refined
+        passes = [(each, *analyze(model, each)) for each in traced]
+        refined = _refine(model, passes, tried, choose=number < _CHOICES)
+        number += 1
+    return _join(model, [analysis for _, analysis, _ in passes])
+
+
+def _refine(
+    model: Model,
+    passes: Sequence[tuple[Traced, Analysis, Graph]],
+    tried: dict[Split, int],
+    choose: bool,
+) -> Model:
+    """What a pass over all traces taught: what consumes, which caches do not stay 0, and, if it may
+    `choose`, another factor of each split whose factor was frozen (`tried` counts them)."""
+    consumers: set[tuple[int, int]] = set()
+    producers: set[tuple[int, int]] = set()
+    broken: set[str] = set()
+    factors = dict(model.factors)
+    for traced, analysis, graph in passes:
+        consumers |= analysis.consumers
+        producers |= analysis.producers
+        broken |= broken_caches(model, traced, analysis, graph)
+    for split in {split for _, analysis, _ in passes for split in analysis.splits}:
+        chosen = factors.get(split, 0)
+        frozen = any(
+            analysis.nodes.is_frozen(nodes).all()
+            for _, analysis, _ in passes
+            for nodes in analysis.splits.get(split, ())
+        )
+        if choose and frozen and tried.get(split, 0) < len(split.sizes):
+            tried[split] = tried.get(split, 0) + 1
+            factors[split] = (chosen + 1) % len(split.sizes)
+    return model._replace(
+        consumers=frozenset(consumers - producers),
+        caches=model.caches - broken,
+        factors=tuple(sorted(factors.items())),
+    )
 
 
 def _join(model: Model, analyses: Sequence[Analysis]) -> Groups:
@@ -219,6 +272,10 @@ def _join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     joined.new(count - 1)
     for analysis in analyses:
         joined.unite(own, analysis.root(own))
+    unused = set(range(len(model.shapes))) - set().union(*[a.used for a in analyses])
+    for index in unused:  # another function may use it, and would not know
+        for nodes in analyses[0].leaves[index].nodes:
+            joined.unite(nodes, np.full_like(nodes, FROZEN))
 
     dimensions: list[tuple[int, int, np.ndarray]] = []
     for index, leaf in enumerate(analyses[0].leaves):
@@ -263,15 +320,9 @@ def _join(model: Model, analyses: Sequence[Analysis]) -> Groups:
         reasons = sorted(set().union(*[inexact.get(int(root), set()) for root in roots]))
         groups.append(Group(name, len(roots), tuple(members), tuple(reasons)))
 
-    reasons_of: dict[tuple[int, int], str] = {}
-    for analysis in analyses:
-        for hit, reason in analysis.freezes:
-            for place in hit:
-                reasons_of.setdefault(place, reason)
+    reasons_of = _reasons(dimensions, analyses, unused)
     frozen = [
-        Frozen(
-            paths[index], dimension, reasons_of.get((index, dimension), "joined with a frozen one")
-        )
+        Frozen(paths[index], dimension, reasons_of.get((index, dimension), _WHOLE))
         for at, (index, dimension, _) in enumerate(dimensions)
         if at not in grouped
     ]
@@ -280,6 +331,37 @@ def _join(model: Model, analyses: Sequence[Analysis]) -> Groups:
         for name, times in analysis.unknown.items():
             unknown[name] = unknown.get(name, 0) + times
     return Groups(model, groups, frozen, unknown)
+
+
+def _reasons(
+    dimensions: Sequence[tuple[int, int, np.ndarray]],
+    analyses: Sequence[Analysis],
+    unused: set[int],
+) -> dict[tuple[int, int], str]:
+    """(leaf, dimension) -> why it stays whole, also where it only follows another one."""
+    reasons: dict[tuple[int, int], str] = {}
+    for index, dimension, _ in dimensions:
+        if index in unused:
+            reasons[index, dimension] = "no traced function uses it"
+    for analysis in analyses:
+        for hit, reason in analysis.freezes:
+            for place in hit:
+                reasons.setdefault(place, reason)
+    # What one trace freezes, another trace may join to further dimensions.
+    for analysis in [*analyses, *analyses]:
+        cause: dict[int, str] = {}
+        roots = {
+            (index, dimension): np.unique(analysis.root(analysis.leaves[index].nodes[dimension]))
+            for index, dimension, _ in dimensions
+        }
+        for place in reasons.keys() & roots.keys():
+            cause.update(dict.fromkeys(roots[place].tolist(), reasons[place]))
+        cause.pop(FROZEN, None)
+        for place, own in roots.items():
+            known = [cause[root] for root in own.tolist() if root in cause]
+            if known:
+                reasons.setdefault(place, known[0])
+    return reasons
 
 
 def _name(members: Sequence[Member], model: Model, taken: set[str]) -> str:
@@ -295,4 +377,9 @@ def _name(members: Sequence[Member], model: Model, taken: set[str]) -> str:
 
 
 def _is_parameter(path: str, leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and not _STATE & set(path.split("/"))
+    floating = bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+    return floating and not _STATE & set(path.split("/")) and not _is_cache(path, leaf)
+
+
+def _is_cache(path: str, leaf: Any) -> bool:
+    return "cache" in path

@@ -74,8 +74,37 @@ def _dynamic_update_slice(analysis: Any, op: Op) -> None:
                 analysis.freeze(operand.nodes[dimension], reason)
 
 
+def _scatter(analysis: Any, op: Op) -> None:
+    value, indices, updates = op.ins
+    out, numbers = op.outs[0], op.params["dimension_numbers"]
+    for nodes in indices.nodes:
+        analysis.freeze(nodes, f"indices of `{op.name}` {op.where}")
+    analysis.fix(out)
+    gone = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
+    window = [dimension for dimension in range(len(value.shape)) if dimension not in gone]
+    placed = dict(zip(window, numbers.update_window_dims, strict=True))
+    for dimension in range(len(updates.shape)):
+        if dimension not in placed.values():
+            analysis.freeze(updates.nodes[dimension], f"places of `{op.name}` {op.where}")
+    for dimension, size in enumerate(value.shape):
+        own = placed.get(dimension)
+        computed = dimension in numbers.scatter_dims_to_operand_dims
+        if own is not None and updates.shape[own] == size and not computed:
+            analysis.unite(value.nodes[dimension], updates.nodes[own])
+            out.nodes[dimension] = value.nodes[dimension]
+            facts = value.facts[dimension] & updates.facts[own]
+            out.facts[dimension] = zero_only(facts)
+        else:
+            reason = f"`{op.name}` puts entries into it {op.where}"
+            analysis.freeze(value.nodes[dimension], reason)
+            if own is not None:
+                analysis.freeze(updates.nodes[own], reason)
+
+
 RULES = {
     "gather": Rule(_gather, _run_gather),
     "dynamic_slice": Rule(_dynamic_slice, _run_dynamic_slice),
     "dynamic_update_slice": Rule(_dynamic_update_slice),
 }
+# The others compute with numbers that are not 0 where entries are.
+RULES |= {name: Rule(_scatter) for name in ("scatter", "scatter-add", "scatter_add", "scatter-sub")}

@@ -58,3 +58,8 @@ class Nodes:
     def is_frozen(self, nodes: np.ndarray) -> np.ndarray:
         """Bools: whether each must be kept."""
         return self.root(nodes) == FROZEN
+
+
+def rows_of(array: np.ndarray, axis: int) -> np.ndarray:
+    """A matrix whose rows are the entries at each index of an axis."""
+    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)

@@ -14,16 +14,17 @@ from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._nodes import FROZEN
-from jaxprune.structure._traces import Model, Trace, analyze, trace_function
+from jaxprune.structure._traces import Model, Trace, Traced, analyze, trace_function
+from jaxprune.structure._values import Graph, Split
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Plan(NamedTuple):
     """Which indices of which dimensions stay.
 
     Example:
-        >>> model = Model({"w": (2, 3)}, frozenset({"w"}), frozenset())
+        >>> model = Model({"w": (2, 3)}, frozenset({"w"}))
         >>> plan = Plan(model, {"w": [np.array([True, True]), np.array([True, False, True])]})
         >>> plan.compact({"w": jnp.arange(6).reshape(2, 3)})["w"].tolist()
         [[0, 2], [3, 5]]
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
         return self._map(lambda path, leaf: _take(leaf, self.kept[path]), variables)
 
     def mask(self, variables: Any) -> Any:
-        """Dense parameters with zeros where `compact` removes; other state as it is.
+        """Dense parameters and caches with zeros where `compact` removes; other state as it is.
 
         This is what a compacted function must agree with.
 
@@ -70,7 +71,8 @@ class Plan(NamedTuple):
         """
 
         def zeroed(path: str, leaf: Any) -> Any:
-            return _zero(leaf, self.kept[path]) if path in self.model.parameters else leaf
+            masked = path in self.model.parameters or path in self.model.caches
+            return _zero(leaf, self.kept[path]) if masked else leaf
 
         return self._map(zeroed, variables)
 
@@ -117,13 +119,41 @@ class Plan(NamedTuple):
                 jax.ShapeDtypeStruct(shape, leaf.dtype)
                 for shape, leaf in zip(self.model.shapes.values(), leaves, strict=True)
             ]
-            traced = trace_function(Trace(function, args), jax.tree.unflatten(structure, dense))
-            analysis, graph = analyze(self.model, traced, outputs=False)
-            kept = self._kept_nodes(analysis)
-            outs = Execution(analysis, kept).graph(graph, [*leaves, *jax.tree.leaves(args)])
+            traced, graph, execution = self._follow(
+                Trace(function, args), jax.tree.unflatten(structure, dense)
+            )
+            outs = execution.graph(graph, [*leaves, *jax.tree.leaves(args)])
             return jax.tree.unflatten(traced.structure, outs)
 
         return compacted
+
+    def kept_outputs(self, function: Callable[..., Any], variables: Any, *args: Any) -> Any:
+        """Which channels of a function's outputs are left, such as those of `Trace.shrinks`.
+
+        Args:
+            function: see `wrap`.
+            variables: dense arrays or `jax.ShapeDtypeStruct`.
+            *args: of the function, likewise.
+
+        Returns:
+            A tree like the output; in place of each array a list of bools for each dimension.
+
+        Raises:
+            ValueError: as the function of `wrap`.
+        """
+        self._check(variables, self.model.shapes)
+        traced, graph, execution = self._follow(Trace(function, args), variables)
+        kept = [
+            [execution.kept(value, dimension) for dimension in range(len(value.shape))]
+            for value in graph.outs
+        ]
+        return jax.tree.unflatten(traced.structure, kept)
+
+    def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution]:
+        """A function on dense shapes, and how it runs without what goes."""
+        traced = trace_function(trace, variables)
+        analysis, graph = analyze(self.model, traced, outputs=False)
+        return traced, graph, Execution(analysis, self._kept_nodes(analysis))
 
     def _kept_nodes(self, analysis: Analysis) -> np.ndarray:
         """Bools for the nodes of a function; an error if the plan does not fit it."""
@@ -155,6 +185,7 @@ class Plan(NamedTuple):
         variables: Any,
         *args: Any,
         updates: Callable[[Any], Any] | None = None,
+        shrinks: Callable[[Any], Any] | None = None,
         tolerance: float = 1e-4,
     ) -> float:
         """Compares the compacted function with the dense one on masked variables.
@@ -164,6 +195,7 @@ class Plan(NamedTuple):
             variables: dense.
             *args: of the function.
             updates: see `Trace`.
+            shrinks: see `Trace`.
             tolerance: of the largest difference, relative to the largest entry of each output.
 
         Returns:
@@ -176,10 +208,16 @@ class Plan(NamedTuple):
         dense = jax.jit(function)(self.mask(variables), *args)
         small = jax.jit(self.wrap(function))(self.compact(variables), *args)
         outs = [jax.tree.leaves(dense), jax.tree.leaves(small)]
+        indices = jax.tree.unflatten(jax.tree.structure(dense), list(range(len(outs[0]))))
         if updates is not None:
-            indices = jax.tree.unflatten(jax.tree.structure(dense), list(range(len(outs[0]))))
             for path, index in trees.leaf_by_path(updates(indices)).items():
                 outs[0][index] = _take(outs[0][index], self.kept[path])
+        if shrinks is not None:
+            kept = jax.tree.structure(dense).flatten_up_to(
+                self.kept_outputs(function, variables, *args)
+            )
+            for index in jax.tree.leaves(shrinks(indices)):
+                outs[0][index] = _take(outs[0][index], kept[index])
         shapes = [[jnp.shape(out) for out in own] for own in outs]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -204,6 +242,8 @@ class Plan(NamedTuple):
             "version": _VERSION,
             "parameters": sorted(self.model.parameters),
             "consumers": sorted(self.model.consumers),
+            "caches": sorted(self.model.caches),
+            "factors": [[*split, factor] for split, factor in self.model.factors],
             "leaves": {
                 name: {
                     "shape": shape,
@@ -233,7 +273,7 @@ def load_plan(path: str | Path) -> Plan:
 
     Example:
         >>> import tempfile
-        >>> model = Model({"w": (2,)}, frozenset(), frozenset())
+        >>> model = Model({"w": (2,)}, frozenset())
         >>> file = tempfile.mkdtemp() + "/plan.json"
         >>> Plan(model, {"w": [np.array([True, False])]}).save(file)
         >>> load_plan(file).shape("w")
@@ -248,7 +288,13 @@ def load_plan(path: str | Path) -> Plan:
         raise ValueError(f"{path} is a plan of version {version}; this jaxprune reads {_VERSION}")
     shapes = {name: tuple(leaf["shape"]) for name, leaf in content["leaves"].items()}
     consumers = frozenset((index, dimension) for index, dimension in content["consumers"])
-    model = Model(shapes, frozenset(content["parameters"]), consumers)
+    model = Model(
+        shapes,
+        frozenset(content["parameters"]),
+        consumers,
+        frozenset(content["caches"]),
+        tuple((Split(node, tuple(sizes)), factor) for node, sizes, factor in content["factors"]),
+    )
     kept = {}
     for name, leaf in content["leaves"].items():
         kept[name] = [np.ones(size, bool) for size in shapes[name]]

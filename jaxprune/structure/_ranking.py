@@ -267,7 +267,7 @@ def count_parameters(plan: Plan) -> int:
 
     Example:
         >>> from jaxprune.structure import Model
-        >>> model = Model({"w": (2, 3)}, frozenset({"w"}), frozenset())
+        >>> model = Model({"w": (2, 3)}, frozenset({"w"}))
         >>> count_parameters(Plan(model, {"w": [np.ones(2, bool), np.arange(3) < 2]}))
         4
     """

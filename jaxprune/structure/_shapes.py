@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune.structure._elementwise import zero_only
+from jaxprune.structure._nodes import rows_of
 from jaxprune.structure._values import ALWAYS_SAME, ALWAYS_ZERO, NOTHING, Op, Rule
 
 
@@ -136,22 +137,19 @@ def _merge(analysis: Any, op: Op, dimensions: list[int]) -> tuple[np.ndarray, np
 def _split(
     analysis: Any, nodes: np.ndarray, facts: np.ndarray, sizes: list[int]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """One dimension split in several: whole blocks of it, or the same places in each, go."""
+    """One dimension split in several, of which one may shrink: the same places in all others go."""
     if len(sizes) == 1:
         return [nodes], [facts]
-    rows, columns = sizes[0], math.prod(sizes[1:])
-    roots, facts = analysis.root(nodes).reshape(rows, columns), facts.reshape(rows, columns)
-    by_column = (roots == roots[:1]).all() and not (roots == roots[:, :1]).all()
-    if by_column:
-        inner, inner_facts = roots[0], np.bitwise_and.reduce(facts, axis=0)
-        outer, outer_facts = _fixed(rows)
-    else:
-        for column in range(1, columns):
-            analysis.unite(roots[:, 0], roots[:, column])
-        outer, outer_facts = roots[:, 0].copy(), np.bitwise_and.reduce(facts, axis=1)
-        inner, inner_facts = _fixed(columns)
-    more, more_facts = _split(analysis, inner, inner_facts, sizes[1:])
-    return [outer, *more], [outer_facts, *more_facts]
+    roots = analysis.root(nodes).reshape(sizes)
+    factor = analysis.split_factor(roots)
+    rows = rows_of(roots, factor)
+    first = rows[:, 0].copy()
+    analysis.unite(np.repeat(first, rows.shape[1] - 1), rows[:, 1:].reshape(-1))
+    analysis.note_split(roots, first)
+    parts = [_fixed(size) for size in sizes]
+    row_facts = rows_of(facts.reshape(sizes), factor)
+    parts[factor] = first, np.bitwise_and.reduce(row_facts, axis=1)
+    return [own for own, _ in parts], [own for _, own in parts]
 
 
 def _fixed(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
-from jaxprune.structure._values import Graph
+from jaxprune.structure._values import ALWAYS_ZERO, Graph, Split
 
 
 class Trace(NamedTuple):
@@ -22,21 +22,26 @@ class Trace(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
     # From the output to the part of it that is new values of variables, under the same paths, such
-    # as `lambda output: output[1]`; all other outputs keep their shapes. None: all of them do.
+    # as `lambda output: output[1]`.
     updates: Callable[[Any], Any] | None = None
+    # From the output to the part of it that may have fewer channels, such as features for another
+    # network: see `Plan.kept_outputs`. All that is in neither part keeps its shape.
+    shrinks: Callable[[Any], Any] | None = None
 
 
 class Model(NamedTuple):
     """What groups and plans know of the variables.
 
     Example:
-        >>> Model({"w": (2, 3)}, frozenset({"w"}), frozenset()).shapes
+        >>> Model({"w": (2, 3)}, frozenset({"w"})).shapes
         {'w': (2, 3)}
     """
 
     shapes: dict[str, tuple[int, ...]]  # by path, in flattening order
     parameters: frozenset[str]  # paths of what masks set to zero
-    consumers: frozenset[tuple[int, int]]  # (leaf, dimension) that only consume a width
+    consumers: frozenset[tuple[int, int]] = frozenset()  # (leaf, dimension) that only consume
+    caches: frozenset[str] = frozenset()  # paths of state that is 0 at first, and then where masked
+    factors: tuple[tuple[Split, int], ...] = ()  # which factor of a split dimension may shrink
 
 
 class Traced(NamedTuple):
@@ -52,6 +57,7 @@ class Traced(NamedTuple):
     avals: list[Any]  # of the variables
     structure: Any  # of the output
     updated: dict[int, str]  # index of an output -> path of the variable whose new value it is
+    shrinking: frozenset[int]  # indices of other outputs that need not keep their shapes
 
 
 def trace_function(trace: Trace, variables: Any) -> Traced:
@@ -68,26 +74,26 @@ def trace_function(trace: Trace, variables: Any) -> Traced:
 
     shapes = [[_abstract(leaf) for leaf in part] for part in (flat, flat_args)]
     closed = jax.make_jaxpr(call)(*shapes)
+    indices = jax.tree.unflatten(box["structure"], list(range(len(closed.jaxpr.outvars))))
     updated: dict[int, str] = {}
     if trace.updates is not None:
-        indices = jax.tree.unflatten(box["structure"], list(range(len(closed.jaxpr.outvars))))
-        updated = {
-            index: path for path, index in trees.leaf_by_path(trace.updates(indices)).items()
-        }
+        new = trees.leaf_by_path(trace.updates(indices))
+        updated = {index: path for path, index in new.items()}
         known = trees.leaf_by_path(variables)
         trees.raise_for(
             [path for path in updated.values() if path not in known],
             "`updates` must return new values under paths of the variables; unknown:",
         )
-    return Traced(closed, shapes[0], box["structure"], updated)
+    shrinking = frozenset() if trace.shrinks is None else jax.tree.leaves(trace.shrinks(indices))
+    return Traced(closed, shapes[0], box["structure"], updated, frozenset(shrinking))
 
 
 def analyze(model: Model, traced: Traced, outputs: bool = True) -> tuple[Analysis, Graph]:
     """Follows a traced function; unless told, outputs that are no updates keep their shapes."""
-    analysis = Analysis(model.consumers)
+    analysis = Analysis(model.consumers, dict(model.factors))
     leaves = [
-        analysis.leaf(jax.ShapeDtypeStruct(shape, aval.dtype), path in model.parameters)
-        for (path, shape), aval in zip(model.shapes.items(), traced.avals, strict=True)
+        analysis.leaf(aval, path in model.parameters, path in model.caches)
+        for path, aval in zip(model.shapes, traced.avals, strict=True)
     ]
     jaxpr = traced.closed.jaxpr
     data = [analysis.data(var.aval) for var in jaxpr.invars[len(leaves) :]]
@@ -98,10 +104,21 @@ def analyze(model: Model, traced: Traced, outputs: bool = True) -> tuple[Analysi
         if path is not None and model.shapes[path] == out.shape:
             for nodes, own in zip(out.nodes, leaves[position[path]].nodes, strict=True):
                 analysis.unite(nodes, own)
-        elif outputs:
+        elif outputs and index not in traced.shrinking:
             for nodes in out.nodes:
                 analysis.freeze(nodes, "an output has it")
     return analysis, graph
+
+
+def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph) -> set[str]:
+    """Caches whose new value need not be 0 where they are masked."""
+    return {
+        path
+        for index, path in traced.updated.items()
+        for nodes, facts in zip(graph.outs[index].nodes, graph.outs[index].facts, strict=True)
+        if path in model.caches
+        and (facts[analysis.is_free(nodes)] & ALWAYS_ZERO != ALWAYS_ZERO).any()
+    }
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -35,6 +35,7 @@ class Value:
     number: Any = None  # the one number that all entries are, if that is known
     constant: Any = None  # the array, if the function holds it
     op: "Op | None" = None  # what computes it
+    leaf: int | None = None  # its number, if it is a leaf of the variables
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,6 +64,18 @@ class Op:
     outs: list[Value]
     where: str  # line of the user's code
     inner: dict[str, Any] = dataclasses.field(default_factory=dict)  # what control flow runs
+
+
+class Split(NamedTuple):
+    """A dimension that a reshape splits, named so that other traces find it again.
+
+    Example:
+        >>> Split(node=7, sizes=(3, 4, 16)).sizes
+        (3, 4, 16)
+    """
+
+    node: int  # the least of its indices: of a leaf, if one shrinks with it
+    sizes: tuple[int, ...]
 
 
 class Graph(NamedTuple):
