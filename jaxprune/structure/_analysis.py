@@ -68,6 +68,10 @@ class Analysis:
         self.nodes = Nodes()
         self.leaves: list[Value] = []
         self.used: set[int] = set()  # leaves that some operation reads
+        # Leaves come first, so their nodes are 1, 2, ...: where those of each dimension start.
+        self._places: list[tuple[int, int]] = []  # (leaf, dimension)
+        self._starts: list[int] = []
+        self._leaf_nodes = 0
         self.known_consumers = consumers
         self.factors = dict(factors or {})
         self.splits: dict[Split, list[np.ndarray]] = {}  # nodes of the factors, where all is free
@@ -87,6 +91,10 @@ class Analysis:
         value.leaf = index
         for dimension, size in enumerate(value.shape):
             value.nodes.append(self.nodes.new(size, True) if size > 1 else frozen(size))
+            if size > 1:
+                self._places.append((index, dimension))
+                self._starts.append(self._leaf_nodes)
+                self._leaf_nodes += size
             facts = ALWAYS_ZERO if zeroed or cached else NOTHING
             if (index, dimension) in self.known_consumers:
                 facts = ZERO | SAME
@@ -169,17 +177,16 @@ class Analysis:
 
     def freeze(self, nodes: np.ndarray, reason: str) -> None:
         """Nodes that must be kept, and why; the reason is noted for each parameter hit."""
-        roots = np.unique(self.root(nodes))
+        roots = self.root(nodes)
         roots = roots[roots != FROZEN]
         if not len(roots):
             return
         if self.nodes.of_leaf[roots].any():
-            hit = [
-                (index, dimension)
-                for index, leaf in enumerate(self.leaves)
-                for dimension, own in enumerate(leaf.nodes)
-                if np.isin(self.root(own), roots).any()
-            ]
+            goes = np.zeros(self.nodes.count, bool)
+            goes[roots] = True
+            goes = goes[self.root(np.arange(1, self._leaf_nodes + 1))]
+            hits = np.logical_or.reduceat(goes, self._starts)
+            hit = [place for place, is_hit in zip(self._places, hits, strict=True) if is_hit]
             self.freezes.append((hit, reason))
         self.nodes.unite(roots, np.zeros_like(roots))
 

@@ -14,7 +14,8 @@ from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._nodes import FROZEN
-from jaxprune.structure._traces import Model, Trace, Traced, analyze, trace_function
+from jaxprune.structure._slicing import take, uneven, zero
+from jaxprune.structure._traces import Model, Trace, Traced, abstract, analyze, trace_function
 from jaxprune.structure._values import Graph, Split
 
 _VERSION = 2
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
 
     def take(self, path: str, array: Any) -> Any:
         """What stays of an array that is shaped like a leaf, such as its gradient."""
-        return _take(array, self.kept[path])
+        return take(array, self.kept[path])
 
     def compact(self, variables: Any) -> Any:
         """The smaller arrays.
@@ -51,9 +52,18 @@ class Plan(NamedTuple):
             The same tree, each leaf without what goes.
 
         Raises:
-            ValueError: paths or shapes are those of another model; it lists all of them.
+            ValueError: paths or shapes are those of another model, or an array would no longer
+                divide by the devices that it is split over; it lists all of them.
         """
-        return self._map(lambda path, leaf: _take(leaf, self.kept[path]), variables)
+        self._check(variables, self.model.shapes)
+        leaves = trees.leaf_by_path(variables)
+        problems = {path: uneven(leaf, self.shape(path)) for path, leaf in leaves.items()}
+        trees.raise_for(
+            [f"{path}: {problem}" for path, problem in problems.items() if problem],
+            "`variables` lie on several devices, and what stays does not divide; make the plan with "
+            "a `multiple` that does:",
+        )
+        return self._map(lambda path, leaf: take(leaf, self.kept[path]), variables)
 
     def mask(self, variables: Any) -> Any:
         """Dense parameters and caches with zeros where `compact` removes; other state as it is.
@@ -72,7 +82,7 @@ class Plan(NamedTuple):
 
         def zeroed(path: str, leaf: Any) -> Any:
             masked = path in self.model.parameters or path in self.model.caches
-            return _zero(leaf, self.kept[path]) if masked else leaf
+            return zero(leaf, self.kept[path]) if masked else leaf
 
         return self._map(zeroed, variables)
 
@@ -116,7 +126,7 @@ class Plan(NamedTuple):
             self._check(variables, {path: self.shape(path) for path in self.kept})
             leaves, structure = jax.tree.flatten(variables)
             dense = [
-                jax.ShapeDtypeStruct(shape, leaf.dtype)
+                abstract(leaf, shape)
                 for shape, leaf in zip(self.model.shapes.values(), leaves, strict=True)
             ]
             traced, graph, execution = self._follow(
@@ -211,13 +221,13 @@ class Plan(NamedTuple):
         indices = jax.tree.unflatten(jax.tree.structure(dense), list(range(len(outs[0]))))
         if updates is not None:
             for path, index in trees.leaf_by_path(updates(indices)).items():
-                outs[0][index] = _take(outs[0][index], self.kept[path])
+                outs[0][index] = take(outs[0][index], self.kept[path])
         if shrinks is not None:
             kept = jax.tree.structure(dense).flatten_up_to(
                 self.kept_outputs(function, variables, *args)
             )
             for index in jax.tree.leaves(shrinks(indices)):
-                outs[0][index] = _take(outs[0][index], kept[index])
+                outs[0][index] = take(outs[0][index], kept[index])
         shapes = [[jnp.shape(out) for out in own] for own in outs]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -301,23 +311,6 @@ def load_plan(path: str | Path) -> Plan:
         for own, removed in zip(kept[name], leaf["removed"], strict=True):
             own[removed] = False
     return Plan(model, kept)
-
-
-def _take(leaf: Any, kept: list[np.ndarray]) -> Any:
-    """What stays of an array."""
-    for dimension, own in enumerate(kept):
-        if not own.all():
-            leaf = jnp.take(leaf, np.flatnonzero(own), axis=dimension)
-    return leaf
-
-
-def _zero(leaf: Any, kept: list[np.ndarray]) -> Any:
-    """An array with zeros at what goes."""
-    for dimension, own in enumerate(kept):
-        if not own.all():
-            shape = [-1 if d == dimension else 1 for d in range(leaf.ndim)]
-            leaf = jnp.where(own.reshape(shape), leaf, jnp.zeros_like(leaf))
-    return leaf
 
 
 def _gap(a: Any, b: Any) -> float:

@@ -31,8 +31,9 @@ def _broadcast(analysis: Any, op: Op) -> None:
 
 
 def _run_broadcast(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
-    shape = run.shape(op.outs[0])
-    return [lax.broadcast_in_dim(arrays[0], shape, op.params["broadcast_dimensions"])]
+    shape, dimensions = run.shape(op.outs[0]), op.params["broadcast_dimensions"]
+    sharding = op.params.get("sharding")
+    return [lax.broadcast_in_dim(arrays[0], shape, dimensions, out_sharding=sharding)]
 
 
 def _transpose(analysis: Any, op: Op) -> None:
@@ -161,7 +162,7 @@ def _run_reshape(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     shape = run.shape(op.outs[0])
     if math.prod(shape) != arrays[0].size:
         raise ValueError(f"the plan leaves a ragged array at `reshape` {op.where}")
-    return [lax.reshape(arrays[0], shape)]
+    return [lax.reshape(arrays[0], shape, out_sharding=op.params.get("sharding"))]
 
 
 def _concatenate(analysis: Any, op: Op) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
+from jaxprune.structure._slicing import is_explicit, named_sharding
 from jaxprune.structure._values import ALWAYS_ZERO, Graph, Split
 
 
@@ -72,7 +73,7 @@ def trace_function(trace: Trace, variables: Any) -> Traced:
         outs, box["structure"] = jax.tree.flatten(output)
         return outs
 
-    shapes = [[_abstract(leaf) for leaf in part] for part in (flat, flat_args)]
+    shapes = [[abstract(leaf) for leaf in part] for part in (flat, flat_args)]
     closed = jax.make_jaxpr(call)(*shapes)
     indices = jax.tree.unflatten(box["structure"], list(range(len(closed.jaxpr.outvars))))
     updated: dict[int, str] = {}
@@ -121,6 +122,12 @@ def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph
     }
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """Type and place of an array, at its own or another shape."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+    sharding = named_sharding(leaf)
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf) if shape is None else shape,
+        dtype,
+        sharding=sharding if sharding is not None and is_explicit(sharding) else None,
+    )
