@@ -12,104 +12,11 @@ from flax import nnx
 from jax import lax
 
 import jaxprune
-from jaxprune import models, structure, trees
+from jaxprune import models, structure
 from jaxprune.structure import Trace
-
-X = jax.random.normal(jax.random.key(0), (5, 6))
-
-
-def draw(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed + sum(shape)), shape)
-
-
-def halves(groups, seed=0):
-    """About half of the channels of each group."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: rng.permutation(np.arange(group.size) < (group.size + 1) // 2)
-        for name, group in groups.items()
-    }
-
-
-def difference(a, b):
-    scale = max([float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(a)] + [1e-3])
-    gaps = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y), initial=0.0)), a, b)
-    return max(jax.tree.leaves(gaps)) / scale
-
-
-def check(traces, variables, groups=None, plan=None, tolerance=2e-5):
-    """Outputs, updates and gradients of compacted functions are those of masked ones."""
-    groups = structure.find_groups(traces, variables) if groups is None else groups
-    plan = groups.plan(halves(groups)) if plan is None else plan
-    dense, small = plan.mask(variables), plan.compact(variables)
-    for trace in traces:
-        wrapped = plan.wrap(trace.function)
-
-        def run(function, variables, trace=trace):
-            def loss(parameters, state):
-                output = function(trees_merge(parameters, state), *trace.args)
-                main = output if trace.updates is None else output[0]
-                pairs = [jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(main)]
-                return sum(pairs), output
-
-            parameters, state = trees_split(variables, groups)
-            return jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters, state)
-
-        (_, out), grads = run(trace.function, dense)
-        (_, small_out), small_grads = run(wrapped, small)
-        if trace.updates is not None:
-            new, small_new = trace.updates(out), trace.updates(small_out)
-            full = trees_update(variables, new)
-            kept = trees_pick(plan.compact(full), small_new)
-            assert difference(kept, small_new) < tolerance
-            out, small_out = out[0], small_out[0]
-        assert difference(out, small_out) < tolerance
-        paths = trees.leaf_by_path(variables)
-        full = {path: grads.get(path, leaf) for path, leaf in paths.items()}
-        tree = jax.tree.unflatten(jax.tree.structure(variables), list(full.values()))
-        kept = trees.leaf_by_path(plan.compact(tree))
-        assert difference({p: kept[p] for p in small_grads}, small_grads) < tolerance
-    return groups, plan
-
-
-def trees_split(variables, groups):
-    """Parameters by path, to take gradients of, and all else with the tree's structure."""
-    named = trees.leaf_by_path(variables)
-    parameters = {p: leaf for p, leaf in named.items() if p in groups.model.parameters}
-    return parameters, variables
-
-
-def trees_merge(parameters, state):
-    named = trees.leaf_by_path(state)
-    leaves = [parameters.get(path, leaf) for path, leaf in named.items()]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-
-def trees_update(variables, new):
-    return trees_merge(trees.leaf_by_path(new), variables)
-
-
-def trees_pick(variables, like):
-    named = trees.leaf_by_path(variables)
-    leaves = [named[path] for path in trees.leaf_by_path(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
+from tests.structure_checks import X, between, check, dense, difference, draw, halves, layer
 
 # ---- one operation between two layers: what shrinks, and that it stays right
-
-
-def dense(w, x, name):
-    return x @ w[name]["kernel"] + w[name]["bias"][None]
-
-
-def layer(n_in, n_out, seed=0):
-    return {"kernel": draw(n_in, n_out, seed=seed), "bias": draw(n_out, seed=seed + 1)}
-
-
-def between(operation, width=8, out=None):
-    """A layer of 8 channels, an operation, a layer to 3."""
-    weights = {"a": layer(6, width), "b": layer(out or width, 3, seed=7)}
-    return weights, lambda w, x: dense(w, operation(dense(w, x, "a")), "b")
 
 
 SHRINK = {

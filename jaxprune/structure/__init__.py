@@ -6,7 +6,8 @@ small = plan.compact(variables)                              # smaller arrays
 output = jax.jit(plan.wrap(apply))(small, images)            # the same function on them
 """
 
-from jaxprune.structure._groups import Frozen, Group, Groups, Member, find_groups
+from jaxprune.structure._finding import find_groups
+from jaxprune.structure._groups import Frozen, Group, Groups, Member
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan
 from jaxprune.structure._ranking import (

@@ -24,7 +24,9 @@ from jaxprune.structure._values import (
     ALWAYS_ZERO,
     NOTHING,
     SAME,
+    UNGATED,
     ZERO,
+    ZERO_GATE,
     ZERO_SOFT,
     Graph,
     Op,
@@ -79,6 +81,7 @@ class Analysis:
         self.producers: set[tuple[int, int]] = set()
         self.freezes: list[tuple[list[tuple[int, int]], str]] = []  # dimensions hit, reason
         self.inexact: list[tuple[np.ndarray, str]] = []  # nodes, reason
+        self.ungated: list[np.ndarray] = []  # nodes that zeroed vectors alone do not remove
         self.unknown: dict[str, int] = {}
         self.op = Op("update", None, {}, [], [], "of a variable")  # what is being followed
         self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules that are being followed
@@ -95,7 +98,9 @@ class Analysis:
                 self._places.append((index, dimension))
                 self._starts.append(self._leaf_nodes)
                 self._leaf_nodes += size
-            facts = ALWAYS_ZERO if zeroed or cached else NOTHING
+            facts = NOTHING
+            if zeroed or cached:
+                facts = ALWAYS_ZERO if zeroed and len(value.shape) == 1 else UNGATED
             if (index, dimension) in self.known_consumers:
                 facts = ZERO | SAME
             value.facts.append(np.full(size, facts, np.uint8))
@@ -205,10 +210,10 @@ class Analysis:
         bad = free & (facts & fact == 0)
         if bad.any():
             self.freeze(nodes[bad], reason)
-        soft = fact * (ZERO_SOFT // ZERO)
-        unless = free & ~bad & (facts & soft == 0)
+        unless = free & ~bad & (facts & fact * (ZERO_SOFT // ZERO) == 0)
         if unless.any():
             self.inexact.append((nodes[unless], reason))
+        self.ungated.append(nodes[free & ~bad & (facts & fact * (ZERO_GATE // ZERO) == 0)])
 
     # ---- following a function
 

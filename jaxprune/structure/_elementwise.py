@@ -9,14 +9,11 @@ from jaxprune.structure._values import (
     ALWAYS_SAME,
     ALWAYS_ZERO,
     NOTHING,
-    ZERO,
-    ZERO_SOFT,
+    ZEROS,
     Op,
     Rule,
     Value,
 )
-
-_ZEROS = ZERO | ZERO_SOFT
 
 # 0 if all operands are 0; 0 if any is; 0 if the first is.
 _ALL = "add sub add_any or xor atan2"
@@ -43,7 +40,7 @@ NAMES = frozenset(f"{_ALL} {_ANY} {_FIRST} {_NEVER} {_OWN}".split())
 
 def zero_only(facts: np.ndarray) -> np.ndarray:
     """Facts without a common value that is not 0."""
-    zeros = facts & _ZEROS
+    zeros = facts & ZEROS
     return zeros | (zeros << 1)
 
 
@@ -60,7 +57,7 @@ def _analyze(analysis: Any, op: Op) -> bool | None:
         out.nodes.append(first)
         out.origins.append(frozenset().union(*[value.origins[dimension] for value in sharing]))
         facts = [_facts(value, dimension, size) for value in op.ins]
-        zeros = _zeros(op, facts) & _ZEROS
+        zeros = _zeros(op, facts) & ZEROS
         same = functools.reduce(np.bitwise_and, facts) & ALWAYS_SAME
         out.facts.append(zeros | (zeros << 1) | same)
     if op.name in _KEEP_NUMBER:

@@ -42,6 +42,39 @@ class Plan(NamedTuple):
         """What stays of an array that is shaped like a leaf, such as its gradient."""
         return take(array, self.kept[path])
 
+    def channels(self, group: Any) -> np.ndarray:
+        """Which channels of a group of `find_groups` stay, bool [size]."""
+        left = np.ones(group.size, bool)
+        for member in group.members:
+            own = member.channels[~self.kept[member.path][member.dimension]]
+            left[own[own >= 0]] = False
+        return left
+
+    def then(self, after: "Plan") -> "Plan":
+        """Both in one, for the dense variables and the function that this plan is of.
+
+        Args:
+            after: a plan of what this one leaves, such as of `Groups.compact(self)`.
+
+        Returns:
+            A plan that keeps what both keep.
+
+        Raises:
+            ValueError: `after` is of variables of other paths or shapes; it lists all of them.
+        """
+        left = {path: self.shape(path) for path in self.kept}
+        problems = [
+            f"{path}: {left.get(path, 'nothing')} is left, {after.model.shapes.get(path)} planned"
+            for path in left.keys() | after.kept.keys()
+            if left.get(path) != after.model.shapes.get(path)
+        ]
+        trees.raise_for(sorted(problems), "`after` must be a plan of what this one leaves:")
+        kept = {path: [own.copy() for own in flags] for path, flags in self.kept.items()}
+        for path, flags in kept.items():
+            for own, later in zip(flags, after.kept[path], strict=True):
+                own[own] = later
+        return self._replace(kept=kept)
+
     def compact(self, variables: Any) -> Any:
         """The smaller arrays.
 
@@ -60,8 +93,8 @@ class Plan(NamedTuple):
         problems = {path: uneven(leaf, self.shape(path)) for path, leaf in leaves.items()}
         trees.raise_for(
             [f"{path}: {problem}" for path, problem in problems.items() if problem],
-            "`variables` lie on several devices, and what stays does not divide; make the plan with "
-            "a `multiple` that does:",
+            "`variables` lie on several devices, and what stays does not divide; make the plan "
+            "with a `multiple` that does:",
         )
         return self._map(lambda path, leaf: take(leaf, self.kept[path]), variables)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
 
@@ -34,7 +35,7 @@ def take(array: Any, kept: Sequence[np.ndarray]) -> Any:
             array = array.at[index].get(out_sharding=sharding)
         else:
             array = jnp.take(array, places, axis=dimension)
-    is_concrete = not isinstance(array, jax.core.Tracer)
+    is_concrete = not isinstance(array, Tracer)
     return jax.device_put(array, sharding) if sharding is not None and is_concrete else array
 
 
@@ -88,7 +89,7 @@ def uneven(array: Any, shape: Sequence[int]) -> str | None:
 def named_sharding(array: Any) -> NamedSharding | None:
     """How an array is split over several devices, if it is."""
     sharding = getattr(array, "sharding", None)
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         sharding = jax.typeof(array).sharding
         return sharding if is_explicit(sharding) else None
     several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1

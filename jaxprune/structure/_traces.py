@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._slicing import is_explicit, named_sharding
-from jaxprune.structure._values import ALWAYS_ZERO, Graph, Split
+from jaxprune.structure._values import UNGATED, Graph, Split
 
 
 class Trace(NamedTuple):
@@ -117,8 +117,7 @@ def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph
         path
         for index, path in traced.updated.items()
         for nodes, facts in zip(graph.outs[index].nodes, graph.outs[index].facts, strict=True)
-        if path in model.caches
-        and (facts[analysis.is_free(nodes)] & ALWAYS_ZERO != ALWAYS_ZERO).any()
+        if path in model.caches and (facts[analysis.is_free(nodes)] & UNGATED != UNGATED).any()
     }
 
 

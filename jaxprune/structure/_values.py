@@ -6,14 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What holds of the entries at an index of a dimension once that index is pruned: in the dense
-# function with every slice of the class zeroed (the first two), or with only those slices zeroed
-# that produce it, such as a kernel's outputs, but not those that consume it (the last two).
+# What holds of the entries at an index of a dimension once that index is pruned, in the dense
+# function with slices of the class zeroed: all of them (the first two); only those that produce it,
+# such as a kernel's outputs, but not those that consume it (SOFT); only the vectors among those,
+# such as scale and bias of a norm (GATE).
 ZERO, SAME = np.uint8(1), np.uint8(2)  # they are 0; all pruned indices hold the same value
 ZERO_SOFT, SAME_SOFT = np.uint8(4), np.uint8(8)
+ZERO_GATE, SAME_GATE = np.uint8(16), np.uint8(32)
 NOTHING = np.uint8(0)
-ALWAYS_ZERO = ZERO | SAME | ZERO_SOFT | SAME_SOFT
-ALWAYS_SAME = SAME | SAME_SOFT
+ZEROS = ZERO | ZERO_SOFT | ZERO_GATE
+ALWAYS_SAME = SAME | SAME_SOFT | SAME_GATE
+ALWAYS_ZERO = ZEROS | ALWAYS_SAME
+UNGATED = ALWAYS_ZERO & ~(ZERO_GATE | SAME_GATE)  # of what is zeroed, and is no vector
 
 
 @dataclasses.dataclass(eq=False)

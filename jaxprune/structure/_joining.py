@@ -1,0 +1,181 @@
+"""One set of groups for all analysed traces of a function."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune.structure._analysis import Analysis
+from jaxprune.structure._groups import Frozen, Group, Groups, Member
+from jaxprune.structure._nodes import FROZEN, Nodes
+from jaxprune.structure._traces import Model
+
+_WHOLE = "all its indices are one unit: it could only go as a whole"
+
+
+class _Dimension(NamedTuple):
+    """A dimension of a leaf that has more than one index."""
+
+    index: int  # of the leaf
+    dimension: int
+    roots: np.ndarray  # int64 [size], after joining
+
+
+class _Joined(NamedTuple):
+    """All traces in one union-find."""
+
+    nodes: Nodes
+    count: int  # of nodes of leaves, and one
+    unused: set[int]  # leaves
+
+    def roots(self, analysis: Analysis, nodes: np.ndarray) -> np.ndarray:
+        """Those of leaves, joined."""
+        roots = analysis.root(nodes)
+        return self.nodes.root(np.unique(roots[roots < self.count]))
+
+
+def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
+    """One set of groups for all traces.
+
+    Args:
+        model: that was analysed.
+        analyses: one for each trace.
+
+    Returns:
+        The groups; every dimension of a leaf is in one, or in `frozen` with a reason.
+
+    Example:
+        >>> len(join(Model({}, frozenset()), [Analysis()]))
+        0
+    """
+    joined = _join_nodes(model, analyses)
+    dimensions = [
+        _Dimension(index, dimension, joined.nodes.root(nodes))
+        for index, leaf in enumerate(analyses[0].leaves)
+        for dimension, nodes in enumerate(leaf.nodes)
+        if len(nodes) > 1
+    ]
+    inexact: dict[int, set[str]] = {}
+    ungated: set[int] = set()
+    for analysis in analyses:
+        for nodes, reason in analysis.inexact:
+            for root in joined.roots(analysis, nodes).tolist():
+                inexact.setdefault(root, set()).add(reason)
+        for nodes in analysis.ungated:
+            ungated.update(joined.roots(analysis, nodes).tolist())
+    groups: dict[str, Group] = {}
+    grouped: set[int] = set()
+    for places, roots in _classes(dimensions).items():
+        if len(roots) > 1:  # one channel alone can never go
+            grouped.update(places)
+            members = _members(model, [dimensions[at] for at in places], np.array(sorted(roots)))
+            reasons = sorted(set().union(*[inexact.get(root, set()) for root in roots]))
+            gated = not ungated & set(roots)
+            name = _name(members, model, groups)
+            groups[name] = Group(
+                name, len(roots), members, tuple(reasons), _gates(model, members, gated, reasons)
+            )
+    paths, reasons_of = list(model.shapes), _reasons(dimensions, analyses, joined.unused)
+    frozen = [
+        Frozen(paths[own.index], own.dimension, reasons_of.get(own[:2], _WHOLE))
+        for at, own in enumerate(dimensions)
+        if at not in grouped
+    ]
+    unknown: dict[str, int] = {}
+    for analysis in analyses:
+        for name, times in analysis.unknown.items():
+            unknown[name] = unknown.get(name, 0) + times
+    return Groups(model, list(groups.values()), frozen, unknown)
+
+
+def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
+    """What any trace unites or freezes, all do."""
+    # Leaves come first and roots are least: the root of an index of a leaf is one of a leaf.
+    count = 1 + sum(size for shape in model.shapes.values() for size in shape if size > 1)
+    nodes, own = Nodes(), np.arange(count)
+    nodes.new(count - 1)
+    for analysis in analyses:
+        nodes.unite(own, analysis.root(own))
+    unused = set(range(len(model.shapes))) - set().union(*[a.used for a in analyses])
+    for index in unused:  # another function may use it, and would not know
+        for dimension in analyses[0].leaves[index].nodes:
+            nodes.unite(dimension, np.full_like(dimension, FROZEN))
+    return _Joined(nodes, count, unused)
+
+
+def _classes(dimensions: Sequence[_Dimension]) -> dict[tuple[int, ...], list[int]]:
+    """Positions in `dimensions` -> roots that live in exactly these."""
+    where: dict[int, list[int]] = {}
+    for at, own in enumerate(dimensions):
+        for root in np.unique(own.roots).tolist():
+            if root != FROZEN:
+                where.setdefault(root, []).append(at)
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for root, places in where.items():
+        classes.setdefault(tuple(places), []).append(root)
+    return classes
+
+
+def _members(
+    model: Model, dimensions: Sequence[_Dimension], roots: np.ndarray
+) -> tuple[Member, ...]:
+    """What shrinks in a group whose channels have these roots."""
+    paths, members = list(model.shapes), []
+    for index, dimension, own in dimensions:
+        channels = np.searchsorted(roots, own).clip(0, len(roots) - 1)
+        channels = np.where(roots[channels] == own, channels, -1)
+        produces = paths[index] in model.parameters and (index, dimension) not in model.consumers
+        members.append(Member(paths[index], dimension, channels, produces))
+    return tuple(members)
+
+
+def _gates(
+    model: Model, members: Sequence[Member], gated: bool, reasons: Sequence[str]
+) -> tuple[Member, ...]:
+    """See `Group.gates`."""
+    if reasons:
+        return tuple(member for member in members if member.path in model.parameters)
+    makers = [member for member in members if member.produces]
+    vectors = [member for member in makers if len(model.shapes[member.path]) == 1]
+    return tuple(vectors if gated else makers)
+
+
+def _reasons(
+    dimensions: Sequence[_Dimension], analyses: Sequence[Analysis], unused: set[int]
+) -> dict[tuple[int, int], str]:
+    """(leaf, dimension) -> why it stays whole, also where it only follows another one."""
+    reasons: dict[tuple[int, int], str] = {}
+    for index, dimension, _ in dimensions:
+        if index in unused:
+            reasons[index, dimension] = "no traced function uses it"
+    for analysis in analyses:
+        for hit, reason in analysis.freezes:
+            for place in hit:
+                reasons.setdefault(place, reason)
+    # What one trace freezes, another trace may join to further dimensions.
+    for analysis in [*analyses, *analyses]:
+        cause: dict[int, str] = {}
+        roots = {
+            (index, dimension): np.unique(analysis.root(analysis.leaves[index].nodes[dimension]))
+            for index, dimension, _ in dimensions
+        }
+        for place in reasons.keys() & roots.keys():
+            cause.update(dict.fromkeys(roots[place].tolist(), reasons[place]))
+        cause.pop(FROZEN, None)
+        for place, own in roots.items():
+            known = [cause[root] for root in own.tolist() if root in cause]
+            if known:
+                reasons.setdefault(place, known[0])
+    return reasons
+
+
+def _name(members: Sequence[Member], model: Model, taken: Mapping[str, Group]) -> str:
+    """Path and dimension of the first member with the most dimensions that produces."""
+    makers = [member for member in members if member.produces] or members
+    first = max(makers, key=lambda member: len(model.shapes[member.path]))
+    name = base = f"{first.path}:{first.dimension}"
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{base}#{number}"
+    return name

@@ -1,0 +1,298 @@
+"""What can be asked of groups and plans beyond removing channels of a plain network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from structure_checks import draw, halves
+
+from jaxprune import models, structure
+from jaxprune.structure import Trace
+
+# ---- one dimension that stands for several: queries, keys and values of all heads in one kernel
+
+HEADS, WIDTH = 4, 6
+LAYOUTS = {"3hd": (3, HEADS, WIDTH), "h3d": (HEADS, 3, WIDTH), "hd3": (HEADS, WIDTH, 3)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_of_a_fused_kernel(layout):
+    weights = {
+        "in": draw(5, 10),
+        "qkv": draw(10, 3 * HEADS * WIDTH),
+        "out": draw(HEADS * WIDTH, 10),
+        "head": draw(10, 3),
+    }
+
+    def attend(w, x):
+        hidden = x @ w["in"]
+        fused = (hidden @ w["qkv"] / 9).reshape(*x.shape[:2], *LAYOUTS[layout])
+        q, k, v = jnp.moveaxis(fused, layout.index("3") + 2, 0)
+        scores = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        mixed = jnp.einsum("bhts,bshd->bthd", scores, v).reshape(*x.shape[:2], -1)
+        return (hidden + mixed @ w["out"]) @ w["head"]
+
+    x = draw(2, 7, 5)
+    groups = structure.find_groups(attend, weights, x)
+    assert [(g.name, g.size) for g in groups.values()] == [("in:1", 10), ("qkv:1", HEADS)]
+    plan = groups.plan(halves(groups))
+    assert plan.shape("qkv") == (5, 3 * 2 * WIDTH) and plan.shape("out") == (2 * WIDTH, 5)
+    assert plan.verify(attend, weights, x) < 1e-5
+    assert plan.verify(attend, weights, draw(3, 9, 5)) < 1e-5
+
+
+def test_the_factor_that_may_shrink_survives_a_file(tmp_path):
+    def function(w, x):
+        q, k = jnp.moveaxis((x @ w["a"]).reshape(-1, 2, 8), 1, 0)
+        return (q * k) @ w["b"]
+
+    weights, x = {"a": draw(5, 16), "b": draw(8, 3)}, draw(4, 5)
+    groups = structure.find_groups(function, weights, x)
+    assert [(g.name, g.size) for g in groups.values()] == [("a:1", 8)]
+    groups.plan(halves(groups)).save(tmp_path / "plan.json")
+    assert structure.load_plan(tmp_path / "plan.json").verify(function, weights, x) < 1e-5
+
+
+# ---- caches
+
+
+def decode(w, token, place):
+    keys = w["cache"]["keys"].at[:, place].set(token @ w["key"])
+    scores = jax.nn.softmax(jnp.einsum("bd,btd->bt", token @ w["query"], keys))
+    return jnp.einsum("bt,btd->bd", scores, keys) @ w["out"], {"cache": {"keys": keys}}
+
+
+CACHED = {
+    "key": draw(5, 8),
+    "query": draw(5, 8, seed=1),
+    "out": draw(8, 5),
+    "cache": {"keys": jnp.zeros((2, 4, 8))},
+}
+
+
+def test_a_cache_shrinks_and_stays_zero_where_it_is_masked():
+    trace = Trace(decode, (draw(2, 5), jnp.int32(2)), lambda output: output[1])
+    groups = structure.find_groups([trace], CACHED)
+    assert groups.model.caches == {"cache/keys"}
+    assert [(g.size, g.exact) for g in groups.values()] == [(8, True)]
+    plan = groups.plan(halves(groups))
+    step, small_step = jax.jit(decode), jax.jit(plan.wrap(decode))
+    dense, small = plan.mask(CACHED), plan.compact(CACHED)
+    for place in range(4):
+        token = draw(2, 5, seed=place)
+        out, new = step(dense, token, place)
+        small_out, small_new = small_step(small, token, place)
+        np.testing.assert_allclose(small_out, out, rtol=1e-5, atol=1e-5)
+        dense, small = dense | new, small | small_new
+    assert small["cache"]["keys"].shape == (2, 4, 4)
+
+
+def test_a_cache_that_does_not_stay_zero_makes_its_group_inexact():
+    def shifted(w, token, place):
+        output, new = decode(w, token, place)
+        return output, jax.tree.map(lambda keys: keys + 1, new)
+
+    trace = Trace(shifted, (draw(2, 5), jnp.int32(2)), lambda output: output[1])
+    groups = structure.find_groups([trace], CACHED)
+    assert groups.model.caches == frozenset()
+    assert [group.exact for group in groups.values()] == [False]
+
+
+# ---- outputs that may shrink
+
+
+def features(w, x):
+    hidden = x @ w["a"]
+    return {"logits": hidden @ w["b"], "features": jax.nn.sigmoid(hidden)}
+
+
+def test_features_for_another_network_may_have_fewer_channels():
+    weights, x = {"a": draw(5, 8), "b": draw(8, 3)}, draw(2, 5)
+
+    def shrinks(output):
+        return output["features"]
+
+    assert not structure.find_groups(features, weights, x)
+    groups = structure.find_groups([Trace(features, (x,), shrinks=shrinks)], weights)
+    plan = groups.plan(halves(groups))
+    assert plan.verify(features, weights, x, shrinks=shrinks) < 1e-6
+    with pytest.raises(ValueError, match="outputs have the shapes"):
+        plan.verify(features, weights, x)
+    kept = plan.kept_outputs(features, weights, x)
+    assert [own.sum() for own in kept["features"]] == [2, 4]
+    assert [own.sum() for own in kept["logits"]] == [2, 3]
+    np.testing.assert_array_equal(kept["features"][1], plan.kept["a"][1])
+
+
+# ---- why something stays
+
+
+def test_every_dimension_is_in_a_group_or_has_a_reason():
+    weights = {"a": draw(5, 8), "b": draw(8, 3), "c": draw(8), "unused": draw(4, 4), "one": draw(8)}
+
+    def function(w, x):
+        hidden = jnp.cumsum(jnp.ones(8))[None] * (x @ w["a"]) + w["c"][None]
+        return hidden @ w["b"] + jnp.sum(w["one"])
+
+    found = structure.find_groups(function, weights, draw(2, 5))
+    reasons = {(own.path, own.dimension): own.reason for own in found.frozen}
+    assert "`dot_general` at" in reasons["a", 0] and "joins it to a fixed width" in reasons["a", 0]
+    assert "`mul` at" in reasons["a", 1] and reasons["b", 1] == "an output has it"
+    assert "`add` at" in reasons["c", 0]
+    assert reasons["unused", 0] == reasons["unused", 1] == "no traced function uses it"
+    assert found["one:0"].size == 8  # a sum of parameters: each can go
+    assert ("unused", 1) not in {(m.path, m.dimension) for g in found.values() for m in g.members}
+
+
+def test_what_another_trace_freezes_says_why():
+    weights = {"a": draw(5, 8), "b": draw(8, 3)}
+    traces = [
+        Trace(lambda w, x: jax.nn.relu(x @ w["a"]) @ w["b"], (draw(2, 5),)),
+        Trace(lambda w, x: jnp.sort(x @ w["a"]), (draw(2, 5),)),
+    ]
+    groups = structure.find_groups(traces, weights)
+    reasons = {(own.path, own.dimension): own.reason for own in groups.frozen}
+    assert not groups and "`sort` along it" in reasons["b", 0]
+
+
+# ---- gates
+
+
+def relu_net(w, x):
+    return jax.nn.relu(x @ w["a"] + w["bias"][None]) @ w["b"]
+
+
+def normed_net(w, x):
+    hidden = x @ w["a"] + w["bias"][None]
+    hidden = (hidden - hidden.mean(0, keepdims=True)) / (hidden.std(0, keepdims=True) + 1e-3)
+    return jax.nn.relu(hidden * w["scale"][None] + w["shift"][None]) @ w["b"]
+
+
+def sigmoid_net(w, x):
+    return jax.nn.sigmoid(x @ w["a"] + w["bias"][None]) @ w["b"]
+
+
+NETS = {
+    relu_net: {"a", "bias"},  # what makes the channel
+    normed_net: {"bias", "scale", "shift"},  # vectors are enough
+    sigmoid_net: {"a", "bias", "b"},  # sigmoid(0) is not 0
+}
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda net: net.__name__)
+def test_zeroing_the_gates_is_enough(net):
+    weights = {"a": draw(5, 8), "b": draw(8, 3)}
+    weights |= {name: draw(8, seed=i) for i, name in enumerate(("bias", "scale", "shift"))}
+    weights = {name: own for name, own in weights.items() if name in NETS[net] | {"a", "b", "bias"}}
+    x = draw(7, 5)
+    groups = structure.find_groups(net, weights, x)
+    (group,) = groups.values()
+    assert {member.path for member in group.gates} == NETS[net]
+    plan = groups.plan(halves(groups))
+    gated = dict(weights)
+    for path, dimension, channels, _ in group.gates:
+        stays = np.expand_dims(plan.channels(group)[channels], 1 - dimension)
+        gated[path] = gated[path] * (stays if gated[path].ndim > 1 else stays.ravel())
+    np.testing.assert_allclose(
+        plan.wrap(net)(plan.compact(weights), x), net(gated, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_gates_of_a_resnet_are_its_norms():
+    model = models.resnet8(num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    variables = dict(zip(("params", "state"), map(nnx.to_pure_dict, states)))
+
+    def train(variables, images):
+        own = nnx.merge(graphdef, variables["params"], variables["state"])
+        logits = own(images)
+        return logits, {"state": nnx.to_pure_dict(nnx.state(own, nnx.Not(nnx.Param)))}
+
+    images = draw(2, 8, 8, 1)
+    groups = structure.find_groups([Trace(train, (images,), lambda out: out[1])], variables)
+    for group in groups.values():
+        kinds = {member.path.rpartition("/")[2] for member in group.gates}
+        assert kinds == {"scale", "bias"}, group
+
+
+# ---- plans of plans
+
+
+def test_groups_of_what_a_plan_leaves():
+    weights, x = {"a": draw(5, 9), "b": draw(9, 8), "c": draw(8, 3)}, draw(2, 5)
+
+    def net(w, x):
+        return jnp.tanh(jax.nn.relu(x @ w["a"]) @ w["b"]) @ w["c"]
+
+    groups = structure.find_groups(net, weights, x)
+    plan = groups.plan(halves(groups))
+    small, wrapped = plan.compact(weights), plan.wrap(net)
+    left = groups.compact(plan)
+    found = structure.find_groups(wrapped, small, x)
+    assert list(left) == list(found) and left.model == found.model
+    for name, group in found.items():
+        ours = left[name]
+        assert ours.size == group.size and ours.exact == group.exact
+        for one, other in zip(ours.members + ours.gates, group.members + group.gates, strict=True):
+            assert one[:2] == other[:2] and one.produces == other.produces
+            np.testing.assert_array_equal(one.channels, other.channels)
+    after = left.plan(halves(left, seed=1))
+    both = plan.then(after)
+    smaller = after.compact(small)
+    jax.tree.map(np.testing.assert_array_equal, both.compact(weights), smaller)
+    np.testing.assert_array_equal(both.wrap(net)(smaller, x), after.wrap(wrapped)(smaller, x))
+    with pytest.raises(ValueError, match=r"`after` must be a plan of what this one leaves"):
+        plan.then(plan)
+    with pytest.raises(ValueError, match="`plan` must be made from these groups"):
+        left.compact(plan)
+
+
+# ---- several devices
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    with jax.set_mesh(
+        jax.sharding.Mesh(devices, ("data", "model"), axis_types=(request.param,) * 2)
+    ):
+        yield jax.sharding.get_mesh()
+
+
+SPECS = {"a": P(None, "model"), "bias": P("model"), "b": P("model", None)}
+
+
+def sharded_net(mesh):
+    explicit = AxisType.Explicit in mesh.axis_types
+
+    def product(x, kernel, spec):
+        return jnp.einsum("bi,io->bo", x, kernel, out_sharding=spec if explicit else None)
+
+    def net(w, x):
+        hidden = product(x, w["a"], P("data", "model"))
+        if not explicit:
+            split = NamedSharding(mesh, P("data", "model"))
+            hidden = jax.lax.with_sharding_constraint(hidden, split)
+        return product(jax.nn.relu(hidden + w["bias"][None]), w["b"], P("data", None))
+
+    return net
+
+
+def test_what_stays_is_sharded_as_before(mesh):
+    net = sharded_net(mesh)
+    weights = {"a": draw(16, 32), "bias": draw(32), "b": draw(32, 16)}
+    weights = {n: jax.device_put(w, NamedSharding(mesh, SPECS[n])) for n, w in weights.items()}
+    x = jax.device_put(draw(8, 16), NamedSharding(mesh, P("data", None)))
+    groups = structure.find_groups(net, weights, x)
+    assert [(group.name, group.size) for group in groups.values()] == [("a:1", 32)]
+    plan = groups.plan(halves(groups))
+    small = plan.compact(weights)
+    for name, leaf in small.items():
+        assert leaf.sharding == weights[name].sharding and 16 in leaf.shape
+    assert plan.verify(net, weights, x) < 1e-5
+    odd = groups.plan({"a:1": np.arange(32) < 15}, multiple=1)
+    with pytest.raises(ValueError, match="a: dimension 1 keeps 15, to be split in 2 over model"):
+        odd.compact(weights)
