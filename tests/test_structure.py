@@ -72,12 +72,8 @@ FREEZE = {
     "sort": (lambda h: jnp.sort(h, -1), "`sort` along it"),
     "cumsum": (lambda h: jnp.cumsum(h, -1), "`cumsum` along it"),
     "fft": (lambda h: jnp.abs(jnp.fft.fft(h)), "`fft` is not understood"),
-    "while": (
-        lambda h: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 2), (0, h))[1],
-        "`while` is not understood",
-    ),
     "argmax": (lambda h: h * jnp.argmax(h, -1)[:, None], "`argmax` over it"),
-    "scatter": (lambda h: h.at[:, jnp.array([1, 2])].add(1.0), "not understood"),
+    "scatter": (lambda h: h.at[:, jnp.array([1, 2])].add(1.0), "puts entries into it"),
     "look-up": (lambda h: h[:, jnp.array([3, 1, 1, 0, 2, 5, 6, 7])], "`gather` looks up"),
     "window": (
         lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 2), (1, 1), "SAME"),

@@ -127,6 +127,36 @@ def test_features_for_another_network_may_have_fewer_channels():
     np.testing.assert_array_equal(kept["features"][1], plan.kept["a"][1])
 
 
+# ---- loops of unknown length, which have no gradient
+
+
+def looping(w, x):
+    def goes_on(carry):
+        return (carry[1].sum() + carry[0] * 1e3) < 3e3
+
+    def body(carry):
+        return carry[0] + 1, jax.nn.relu(carry[1] @ w["again"])
+
+    return jax.lax.while_loop(goes_on, body, (0, x @ w["a"]))[1] @ w["b"]
+
+
+def test_a_width_goes_through_a_while_loop():
+    weights, x = {"a": draw(5, 8), "again": draw(8, 8) / 8, "b": draw(8, 3)}, draw(2, 5)
+    groups = structure.find_groups(looping, weights, x)
+    assert [(g.name, g.size) for g in groups.values()] == [("a:1", 8)]
+    assert groups.plan(halves(groups)).verify(looping, weights, x) < 1e-5
+
+
+def test_a_loop_that_does_not_keep_zeros_freezes_what_it_sums():
+    def shifted(w, x):
+        hidden = jax.lax.while_loop(lambda h: h.sum() < 9, lambda h: h + 1, x @ w["a"])
+        return hidden @ w["b"]
+
+    weights = {"a": draw(5, 8), "b": draw(8, 3)}
+    groups = structure.find_groups(shifted, weights, draw(2, 5))
+    assert not groups and "`reduce_sum` over it" in str(groups)
+
+
 # ---- why something stays
 
 

@@ -194,25 +194,18 @@ def _run_remat(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return list(call(*arrays))
 
 
-def _scan(analysis: Any, op: Op) -> None:
-    params, closed = op.params, op.params["jaxpr"]
-    first, count = params["num_consts"], params["num_carry"]
-    ins = list(map(_entering, op.ins))
-    consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
-    for value in xs:
-        analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")
+def _loop(
+    analysis: Any, body: Any, consts: list[Value], carry: list[Value], rows: list[Value]
+) -> tuple[Any, list[list[np.ndarray]]]:
+    """Follows the body until facts hold for every pass; returns those of what is carried too."""
     facts = [list(value.facts) for value in carry]
-    while True:  # until facts hold for every pass through the loop
+    while True:
         carried = [_blank(value) for value in carry]
         for value, own in zip(carried, facts, strict=True):
             value.facts = list(own)
-        rows = []
-        for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
-            row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.of_params)
-            rows.append(row)
-        graph = analysis.graph(closed.jaxpr, closed.consts, [*consts, *carried, *rows])
+        graph = analysis.graph(body.jaxpr, body.consts, [*consts, *carried, *rows])
         after = []
-        for value, out, own in zip(carried, graph.outs[:count], facts, strict=True):
+        for value, out, own in zip(carried, graph.outs, facts):
             _unite_all(analysis, value, out)
             after.append([a & b for a, b in zip(own, out.facts, strict=True)])
         settled = all(
@@ -222,17 +215,59 @@ def _scan(analysis: Any, op: Op) -> None:
         )
         facts = after
         if settled:
-            break
-    for out, inner, own in zip(op.outs[:count], graph.outs[:count], facts, strict=True):
+            return graph, [list(map(zero_only, own)) for own in facts]
+
+
+def _carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> None:
+    """What a loop carries to its end, as seen outside."""
+    for out, inner, own in zip(outs, graph.outs, facts):
         out.like(inner)
-        out.facts = [zero_only(facts) for facts in own]
+        out.facts, out.number, out.origins = own, None, []
+
+
+def _scan(analysis: Any, op: Op) -> None:
+    params, closed = op.params, op.params["jaxpr"]
+    first, count = params["num_consts"], params["num_carry"]
+    ins = list(map(_entering, op.ins))
+    consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
+    rows = []
+    for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
+        analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")
+        row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.of_params)
+        rows.append(row)
+    graph, facts = _loop(analysis, closed, consts, carry, rows)
+    _carried(op.outs[:count], graph, facts)
     for out, inner in zip(op.outs[count:], graph.outs[count:], strict=True):
         length = out.shape[0]
         out.nodes = [np.zeros(length, np.int64), *inner.nodes]
         out.facts = [np.zeros(length, np.uint8), *map(zero_only, inner.facts)]
-    for out in op.outs:
-        out.number, out.origins = None, []
     op.inner["call"] = graph
+
+
+def _while(analysis: Any, op: Op) -> None:
+    of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
+    ins = list(map(_entering, op.ins))
+    consts, carry = ins[of_cond : of_cond + of_body], ins[of_cond + of_body :]
+    body, cond = op.params["body_jaxpr"], op.params["cond_jaxpr"]
+    graph, facts = _loop(analysis, body, consts, carry, [])
+    _carried(op.outs, graph, facts)
+    asked = [_blank(value) for value in carry]
+    for value, own in zip(asked, facts, strict=True):
+        value.facts = own
+    op.inner["cond"] = analysis.graph(cond.jaxpr, cond.consts, [*ins[:of_cond], *asked])
+    op.inner["call"] = graph
+
+
+def _run_while(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
+    asking, doing = arrays[:of_cond], arrays[of_cond : of_cond + of_body]
+    return list(
+        lax.while_loop(
+            lambda carry: run.graph(op.inner["cond"], [*asking, *carry])[0],
+            lambda carry: tuple(run.graph(op.inner["call"], [*doing, *carry])),
+            tuple(arrays[of_cond + of_body :]),
+        )
+    )
 
 
 def _run_scan(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
@@ -272,6 +307,7 @@ RULES = {
     "custom_jvp_call": Rule(_custom_jvp, _run_custom_jvp),
     "custom_vjp_call": Rule(_custom_vjp, _run_custom_vjp),
     "scan": Rule(_scan, _run_scan),
+    "while": Rule(_while, _run_while),
     "cond": Rule(_cond, _run_cond),
 }
 RULES |= {name: Rule(_remat, _run_remat) for name in ("remat2", "checkpoint", "remat")}

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxprune.structure._elementwise import zero_only
 from jaxprune.structure._nodes import rows_of
-from jaxprune.structure._values import ALWAYS_SAME, ALWAYS_ZERO, NOTHING, Op, Rule
+from jaxprune.structure._values import ALWAYS_SAME, ALWAYS_ZERO, NOTHING, Op, Rule, Value
 
 
 def _broadcast(analysis: Any, op: Op) -> None:
@@ -48,7 +48,10 @@ def _squeeze(analysis: Any, op: Op) -> None:
 
 def _pick(op: Op, dimensions: Sequence[int]) -> None:
     """The output has these dimensions of the operand."""
-    value, out = op.ins[0], op.outs[0]
+    _pick_into(op.outs[0], op.ins[0], dimensions)
+
+
+def _pick_into(out: Value, value: Value, dimensions: Sequence[int]) -> None:
     out.nodes = [value.nodes[dimension] for dimension in dimensions]
     out.facts = [value.facts[dimension] for dimension in dimensions]
     out.origins = [value.origins[dimension] for dimension in dimensions]
@@ -197,6 +200,14 @@ def _stack(analysis: Any, op: Op) -> None:
     out.origins.insert(axis, frozenset())
 
 
+def _unstack(analysis: Any, op: Op) -> None:
+    value, axis = op.ins[0], op.params["axis"]
+    analysis.freeze(value.nodes[axis], f"`unstack` along it {op.where}")
+    for out in op.outs:
+        _pick_into(out, value, [d for d in range(len(value.shape)) if d != axis])
+        out.facts = [zero_only(facts) for facts in out.facts]
+
+
 def _pad(analysis: Any, op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     filler = ALWAYS_ZERO if op.ins[1].number == 0 else NOTHING
@@ -307,6 +318,7 @@ RULES = {
     "reshape": Rule(_reshape, _run_reshape),
     "concatenate": Rule(_concatenate),
     "stack": Rule(_stack),
+    "unstack": Rule(_unstack),
     "pad": Rule(_pad, _run_pad),
     "tile": Rule(_tile),
     "slice": Rule(_slice, _run_slice),
