@@ -7,6 +7,7 @@ bit for bit.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +45,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 [], steps taken
     params: PyTree  # nested dict of the model's nnx.Param values
-    model_state: (
-        PyTree  # nested dict of all other values, e.g. BatchNorm's running mean and variance
-    )
+    model_state: PyTree  # nested dict of all other values, e.g. BatchNorm's running statistics
     opt_state: PyTree  # masks and gradient statistics are in here
 
 
@@ -149,7 +148,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef | Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]],
     tx: optax.GradientTransformation,
     prepare: Callable[[jax.Array, jax.Array], jax.Array],
     *,
@@ -160,7 +159,8 @@ def make_train_step(
     The raw gradient also goes to the optimizer as the extra argument `grad`: pruning reads it.
 
     Args:
-        graphdef: from `create_state`.
+        graphdef: from `create_state`; or a function `(params, model_state, inputs) -> (logits,
+            new model_state)` to train instead of a module, such as a compacted one.
         tx: the optimizer that made the state.
         prepare: `(key, uint8 images [B, H, W, C]) -> float images`: augmentation and normalisation.
         label_smoothing: see `cross_entropy`.
@@ -180,19 +180,17 @@ def make_train_step(
         (1, ['train_accuracy', 'train_loss'])
     """
     tx = optax.with_extra_args_support(tx)
+    apply = graphdef if callable(graphdef) else partial(_train, graphdef)
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
         inputs = prepare(jax.random.fold_in(key, state.step), images)
 
         def loss_fn(params: PyTree):
-            model = nnx.merge(graphdef, params, state.model_state)
-            logits = model(inputs)
-            rest = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+            logits, rest = apply(params, state.model_state, inputs)
             return cross_entropy(logits, labels, label_smoothing).mean(), (logits, rest)
 
-        (loss, (logits, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (logits, model_state)), grads = grad_fn(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, grad=grads)
         params = optax.apply_updates(state.params, updates)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
@@ -231,10 +229,8 @@ def make_chunk_step(step: Callable[..., tuple], mesh: Mesh) -> Callable[..., tup
 
     def one(state: TrainState, data: Any, indices: jax.Array, key: jax.Array):
         indices = jax.lax.with_sharding_constraint(indices, split_batch)
-        batch = jax.lax.with_sharding_constraint(
-            (data.images[indices], data.labels[indices]), split_batch
-        )
-        return step(state, *batch, key)
+        batch = data.images[indices], data.labels[indices]
+        return step(state, *jax.lax.with_sharding_constraint(batch, split_batch), key)
 
     def run(state: TrainState, data: Any, indices: jax.Array, key: jax.Array):
         if len(indices) == 1:
@@ -246,12 +242,14 @@ def make_chunk_step(step: Callable[..., tuple], mesh: Mesh) -> Callable[..., tup
 
 
 def make_evaluate(
-    graphdef: nnx.GraphDef, prepare: Callable[[jax.Array], jax.Array], mesh: Mesh
+    graphdef: nnx.GraphDef | Callable[[PyTree, PyTree, jax.Array], jax.Array],
+    prepare: Callable[[jax.Array], jax.Array],
+    mesh: Mesh,
 ) -> Callable[[TrainState, Any, int], Metrics]:
     """Loss and accuracy over a whole split, exact also when the last batch is not full.
 
     Args:
-        graphdef: from `create_state`.
+        graphdef: from `create_state`; or a function `(params, model_state, inputs) -> logits`.
         prepare: `uint8 images [B, H, W, C] -> float images`, normalisation only.
         mesh: batches are split over its devices.
 
@@ -270,13 +268,12 @@ def make_evaluate(
         1.0
     """
     split_batch = NamedSharding(mesh, PartitionSpec("batch"))
+    apply = graphdef if callable(graphdef) else partial(_evaluate, graphdef)
 
     @jax.jit
     def one(state: TrainState, data: Any, indices: jax.Array, valid: jax.Array):
-        model = nnx.merge(graphdef, state.params, state.model_state)
-        model.eval()
         labels = data.labels[indices]
-        logits = model(prepare(data.images[indices]))
+        logits = apply(state.params, state.model_state, prepare(data.images[indices]))
         losses = jnp.where(valid, cross_entropy(logits, labels), 0.0)
         return losses.sum(), jnp.sum(valid & (jnp.argmax(logits, -1) == labels), dtype=jnp.int32)
 
@@ -407,3 +404,16 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
             f"`batch_size` must divide by the number of devices ({mesh.size}), got {batch_size}; "
             f"use for example {nearest}"
         )
+
+
+def _train(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, inputs: jax.Array):
+    """Logits and the new statistics."""
+    model = nnx.merge(graphdef, params, model_state)
+    return model(inputs), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+
+
+def _evaluate(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, inputs: jax.Array):
+    """Logits."""
+    model = nnx.merge(graphdef, params, model_state)
+    model.eval()
+    return model(inputs)

@@ -14,6 +14,7 @@ from jaxprune.models.resnet import (
     resnet101,
     resnet110,
 )
+from jaxprune.models.widths import widths_of
 
 __all__ = [
     "ResNet",
@@ -28,4 +29,5 @@ __all__ = [
     "resnet56",
     "resnet101",
     "resnet110",
+    "widths_of",
 ]

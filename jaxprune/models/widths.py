@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["Widths", "default_widths"]
+import numpy as np
+
+from jaxprune import trees
+
+__all__ = ["Widths", "default_widths", "widths_of"]
 
 
 class Widths(NamedTuple):
@@ -96,6 +100,50 @@ def default_widths(name: str) -> Widths:
         return (width, width, 4 * width) if bottleneck else (width, width)
 
     return Widths(base, tuple(block(base * 2**s) for s, _, _ in positions(architecture)))
+
+
+def widths_of(params: Any) -> Widths:
+    """Reads the widths of a network from its parameters, such as those that a compaction left.
+
+    A compacted network runs as the function of `Plan.wrap`. A network of these widths that takes
+    the compacted values is the same as an ordinary module.
+
+    Args:
+        params: nested dict of the parameters of a `ResNet`, or its `nnx.State`.
+
+    Returns:
+        Its `Widths`.
+
+    Raises:
+        ValueError: parameters of such a network are missing, or a kernel has not four dimensions;
+            it lists all of them.
+
+    Example:
+        >>> from flax import nnx
+        >>> from jaxprune.models import resnet8
+        >>> thin = resnet8(widths=Widths(4, ((2, 4), (3, 8), (5, 16))), rngs=nnx.Rngs(0))
+        >>> small = nnx.to_pure_dict(nnx.state(thin, nnx.Param))  # or from `plan.compact`
+        >>> widths_of(small)
+        Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
+        >>> model = resnet8(widths=widths_of(small), rngs=nnx.Rngs(0))
+        >>> nnx.update(model, small)  # and the running statistics likewise
+    """
+    shapes = {path: np.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
+    numbers = {path.split("/")[1] for path in shapes if path.startswith("blocks/")}
+    depth = max([1, *(int(number) + 1 for number in numbers if number.isdigit())])
+    layers = 3 if any(path.endswith("/conv3/kernel") for path in shapes) else 2
+    stem = "stem/conv/kernel"
+    kernels = [[f"blocks/{b}/conv{i + 1}/kernel" for i in range(layers)] for b in range(depth)]
+    problems = []
+    for path in (stem, *(path for block in kernels for path in block)):
+        if path not in shapes:
+            problems.append(f"{path}: missing")
+        elif len(shapes[path]) != 4:
+            problems.append(f"{path}: shape {shapes[path]}, must be [height, width, in, out]")
+    rule = 'a ResNet, such as `small["params"]` for variables that were compacted:'
+    trees.raise_for(problems, f"`params` must be the parameters of {rule}")
+    blocks = tuple(tuple(shapes[path][-1] for path in block) for block in kernels)
+    return Widths(shapes[stem][-1], blocks)
 
 
 def checked_widths(name: str, widths: Widths) -> Widths:

@@ -4,7 +4,13 @@ Counts are exact Python integers, taken on the host. The plot functions need mat
 `train`) and import it when they are called.
 """
 
-from jaxprune.reports._plots import plot_accuracy, plot_densities, plot_retraining, plot_training
+from jaxprune.reports._plots import (
+    plot_accuracy,
+    plot_compaction,
+    plot_densities,
+    plot_retraining,
+    plot_training,
+)
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
 from jaxprune.reports._tables import markdown_table, table
 
@@ -14,6 +20,7 @@ __all__ = [
     "checkpoint_bytes",
     "markdown_table",
     "plot_accuracy",
+    "plot_compaction",
     "plot_densities",
     "plot_retraining",
     "plot_training",

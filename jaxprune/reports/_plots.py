@@ -213,6 +213,49 @@ def plot_retraining(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     _save(figure, path)
 
 
+def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws accuracy against the arithmetic that is left, before and after fine-tuning.
+
+    Args:
+        rows: one for each method and budget: `method` ("none" is the dense network), `macs` as a
+            fraction of the dense network's, `before` and `accuracy` as fractions, `before SD` and
+            `SD` their standard deviations, or None. A method that has no `before` is in the right
+            panel only.
+        path: the PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: if `rows` is empty.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> row = {"method": "none", "macs": 1.0, "before": 0.8, "before SD": 0.0}
+        >>> row |= {"accuracy": 0.9, "SD": 0.01}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_compaction([row, row | {"method": "l1", "macs": 0.5}], f"{folder}/a.png")
+        ...     pathlib.Path(folder, "a.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    if not rows:
+        raise ValueError("`rows` must have one row for each method and budget, but is empty.")
+    figure = _figure(11.0, 4.4)
+    panels = figure.subplots(1, 2)
+    cut = [
+        {**row, "accuracy": row["before"], "SD": row["before SD"]}
+        for row in rows
+        if row["before"] is not None
+    ]
+    titles = "Before fine-tuning: mean and SD over seeds", "After fine-tuning"
+    ticks = sorted({round(row["macs"], 2) for row in rows if row["method"] != "none"})
+    for axes, shown, title in zip(panels, (cut, rows), titles, strict=True):
+        _draw_methods(axes, shown, lambda row: -math.log(row["macs"]), shift=0.02, of=rows)
+        axes.set_xticks([-math.log(m) for m in ticks], [f"{m:.4g}" for m in ticks])
+        _finish(axes, title=title, xlabel="MACs, relative to dense", ylabel="Test accuracy")
+        axes.get_legend().remove()
+    handles = panels[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
 def _draw_methods(
     axes: "Axes",
     rows: Sequence[Mapping[str, Any]],

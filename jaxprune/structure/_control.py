@@ -207,7 +207,7 @@ def _loop(
         after = []
         for value, out, own in zip(carried, graph.outs, facts):
             _unite_all(analysis, value, out)
-            after.append([a & b for a, b in zip(own, out.facts, strict=True)])
+            after.append([a & zero_only(b) for a, b in zip(own, out.facts, strict=True)])
         settled = all(
             np.array_equal(a, b)
             for old, new in zip(facts, after, strict=True)

@@ -25,8 +25,9 @@ _FIRST = (
 )
 _NEVER = (
     "exp exp2 log log2 logistic cos cosh acos acosh rsqrt is_finite not eq ne lt le gt ge eq_to "
-    "lt_to le_to nextafter shift_left shift_right_logical shift_right_arithmetic population_count clz "
-    "erfc one_minus_square lgamma digamma igamma igammac bessel_i0e bessel_i1e polygamma complex"
+    "lt_to le_to nextafter shift_left shift_right_logical shift_right_arithmetic population_count "
+    "clz erfc one_minus_square lgamma digamma igamma igammac bessel_i0e bessel_i1e polygamma "
+    "complex"
 )
 _OWN = "max min clamp div rem pow integer_pow select_n"
 # Each output is the operand of its position.

@@ -41,6 +41,12 @@ class Group(NamedTuple):
     # What zeroing removes a channel's effect with the fewest entries: scales and biases of norms if
     # they suffice, or else what produces it, or else all members that are parameters.
     gates: tuple[Member, ...] = ()
+    removed: int = 0  # channels that earlier plans took away, see `Groups.compact`
+
+    @property
+    def full(self) -> int:
+        """How many channels the dense network has."""
+        return self.size + self.removed
 
     @property
     def exact(self) -> bool:
@@ -163,7 +169,14 @@ class Groups(Mapping[str, Group]):
 
             members, gates = map(smaller, group.members), map(smaller, group.gates)
             size = int(left.sum())
-            groups.append(group._replace(size=size, members=tuple(members), gates=tuple(gates)))
+            groups.append(
+                group._replace(
+                    size=size,
+                    members=tuple(members),
+                    gates=tuple(gates),
+                    removed=group.full - size,
+                )
+            )
         return Groups(model, groups, self.frozen, self.unknown)
 
     def __str__(self) -> str:

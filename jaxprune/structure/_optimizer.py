@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import trees
+from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
+from jaxprune.structure._slicing import take
 
 
 class CompactedState(NamedTuple):
@@ -23,7 +25,13 @@ class CompactedState(NamedTuple):
 
 
 def compact_state(
-    plan: Plan, optimizer: optax.GradientTransformation, state: Any, params: Any, *, under: str = ""
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    state: Any,
+    params: Any,
+    *,
+    under: str = "",
+    groups: Groups | None = None,
 ) -> CompactedState:
     """Makes an optimizer state as small as the parameters.
 
@@ -34,10 +42,12 @@ def compact_state(
 
     Args:
         plan: from `Groups.plan`.
-        optimizer: that made the state.
+        optimizer: that made the state; or the one that goes on with it, if it depends on the
+            channels that are left (`agip_transform` with `groups`).
         state: of the optimizer, at dense shapes.
         params: dense, as given to `optimizer.init`.
         under: path of the parameters inside of the variables of the plan, such as `"params"`.
+        groups: that the plan was made from; vectors under the name of one lose its channels.
 
     Returns:
         A `CompactedState`: the state, and the paths of what began anew.
@@ -67,12 +77,16 @@ def compact_state(
     trees.raise_for(problems, "`params` must be those of the plan, under the path `under`:")
     smaller = [plan.take(prefix + path, leaf) for path, leaf in trees.leaf_by_path(params).items()]
     new = optimizer.init(jax.tree.unflatten(jax.tree.structure(params), smaller))
+    channels = {name: plan.channels(group) for name, group in (groups or {}).items()}
     leaves, restarted = [], []
     named = trees.leaves_with_paths(state)
     for (path, leaf), (_, fresh) in zip(named, trees.leaves_with_paths(new), strict=True):
         owner = _owner(path, jnp.shape(leaf), dense)
+        group = next((name for name in channels if f"/{path}".endswith(f"/{name}")), None)
         if owner is not None:
             leaves.append(plan.take(prefix + owner, leaf))
+        elif group is not None and jnp.shape(leaf) == channels[group].shape:
+            leaves.append(take(leaf, [channels[group]]))
         elif jnp.shape(leaf) == jnp.shape(fresh):
             leaves.append(leaf)
         else:

@@ -1,5 +1,6 @@
 """Adaptive gradient-informed pruning."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import budgets, patterns, plans, rates, schedules, scores, selection, stats, trees
+from jaxprune.transforms._channels import channel_transform
 from jaxprune.transforms._masking import (
     check_window,
     plan_once,
@@ -45,12 +47,13 @@ def agip_transform(
     stop: int,
     decay: float | None = 0.99,
     dtype: Any = jnp.float32,
-    score: scores.Score = scores.taylor,
+    score: scores.Score | None = None,
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     regrow: float = 0.0,
     rate: rates.RateRule | None = None,
     prunable: trees.Prunable = None,
+    groups: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training, by what each weight's gradient has been lately.
 
@@ -67,6 +70,13 @@ def agip_transform(
        `S` is largest. Regrown weights start at 0.
     4. `rate` scales the updates of the survivors.
 
+    With `groups` it switches channels off instead of weights, for `structure` to remove: the
+    masks lie on the gates of each group (scales and biases of its norms, if it has any), and a
+    channel may come back while it is only masked. The statistic is one number for each channel,
+    the average of `(sum of w g over its gates) ** 2`, and is its score. Regrowth goes where the
+    average squared gradient at the gates is largest. Everything else is as above; the state has
+    vectors only, and a step costs next to nothing.
+
     AGIP is known from a news item only, with no paper behind it. This is our reading of it,
     not a reproduction. A gradient that is not finite never enters an average, and a mask
     update due at such a step leaves the masks as they are and is made up for at the next.
@@ -82,16 +92,22 @@ def agip_transform(
             `jaxprune.chain` hands it on, else the incoming update, and costs no state.
         dtype: of the average; bfloat16 only for a `decay` up to 0.99, beyond which its steps
             are too small for bfloat16 to register.
-        score: function `(params, statistics) -> scores`; see `jaxprune.scores`.
+        score: function `(params, statistics) -> scores`, see `jaxprune.scores`; None is
+            `scores.taylor`. With `groups` it gets lists with a vector for each group, the norms
+            of the gates and the statistics; None is the statistic itself.
         budget: function `(shapes, sparsity) -> Budget`; None is
             `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
-            tenth of its uniform budget.
+            tenth of its uniform budget. With `groups` it counts channels, every group keeps at
+            least one, and None is `budgets.uniform`, by which the final widths are known before.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         regrow: fraction of the kept weights that moves at `start`, in [0, 1).
         rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
         prunable: None for floating-point leaves of two or more dimensions that are not named
             `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools.
+        groups: of channels, from `structure.find_groups`; None prunes weights. `sparsity` is
+            then the fraction of the channels that are off; `pattern`, `rate`, `prunable` and
+            `dtype` have no meaning.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`, takes the raw
@@ -120,7 +136,21 @@ def agip_transform(
         >>> jaxprune.get_masks(state)["kernel"].tolist()
         [[False, False, False, False], [False, False, True, True]]
     """
-    _check(every, start, stop, decay, dtype, regrow)
+    options = {"pattern": pattern, "rate": rate, "prunable": prunable} if groups is not None else {}
+    _check(every, start, stop, decay, dtype, regrow, options)
+    if groups is not None:
+        return channel_transform(
+            sparsity,
+            groups,
+            every=every,
+            start=start,
+            stop=stop,
+            decay=decay,
+            score=score,
+            budget=budget,
+            regrow=regrow,
+        )
+    score = scores.taylor if score is None else score
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = plans.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
@@ -223,10 +253,20 @@ def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _check(
-    every: int, start: int, stop: int, decay: float | None, dtype: Any, regrow: float
+    every: int,
+    start: int,
+    stop: int,
+    decay: float | None,
+    dtype: Any,
+    regrow: float,
+    only_for_weights: Mapping[str, Any],
 ) -> None:
     """Static checks of the arguments of `agip_transform`, raised together."""
-    problems: list[str] = []
+    problems: list[str] = [
+        f"`{name}` is of weights and must be None with `groups`, but is {value!r}"
+        for name, value in only_for_weights.items()
+        if value is not None
+    ]
     if decay is not None and not 0 <= decay < 1:
         problems.append(f"`decay` must lie in [0, 1) or be None, but is {decay!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
