@@ -1,10 +1,13 @@
 """What tests of compaction share: small layers, random choices, and the comparison with masks."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import structure, trees
+from tests import jaxpr_numpy
 
 X = jax.random.normal(jax.random.key(0), (5, 6))
 
@@ -98,3 +101,82 @@ def between(operation, width=8, out=None):
     """A layer of 8 channels, an operation, a layer to 3."""
     weights = {"a": layer(6, width), "b": layer(out or width, 3, seed=7)}
     return weights, lambda w, x: dense(w, operation(dense(w, x, "a")), "b")
+
+
+# ---- the same comparison without compiling anything, for many programs
+
+
+class Graded(NamedTuple):
+    """A function with its gradients, as a jaxpr."""
+
+    closed: Any
+    structure: Any
+
+    def __call__(self, variables, args):
+        outs = jaxpr_numpy.evaluate(self.closed, *jax.tree.leaves((variables, args)))
+        return jax.tree.unflatten(self.structure, outs)
+
+
+def graded(trace, function, variables, parameters):
+    """Outputs, updates, and gradients for parameters and for arguments."""
+
+    def run(variables, args):
+        def loss(moving, args):
+            output = function(trees_merge(moving, variables), *args)
+            new = {} if trace.updates is None else trees.leaf_by_path(trace.updates(output))
+            main = output if trace.updates is None else output[0]
+            floats = [x for x in jax.tree.leaves(main) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            return sum(jnp.sum(jnp.sin(3 * x + 0.1)) for x in floats), (main, new)
+
+        named = trees.leaf_by_path(variables)
+        moving = {path: leaf for path, leaf in named.items() if path in parameters}
+        gradients, (main, new) = jax.grad(loss, (0, 1), has_aux=True, allow_int=True)(moving, args)
+        slopes = [g for g in jax.tree.leaves(gradients[1]) if g.dtype != jax.dtypes.float0]
+        return jax.tree.leaves(main), new, gradients[0], slopes
+
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(variables, trace.args)
+    return Graded(closed, jax.tree.structure(shapes))
+
+
+def gap(a, b):
+    """The largest difference relative to the largest entry of each array, and NaN if one is."""
+    floor = 1e-6 * max([np.max(np.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(a)] + [1e-6])
+    worst = [0.0]
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.shape == y.shape, f"{x.shape} is not {y.shape}"
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        worst.append(np.max(np.abs(x - y), initial=0.0) / (np.max(np.abs(x), initial=0.0) + floor))
+    return float(np.max(worst))
+
+
+def taken(leaves, kept):
+    """Leaves without what goes, by NumPy; where a shape is not that of the leaf, as it is."""
+    return {
+        path: leaf[np.ix_(*kept[path])] if leaf.shape == tuple(map(len, kept[path])) else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def zeroed(leaves, kept, paths):
+    """Leaves with zeros at what goes, by NumPy."""
+    masks = {path: np.ones(leaves[path].shape) for path in paths}
+    for path, mask in masks.items():
+        for dimension, flags in enumerate(kept[path]):
+            np.moveaxis(mask, dimension, 0)[~flags] = 0.0
+    return {path: leaf * masks[path] if path in masks else leaf for path, leaf in leaves.items()}
+
+
+def partly_zeroed(groups, plan, leaves, members):
+    """Zeros where the plan removes from those members of each group that `members` names."""
+    kept = {path: [np.ones(n, bool) for n in leaf.shape] for path, leaf in leaves.items()}
+    for group in groups.values():
+        flags = plan.channels(group)
+        for member in members(group):
+            own = np.where(member.channels >= 0, flags[member.channels], True)
+            kept[member.path][member.dimension] &= own
+    return zeroed(leaves, kept, plan.model.parameters | plan.model.caches)
+
+
+def producers(group):
+    """What has to be 0 if a group is exact, else all."""
+    return [member for member in group.members if member.produces or not group.exact]

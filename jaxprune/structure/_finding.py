@@ -56,6 +56,7 @@ def find_groups(
         ValueError: if `updates` returns something that is not in the variables.
 
     Example:
+        >>> import jax
         >>> def mlp(variables, x):
         ...     return jax.nn.relu(x @ variables["in"]) @ variables["out"]
         >>> variables = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}

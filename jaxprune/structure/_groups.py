@@ -71,6 +71,7 @@ class Groups(Mapping[str, Group]):
     """The groups of a function by name, and the reasons for everything that is in none.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxprune.structure import find_groups
         >>> def mlp(variables, x):
         ...     return jax.nn.relu(x @ variables["in"]) @ variables["out"]
