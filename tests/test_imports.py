@@ -34,6 +34,7 @@ LAYERS = {
     "data": 4,
     "metrics": 5,
     "rewinding": 5,
+    "compaction": 5,
 }
 
 # Import names of what only the extras `train` and `test` install.
