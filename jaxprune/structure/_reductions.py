@@ -48,6 +48,8 @@ def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
         common = run.common(value, axis)
         if op.name == "reduce_sum":
             common = common * jnp.asarray(removed, common.dtype)
+        else:  # as many as there were: the gradient of a maximum is shared among equals
+            common = jnp.repeat(common, removed, axis)
         array = lax.concatenate([array, common], axis)
     return [op.primitive.bind(array, **op.params)]
 
