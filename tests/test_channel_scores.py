@@ -126,6 +126,35 @@ def test_what_is_kept_has_the_best_scores(sizes, density, floor, seed):
     assert total == max(round(density * sum(sizes)), sum(least.values()))
 
 
+BOUND = st.floats(0, 1)
+
+
+@given(SIZES, st.floats(0.05, 1), BOUND, BOUND, st.integers(0, 99))
+def test_no_group_leaves_its_bounds(sizes, density, one, other, seed):
+    groups, rng = made(*sizes), np.random.default_rng(seed)
+    scores = {name: rng.normal(size=group.size) for name, group in groups.items()}
+    low, high = sorted((one, other))
+    first = {"g0": low}, {"g0": high}  # of the others there are the defaults
+    for rule in (structure.keep_uniform, structure.keep_global):
+        for floor, ceiling in ((low, high), first):
+            kept = rule(groups, scores, density, floor=floor, ceiling=ceiling)
+            for name, group in groups.items():
+                bounded = isinstance(floor, float) or name == "g0"
+                least = max(1, round((low if bounded else 0) * group.size))
+                most = max(least, round((high if bounded else 1) * group.size))
+                assert least <= kept[name].sum() <= most
+
+
+def test_ignored_groups_stay_whole_and_out_of_the_ranking():
+    groups = made(4, 4, 4)
+    scores = {name: np.arange(4.0) + 10 * int(name[1]) for name in groups}
+    keep = structure.keep_global(groups, scores, 0.5, ignore=lambda group: group.name == "g2")
+    assert {name: own.tolist() for name, own in keep.items()} == {
+        "g0": [False, False, False, True],
+        "g1": [False, True, True, True],
+    }
+
+
 def test_a_global_ranking_compares_groups():
     groups = made(3, 3)
     scores = {"g0": np.array([9.0, 8.0, 7.0]), "g1": np.array([1.0, 2.0, 3.0])}
@@ -164,7 +193,22 @@ def test_a_limit_is_met_and_used(groups, share):
         (lambda g: structure.keep_global(g, {"g0": np.full(3, np.nan)}, 0.5), "3 finite numbers"),
         (lambda g: structure.keep_global(g, {}, 0.5), "must name at least one group"),
         (lambda g: structure.keep_uniform(g, {"g0": np.ones(3)}, 0.0), "`density` must lie in"),
-        (lambda g: structure.keep_uniform(g, {"g0": np.ones(3)}, 0.5, floor=2.0), "`floor` in"),
+        (
+            lambda g: structure.keep_uniform(g, {"g0": np.ones(3)}, 0.5, floor=2.0),
+            "g0: 2.0 is not in",
+        ),
+        (
+            lambda g: structure.keep_global(g, {"g0": np.ones(3)}, 0.5, ceiling={"g1": 0.5}),
+            "`ceiling` must be a fraction.*\n.*g1: not a group that is ranked",
+        ),
+        (
+            lambda g: structure.keep_global(g, {"g0": np.ones(3)}, 0.5, floor=0.6, ceiling=0.5),
+            "`floor` must not be above `ceiling`:\n.*g0: 0.6 and 0.5",
+        ),
+        (
+            lambda g: structure.keep_global(g, {"g0": np.ones(3)}, 0.5, ignore=lambda group: False),
+            "`ignore` must match some groups and not others, but matches none",
+        ),
     ],
 )
 def test_bad_choices(call, message):

@@ -1,9 +1,18 @@
-"""What a pruned network weighs and how its training went: counts, bytes, tables and plots.
+"""What a network weighs and costs, and how its training went: counts, times, tables and plots.
 
 Counts are exact Python integers, taken on the host. The plot functions need matplotlib (the extra
 `train`) and import it when they are called.
 """
 
+from jaxprune.reports._costs import (
+    Comparison,
+    Cost,
+    Latency,
+    Memory,
+    compare,
+    measure_latency,
+    measure_memory,
+)
 from jaxprune.reports._plots import (
     plot_accuracy,
     plot_compaction,
@@ -13,12 +22,21 @@ from jaxprune.reports._plots import (
 )
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
 from jaxprune.reports._tables import markdown_table, table
+from jaxprune.structure import count_macs
 
 __all__ = [
+    "Comparison",
+    "Cost",
+    "Latency",
+    "Memory",
     "Row",
     "Summary",
     "checkpoint_bytes",
+    "compare",
+    "count_macs",
     "markdown_table",
+    "measure_latency",
+    "measure_memory",
     "plot_accuracy",
     "plot_compaction",
     "plot_densities",

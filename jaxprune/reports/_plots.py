@@ -245,10 +245,11 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         if row["before"] is not None
     ]
     titles = "Before fine-tuning: mean and SD over seeds", "After fine-tuning"
-    ticks = sorted({round(row["macs"], 2) for row in rows if row["method"] != "none"})
+    ticks = sorted({round(row["macs"], 2) for row in rows if row["method"] != "none"}) or [1.0]
     for axes, shown, title in zip(panels, (cut, rows), titles, strict=True):
         _draw_methods(axes, shown, lambda row: -math.log(row["macs"]), shift=0.02, of=rows)
         axes.set_xticks([-math.log(m) for m in ticks], [f"{m:.4g}" for m in ticks])
+        axes.set_xlim(-math.log(ticks[-1]) - 0.25, -math.log(ticks[0]) + 0.25)
         _finish(axes, title=title, xlabel="MACs, relative to dense", ylabel="Test accuracy")
         axes.get_legend().remove()
     handles = panels[1].get_legend_handles_labels()

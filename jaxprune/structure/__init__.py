@@ -6,21 +6,18 @@ small = plan.compact(variables)                              # smaller arrays
 output = jax.jit(plan.wrap(apply))(small, images)            # the same function on them
 """
 
+from jaxprune.structure._allocation import (
+    count_parameters,
+    keep_global,
+    keep_uniform,
+    keep_within,
+)
+from jaxprune.structure._costs import byte_cost, count_macs, mac_cost
 from jaxprune.structure._finding import find_groups
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan
-from jaxprune.structure._ranking import (
-    count_parameters,
-    filter_norms,
-    fpgm,
-    keep_global,
-    keep_uniform,
-    keep_within,
-    norm_scales,
-    normalized,
-    taylor,
-)
+from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
 from jaxprune.structure._traces import Model, Trace
 
 __all__ = [
@@ -32,7 +29,9 @@ __all__ = [
     "Model",
     "Plan",
     "Trace",
+    "byte_cost",
     "compact_state",
+    "count_macs",
     "count_parameters",
     "filter_norms",
     "find_groups",
@@ -41,6 +40,7 @@ __all__ = [
     "keep_uniform",
     "keep_within",
     "load_plan",
+    "mac_cost",
     "norm_scales",
     "normalized",
     "taylor",

@@ -196,9 +196,9 @@ class Plan(NamedTuple):
         """A function on dense shapes, and how it runs without what goes."""
         traced = trace_function(trace, variables)
         analysis, graph = analyze(self.model, traced, outputs=False)
-        return traced, graph, Execution(analysis, self._kept_nodes(analysis))
+        return traced, graph, Execution(analysis, self.kept_nodes(analysis))
 
-    def _kept_nodes(self, analysis: Analysis) -> np.ndarray:
+    def kept_nodes(self, analysis: Analysis) -> np.ndarray:
         """Bools for the nodes of a function; an error if the plan does not fit it."""
         kept, problems = np.ones(analysis.nodes.count, bool), []
         dimensions = [

@@ -1,0 +1,203 @@
+"""What a function costs on this machine: memory, as compiled, and time, as measured."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune.reports._tables import table
+from jaxprune.structure import count_macs
+
+
+class Memory(NamedTuple):
+    """Bytes of a compiled function, on one device.
+
+    Example:
+        >>> Memory(arguments=8, outputs=4, temporaries=2, aliased=4).peak
+        10
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int  # activations, and whatever else lives inside
+    aliased: int  # outputs in the place of donated arguments
+
+    @property
+    def peak(self) -> int:
+        """All that is there at once, at most."""
+        return self.arguments + self.outputs + self.temporaries - self.aliased
+
+
+class Latency(NamedTuple):
+    """Seconds of a call.
+
+    Example:
+        >>> Latency(0.01, 0.009, 0.012, 1.5, 20, "cpu").median
+        0.01
+    """
+
+    median: float
+    low: float  # 10 % of the calls are faster
+    high: float  # 90 % are
+    compilation: float  # tracing and compiling, once
+    repeats: int
+    device: str
+
+
+class Cost(NamedTuple):
+    """One function on one set of arrays, see `compare`.
+
+    Example:
+        >>> Cost._fields[:3]
+        ('parameters', 'bytes', 'macs')
+    """
+
+    parameters: int  # entries of the first argument
+    bytes: int  # of the first argument
+    macs: int
+    memory: Memory
+    latency: Latency
+
+
+class Comparison(NamedTuple):
+    """Costs by name; `str()` is a table whose ratios are to the first.
+
+    Example:
+        >>> Comparison({}).to_dict()
+        {}
+    """
+
+    costs: Mapping[str, Cost]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for `json.dumps`."""
+        return {
+            name: cost._asdict()
+            | {
+                "memory": cost.memory._asdict() | {"peak": cost.memory.peak},
+                "latency": cost.latency._asdict(),
+            }
+            for name, cost in self.costs.items()
+        }
+
+    def __str__(self) -> str:
+        first = next(iter(self.costs.values()))
+        rows = [
+            {
+                "name": name,
+                "parameters": cost.parameters,
+                "MACs": cost.macs,
+                "peak bytes": cost.memory.peak,
+                "ms": 1e3 * cost.latency.median,
+                "10-90 %": f"{1e3 * cost.latency.low:.3g}-{1e3 * cost.latency.high:.3g}",
+                "times": first.latency.median / cost.latency.median,
+            }
+            for name, cost in self.costs.items()
+        ]
+        return table(rows, {own: "" if own == "name" else own for own in rows[0]})
+
+
+def measure_memory(function: Callable[..., Any], *args: Any, **jit_options: Any) -> Memory:
+    """Bytes that XLA plans for a function; nothing runs.
+
+    Args:
+        function: any JAX function.
+        *args: arrays or `jax.ShapeDtypeStruct`.
+        **jit_options: of `jax.jit`, such as `donate_argnums`.
+
+    Returns:
+        A `Memory`. On GPU and TPU it is of the device; on CPU of the heap.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> measure_memory(lambda x: x * 2, jnp.ones(1024)).arguments
+        4096
+    """
+    compiled = jax.jit(function, **jit_options).lower(*args).compile()
+    found: Any = compiled.memory_analysis()
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+    )
+
+
+def measure_latency(
+    function: Callable[..., Any], *args: Any, repeats: int = 20, **jit_options: Any
+) -> Latency:
+    """Seconds from a call to its last result, after one call that does not count.
+
+    Args:
+        function: any JAX function.
+        *args: arrays.
+        repeats: calls that count, at least 1.
+        **jit_options: of `jax.jit`; arguments must not be donated.
+
+    Returns:
+        A `Latency`.
+
+    Raises:
+        ValueError: `repeats` is less than 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> measure_latency(lambda x: x * 2, jnp.ones(1024), repeats=3).repeats
+        3
+    """
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be at least 1, but is {repeats!r}.")
+    began = time.perf_counter()
+    compiled = jax.jit(function, **jit_options).lower(*args).compile()
+    compilation = time.perf_counter() - began
+    jax.block_until_ready(compiled(*args))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        seconds.append(time.perf_counter() - began)
+    low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
+    return Latency(median, low, high, compilation, repeats, jax.devices()[0].device_kind)
+
+
+def compare(
+    calls: Mapping[str, tuple[Any, ...]], *, repeats: int = 20, **jit_options: Any
+) -> Comparison:
+    """Parameters, MACs, memory and time of several functions, such as dense and compacted.
+
+    Args:
+        calls: name -> `(function, variables, *args)`.
+        repeats: see `measure_latency`.
+        **jit_options: of `jax.jit`.
+
+    Returns:
+        A `Comparison`: print it, or use its `costs` and `to_dict()`.
+
+    Raises:
+        ValueError: `calls` is empty, or as `measure_latency`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def layer(w, x):
+        ...     return x @ w
+        >>> x = jnp.ones((2, 8))
+        >>> costs = compare({"dense": (layer, jnp.ones((8, 8)), x),
+        ...     "half": (layer, jnp.ones((8, 4)), x)}, repeats=1).costs
+        >>> costs["dense"].macs, costs["half"].macs
+        (128, 64)
+    """
+    if not calls:
+        raise ValueError("`calls` must name at least one function, but is empty.")
+    costs = {}
+    for name, (function, variables, *args) in calls.items():
+        leaves = jax.tree.leaves(variables)
+        costs[name] = Cost(
+            parameters=sum(leaf.size for leaf in leaves),
+            bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+            macs=count_macs(function, variables, *args),
+            memory=measure_memory(function, variables, *args, **jit_options),
+            latency=measure_latency(function, variables, *args, repeats=repeats, **jit_options),
+        )
+    return Comparison(costs)

@@ -1,0 +1,234 @@
+"""How many channels each group keeps, and which."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune import trees
+from jaxprune.structure._groups import Group, Groups
+from jaxprune.structure._plans import Plan
+from jaxprune.structure._scores import Scores
+
+Fractions = float | Mapping[str, float]
+
+
+def keep_uniform(
+    groups: Groups,
+    scores: Scores,
+    density: float,
+    *,
+    floor: Fractions = 0.0,
+    ceiling: Fractions = 1.0,
+    ignore: Callable[[Group], bool] | None = None,
+) -> dict[str, np.ndarray]:
+    """Keeps the same fraction of each group.
+
+    Args:
+        groups: from `find_groups`.
+        scores: of the groups that are pruned; the largest stay, ties the lower index.
+        density: fraction of the channels that stay, in (0, 1].
+        floor: fraction of a group that stays at least, one for all or a mapping from names; one
+            channel always stays.
+        ceiling: fraction of a group that stays at most, likewise.
+        ignore: which groups stay whole and are in no ranking.
+
+    Returns:
+        Name of a group -> bools, for `Groups.plan`.
+
+    Raises:
+        ValueError: a value is out of range, scores do not fit the groups, a name is not that of a
+            group with scores, or `ignore` matches none of these.
+
+    Example:
+        >>> from jaxprune.structure import Group
+        >>> groups = Groups(None, [Group("a", 4, (), ())], [], {})
+        >>> keep_uniform(groups, {"a": np.array([1.0, 4.0, 2.0, 3.0])}, 0.5)["a"].tolist()
+        [False, True, False, True]
+    """
+    bounds = _bounds(groups, scores, density, floor, ceiling, ignore)
+    return {
+        name: _largest(scores[name], min(max(round(density * groups[name].size), least), most))
+        for name, (least, most) in bounds.items()
+    }
+
+
+def keep_global(
+    groups: Groups,
+    scores: Scores,
+    density: float,
+    *,
+    floor: Fractions = 0.0,
+    ceiling: Fractions = 1.0,
+    ignore: Callable[[Group], bool] | None = None,
+) -> dict[str, np.ndarray]:
+    """Keeps the highest scores of all groups together.
+
+    Args:
+        groups: from `find_groups`.
+        scores: of the groups that are pruned, comparable between them, see `normalized`.
+        density: fraction of all their channels that stays, in (0, 1].
+        floor: see `keep_uniform`, and so `ceiling` and `ignore`.
+        ceiling: see there.
+        ignore: see there.
+
+    Returns:
+        Name of a group -> bools, for `Groups.plan`.
+
+    Raises:
+        ValueError: as `keep_uniform`.
+
+    Example:
+        >>> from jaxprune.structure import Group
+        >>> groups = Groups(None, [Group("a", 2, (), ()), Group("b", 2, (), ())], [], {})
+        >>> scores = {"a": np.array([4.0, 3.0]), "b": np.array([2.0, 1.0])}
+        >>> {name: own.tolist() for name, own in keep_global(groups, scores, 0.75).items()}
+        {'a': [True, True], 'b': [True, False]}
+    """
+    bounds = _bounds(groups, scores, density, floor, ceiling, ignore)
+    return _keep(scores, bounds, round(density * sum(groups[name].size for name in bounds)))
+
+
+def keep_within(
+    groups: Groups,
+    scores: Scores,
+    limit: float,
+    cost: Callable[[Plan], float],
+    *,
+    floor: Fractions = 0.0,
+    ceiling: Fractions = 1.0,
+    ignore: Callable[[Group], bool] | None = None,
+    multiple: int = 1,
+) -> dict[str, np.ndarray]:
+    """Keeps as much of one global ranking as a limit of parameters, MACs or bytes allows.
+
+    Args:
+        groups: from `find_groups`.
+        scores: see `keep_global`.
+        limit: largest cost.
+        cost: of a plan, such as `count_parameters`; must not fall when more is kept.
+        floor: see `keep_uniform`.
+        ceiling: see there.
+        ignore: see there.
+        multiple: of the widths, as in `Groups.plan`.
+
+    Returns:
+        Name of a group -> bools, for `Groups.plan`.
+
+    Raises:
+        ValueError: as `keep_uniform`, or even the floors cost more than the limit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxprune.structure import filter_norms, find_groups
+        >>> w = {"in": jnp.arange(16.0).reshape(2, 8), "out": jnp.ones((8, 2))}
+        >>> groups = find_groups(lambda w, x: (x @ w["in"]) @ w["out"], w, jnp.ones((1, 2)))
+        >>> keep = keep_within(groups, filter_norms(groups, w), 13, count_parameters)
+        >>> keep["in:1"].tolist()
+        [False, False, False, False, False, True, True, True]
+    """
+    bounds = _bounds(groups, scores, 1.0, floor, ceiling, ignore)
+
+    def costs(count: int) -> float:
+        return cost(groups.plan(_keep(scores, bounds, count), multiple=multiple))
+
+    low, high = 0, sum(groups[name].size for name in bounds)  # `low` fits, or nothing does
+    if costs(low) > limit:
+        raise ValueError(
+            f"`limit` {limit:g} is below {costs(low):g}, the cost of what the floors keep; raise "
+            "it or lower `floor`."
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if costs(middle) <= limit else (low, middle - 1)
+    return _keep(scores, bounds, low)
+
+
+def count_parameters(plan: Plan) -> int:
+    """How many entries the parameters have after compaction.
+
+    Args:
+        plan: from `Groups.plan`.
+
+    Returns:
+        An exact count.
+
+    Example:
+        >>> from jaxprune.structure import Model
+        >>> model = Model({"w": (2, 3)}, frozenset({"w"}))
+        >>> count_parameters(Plan(model, {"w": [np.ones(2, bool), np.arange(3) < 2]}))
+        4
+    """
+    return sum(int(np.prod(plan.shape(path))) for path in plan.model.parameters)
+
+
+class _Bounds(NamedTuple):
+    """How many channels a group keeps."""
+
+    least: int
+    most: int
+
+
+def _keep(scores: Scores, bounds: Mapping[str, _Bounds], count: int) -> dict[str, np.ndarray]:
+    """The least that each group keeps, and then the best of all that is allowed."""
+    kept = {name: _largest(scores[name], own.least) for name, own in bounds.items()}
+    allowed = {name: _largest(scores[name], own.most) for name, own in bounds.items()}
+    flat = np.concatenate([scores[name] for name in bounds])
+    chosen, possible = (np.concatenate(list(own.values())) for own in (kept, allowed))
+    order = np.argsort(-flat, kind="stable")
+    order = order[possible[order] & ~chosen[order]]
+    chosen[order[: max(0, count - int(chosen.sum()))]] = True
+    ends = np.cumsum([len(own) for own in kept.values()])[:-1]
+    return dict(zip(bounds, np.split(chosen, ends), strict=True))
+
+
+def _largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """The `count` largest; ties keep the lower index."""
+    kept = np.zeros(len(scores), bool)
+    kept[np.argsort(-np.asarray(scores), kind="stable")[:count]] = True
+    return kept
+
+
+def _bounds(
+    groups: Groups,
+    scores: Scores,
+    density: float,
+    floor: Fractions,
+    ceiling: Fractions,
+    ignore: Callable[[Group], bool] | None,
+) -> dict[str, _Bounds]:
+    """Least and most for each group that is ranked; refuses what does not fit."""
+    problems = []
+    for name, own in scores.items():
+        if name not in groups:
+            problems.append(f"{name}: not a group; groups are {', '.join(groups) or 'none'}")
+        elif np.shape(own) != (groups[name].size,) or not np.isfinite(own).all():
+            size = groups[name].size
+            problems.append(f"{name}: shape {np.shape(own)}, must be {size} finite numbers")
+    trees.raise_for(problems, "`scores` must have a number for each channel:")
+    if not scores:
+        raise ValueError("`scores` must name at least one group, but is empty.")
+    if not 0 < density <= 1:
+        raise ValueError(f"`density` must lie in (0, 1], but is {density}.")
+    ranked = [name for name in scores if ignore is None or not ignore(groups[name])]
+    if ignore is not None and len(ranked) in (0, len(scores)):
+        matches = "none" if ranked else "all"
+        raise ValueError(f"`ignore` must match some groups and not others, but matches {matches}.")
+    low = _by_name("floor", floor, 0.0, ranked)
+    high = _by_name("ceiling", ceiling, 1.0, ranked)
+    crossed = [f"{name}: {low[name]} and {high[name]}" for name in ranked if low[name] > high[name]]
+    trees.raise_for(crossed, "`floor` must not be above `ceiling`:")
+    sizes = {name: groups[name].size for name in ranked}
+    least = {name: max(1, round(low[name] * size)) for name, size in sizes.items()}
+    return {n: _Bounds(least[n], max(least[n], round(high[n] * size))) for n, size in sizes.items()}
+
+
+def _by_name(
+    argument: str, value: Fractions, default: float, ranked: list[str]
+) -> dict[str, float]:
+    """A fraction for each group that is ranked."""
+    given = value if isinstance(value, Mapping) else dict.fromkeys(ranked, value)
+    problems = [f"{name}: not a group that is ranked" for name in given if name not in ranked]
+    problems += [f"{n}: {own} is not in [0, 1]" for n, own in given.items() if not 0 <= own <= 1]
+    trees.raise_for(problems, f"`{argument}` must be a fraction, or a mapping from groups to some:")
+    return {name: given.get(name, default) for name in ranked}
