@@ -38,9 +38,10 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 	$(PYTHON) -m ruff format $(SOURCES)
 
-bench: $(VENV)/.train  ## time the optimizer step with each method, and selection against sorting
+bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, and compacted networks
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/selection.py
+	$(PYTHON) benchmarks/compaction.py
 
 clean:  ## remove the virtual environment, caches and build products
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
