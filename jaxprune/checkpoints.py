@@ -26,6 +26,7 @@ __all__ = [
     "fields",
     "open_manager",
     "read_json",
+    "read_record",
     "restore",
     "save",
     "stop_signals",
@@ -253,15 +254,7 @@ def restore(
         >>> restore(manager, {"w": jnp.zeros(2)})[1]
         {'epoch': 1}
     """
-    step = manager.latest_step() if step is None else step
-    if step is None:
-        raise FileNotFoundError(f"{manager.directory} holds no checkpoint")
-    folder = Path(str(manager.directory)) / str(step)
-    try:
-        items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        leaves, record = items["record"]["leaves"], items["record"]["record"]
-    except Exception as error:  # Orbax, JSON and the file system all raise their own kinds.
-        raise _corrupt(folder, error) from error
+    step, folder, leaves, record = _read_record(manager, step)
     _check_leaves(leaves, _describe(like), folder)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
@@ -277,6 +270,44 @@ def restore(
     if damaged := [path for path in leaves if found[path] != leaves[path]]:
         raise _corrupt(folder, f"checksums differ at {', '.join(damaged)}")
     return items["state"], record
+
+
+def read_record(manager: ocp.CheckpointManager, step: int | None = None) -> dict[str, Any]:
+    """What was saved with a checkpoint, without its state: enough to know the shapes of that.
+
+    Args:
+        manager: from `open_manager`.
+        step: default the newest.
+
+    Returns:
+        The record.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is corrupt.
+
+    Example:
+        >>> manager = open_manager(tempfile.mkdtemp())
+        >>> save(manager, 3, {"w": jnp.ones(2)}, {"epoch": 1})
+        >>> read_record(manager)
+        {'epoch': 1}
+    """
+    return _read_record(manager, step)[-1]
+
+
+def _read_record(
+    manager: ocp.CheckpointManager, step: int | None
+) -> tuple[int, Path, dict[str, list], dict[str, Any]]:
+    """Step, folder, description of the leaves, and record of a checkpoint."""
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise FileNotFoundError(f"{manager.directory} holds no checkpoint")
+    folder = Path(str(manager.directory)) / str(step)
+    try:
+        items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        return step, folder, items["record"]["leaves"], items["record"]["record"]
+    except Exception as error:  # Orbax, JSON and the file system all raise their own kinds.
+        raise _corrupt(folder, error) from error
 
 
 @contextlib.contextmanager

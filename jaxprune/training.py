@@ -308,11 +308,11 @@ def fit(
     on_log: Callable[[int, TrainState, Metrics], None] | None = None,
     hooks: Sequence[Hook] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    is_pause: bool = False,
 ) -> TrainState:
-    """Trains from the state's step to step `stop`.
+    """Trains from the state's step to step `stop`; the host waits only when it logs.
 
-    The host waits for the devices only when it logs. Chunks never cross a step at which something
-    is due; what is left before it runs as single steps.
+    Chunks never cross a step at which something is due; what is left runs as single steps.
 
     Args:
         state: donated; use the returned one.
@@ -328,6 +328,7 @@ def fit(
           `seconds_per_step` and `images_per_second`, both without compilation and hooks.
         hooks: called after `on_log`, in order.
         should_stop: asked after each chunk; True ends the loop early.
+        is_pause: whether training goes on after `stop`: hooks are then not called for it.
 
     Returns:
         The new state.
@@ -351,8 +352,7 @@ def fit(
     """
     rows = NamedSharding(mesh, PartitionSpec(None, "batch"))
     periods = [log_every, *(hook.every for hook in hooks)]
-    step, pending, since, warm = int(state.step), [], time.perf_counter(), set()
-    timed = 0
+    step, timed, pending, since, warm = int(state.step), 0, [], time.perf_counter(), set()
     while step < stop and not should_stop():
         due = min([stop, *((step // every + 1) * every for every in periods)])
         count = chunk if step + chunk <= due else 1
@@ -376,7 +376,8 @@ def fit(
             if on_log is not None:
                 on_log(step, state, means)
             pending, timed, since = [], 0, time.perf_counter()
-        if called := [hook for hook in hooks if step % hook.every == 0 or step == stop]:
+        is_end = step == stop and not is_pause
+        if called := [hook for hook in hooks if step % hook.every == 0 or is_end]:
             jax.block_until_ready(metrics)  # what is still running is step time, not hook time
             begun = time.perf_counter()
             for hook in called:

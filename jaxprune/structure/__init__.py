@@ -16,7 +16,7 @@ from jaxprune.structure._costs import byte_cost, count_macs, mac_cost
 from jaxprune.structure._finding import find_groups
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
 from jaxprune.structure._optimizer import CompactedState, compact_state
-from jaxprune.structure._plans import Plan, load_plan
+from jaxprune.structure._plans import Plan, load_plan, plan_of
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
 from jaxprune.structure._traces import Model, Trace
 
@@ -43,5 +43,6 @@ __all__ = [
     "mac_cost",
     "norm_scales",
     "normalized",
+    "plan_of",
     "taylor",
 ]

@@ -6,19 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
+from jaxprune import trees
+from jaxprune.structure._analysis import INLINED, live_equations
+from jaxprune.structure._control import RULES as CONTROL
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import Trace, abstract, analyze, trace_function
 from jaxprune.structure._values import Graph, Op
 
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 Shape = Sequence[int]
+Counter = Callable[[Execution], int]
 
 
 def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Sequence[Shape]) -> int:
-    """Multiply-accumulates of one primitive; padding counts as if it were there.
+    """Multiply-accumulates of a product of matrices or a convolution.
+
+    Padding of a convolution counts as if it were there, zeros between its inputs do not.
 
     Args:
         name: of the primitive.
@@ -27,29 +35,46 @@ def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Seque
         outs: shapes of the results.
 
     Returns:
-        An exact count; 0 for all that is neither a product of matrices nor a convolution.
+        An exact count.
 
     Example:
         >>> macs_of("dot_general", {"dimension_numbers": (((1,), (0,)), ((), ()))},
         ...     [(2, 3), (3, 4)], [(2, 4)])
         24
     """
+    (_, right), (out,) = ins, outs
     if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return math.prod(outs[0]) * math.prod(ins[0][axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel_out, *rest = params["dimension_numbers"].rhs_spec
-        taps = math.prod(ins[1][axis] for axis in rest)
-        dilation = math.prod(params.get("lhs_dilation") or ())
-        return math.prod(outs[0]) * taps // dilation  # zeros between inputs are not multiplied
-    return 0
+        (_, contracted), _ = params["dimension_numbers"]
+        return math.prod(out) * math.prod(right[axis] for axis in contracted)
+    numbers = params["dimension_numbers"]
+    _, kernel_in, *kernel_space = numbers.rhs_spec
+    batch, channel, *space = numbers.out_spec
+    windows = zip(
+        [out[axis] for axis in space],
+        [right[axis] for axis in kernel_space],
+        *[params[own] for own in ("window_strides", "lhs_dilation", "rhs_dilation", "padding")],
+        strict=True,
+    )
+    return out[batch] * out[channel] * right[kernel_in] * math.prod(_along(*w) for w in windows)
+
+
+def _along(
+    out: int, taps: int, stride: int, between: int, apart: int, padding: tuple[int, int]
+) -> int:
+    """Products along one dimension of space; inputs are `between` places apart, taps `apart`."""
+    if between == 1:
+        return out * taps
+    places = stride * np.arange(out)[:, None] + apart * np.arange(taps) - padding[0]
+    return int((places % between == 0).sum())
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:
     """Multiply-accumulates of one call, from the jaxpr: products of matrices and convolutions.
 
-    A loop counts as often as it runs, a branch as its dearest side, `while` as one pass. Padding
-    counts. XLA's `cost_analysis` counts two operations for each of ours, and leaves padding out.
+    A loop counts as often as it runs, a branch as its dearest side, `while` as one pass; what no
+    result needs does not count. Padding counts, as it does in publications. XLA's `cost_analysis`
+    counts two operations for each of ours, leaves padding out, and adds what is done entry by
+    entry: for a ResNet-20 at 32 pixels, half of its number is 0.93 of ours.
 
     Args:
         function: any JAX function.
@@ -57,6 +82,10 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
 
     Returns:
         An exact count.
+
+    Raises:
+        ValueError: there are products in a primitive that may run them any number of times, such as
+            a kernel of Pallas.
 
     Example:
         >>> count_macs(lambda a, b: jnp.tanh(a @ b), jnp.ones((2, 3)), jnp.ones((3, 4)))
@@ -66,29 +95,31 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
 
 
 def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(map(_of_equation, jaxpr.eqns))
+    return sum(map(_of_equation, live_equations(jaxpr)))
 
 
 def _of_equation(equation: Any) -> int:
-    inner = [_of_jaxpr(own) for own in _jaxprs(equation)]
-    if inner:
-        name, params = equation.primitive.name, equation.params
-        return _together(name, params, inner)
-    ins = [jnp.shape(var.aval) for var in equation.invars]
-    outs = [var.aval.shape for var in equation.outvars]
-    return macs_of(equation.primitive.name, equation.params, ins, outs)
+    name, params = equation.primitive.name, equation.params
+    if name in INLINED or name in CONTROL:
+        return _together(name, params, [_of_jaxpr(own) for own in core.jaxprs_in_params(params)])
+    if name not in _PRODUCTS:
+        return _nothing_in(name, params)
+    ins, outs = ([v.aval.shape for v in own] for own in (equation.invars, equation.outvars))
+    return macs_of(name, params, ins, outs)
 
 
-def _jaxprs(equation: Any) -> list[Any]:
-    """The functions that an equation calls; of a custom derivative, not the rules."""
-    names = ("jaxpr", "call_jaxpr", "branches", "body_jaxpr", "cond_jaxpr")
-    found = [equation.params[name] for name in names if name in equation.params]
-    flat = [own for part in found for own in (part if isinstance(part, tuple) else (part,))]
-    return [own.jaxpr if isinstance(own, core.ClosedJaxpr) else own for own in flat]
+def _nothing_in(name: str, params: dict[str, Any]) -> int:
+    """Zero, the cost of a primitive that is not understood; refuses products inside of it."""
+    if any(_of_jaxpr(own) for own in core.jaxprs_in_params(params)):
+        raise ValueError(
+            "`function` must have no products of matrices inside of primitives that may run them "
+            f"any number of times, but `{name}` has some; count that part by itself."
+        )
+    return 0
 
 
 def _together(name: str, params: dict[str, Any], inner: Sequence[int]) -> int:
-    """The cost of an operation from those of the functions inside."""
+    """The cost of control flow from those of the functions inside."""
     return max(inner) if name == "cond" else sum(inner) * params.get("length", 1)
 
 
@@ -97,7 +128,7 @@ def mac_cost(
 ) -> Callable[[Plan], int]:
     """Multiply-accumulates of one call after compaction, as a function of the plan.
 
-    The function is analysed once; each plan then takes a few milliseconds.
+    The function is analysed once; a plan of a ResNet-50 then takes some hundredths of a second.
 
     Args:
         groups: from `find_groups`.
@@ -106,8 +137,11 @@ def mac_cost(
         *args: of the function, likewise; one image gives the cost of an image.
 
     Returns:
-        A function from plans of these groups to exact counts, as those of `reports.count_macs`; for
-        `keep_within`.
+        A function from plans of these groups to exact counts, as those of `count_macs`; for
+        `keep_within`. It raises `ValueError` for a plan that does not fit the function.
+
+    Raises:
+        ValueError: as `count_macs`.
 
     Example:
         >>> from jaxprune.structure import find_groups
@@ -119,24 +153,34 @@ def mac_cost(
         >>> cost(groups.plan({})), cost(groups.plan({"in:1": jnp.arange(8) < 4}))
         (40, 20)
     """
-    analysis, graph = analyze(groups.model, trace_function(Trace(function, args), variables))
+    traced = trace_function(Trace(function, args), variables)
+    analysis, graph = analyze(groups.model, traced, outputs=False)
+    count = _counter(graph)
 
     def cost(plan: Plan) -> int:
-        return _of_graph(graph, Execution(analysis, plan.kept_nodes(analysis)))
+        if plan.model.shapes != groups.model.shapes:
+            raise ValueError("`plan` must be made from the groups of this cost, but has others.")
+        return count(Execution(analysis, plan.kept_nodes(analysis)))
 
     return cost
 
 
-def _of_graph(graph: Graph, execution: Execution) -> int:
-    return sum(_of_op(op, execution) for op in graph.ops)
+def _counter(graph: Graph) -> Counter:
+    """The cost of a function from what stays of its values."""
+    counters = [own for own in map(_counter_of_op, graph.ops) if own is not None]
+    return lambda execution: sum(count(execution) for count in counters)
 
 
-def _of_op(op: Op, execution: Execution) -> int:
+def _counter_of_op(op: Op) -> Counter | None:
     called = op.inner.get("branches") or [op.inner[n] for n in ("call", "cond") if n in op.inner]
-    if called:
-        return _together(op.name, op.params, [_of_graph(own, execution) for own in called])
-    ins, outs = ([execution.shape(value) for value in part] for part in (op.ins, op.outs))
-    return macs_of(op.name, op.params, ins, outs)
+    inner = list(map(_counter, called))
+    if inner:
+        return lambda run: _together(op.name, op.params, [count(run) for count in inner])
+    if op.name in _PRODUCTS:
+        parts = op.ins, op.outs
+        return lambda run: macs_of(op.name, op.params, *[list(map(run.shape, p)) for p in parts])
+    _nothing_in(op.name, op.params)
+    return None
 
 
 def byte_cost(variables: Any) -> Callable[[Plan], int]:
@@ -155,10 +199,10 @@ def byte_cost(variables: Any) -> Callable[[Plan], int]:
         >>> byte_cost(w)(groups.plan({"in:1": jnp.arange(8) < 4}))
         64
     """
-    sizes = [abstract(leaf).dtype.itemsize for leaf in jax.tree.leaves(variables)]
+    named = trees.leaf_by_path(variables)
+    sizes = {path: abstract(leaf).dtype.itemsize for path, leaf in named.items()}
 
     def cost(plan: Plan) -> int:
-        entries = [math.prod(plan.shape(path)) for path in plan.model.shapes]
-        return sum(own * size for own, size in zip(entries, sizes, strict=True))
+        return sum(size * math.prod(plan.shape(path)) for path, size in sizes.items())
 
     return cost

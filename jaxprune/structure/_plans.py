@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,13 +275,9 @@ class Plan(NamedTuple):
             )
         return worst
 
-    def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON; `load_plan` reads it.
-
-        Args:
-            path: the file; replaced atomically.
-        """
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for `json.dumps`; `plan_of` reads them."""
+        return {
             "version": _VERSION,
             "parameters": sorted(self.model.parameters),
             "consumers": sorted(self.model.consumers),
@@ -295,10 +291,57 @@ class Plan(NamedTuple):
                 for name, shape in self.model.shapes.items()
             },
         }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON; `load_plan` reads it.
+
+        Args:
+            path: the file; replaced atomically.
+        """
         path = Path(path)
         partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         partial.replace(path)
+
+
+def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
+    """A plan from the values of `Plan.to_dict`.
+
+    Args:
+        content: these values, also after a trip through JSON.
+        where: what errors call it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: it is not such a dict, or of another version.
+
+    Example:
+        >>> model = Model({"w": (2,)}, frozenset())
+        >>> plan_of(Plan(model, {"w": [np.array([True, False])]}).to_dict()).shape("w")
+        (1,)
+    """
+    try:
+        version = content["version"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not a plan of jaxprune: {error}") from error
+    if version != _VERSION:
+        raise ValueError(f"{where} is a plan of version {version}; this jaxprune reads {_VERSION}")
+    shapes = {name: tuple(leaf["shape"]) for name, leaf in content["leaves"].items()}
+    model = Model(
+        shapes,
+        frozenset(content["parameters"]),
+        frozenset((index, dimension) for index, dimension in content["consumers"]),
+        frozenset(content["caches"]),
+        tuple((Split(node, tuple(sizes)), factor) for node, sizes, factor in content["factors"]),
+    )
+    kept = {}
+    for name, leaf in content["leaves"].items():
+        kept[name] = [np.ones(size, bool) for size in shapes[name]]
+        for own, removed in zip(kept[name], leaf["removed"], strict=True):
+            own[removed] = False
+    return Plan(model, kept)
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -324,26 +367,9 @@ def load_plan(path: str | Path) -> Plan:
     """
     try:
         content = json.loads(Path(path).read_text())
-        version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a plan of jaxprune: {error}") from error
-    if version != _VERSION:
-        raise ValueError(f"{path} is a plan of version {version}; this jaxprune reads {_VERSION}")
-    shapes = {name: tuple(leaf["shape"]) for name, leaf in content["leaves"].items()}
-    consumers = frozenset((index, dimension) for index, dimension in content["consumers"])
-    model = Model(
-        shapes,
-        frozenset(content["parameters"]),
-        consumers,
-        frozenset(content["caches"]),
-        tuple((Split(node, tuple(sizes)), factor) for node, sizes, factor in content["factors"]),
-    )
-    kept = {}
-    for name, leaf in content["leaves"].items():
-        kept[name] = [np.ones(size, bool) for size in shapes[name]]
-        for own, removed in zip(kept[name], leaf["removed"], strict=True):
-            own[removed] = False
-    return Plan(model, kept)
+    return plan_of(content, str(path))
 
 
 def _gap(a: Any, b: Any) -> float:
