@@ -12,6 +12,7 @@ Method = Literal[
     "none", "agip", "gradient", "magnitude", "saliency", "random", "set", "rigl",
     "straight_through", "acdc", "snip", "grasp", "synflow",
 ]  # fmt: skip
+_OF_CHANNELS = ("none", "agip", "magnitude", "random")
 Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
 
 
@@ -52,6 +53,13 @@ class Config:
     rate: Literal["none", "density", "statistic"] = "none"  # agip: what survivors' rates adapt to
     drop: float = 0.3  # set, rigl: fraction of the kept weights that moves at the first mask update
     phase: float = 0.05  # acdc: length of a phase, as a fraction of all steps
+    granularity: Literal["weights", "channels"] = "weights"  # channels: agip, magnitude, random
+    compact: bool = False  # channels: remove what is masked while training goes on
+    switches: int = 4  # compact: how often at most
+    saving: float = 0.2  # compact: fraction of a step that a switch must save at least
+    switch_steps: float = 50.0  # compact: what a switch costs, in steps of the dense network
+    switch_delay: int = 10  # compact: steps in which the next network is compiled meanwhile
+    multiple: int = 0  # compact: of the widths that are left; 0: 8 on accelerators, 1 on CPU
     init_images: int = 1024  # snip, grasp: training images that are scored, in a single batch
 
     workdir: str = ""  # folder of all outputs; empty: runs/ and a name made of the main options
@@ -71,18 +79,30 @@ class Config:
             for name, names in choices.items()
             if getattr(self, name) not in names
         ]
+        at_least_0 = "steps pad warmup_steps weight_decay chunk seed switches switch_steps multiple"
         at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every"
+        fractions = "sparsity momentum label_smoothing regrow drop saving"
         rules = [
-            ("at least 0", lambda x: x >= 0, "steps pad warmup_steps weight_decay chunk seed"),
-            ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every init_images"),
+            ("at least 0", lambda x: x >= 0, at_least_0),
+            ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every init_images switch_delay"),
             ("above 0", lambda x: 0 < x < math.inf, "epochs learning_rate"),
-            ("in [0, 1)", lambda x: 0 <= x < 1, "sparsity momentum label_smoothing regrow drop"),
+            ("in [0, 1)", lambda x: 0 <= x < 1, fractions),
             ("in [0, 1)", lambda x: x is None or 0 <= x < 1, "decay"),
             ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop phase"),
         ]
         for rule, holds, names in rules:
             values = [(name, getattr(self, name)) for name in names.split()]
             bad += [f"`{name}` must be {rule}; got {x}" for name, x in values if not holds(x)]
+        if self.granularity == "channels" and self.method not in _OF_CHANNELS:
+            names = ", ".join(_OF_CHANNELS)
+            bad.append(f"`method` must be one of {names} with channels; got {self.method!r}")
+        if self.compact and (self.granularity != "channels" or self.method == "none"):
+            bad.append("`compact` needs a method that prunes, and `granularity` channels")
+        if self.compact and self.switch_delay >= self.prune_every:
+            bad.append(
+                f"`switch_delay` must be less than `prune_every` ({self.prune_every}): masks must "
+                f"not change meanwhile; got {self.switch_delay}"
+            )
         if self.prune_stop < self.prune_start:
             bad.append(
                 f"`prune_stop` must not be less than `prune_start` ({self.prune_start}); "

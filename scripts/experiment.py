@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from configs import Config
 from flax import nnx
 from jax.sharding import Mesh
 
 import jaxprune
-from jaxprune import data, models, rewinding, training
+from jaxprune import compaction, data, models, rewinding, structure, training
 
 MakePruning = Callable[["Setting"], optax.GradientTransformation | None]
 
@@ -24,6 +25,22 @@ class Setting(NamedTuple):
     model: nnx.Module
     prepare: Callable[[jax.Array], jax.Array]  # uint8 images -> what the model takes
     steps: int
+    groups: structure.Groups | None  # of the channels that are left, if channels are pruned
+
+
+class Steps(NamedTuple):
+    """How a network is trained and tested."""
+
+    tx: optax.GradientTransformation
+    run: Callable[..., tuple]  # see training.make_chunk_step
+    evaluate: Callable[[training.TrainState], dict[str, float]]  # on the test images
+
+
+class Functions(NamedTuple):
+    """A network as functions of its variables, `{"params": ..., "model_state": ...}`."""
+
+    evaluate: Callable[..., Any]  # (variables, images) -> logits
+    train: Callable[..., Any]  # (variables, images) -> (logits, {"model_state": new values})
 
 
 class Experiment(NamedTuple):
@@ -36,9 +53,25 @@ class Experiment(NamedTuple):
     steps: int
     schedule: optax.Schedule
     create: Callable[[int], training.TrainState]  # seed -> state at step 0
-    run: Callable[..., tuple]  # see training.make_chunk_step
-    evaluate: Callable[[training.TrainState], dict[str, float]]  # on the test images
+    dense: Steps
     chunk: int  # steps per call
+    # Where channels are pruned:
+    functions: Functions
+    groups: structure.Groups | None
+    example: jax.Array  # a few images, prepared, to analyse and to compare with
+    make_tx: Callable[[structure.Groups | None], optax.GradientTransformation]
+    at: Callable[[compaction.Network], Steps]  # of a network at smaller widths
+    macs: Callable[[structure.Plan], int] | None  # of one image
+
+    @property
+    def run(self) -> Callable[..., tuple]:
+        """Training steps of the dense network."""
+        return self.dense.run
+
+    @property
+    def evaluate(self) -> Callable[[training.TrainState], dict[str, float]]:
+        """Test of the dense network."""
+        return self.dense.evaluate
 
 
 def build(config: Config, make_pruning: MakePruning) -> Experiment:
@@ -64,14 +97,45 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
     with plain_errors():
         model = make_model(config, dataset, config.seed)
         schedule = learning_rate(config, steps)
-        pruning = make_pruning(Setting(dataset, model, prepare_test, steps))
-        tx = make_optimizer(config, schedule, pruning)
         model.train()
-        graphdef = nnx.split(model, nnx.Param, ...)[0]
-    step = training.make_train_step(
-        graphdef, tx, prepare_train, label_smoothing=config.label_smoothing
-    )
-    evaluate = training.make_evaluate(graphdef, prepare_test, mesh)
+        graphdef, *states = nnx.split(model, nnx.Param, ...)
+        functions = make_functions(graphdef)
+        example = prepare_test(jnp.asarray(dataset.train.images[:8]))
+        groups, macs = None, None
+        if config.granularity == "channels":
+            params, model_state = map(nnx.to_pure_dict, states)
+            variables = {"params": params, "model_state": model_state}
+            groups = find_groups(functions, variables, example)
+            macs = structure.mac_cost(groups, functions.evaluate, variables, example[:1])
+        setting = Setting(dataset, model, prepare_test, steps, groups)
+
+    def make_tx(groups: structure.Groups | None) -> optax.GradientTransformation:
+        return make_optimizer(config, schedule, make_pruning(setting._replace(groups=groups)))
+
+    def make_steps(tx: optax.GradientTransformation, functions: Functions) -> Steps:
+        def apply_train(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "model_state": model_state}
+            logits, updates = functions.train(variables, images)
+            return logits, updates["model_state"]
+
+        def apply(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
+            return functions.evaluate({"params": params, "model_state": model_state}, images)
+
+        smoothing = config.label_smoothing
+        step = training.make_train_step(apply_train, tx, prepare_train, label_smoothing=smoothing)
+        evaluate = training.make_evaluate(apply, prepare_test, mesh)
+        return Steps(
+            tx,
+            training.make_chunk_step(step, mesh),
+            lambda state: evaluate(state, test_set, config.eval_batch_size),
+        )
+
+    def at(network: compaction.Network) -> Steps:
+        wrapped = Functions(*map(network.plan.wrap, functions))
+        return make_steps(make_tx(network.groups), wrapped)
+
+    with plain_errors():
+        tx = make_tx(groups)
 
     def create(seed: int) -> training.TrainState:
         own = model if seed == config.seed else make_model(config, dataset, seed)
@@ -86,10 +150,44 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         steps=steps,
         schedule=schedule,
         create=create,
-        run=training.make_chunk_step(step, mesh),
-        evaluate=lambda state: evaluate(state, test_set, config.eval_batch_size),
+        dense=make_steps(tx, functions),
         chunk=config.chunk or chunk,
+        functions=functions,
+        groups=groups,
+        example=example,
+        make_tx=make_tx,
+        at=at,
+        macs=macs,
     )
+
+
+def make_functions(graphdef: nnx.GraphDef) -> Functions:
+    """A network in evaluation and in training, as functions of all its values."""
+
+    def merge(variables: Any) -> Any:
+        return nnx.merge(graphdef, variables["params"], variables["model_state"])
+
+    def evaluate(variables: Any, images: jax.Array) -> jax.Array:
+        model = merge(variables)
+        model.eval()
+        return model(images)
+
+    def train(variables: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        model = merge(variables)
+        model.train()
+        logits = model(images)
+        return logits, {"model_state": nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))}
+
+    return Functions(evaluate, train)
+
+
+def find_groups(functions: Functions, variables: Any, images: jax.Array) -> structure.Groups:
+    """What shrinks together in evaluation and in training."""
+    traces = [
+        structure.Trace(functions.evaluate, (images,)),
+        structure.Trace(functions.train, (images,), updates=lambda output: output[1]),
+    ]
+    return structure.find_groups(traces, variables)
 
 
 def make_model(config: Config, dataset: data.Dataset, seed: int) -> nnx.Module:

@@ -31,6 +31,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+import shrinking
 import tyro
 from configs import CONFIGS, Config
 from experiment import Setting, build, make_optimizer, plain_errors
@@ -81,10 +82,15 @@ def train(config: Config) -> dict[str, Any]:
     def make_pruning(setting: Setting) -> optax.GradientTransformation | None:
         if config.method in AT_INIT:
             return jaxprune.fixed_mask_transform(masks_at_init(config, setting))
-        return None if config.method == "none" else gradual_pruning(config, setting.steps)
+        if config.method == "none":
+            return None
+        if setting.groups is not None:
+            return shrinking.pruning(config, setting.steps, setting.groups)
+        return gradual_pruning(config, setting.steps)
 
     experiment = build(config, make_pruning)
     steps = experiment.steps
+    present, coming = shrinking.first(experiment), None
     with plain_errors():
         state = experiment.create(config.seed)
     # Methods that are sparse from the start have masks already.
@@ -97,8 +103,12 @@ def train(config: Config) -> dict[str, Any]:
     with plain_errors():
         manager = checkpoints.open_manager(workdir / "checkpoints")
         if manager.latest_step() is not None:
-            state, record = checkpoints.restore(manager, state)
+            record = checkpoints.read_record(manager)
             checkpoints.check_config(record["config"], options, str(workdir))
+            present = shrinking.from_record(experiment, record["network"])
+            state = shrinking.empty_state(experiment, present, config.seed)
+            state, record = checkpoints.restore(manager, state)
+            coming = shrinking.coming_of(config, experiment, present, state, record["network"])
             batches.set_state(record["data"])
             earlier = record["seconds"]
             print(f"{workdir}: going on from step {int(state.step)}")
@@ -108,6 +118,7 @@ def train(config: Config) -> dict[str, Any]:
     def save(step: int, state: training.TrainState) -> None:
         record = {"data": batches.get_state(), "config": resolved}
         record["seconds"] = earlier + time.perf_counter() - began
+        record["network"] = shrinking.to_record(present, coming)
         checkpoints.save(manager, step, state, record)
 
     # Loop.
@@ -129,17 +140,29 @@ def train(config: Config) -> dict[str, Any]:
             metrics.write(step, values)
 
         def test(step: int, state: training.TrainState) -> None:
-            values = experiment.evaluate(state)
+            values = present.steps.evaluate(state)
             show(step, values)
             metrics.write(step, values)
 
         hooks = [training.Hook(config.eval_every, test), training.Hook(config.save_every, save)]
-        state = training.fit(
-            state, steps, experiment.run, experiment.train_set, batches,
-            jax.random.key(config.seed), experiment.mesh,
-            chunk=experiment.chunk, log_every=config.log_every, on_log=log, hooks=hooks,
-            should_stop=lambda: bool(stopped),
-        )  # fmt: skip
+        while int(state.step) < steps and not stopped:
+            pause = shrinking.next_pause(config, int(state.step), steps, coming)
+            state = training.fit(
+                state, pause, present.steps.run, experiment.train_set, batches,
+                jax.random.key(config.seed), experiment.mesh,
+                chunk=experiment.chunk, log_every=config.log_every, on_log=log, hooks=hooks,
+                should_stop=lambda: bool(stopped), is_pause=pause < steps,
+            )  # fmt: skip
+            if stopped or int(state.step) == steps or not config.compact:
+                continue
+            if coming is None:
+                coming = shrinking.decide(config, experiment, present, state, steps)
+            else:
+                with plain_errors():
+                    present, state = shrinking.switch(config, experiment, present, coming, state)
+                coming = None
+                print(shrinking.describe(present), flush=True)
+                save(int(state.step), state)
         save(int(state.step), state)
     manager.close()
     if int(state.step) < steps:
@@ -150,6 +173,7 @@ def train(config: Config) -> dict[str, Any]:
     masks = masks_of(config, state)
     table = jaxprune.summarize(state.params, masks)
     summary = summarize(config, state, masks, metrics.records)
+    summary["switches"] = list(present.history)
     summary["seconds"] = earlier + time.perf_counter() - began
     reports.plot_training({config.method: metrics.records}, workdir / "training.png")
     reports.plot_densities(table, workdir / "densities.png")
@@ -174,9 +198,7 @@ def delete_run(workdir: Path) -> None:
 
 def gradual_pruning(config: Config, steps: int) -> optax.GradientTransformation:
     """The transformation of a method that prunes while training."""
-    start, stop = (
-        min(round(steps * part), steps - 1) for part in (config.prune_start, config.prune_stop)
-    )
+    start, stop = shrinking.prune_window(config, steps)
     options: dict[str, Any] = {"every": config.prune_every, "start": start, "stop": stop}
     options |= {"budget": budget_of(config)}
     method = config.method

@@ -1,7 +1,7 @@
 """What a function costs on this machine: memory, as compiled, and time, as measured."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """All that is there at once, at most."""
+        """All that is there at once, at most: as if temporaries lived while outputs do."""
         return self.arguments + self.outputs + self.temporaries - self.aliased
 
 
@@ -41,9 +41,9 @@ class Latency(NamedTuple):
     median: float
     low: float  # 10 % of the calls are faster
     high: float  # 90 % are
-    compilation: float  # tracing and compiling, once
+    compilation: float  # tracing and compiling, once; short if a cache on disk has the program
     repeats: int
-    device: str
+    device: str  # its kind
 
 
 class Cost(NamedTuple):
@@ -88,10 +88,11 @@ class Comparison(NamedTuple):
             {
                 "name": name,
                 "parameters": cost.parameters,
+                "bytes": cost.bytes,
                 "MACs": cost.macs,
                 "peak bytes": cost.memory.peak,
                 "ms": 1e3 * cost.latency.median,
-                "10-90 %": f"{1e3 * cost.latency.low:.3g}-{1e3 * cost.latency.high:.3g}",
+                "10-90 %": f"{1e3 * cost.latency.low:.4g}-{1e3 * cost.latency.high:.4g}",
                 "times": first.latency.median / cost.latency.median,
             }
             for name, cost in self.costs.items()
@@ -103,7 +104,7 @@ def measure_memory(function: Callable[..., Any], *args: Any, **jit_options: Any)
     """Bytes that XLA plans for a function; nothing runs.
 
     Args:
-        function: any JAX function.
+        function: any JAX function; or what `jax.jit(...).lower(...).compile()` returns, alone.
         *args: arrays or `jax.ShapeDtypeStruct`.
         **jit_options: of `jax.jit`, such as `donate_argnums`.
 
@@ -115,8 +116,21 @@ def measure_memory(function: Callable[..., Any], *args: Any, **jit_options: Any)
         >>> measure_memory(lambda x: x * 2, jnp.ones(1024)).arguments
         4096
     """
+    is_compiled = isinstance(function, jax.stages.Compiled)
+    return _memory(function if is_compiled else _compiled(function, args, jit_options)[0])
+
+
+def _compiled(
+    function: Callable[..., Any], args: Sequence[Any], jit_options: Mapping[str, Any]
+) -> tuple[Any, float]:
+    """A program and the seconds that it took; making another is faster, as traces are kept."""
+    began = time.perf_counter()
     compiled = jax.jit(function, **jit_options).lower(*args).compile()
-    found: Any = compiled.memory_analysis()
+    return compiled, time.perf_counter() - began
+
+
+def _memory(compiled: Any) -> Memory:
+    found = compiled.memory_analysis()
     return Memory(
         arguments=found.argument_size_in_bytes,
         outputs=found.output_size_in_bytes,
@@ -147,25 +161,34 @@ def measure_latency(
         >>> measure_latency(lambda x: x * 2, jnp.ones(1024), repeats=3).repeats
         3
     """
+    _check_repeats(repeats)
+    return _latency(*_compiled(function, args, jit_options), args, repeats)
+
+
+def _check_repeats(repeats: int) -> None:
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, but is {repeats!r}.")
-    began = time.perf_counter()
-    compiled = jax.jit(function, **jit_options).lower(*args).compile()
-    compilation = time.perf_counter() - began
-    jax.block_until_ready(compiled(*args))
+
+
+def _latency(compiled: Any, compilation: float, args: Sequence[Any], repeats: int) -> Latency:
+    outs = jax.tree.leaves(jax.block_until_ready(compiled(*args)))
+    devices = set().union(*[out.devices() for out in outs]) or {jax.devices()[0]}
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
         jax.block_until_ready(compiled(*args))
         seconds.append(time.perf_counter() - began)
     low, median, high = np.quantile(seconds, [0.1, 0.5, 0.9]).tolist()
-    return Latency(median, low, high, compilation, repeats, jax.devices()[0].device_kind)
+    return Latency(median, low, high, compilation, repeats, next(iter(devices)).device_kind)
 
 
 def compare(
     calls: Mapping[str, tuple[Any, ...]], *, repeats: int = 20, **jit_options: Any
 ) -> Comparison:
     """Parameters, MACs, memory and time of several functions, such as dense and compacted.
+
+    Each is compiled once and timed by itself. To resolve a few per cent, time in turns, as
+    benchmarks/compaction.py does.
 
     Args:
         calls: name -> `(function, variables, *args)`.
@@ -176,28 +199,30 @@ def compare(
         A `Comparison`: print it, or use its `costs` and `to_dict()`.
 
     Raises:
-        ValueError: `calls` is empty, or as `measure_latency`.
+        ValueError: `calls` is empty, or as `measure_latency` and `count_macs`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> def layer(w, x):
         ...     return x @ w
         >>> x = jnp.ones((2, 8))
-        >>> costs = compare({"dense": (layer, jnp.ones((8, 8)), x),
-        ...     "half": (layer, jnp.ones((8, 4)), x)}, repeats=1).costs
+        >>> calls = {"dense": (layer, jnp.ones((8, 8)), x), "half": (layer, jnp.ones((8, 4)), x)}
+        >>> costs = compare(calls, repeats=1).costs
         >>> costs["dense"].macs, costs["half"].macs
         (128, 64)
     """
     if not calls:
         raise ValueError("`calls` must name at least one function, but is empty.")
+    _check_repeats(repeats)
     costs = {}
-    for name, (function, variables, *args) in calls.items():
-        leaves = jax.tree.leaves(variables)
+    for name, (function, *args) in calls.items():
+        leaves = jax.tree.leaves(args[0])
+        compiled, seconds = _compiled(function, args, jit_options)
         costs[name] = Cost(
             parameters=sum(leaf.size for leaf in leaves),
             bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-            macs=count_macs(function, variables, *args),
-            memory=measure_memory(function, variables, *args, **jit_options),
-            latency=measure_latency(function, variables, *args, repeats=repeats, **jit_options),
+            macs=count_macs(function, *args),
+            memory=_memory(compiled),
+            latency=_latency(compiled, seconds, args, repeats),
         )
     return Comparison(costs)

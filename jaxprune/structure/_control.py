@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxprune.structure._elementwise import zero_only
-from jaxprune.structure._values import Op, Rule, Value
+from jaxprune.structure._nodes import FROZEN
+from jaxprune.structure._values import ZERO, ZERO_GATE, ZERO_SOFT, Op, Rule, Value
 
 _ABSENT = ("Zero", "SymbolicZero")  # JAX's stand-ins for a cotangent that is not there
 
@@ -91,7 +92,11 @@ def _custom_jvp(analysis: Any, op: Op) -> None:
     for out, primal, is_constant in zip(op.outs, outs, out_constant, strict=True):
         _unite_all(analysis, out, primal)
         if not is_constant:
-            _unite_all(analysis, out, next(out_tangents))
+            tangent = next(out_tangents)
+            _unite_all(analysis, out, tangent)
+            # A rule may pass on what the function multiplies with 0, as straight-through does.
+            pairs = zip(out.facts, tangent.facts, strict=True)
+            out.facts = [own & zero_only(moving) for own, moving in pairs]
     op.inner |= {"jvp": graph, "constant": constant, "out_constant": out_constant}
 
 
@@ -154,11 +159,29 @@ def _custom_vjp(analysis: Any, op: Op) -> bool | None:
     traced = jax.make_jaxpr(backward)(*shapes)
     graph = analysis.graph(traced.jaxpr, traced.consts, [*residuals, *cotangents])
     received = [value for value, is_given in zip(op.ins, given, strict=True) if is_given]
-    for value, cotangent in zip(received, graph.outs, strict=True):
+    pairs = list(zip(received, graph.outs, strict=True))
+    for value, cotangent in pairs:
         _unite_all(analysis, value, cotangent)
+    _trust(analysis, op, pairs)
     op.inner |= {"forward": forward, "backward": graph, "residuals": count}
     op.inner |= {"given": list(given), "forwarded": forwarded}
     return None
+
+
+def _trust(analysis: Any, op: Op, pairs: list[tuple[Value, Value]]) -> None:
+    """An output is 0 in earnest only if what moves it is: an operand, or else its cotangent."""
+    for bit in (ZERO, ZERO_SOFT, ZERO_GATE):
+        moving = [
+            analysis.root(nodes[(own | back) & bit == 0])
+            for value, cotangent in pairs
+            for nodes, own, back in zip(value.nodes, value.facts, cotangent.facts, strict=True)
+        ]
+        roots = np.concatenate([np.zeros(0, np.int64), *moving])
+        for out in op.outs:
+            for dimension, nodes in enumerate(out.nodes):
+                hit = np.isin(analysis.root(nodes), roots[roots != FROZEN])
+                lost = np.where(hit, bit | (bit << 1), 0).astype(np.uint8)
+                out.facts[dimension] = out.facts[dimension] & ~lost
 
 
 def _run_custom_vjp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:

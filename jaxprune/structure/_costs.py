@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -88,6 +87,7 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
             a kernel of Pallas.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> count_macs(lambda a, b: jnp.tanh(a @ b), jnp.ones((2, 3)), jnp.ones((3, 4)))
         24
     """
@@ -144,6 +144,7 @@ def mac_cost(
         ValueError: as `count_macs`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxprune.structure import find_groups
         >>> def mlp(w, x):
         ...     return jax.nn.relu(x @ w["in"]) @ w["out"]
@@ -193,6 +194,7 @@ def byte_cost(variables: Any) -> Callable[[Plan], int]:
         A function from plans to exact counts, for `keep_within`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxprune.structure import find_groups
         >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2), jnp.bfloat16)}
         >>> groups = find_groups(lambda w, x: x @ w["in"] @ w["out"], w, jnp.ones((1, 3)))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.structure._elementwise import zero_only
@@ -75,6 +76,8 @@ def _convolution(analysis: Any, op: Op) -> bool | None:
 
 def _run_convolution(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     numbers, (image, kernel) = op.params["dimension_numbers"], arrays
+    if 0 in kernel.shape:  # a slice of a width may lose all its channels
+        return [jnp.zeros(run.shape(op.outs[0]), op.outs[0].aval.dtype)]
     groups = image.shape[numbers.lhs_spec[1]] // kernel.shape[numbers.rhs_spec[1]]
     params = op.params | {"feature_group_count": groups}
     return [op.primitive.bind(image, kernel, **params)]
