@@ -197,9 +197,8 @@ def shrink(
     compacted = step.compact(variables)
     gaps = [0.0]
     for function, args in functions.items():
-        # Not compiled: both run once, and compiling them would take longer than the switch.
-        now = network.plan.wrap(function)(variables, *args)
-        then = smaller.plan.wrap(function)(compacted, *args)
+        now = jax.jit(network.plan.wrap(function))(variables, *args)
+        then = jax.jit(smaller.plan.wrap(function))(compacted, *args)
         gaps += _gaps(now, then)
     difference = float(np.max(gaps))  # NaN if one is
     if not difference <= tolerance:

@@ -25,6 +25,7 @@ class Config:
     source_dir: str = ""  # folder with the data set's original files; empty: download them
     image_size: int = 224  # height and width of synthetic images
     model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
+    widths: str = ""  # of all layers as JSON, such as summary.json has; empty: the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     seed: int = 0  # of initialisation, data order and augmentation
 

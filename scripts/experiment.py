@@ -1,6 +1,7 @@
 """What the training scripts share: from a configuration to data, model, optimizer and step."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -195,6 +196,7 @@ def make_model(config: Config, dataset: data.Dataset, seed: int) -> nnx.Module:
     return getattr(models, config.model)(
         num_classes=dataset.num_classes,
         in_channels=dataset.train.images.shape[-1],
+        widths=models.Widths(**json.loads(config.widths)) if config.widths else None,
         dtype=config.dtype,
         rngs=nnx.Rngs(seed),
     )

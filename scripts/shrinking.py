@@ -106,6 +106,15 @@ def next_pause(config: Config, step: int, steps: int, coming: Next | None) -> in
     return min([after for after in mask_updates(config, steps) if after > step] + [steps])
 
 
+def sparsity_of(experiment: Experiment, present: Present, state: training.TrainState) -> float:
+    """Fraction of the dense network's parameters that are gone, or go with what is masked."""
+    network = present.network
+    keep = compaction.masked_channels(network.groups, state.opt_state)
+    left = network.plan.then(network.groups.plan(keep, multiple=1))
+    dense = experiment.groups.plan({})
+    return 1 - structure.count_parameters(left) / structure.count_parameters(dense)
+
+
 def describe(present: Present) -> str:
     """One line about the last switch."""
     last = present.history[-1]
@@ -206,12 +215,10 @@ def switch(
 ) -> tuple[Present, training.TrainState]:
     """The smaller network and its state; an error leaves both as they were."""
     began = time.perf_counter()
-    images = experiment.example
-    evaluate, train = experiment.functions
     done = compaction.shrink(
         present.network,
         coming.keep,
-        {evaluate: (images,), train: (images,)},
+        {experiment.functions.train: (experiment.example,)},
         experiment.make_tx,
         variables_of(state),
         state.opt_state,

@@ -43,6 +43,7 @@ from jaxprune import (
     budgets,
     checkpoints,
     data,
+    models,
     rates,
     reports,
     scores,
@@ -128,8 +129,13 @@ def train(config: Config) -> dict[str, Any]:
         checkpoints.stop_signals() as stopped,
     ):
 
+        def sparsity(state: training.TrainState) -> float:
+            if config.granularity == "channels" and config.method != "none":
+                return shrinking.sparsity_of(experiment, present, state)
+            return sparsity_of(state.params, masks_of(config, state))
+
         def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
-            values["sparsity"] = sparsity_of(state.params, masks_of(config, state))
+            values["sparsity"] = sparsity(state)
             values["learning_rate"] = float(experiment.schedule(step - 1))
             show(step, values)
             if not math.isfinite(values["train_loss"]):
@@ -173,7 +179,8 @@ def train(config: Config) -> dict[str, Any]:
     masks = masks_of(config, state)
     table = jaxprune.summarize(state.params, masks)
     summary = summarize(config, state, masks, metrics.records)
-    summary["switches"] = list(present.history)
+    summary |= {"sparsity": sparsity(state), "switches": list(present.history)}
+    summary["widths"] = models.widths_of(state.params)._asdict()
     summary["seconds"] = earlier + time.perf_counter() - began
     reports.plot_training({config.method: metrics.records}, workdir / "training.png")
     reports.plot_densities(table, workdir / "densities.png")
@@ -186,7 +193,8 @@ def train(config: Config) -> dict[str, Any]:
 
 def default_workdir(config: Config) -> str:
     """runs/ and what tells most runs apart."""
-    method = config.method if config.method == "none" else f"{config.method}-{config.sparsity:g}"
+    kind = "-channels" if config.granularity == "channels" else ""
+    method = "none" if config.method == "none" else f"{config.method}{kind}-{config.sparsity:g}"
     return f"runs/{config.dataset}-{config.model}-{method}-seed{config.seed}"
 
 
@@ -218,7 +226,7 @@ def gradual_pruning(config: Config, steps: int) -> optax.GradientTransformation:
 
 def masks_at_init(config: Config, setting: Setting) -> Any:
     """The masks of a method that prunes before training."""
-    dataset, model, prepare, _ = setting
+    dataset, model, prepare = setting[:3]
     if config.method == "synflow":
         model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
