@@ -157,6 +157,35 @@ def test_a_loop_that_does_not_keep_zeros_freezes_what_it_sums():
     assert not groups and "`reduce_sum` over it" in str(groups)
 
 
+# ---- what models do beside their channels
+
+
+def normalized(h):
+    return h / jnp.sqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-3)
+
+
+BESIDE = {
+    "look-up": (lambda w, x: jnp.take(w["a"], jnp.array([[3, 1], [0, 4]]), axis=0), (5, 8)),
+    "long convolution": (
+        lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x @ w["a"], 16, axis=1), 16, axis=1)[:, :6],
+        (5, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_width_is_free_beside(name):
+    operation, shape = BESIDE[name]
+    weights, x = {"a": draw(*shape), "b": draw(8, 3)}, draw(2, 6, 5)
+
+    def net(w, x):
+        return normalized(operation(w, x)) @ w["b"]
+
+    groups = structure.find_groups(net, weights, x)
+    assert [(g.name, g.size) for g in groups.values()] == [("a:1", 8)]
+    assert groups.plan(halves(groups)).verify(net, weights, x) < 1e-5
+
+
 # ---- why something stays
 
 

@@ -28,9 +28,10 @@ def _gather(analysis: Any, op: Op) -> None:
             out.origins[to] = value.origins[dimension]
         else:
             analysis.freeze(value.nodes[dimension], f"`gather` looks up in it {op.where}")
-    # Without a number of its own, filling gives NaN, in what is kept as well.
+    # Where a place does not exist, NaN is filled in, in what is kept as well; not so a number.
     filled_with = op.params.get("fill_value")
-    if filled_with not in (None, 0) or not jnp.issubdtype(out.aval.dtype, jnp.inexact):
+    harmless = filled_with is None or filled_with == 0 or filled_with != filled_with
+    if not harmless or not jnp.issubdtype(out.aval.dtype, jnp.inexact):
         out.facts = [np.zeros_like(facts) for facts in out.facts]
 
 

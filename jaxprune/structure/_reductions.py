@@ -92,6 +92,18 @@ def _window(analysis: Any, op: Op) -> None:
             analysis.freeze(value.nodes[dimension], f"a window slides over it {op.where}")
 
 
+def _fft(analysis: Any, op: Op) -> None:
+    value, out = op.ins[0], op.outs[0]
+    analysis.fix(out)
+    transformed = len(value.shape) - len(op.params["fft_lengths"])
+    for dimension, nodes in enumerate(value.nodes):
+        if dimension >= transformed:
+            analysis.freeze(nodes, f"`fft` along it {op.where}")
+        else:  # it is linear: 0 stays 0
+            out.nodes[dimension] = nodes
+            out.facts[dimension] = zero_only(value.facts[dimension])
+
+
 RULES = {name: Rule(_reduce, _run_reduce) for name in sorted(_SUMMARIES)}
 RULES |= {
     name: Rule(_reduce)
@@ -100,4 +112,5 @@ RULES |= {
 RULES |= {
     name: Rule(_along) for name in "cumsum cumprod cummax cummin cumlogsumexp sort top_k".split()
 }
+RULES |= {"fft": Rule(_fft)}
 RULES |= {name: Rule(_window) for name in _WINDOWS.split()}
