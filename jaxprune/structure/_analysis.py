@@ -125,7 +125,7 @@ class Analysis:
             numbers = np.asarray(array)
             if (numbers == numbers.flat[0]).all():
                 value.number = numbers.flat[0].item()
-        facts = NOTHING if value.number is None else ALWAYS_SAME
+        facts = ALWAYS_SAME if is_plain else NOTHING
         facts = ALWAYS_ZERO if value.number == 0 else facts
         value.facts = [np.full(n, facts, np.uint8) for n in value.shape]
         return value

@@ -29,7 +29,7 @@ class Execution:
         self.analysis, self._kept = analysis, kept
         self._shapes: dict[int, tuple[int, ...]] = {}
         self.arrays: dict[int, Any] = {}  # by id of the value
-        self._commons: dict[tuple[int, int], Any] = {}
+        self._removed: dict[tuple[int, int], Any] = {}
 
     def kept(self, value: Value, dimension: int) -> np.ndarray:
         """Bools: which indices of a dimension are there."""
@@ -43,11 +43,11 @@ class Execution:
             self._shapes[id(value)] = sizes
         return self._shapes[id(value)]
 
-    def take(self, array: Any, value: Value) -> Any:
-        """What is there of a dense array."""
+    def take(self, array: Any, value: Value, but: int | None = None) -> Any:
+        """What is there of a dense array; one dimension may be left as it is."""
         for dimension in range(len(value.shape)):
             kept = self.kept(value, dimension)
-            if not kept.all():
+            if dimension != but and not kept.all():
                 array = jnp.take(array, np.flatnonzero(kept), axis=dimension)
         return array
 
@@ -56,42 +56,48 @@ class Execution:
         removed = ~self.kept(value, dimension)
         return bool((value.facts[dimension][removed] & ZERO).all())
 
-    def common(self, value: Value, dimension: int) -> Any:
-        """The entries that all removed indices of a dimension hold; size 1 along it."""
+    def removed(self, value: Value, dimension: int) -> Any:
+        """The entries at the removed indices of a dimension; size 1 along it if all are alike."""
         key = id(value), dimension
-        if key not in self._commons:
-            self._commons[key] = self._common(value, dimension)
-        return self._commons[key]
+        if key not in self._removed:
+            self._removed[key] = self._find_removed(value, dimension)
+        return self._removed[key]
 
-    def _common(self, value: Value, dimension: int) -> Any:
+    def _find_removed(self, value: Value, dimension: int) -> Any:
         if value.number is not None or self.is_zero(value, dimension):
             shape = list(self.shape(value))
             shape[dimension] = 1
             return jnp.full(shape, value.number or 0, value.aval.dtype)
         op = value.op
+        if value.constant is not None:
+            gone = np.flatnonzero(~self.kept(value, dimension))
+            return self.take(jnp.take(value.constant, gone, axis=dimension), value, but=dimension)
         if op is None:
-            raise AssertionError(f"no common value of {value}")
+            raise AssertionError(f"no removed entries of {value}")
         if op.name in _elementwise.NAMES:
-            operands = [
-                self.common(v, dimension) if v.shape and v.shape[dimension] > 1 else self.read(v)
-                for v in op.ins
+            return self.bind(op, _alike([self._operand(v, dimension) for v in op.ins], dimension))[
+                0
             ]
-            return self.bind(op, operands)[0]
         if op.name in _elementwise.IDENTITIES:
-            return self.common(op.ins[op.outs.index(value)], dimension)
+            return self.removed(op.ins[op.outs.index(value)], dimension)
         operand = op.ins[0]
         if op.name == "broadcast_in_dim":
             source = list(op.params["broadcast_dimensions"])
-            shape = list(self.shape(value))
+            shape, array = list(self.shape(value)), self.read(operand)
             shape[dimension] = 1
-            array = self.read(operand)
             if dimension in source and operand.shape[source.index(dimension)] > 1:
-                array = self.common(operand, source.index(dimension))
+                array = self.removed(operand, source.index(dimension))
+                shape[dimension] = array.shape[source.index(dimension)]
             return lax.broadcast_in_dim(array, shape, source)
         if op.name == "transpose":
             source = op.params["permutation"]
-            return lax.transpose(self.common(operand, source[dimension]), source)
-        raise AssertionError(f"no common value of `{op.name}` {op.where}")
+            return lax.transpose(self.removed(operand, source[dimension]), source)
+        raise AssertionError(f"no removed entries of `{op.name}` {op.where}")
+
+    def _operand(self, value: Value, dimension: int) -> Any:
+        """Of an operation entry by entry: what it has at the removed indices."""
+        spreads = value.shape and value.shape[dimension] > 1
+        return self.removed(value, dimension) if spreads else self.read(value)
 
     def read(self, value: Value) -> Any:
         """The array of a value."""
@@ -102,8 +108,8 @@ class Execution:
 
     def graph(self, graph: Graph, arrays: Sequence[Any]) -> list[Any]:
         """The outputs of a function for smaller inputs."""
-        outer = self.arrays, self._commons
-        self.arrays, self._commons = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
+        outer = self.arrays, self._removed
+        self.arrays, self._removed = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
         for op in graph.ops:
             rule, operands = RULES.get(op.name), [self.read(value) for value in op.ins]
             run = rule.run if rule is not None and rule.run is not None else None
@@ -119,7 +125,7 @@ class Execution:
                     )
                 self.arrays[id(value)] = array
         results = [self.read(value) for value in graph.outs]
-        self.arrays, self._commons = outer
+        self.arrays, self._removed = outer
         return results
 
     def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
@@ -138,3 +144,14 @@ class Execution:
     @staticmethod
     def _has_functions(op: Op) -> bool:
         return op.name.startswith("custom_")
+
+
+def _alike(arrays: Sequence[Any], dimension: int) -> list[Any]:
+    """Arrays of size 1 along a dimension as long as the others there."""
+    longest = max([array.shape[dimension] for array in arrays if array.ndim], default=1)
+
+    def spread(array: Any) -> Any:
+        is_one = array.ndim and array.shape[dimension] == 1
+        return jnp.repeat(array, longest, dimension) if is_one else array
+
+    return list(map(spread, arrays))

@@ -26,7 +26,7 @@ def _reduce(analysis: Any, op: Op) -> None:
         elif op.name == "reduce_sum" and (facts[free] & ZERO).all():
             analysis.need(nodes, facts, ZERO, f"{reason}, and pruned entries would not add 0")
         elif free.any() and corrected is None:
-            # What pruned entries all hold is added to the sum, or compared, once for all.
+            # What is known of pruned entries is added to the sum, or compared with the others.
             corrected = axis
             analysis.need(nodes, facts, SAME, f"{reason}, and pruned entries would differ")
         else:
@@ -45,12 +45,13 @@ def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
         removed = len(value.nodes[axis]) - array.shape[axis]
         if not removed or (op.name == "reduce_sum" and run.is_zero(value, axis)):
             continue
-        common = run.common(value, axis)
-        if op.name == "reduce_sum":
-            common = common * jnp.asarray(removed, common.dtype)
-        else:  # as many as there were: the gradient of a maximum is shared among equals
-            common = jnp.repeat(common, removed, axis)
-        array = lax.concatenate([array, common], axis)
+        gone = run.removed(value, axis)
+        alike = gone.shape[axis] == 1
+        if op.name != "reduce_sum":  # all of them: the gradient of a maximum is shared among equals
+            gone = jnp.repeat(gone, removed, axis) if alike else gone
+        elif alike:
+            gone = gone * jnp.asarray(removed, gone.dtype)
+        array = lax.concatenate([array, gone], axis)
     return [op.primitive.bind(array, **op.params)]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 # function with slices of the class zeroed: all of them (the first two); only those that produce it,
 # such as a kernel's outputs, but not those that consume it (SOFT); only the vectors among those,
 # such as scale and bias of a norm (GATE).
-ZERO, SAME = np.uint8(1), np.uint8(2)  # they are 0; all pruned indices hold the same value
+ZERO, SAME = np.uint8(1), np.uint8(2)  # they are 0; they are the same whatever the parameters are
 ZERO_SOFT, SAME_SOFT = np.uint8(4), np.uint8(8)
 ZERO_GATE, SAME_GATE = np.uint8(16), np.uint8(32)
 NOTHING = np.uint8(0)
