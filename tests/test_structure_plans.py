@@ -168,6 +168,18 @@ TABLE = np.sin(np.arange(48.0).reshape(6, 8)).astype(np.float32)
 
 BESIDE = {
     "positions that are no parameters": (lambda w, x: x @ w["a"] + TABLE[None], (5, 8)),
+    "sines of places": (
+        lambda w, x: (
+            x @ w["a"]
+            + jnp.sin(jnp.arange(9.0)[:6, None, None] * jnp.arange(8.0)[None, None])[None, :, 0]
+            * x.mean()
+        ),
+        (5, 8),
+    ),
+    "dropout before a norm": (
+        lambda w, x: x @ w["a"] + jax.random.bernoulli(jax.random.key(1), 0.5, (2, 6, 8)),
+        (5, 8),
+    ),
     "positions, softmax": (
         lambda w, x: jax.nn.softmax(x @ w["a"] * TABLE[None] + TABLE[:1][None]),
         (5, 8),
@@ -211,6 +223,17 @@ def test_every_dimension_is_in_a_group_or_has_a_reason():
     assert reasons["unused", 0] == reasons["unused", 1] == "no traced function uses it"
     assert found["one:0"].size == 8  # a sum of parameters: each can go
     assert ("unused", 1) not in {(m.path, m.dimension) for g in found.values() for m in g.members}
+
+
+def test_places_that_no_traced_length_reaches_stay():
+    weights = {"positions": draw(10, 5), "out": draw(5, 3)}
+
+    def net(w, x):
+        return (x + w["positions"][None, : x.shape[1]]) @ w["out"]
+
+    groups = structure.find_groups(net, weights, draw(2, 4, 5))
+    assert not groups and groups.plan({}).verify(net, weights, draw(2, 7, 5)) == 0
+    assert ("positions", 0) in {(own.path, own.dimension) for own in groups.frozen}
 
 
 def test_what_another_trace_freezes_says_why():

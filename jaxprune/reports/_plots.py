@@ -217,10 +217,10 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     """Draws accuracy against the arithmetic that is left, before and after fine-tuning.
 
     Args:
-        rows: one for each method and budget: `method` ("none" is the dense network), `macs` as a
-            fraction of the dense network's, `before` and `accuracy` as fractions, `before SD` and
-            `SD` their standard deviations, or None. A method that has no `before` is in the right
-            panel only.
+        rows: one for each method and budget: `method` ("none" is the dense network), `budget` and
+            `macs` as fractions of the dense network's (allowed, left), `before` and `accuracy` as
+            fractions, `before SD` and `SD` their standard deviations, or None. A method that has no
+            `before` is in the right panel only.
         path: the PNG file to write, atomically. Its folder is created.
 
     Raises:
@@ -228,10 +228,11 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
     Example:
         >>> import pathlib, tempfile
-        >>> row = {"method": "none", "macs": 1.0, "before": 0.8, "before SD": 0.0}
+        >>> row = {"method": "none", "budget": 1.0, "macs": 1.0, "before": 0.8, "before SD": 0.0}
         >>> row |= {"accuracy": 0.9, "SD": 0.01}
+        >>> small = row | {"method": "l1", "budget": 0.5, "macs": 0.49}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_compaction([row, row | {"method": "l1", "macs": 0.5}], f"{folder}/a.png")
+        ...     plot_compaction([row, small], f"{folder}/a.png")
         ...     pathlib.Path(folder, "a.png").read_bytes()[1:4]
         b'PNG'
     """
@@ -244,8 +245,9 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         for row in rows
         if row["before"] is not None
     ]
-    titles = "Before fine-tuning: mean and SD over seeds", "After fine-tuning"
-    ticks = sorted({round(row["macs"], 2) for row in rows if row["method"] != "none"}) or [1.0]
+    spread = ": mean and SD over seeds" if any(row["SD"] is not None for row in rows) else ""
+    titles = f"Before fine-tuning{spread}", "After fine-tuning"
+    ticks = sorted({row["budget"] for row in rows if row["method"] != "none"}) or [1.0]
     for axes, shown, title in zip(panels, (cut, rows), titles, strict=True):
         _draw_methods(axes, shown, lambda row: -math.log(row["macs"]), shift=0.02, of=rows)
         axes.set_xticks([-math.log(m) for m in ticks], [f"{m:.4g}" for m in ticks])

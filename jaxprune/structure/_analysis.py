@@ -44,6 +44,10 @@ RULES: dict[str, Rule] = {
     **_control.RULES,
 }
 INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
+# What only moves entries: nothing is computed from those that it leaves out.
+_MOVES = frozenset(
+    "slice split squeeze reshape transpose broadcast_in_dim convert_element_type copy".split()
+)
 _FEW = 65536  # constants up to this size are looked at
 
 
@@ -110,14 +114,14 @@ class Analysis:
 
     def data(self, aval: Any) -> Value:
         """An input that keeps its shape."""
-        value = Value(aval)
+        value = Value(aval, of_data=True)
         self.fix(value)
         return value
 
     def constant(self, array: Any) -> Value:
         """An array that the function holds; it shrinks with what it meets."""
         aval = jax.typeof(array)
-        value = Value(aval, of_params=True, constant=array)
+        value = Value(aval, of_params=True, of_data=True, constant=array)
         value.nodes = [self.nodes.new(n) if n > 1 else frozen(n) for n in value.shape]
         value.origins = [frozenset()] * len(value.shape)
         is_plain = not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
@@ -171,6 +175,12 @@ class Analysis:
         free = roots[roots != FROZEN]
         if len(free) and self.nodes.of_leaf[free.min()]:
             self.splits.setdefault(Split(int(free.min()), roots.shape), []).append(nodes)
+
+    def use(self, values: Sequence[Value]) -> None:
+        """Notes that something is computed from values, or that they are an output."""
+        for value in values:
+            for nodes in value.nodes:
+                self.nodes.used[self.root(nodes)] = True
 
     def is_free(self, nodes: np.ndarray) -> np.ndarray:
         """Bools: whether each may be removed."""
@@ -255,8 +265,11 @@ class Analysis:
     def _follow(self, op: Op) -> None:
         """Fills in the outputs of an operation by its rule."""
         of_params = all(value.of_params for value in op.ins)
+        of_data = all(value.of_data for value in op.ins)
         for out in op.outs:
-            out.of_params, out.op = of_params, op
+            out.of_params, out.of_data, out.op = of_params, of_data, op
+        if op.name not in _MOVES:
+            self.use(op.ins)
         rule = RULES.get(op.name)
         if rule is None or rule.analyze(self, op) is False:
             if self.any_free(op.ins):
@@ -269,6 +282,8 @@ class Analysis:
                 assert len(out.nodes[dimension]) == len(out.facts[dimension]) == size, op.name
                 if size == 1:  # removing it would change what it broadcasts to
                     self.freeze(out.nodes[dimension], f"size 1 in `{op.name}` {op.where}")
+            if of_data:  # no mask changes it, so what is removed can be computed
+                out.facts = [facts | ALWAYS_SAME for facts in out.facts]
             if out.number == 0:
                 out.facts = [np.full(n, ALWAYS_ZERO, np.uint8) for n in out.shape]
             if not of_params:  # dimensions of parameters that live on in data: they produce

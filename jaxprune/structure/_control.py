@@ -248,9 +248,17 @@ def _carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> No
         out.facts, out.number, out.origins = own, None, []
 
 
+def _counts(op: Op) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in op.params:
+        return op.params["num_consts"], op.params["num_carry"]
+    consts, carry, _ = op.params["ft_in"].update(range(len(op.ins))).unpack()  # newer JAX
+    return len(consts), len(carry)
+
+
 def _scan(analysis: Any, op: Op) -> None:
-    params, closed = op.params, op.params["jaxpr"]
-    first, count = params["num_consts"], params["num_carry"]
+    closed = op.params["jaxpr"]
+    first, count = _counts(op)
     ins = list(map(_entering, op.ins))
     consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
     rows = []
@@ -294,14 +302,14 @@ def _run_while(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
 
 
 def _run_scan(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
-    params, first, count = op.params, op.params["num_consts"], op.params["num_carry"]
+    first, count = _counts(op)
 
     def body(carry: Any, row: Any) -> Any:
         outs = run.graph(op.inner["call"], [*arrays[:first], *carry, *row])
         return tuple(outs[:count]), tuple(outs[count:])
 
     carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    options = {name: op.params[name] for name in ("length", "reverse", "unroll")}
     carry, outs = lax.scan(body, carry, rows, **options)
     return [*carry, *outs]
 

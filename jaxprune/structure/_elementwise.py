@@ -16,7 +16,7 @@ from jaxprune.structure._values import (
 )
 
 # 0 if all operands are 0; 0 if any is; 0 if the first is.
-_ALL = "add sub add_any or xor atan2"
+_ALL = "add sub add_any or xor atan2 complex"
 _ANY = "mul and"
 _FIRST = (
     "neg abs sign sqrt tanh sin tan asin atan sinh asinh atanh erf erf_inv expm1 log1p floor ceil "
@@ -26,8 +26,7 @@ _FIRST = (
 _NEVER = (
     "exp exp2 log log2 logistic cos cosh acos acosh rsqrt is_finite not eq ne lt le gt ge eq_to "
     "lt_to le_to nextafter shift_left shift_right_logical shift_right_arithmetic population_count "
-    "clz erfc one_minus_square lgamma digamma igamma igammac bessel_i0e bessel_i1e polygamma "
-    "complex"
+    "clz erfc one_minus_square lgamma digamma igamma igammac bessel_i0e bessel_i1e polygamma"
 )
 _OWN = "max min clamp div rem pow integer_pow select_n"
 # Each output is the operand of its position.

@@ -69,9 +69,10 @@ class Execution:
             shape[dimension] = 1
             return jnp.full(shape, value.number or 0, value.aval.dtype)
         op = value.op
-        if value.constant is not None:
+        if value.of_data:
             gone = np.flatnonzero(~self.kept(value, dimension))
-            return self.take(jnp.take(value.constant, gone, axis=dimension), value, but=dimension)
+            whole = jnp.take(self.dense(value), gone, axis=dimension)
+            return self.take(whole, value, but=dimension)
         if op is None:
             raise AssertionError(f"no removed entries of {value}")
         if op.name in _elementwise.NAMES:
@@ -93,6 +94,14 @@ class Execution:
             source = op.params["permutation"]
             return lax.transpose(self.removed(operand, source[dimension]), source)
         raise AssertionError(f"no removed entries of `{op.name}` {op.where}")
+
+    def dense(self, value: Value) -> Any:
+        """The whole array of what no parameter has to do with."""
+        if value.constant is not None:
+            return value.constant
+        if value.op is None:
+            return self.read(value)
+        return self.bind(value.op, list(map(self.dense, value.op.ins)))[value.op.outs.index(value)]
 
     def _operand(self, value: Value, dimension: int) -> Any:
         """Of an operation entry by entry: what it has at the removed indices."""

@@ -10,7 +10,7 @@ from jaxprune.structure._groups import Frozen, Group, Groups, Member
 from jaxprune.structure._nodes import FROZEN, Nodes
 from jaxprune.structure._traces import Model
 
-_WHOLE = "all its indices are one unit: it could only go as a whole"
+_WHOLE = "all its indices are one unit, or no traced function uses them"
 
 
 class _Dimension(NamedTuple):
@@ -95,7 +95,10 @@ def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
     nodes, own = Nodes(), np.arange(count)
     nodes.new(count - 1)
     for analysis in analyses:
+        nodes.used[own] |= analysis.nodes.used[analysis.root(own)]
         nodes.unite(own, analysis.root(own))
+    idle = own[~nodes.used[nodes.root(own)]]  # such as places that no traced length reaches
+    nodes.unite(idle, np.full_like(idle, FROZEN))
     unused = set(range(len(model.shapes))) - set().union(*[a.used for a in analyses])
     for index in unused:  # another function may use it, and would not know
         for dimension in analyses[0].leaves[index].nodes:

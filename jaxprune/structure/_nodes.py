@@ -22,6 +22,7 @@ class Nodes:
         """Starts with the frozen node alone."""
         self.parent = np.zeros(4096, np.int64)
         self.of_leaf = np.zeros(4096, bool)  # whether the class holds an index of a parameter
+        self.used = np.zeros(4096, bool)  # whether anything is computed from it
         self.count = 1
 
     def new(self, count: int, of_leaf: bool = False) -> np.ndarray:
@@ -29,9 +30,10 @@ class Nodes:
         while self.count + count > len(self.parent):
             self.parent = np.concatenate([self.parent, np.zeros_like(self.parent)])
             self.of_leaf = np.concatenate([self.of_leaf, np.zeros_like(self.of_leaf)])
+            self.used = np.concatenate([self.used, np.zeros_like(self.used)])
         nodes = np.arange(self.count, self.count + count)
         self.parent[nodes] = nodes
-        self.of_leaf[nodes] = of_leaf
+        self.of_leaf[nodes], self.used[nodes] = of_leaf, False
         self.count += count
         return nodes
 
@@ -52,7 +54,8 @@ class Nodes:
                 return
             low = np.minimum(root_a, root_b)[differ]
             high = np.maximum(root_a, root_b)[differ]
-            np.logical_or.at(self.of_leaf, low, self.of_leaf[high])
+            for flags in (self.of_leaf, self.used):
+                np.logical_or.at(flags, low, flags[high])
             np.minimum.at(self.parent, high, low)
 
     def is_frozen(self, nodes: np.ndarray) -> np.ndarray:

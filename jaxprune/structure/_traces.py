@@ -99,6 +99,7 @@ def analyze(model: Model, traced: Traced, outputs: bool = True) -> tuple[Analysi
     jaxpr = traced.closed.jaxpr
     data = [analysis.data(var.aval) for var in jaxpr.invars[len(leaves) :]]
     graph = analysis.graph(jaxpr, traced.closed.consts, [*leaves, *data])
+    analysis.use(graph.outs)
     position = {path: index for index, path in enumerate(model.shapes)}
     for index, out in enumerate(graph.outs):
         path = traced.updated.get(index)

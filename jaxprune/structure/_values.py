@@ -36,6 +36,7 @@ class Value:
     # Per dimension: the (leaf, dimension) of parameters that it comes from; of parameters only.
     origins: list[frozenset] = dataclasses.field(default_factory=list)
     of_params: bool = False  # a function of parameters and constants alone
+    of_data: bool = False  # a function of inputs and constants alone: of nothing that is pruned
     number: Any = None  # the one number that all entries are, if that is known
     constant: Any = None  # the array, if the function holds it
     op: "Op | None" = None  # what computes it
