@@ -1,23 +1,27 @@
-"""Training steps of networks with masks, with fewer channels, and of the same widths by hand.
+"""Training steps of a network with masks, with fewer channels, and of the same widths by hand.
 
-Times full training steps (forward, backward, SGD with momentum, running statistics) in one process:
-rounds in which every arm runs once, medians of the ratios within a round.
+Compiles and times full training steps (forward, backward, SGD with momentum, running statistics) in
+one process: rounds in which every arm is compiled, and then runs, once; medians of the ratios
+within a round. Prints tables, and writes JSON if asked.
 
     python benchmarks/compaction.py [--model resnet20] [--rounds 15] [--json results.json]
 
-Arms: the dense network; the dense network with zeros in place of half of the channels of each
-group; `plan.wrap` on the smaller arrays; and `models.resnet*(widths=...)`, an ordinary module of
-the same widths. FLOPs are XLA's count; compilation is tracing, analysis and XLA together.
+Arms: the dense network; the dense network with masks; the functions of `plan.wrap` on the smaller
+arrays; an ordinary module of the same widths, `models.resnet*(widths=...)`. A ResNet-20 loses half
+of the channels of each group; on GPU, a ResNet-50 loses 25, 50 and 72 % of its parameters.
+
+MACs are those of one image in evaluation, FLOPs XLA's count for the step, and peak memory what XLA
+plans for it. Where the device counts what it allocates, that stands beside it. `trace_s` is all
+that comes before XLA: of a compacted network, with its analysis.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -27,12 +31,14 @@ import numpy as np
 import optax
 from flax import nnx
 
+import jaxprune
 from jaxprune import models, reports, structure
-from jaxprune.structure import Trace
 
-TX = optax.sgd(0.1, momentum=0.9)
-# Density of each group -> fraction of the parameters of a ResNet-50 that is gone, about.
-DENSITIES = {"25 %": 0.866, "50 %": 0.707, "72 %": 0.53}
+SGD = optax.sgd(0.1, momentum=0.9)
+QUICK = {"model": "resnet8", "size": 8, "batch": 4, "rounds": 1, "compilations": 1}
+CPU = {"model": "resnet20", "size": 32, "batch": 128, "rounds": 15, "compilations": 3}
+GPU = {"model": "resnet50", "size": 224, "batch": 128, "rounds": 30, "compilations": 1}
+GPU |= {"dtype": "bfloat16", "fewer": [25, 50, 72]}
 
 
 class Functions(NamedTuple):
@@ -47,11 +53,12 @@ class Arm(NamedTuple):
     """One way to take a training step, and what was measured."""
 
     name: str
-    compiled: Any
+    functions: Functions
+    tx: optax.GradientTransformation
+    program: list[Any]  # compiled, the last one
     state: list[Any]  # variables and optimizer state; donated, so replaced at each call
-    seconds: list[float]
-    compile_seconds: float
-    macs: int  # of evaluating one image
+    seconds: dict[str, list[float]]  # of tracing, of XLA and of steps
+    memory: list[int]  # what the device counted of the first steps
 
 
 def functions_of(model: nnx.Module) -> Functions:
@@ -73,13 +80,28 @@ def functions_of(model: nnx.Module) -> Functions:
     return Functions({"params": params, "state": state}, evaluate, train)
 
 
-def traces_of(functions: Functions, images: Any) -> list[Trace]:
-    """What `find_groups` needs to know."""
-    updates = Trace(functions.train, (images,), updates=lambda output: output[1])
-    return [Trace(functions.evaluate, (images,)), updates]
+def groups_of(functions: Functions, images: Any) -> structure.Groups:
+    """From both ways to call the network."""
+    evaluate = structure.Trace(functions.evaluate, (images,))
+    train = structure.Trace(functions.train, (images,), updates=lambda output: output[1])
+    return structure.find_groups([evaluate, train], functions.variables)
 
 
-def step_of(train: Callable[..., Any]) -> Callable[..., Any]:
+def plans_of(groups: structure.Groups, fewer: Sequence[int]) -> dict[str, structure.Plan]:
+    """The same fraction of each group goes: so many per cent of all parameters, or else half."""
+    ranks = {name: -np.arange(group.size) / group.size for name, group in groups.items()}
+    if not fewer:
+        return {"half": groups.plan(structure.keep_uniform(groups, ranks, 0.5))}
+    count, multiple = structure.count_parameters, 1 if jax.default_backend() == "cpu" else 8
+    plans = {}
+    for percent in fewer:
+        limit = (1 - percent / 100) * count(groups.plan({}))
+        keep = structure.keep_within(groups, ranks, limit, count, multiple=multiple)
+        plans[f"{percent} % fewer"] = groups.plan(keep, multiple=multiple)
+    return plans
+
+
+def step_of(train: Callable[..., Any], tx: optax.GradientTransformation) -> Callable[..., Any]:
     """A training step."""
 
     def step(variables: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -90,157 +112,192 @@ def step_of(train: Callable[..., Any]) -> Callable[..., Any]:
             return losses.mean(), updates
 
         grads, updates = jax.grad(loss, has_aux=True)(variables["params"])
-        moves, opt_state = TX.update(grads, opt_state, variables["params"])
-        params = optax.apply_updates(variables["params"], moves)
-        return {"params": params} | updates, opt_state
+        moves, opt_state = tx.update(grads, opt_state, variables["params"])
+        return {"params": optax.apply_updates(variables["params"], moves)} | updates, opt_state
 
     return step
 
 
-def make_arm(name: str, functions: Functions, images: jax.Array, labels: jax.Array) -> Arm:
-    """Compiles a step."""
-    variables = jax.tree.map(jnp.copy, functions.variables)
-    opt_state = TX.init(variables["params"])
+def make_arms(options: argparse.Namespace) -> list[Arm]:
+    """All of them, not compiled; the dense one first."""
+    make = getattr(models, options.model)
+    shared = {"dtype": jnp.dtype(options.dtype), "rngs": nnx.Rngs(0)}
+    dense = functions_of(make(**shared))
+    images = jax.ShapeDtypeStruct((options.batch, options.size, options.size, 3), options.dtype)
+    arms = [("dense", dense, SGD)]
+    for name, plan in plans_of(groups_of(dense, images), options.fewer).items():
+        if len(arms) == 1:  # how many are masked makes no difference
+            ones = jax.tree.map(jnp.ones_like, dense.variables)
+            masks = jax.tree.map(jnp.bool, plan.mask(ones)["params"])
+            tx = jaxprune.chain(SGD, jaxprune.fixed_mask_transform(masks))
+            arms.append((f"masked, {name}", dense, tx))
+        small = plan.compact(dense.variables)
+        wraps = plan.wrap(dense.evaluate), plan.wrap(dense.train)
+        widths = models.widths_of(small["params"])
+        by_hand = functions_of(make(widths=widths, **shared))
+        arms += [
+            (f"compacted, {name}", Functions(small, *wraps), SGD),
+            (f"by hand, {name}", by_hand, SGD),
+        ]
+    return [Arm(*arm, [], [], {"trace": [], "xla": [], "step": []}, []) for arm in arms]
+
+
+def compile_arm(arm: Arm, batch: Sequence[jax.Array]) -> None:
+    """Compiles the step from the beginning, nothing of it known from before."""
+    variables = arm.functions.variables
     began = time.perf_counter()
-    jitted = jax.jit(step_of(functions.train), donate_argnums=(0, 1))
-    compiled = jitted.lower(variables, opt_state, images, labels).compile()
-    seconds = time.perf_counter() - began
-    macs = structure.count_macs(functions.evaluate, variables, images[:1])
-    print(f"compiled {name}: {seconds:.1f} s", file=sys.stderr)
-    return Arm(name, compiled, [variables, opt_state], [], seconds, macs)
+    step = jax.jit(step_of(arm.functions.train, arm.tx), donate_argnums=(0, 1))
+    lowered = step.lower(variables, jax.eval_shape(arm.tx.init, variables["params"]), *batch)
+    traced = time.perf_counter()
+    arm.program[:] = [lowered.compile()]
+    arm.seconds["trace"].append(traced - began)
+    arm.seconds["xla"].append(time.perf_counter() - traced)
 
 
-def wrapped(plan: structure.Plan, dense: Functions) -> Functions:
-    """The same functions on smaller arrays."""
-    wraps = plan.wrap(dense.evaluate), plan.wrap(dense.train)
-    return Functions(plan.compact(dense.variables), *wraps)
+def start(arm: Arm, batch: Sequence[jax.Array]) -> None:
+    """Two steps that are not timed; what the device counts is new if no arm before needs more."""
+    before = allocated("bytes_in_use")
+    variables = jax.tree.map(jnp.copy, arm.functions.variables)
+    arm.state[:] = [variables, arm.tx.init(variables["params"])]
+    run(arm, batch)
+    run(arm, batch)
+    if before is not None:
+        arm.memory.append(allocated("peak_bytes_in_use") - before)
 
 
-def half_of(groups: structure.Groups, density: float) -> structure.Plan:
-    """The first channels of each group."""
-    keep = {n: np.arange(g.size) < max(1, round(density * g.size)) for n, g in groups.items()}
-    return groups.plan(keep, multiple=8 if jax.default_backend() != "cpu" else 1)
+def allocated(name: str) -> Any:
+    """What the device knows of its memory, if it does."""
+    return (jax.devices()[0].memory_stats() or {}).get(name)
 
 
-def time_rounds(arms: list[Arm], images: jax.Array, labels: jax.Array, rounds: int) -> None:
-    """Every arm once in each round; the first round does not count."""
-    for number in range(rounds + 1):
+def run(arm: Arm, batch: Sequence[jax.Array]) -> float:
+    """Duration of one step."""
+    began = time.perf_counter()
+    arm.state[:] = jax.block_until_ready(arm.program[0](*arm.state, *batch))
+    return time.perf_counter() - began
+
+
+def measure(options: argparse.Namespace) -> list[Arm]:
+    """Compiles and runs all arms."""
+    shape = options.batch, options.size, options.size, 3
+    images = jax.random.normal(jax.random.key(0), shape, options.dtype)
+    batch = images, jnp.arange(options.batch) % 10
+    arms = make_arms(options)
+    for number in range(options.compilations):
         for arm in arms:
-            began = time.perf_counter()
-            out = arm.compiled(*arm.state, images, labels)
-            arm.state[:] = jax.block_until_ready(out)
-            if number:
-                arm.seconds.append(time.perf_counter() - began)
+            compile_arm(arm, batch)
+            print(f"compiled {arm.name} ({number + 1})", file=sys.stderr)
+    for arm in sorted(arms, key=lambda arm: reports.measure_memory(arm.program[0]).peak):
+        start(arm, batch)
+    for _ in range(options.rounds):
+        for arm in arms:
+            arm.seconds["step"].append(run(arm, batch))
+    return arms
 
 
-def records_of(arms: list[Arm]) -> list[dict[str, Any]]:
-    """A row for each arm; the first is what others are compared with."""
+def flops(arm: Arm) -> float:
+    """Of a step, by XLA's count."""
+    return arm.program[0].cost_analysis()["flops"]
+
+
+def record_of(arm: Arm, dense: Arm, size: int) -> dict[str, Any]:
+    """A row of the table."""
+    variables, evaluate = arm.functions.variables, arm.functions.evaluate
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return {
+        "arm": arm.name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "MACs": reports.count_macs(evaluate, variables, image),
+        "GFLOP": flops(arm) / 1e9,
+        "peak MiB": reports.measure_memory(arm.program[0]).peak / 2**20,
+        "allocated MiB": arm.memory[0] / 2**20 if arm.memory else None,
+        "step_ms": 1e3 * statistics.median(arm.seconds["step"]),
+        "times faster": ratio(dense.seconds["step"], arm.seconds["step"]),
+        "trace_s": statistics.median(arm.seconds["trace"]),
+        "xla_s": statistics.median(arm.seconds["xla"]),
+    }
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def ratios_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Compacted networks over those of the same widths by hand."""
     records = []
-    for arm in arms:
-        ratios = [a / b for a, b in zip(arms[0].seconds, arm.seconds, strict=True)]
-        memory = arm.compiled.memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        leaves = jax.tree.leaves(arm.state[0]["params"])
+    for ours, theirs in zip(arms[2::2], arms[3::2], strict=True):
+        parts = [(arm.seconds["trace"], arm.seconds["xla"]) for arm in (ours, theirs)]
+        both = [list(map(sum, zip(*own, strict=True))) for own in parts]
         records.append(
             {
-                "arm": arm.name,
-                "parameters": sum(leaf.size for leaf in leaves),
-                "MACs": arm.macs,
-                "XLA GFLOP": arm.compiled.cost_analysis()["flops"] / 1e9,
-                "peak MiB": peak / 2**20,
-                "step_ms": 1e3 * statistics.median(arm.seconds),
-                "times dense": statistics.median(ratios),
-                "compile_s": arm.compile_seconds,
+                "over by hand": ours.name,
+                "step": ratio(ours.seconds["step"], theirs.seconds["step"]),
+                "FLOPs": flops(ours) / flops(theirs),
+                "trace": ratio(*[own[0] for own in parts]),
+                "xla": ratio(*[own[1] for own in parts]),
+                "trace and xla": ratio(*both),
             }
         )
     return records
 
 
-def measure_cpu(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Dense, masked, compacted and by hand, at half of the channels."""
-    make = getattr(models, options.model)
-    size, batch = options.size, options.batch
-    dense = functions_of(make(num_classes=10, in_channels=3, rngs=nnx.Rngs(0)))
-    images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
-    labels = jnp.arange(batch) % 10
-    groups = structure.find_groups(traces_of(dense, images), dense.variables)
-    plan = half_of(groups, 0.5)
-    small = plan.compact(dense.variables)
-    widths = models.widths_of(small["params"])
-    by_hand = functions_of(make(num_classes=10, in_channels=3, widths=widths, rngs=nnx.Rngs(0)))
-    arms = [
-        make_arm("dense", dense, images, labels),
-        make_arm("masked", dense._replace(variables=plan.mask(dense.variables)), images, labels),
-        make_arm("compacted", wrapped(plan, dense), images, labels),
-        make_arm("by hand", by_hand, images, labels),
-    ]
-    time_rounds(arms, images, labels, options.rounds)
-    compacted, own = arms[2:]
-    ratios = [a / b for a, b in zip(compacted.seconds, own.seconds, strict=True)]
-    flops = [arm.compiled.cost_analysis()["flops"] for arm in (compacted, own)]
-    print(f"compacted over by hand: time {statistics.median(ratios):.3f}, ", end="")
-    print(f"FLOPs {flops[0] / flops[1]:.4f}, ", end="")
-    print(f"compilation {compacted.compile_seconds / own.compile_seconds:.2f}")
-    return records_of(arms)
-
-
-def measure_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """ResNet-50, bfloat16, 224 px: dense, masked and compacted, at one size after the other."""
-    dense = functions_of(models.resnet50(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    images = jax.random.normal(jax.random.key(0), (options.batch, 224, 224, 3), jnp.bfloat16)
-    labels = jnp.arange(options.batch) % 1000
-    groups = structure.find_groups(traces_of(dense, images), dense.variables)
-    records = []
-    first = make_arm("dense", dense, images, labels)
-    for name, density in DENSITIES.items():
-        plan = half_of(groups, density)
-        masked = dense._replace(variables=plan.mask(dense.variables))
-        arms = [
-            first,
-            make_arm(f"masked, {name} fewer", masked, images, labels),
-            make_arm(f"compacted, {name} fewer", wrapped(plan, dense), images, labels),
-        ]
-        first.seconds.clear()
-        time_rounds(arms, images, labels, options.rounds)
-        records += records_of(arms)[bool(records) :]
-        del arms
-        gc.collect()
-    return records
-
-
-def time_analysis(repeats: int = 3) -> float:
-    """Seconds to find the groups of a ResNet-50 at 224 px from both traces."""
-    model = nnx.eval_shape(lambda: models.resnet50(rngs=nnx.Rngs(0)))
-    functions = functions_of(model)
-    images = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
+def time_analysis(model: str, size: int, repeats: int) -> float:
+    """Seconds to find the groups of a network, evaluation and training."""
+    functions = functions_of(nnx.eval_shape(lambda: getattr(models, model)(rngs=nnx.Rngs(0))))
+    images = jax.ShapeDtypeStruct((128, size, size, 3), jnp.float32)
     seconds = []
     for _ in range(repeats):
+        jax.clear_caches()  # of traces
         began = time.perf_counter()
-        structure.find_groups(traces_of(functions, images), functions.variables)
+        groups_of(functions, images)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    gpu = jax.default_backend() != "cpu"
-    parser.add_argument("--model", default="resnet20", help="on CPU; on GPU it is resnet50")
-    parser.add_argument("--size", type=int, default=32, help="of images, on CPU")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--skip-analysis", action="store_true", help="do not analyse ResNet-50")
+def parse(defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model")
+    parser.add_argument("--size", type=int, help="of images")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--dtype", default="float32", help="to compute in")
+    parser.add_argument(
+        "--fewer", type=int, nargs="*", default=[], help="per cent of the parameters; or else half "
+        "of the channels",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, help="steps of each arm")
+    parser.add_argument("--compilations", type=int, help="of each arm")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--json", help="also write the records to this file")
-    options = parser.parse_args()
-    records = measure_gpu(options) if gpu else measure_cpu(options)
-    device = jax.devices()[0].device_kind
-    versions = f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
-    print(f"{device}, {os.cpu_count()} host cores, {versions}\n")
-    print(reports.table(records, list(records[0])))
-    if not options.skip_analysis:
-        print(f"\ngroups of ResNet-50, evaluation and training: {time_analysis():.1f} s")
+    parser.set_defaults(**defaults)
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    options = parse(CPU if jax.default_backend() == "cpu" else GPU)
+    if not options.quick:  # a program from a cache on disk would not be compiled
+        jax.config.update("jax_enable_compilation_cache", False)
+    arms = measure(options)
+    large = ("resnet8", 8, 1) if options.quick else ("resnet50", 224, 3)
+    setting = {
+        "device": jax.devices()[0].device_kind,
+        "host_cores": os.cpu_count(),
+        "versions": f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}",
+        **{name: getattr(options, name) for name in ("model", "size", "batch", "dtype", "rounds")},
+        "analysis": f"{large[0]} at {large[1]} pixels",
+        "analysis_s": time_analysis(*large),
+    }
+    records, ratios = [record_of(arm, arms[0], options.size) for arm in arms], ratios_of(arms)
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    for own in (records, ratios):
+        print("\n" + reports.table(own, list(own[0])))
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"device": device, "versions": versions, "arms": records}, file)
+            json.dump(setting | {"arms": records, "ratios": ratios}, file)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,14 @@ import numpy as np
 from jaxprune import structure, trees
 from tests import jaxpr_numpy
 
-X = jax.random.normal(jax.random.key(0), (5, 6))
-
 
 def draw(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed + sum(shape)), shape)
+    """Normal numbers, by NumPy: nothing has to be compiled for each shape."""
+    numbers = np.random.default_rng((seed, *shape)).normal(size=shape)
+    return jnp.asarray(numbers, jnp.float32)
+
+
+X = draw(5, 6)
 
 
 def halves(groups, seed=0):
@@ -107,13 +110,15 @@ def between(operation, width=8, out=None):
 
 
 class Graded(NamedTuple):
-    """A function with its gradients, as a jaxpr."""
+    """A function with its gradients, as a jaxpr; called with leaves by path."""
 
     closed: Any
     structure: Any
+    paths: tuple
 
-    def __call__(self, variables, args):
-        outs = jaxpr_numpy.evaluate(self.closed, *jax.tree.leaves((variables, args)))
+    def __call__(self, leaves, args):
+        flat = [leaves[path] for path in self.paths]
+        outs = jaxpr_numpy.evaluate(self.closed, *flat, *jax.tree.leaves(args))
         return jax.tree.unflatten(self.structure, outs)
 
 
@@ -125,7 +130,7 @@ def graded(trace, function, variables, parameters):
             output = function(trees_merge(moving, variables), *args)
             new = {} if trace.updates is None else trees.leaf_by_path(trace.updates(output))
             main = output if trace.updates is None else output[0]
-            floats = [x for x in jax.tree.leaves(main) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            floats = [x for x in jax.tree.leaves(main) if jnp.issubdtype(x.dtype, jnp.floating)]
             return sum(jnp.sum(jnp.sin(3 * x + 0.1)) for x in floats), (main, new)
 
         named = trees.leaf_by_path(variables)
@@ -135,7 +140,7 @@ def graded(trace, function, variables, parameters):
         return jax.tree.leaves(main), new, gradients[0], slopes
 
     closed, shapes = jax.make_jaxpr(run, return_shape=True)(variables, trace.args)
-    return Graded(closed, jax.tree.structure(shapes))
+    return Graded(closed, jax.tree.structure(shapes), tuple(trees.leaf_by_path(variables)))
 
 
 def gap(a, b):
@@ -175,6 +180,29 @@ def partly_zeroed(groups, plan, leaves, members):
             own = np.where(member.channels >= 0, flags[member.channels], True)
             kept[member.path][member.dimension] &= own
     return zeroed(leaves, kept, plan.model.parameters | plan.model.caches)
+
+
+def compared(groups, plan, trace, call, variables):
+    """How far a plan is from masks, by what is compared; None if masks give no finite numbers.
+
+    `call` is the graded dense function, and `variables` a tree of NumPy arrays.
+    """
+    model, leaves = plan.model, trees.leaf_by_path(variables)
+    small = taken(leaves, plan.kept)
+    masked = zeroed(leaves, plan.kept, model.parameters | model.caches)
+    main, new, gradients, slopes = outs = call(masked, trace.args)
+    if not all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(outs)):
+        return None
+    wanted = main, taken(new, plan.kept), taken(gradients, plan.kept), slopes
+    tree = jax.tree.unflatten(jax.tree.structure(variables), small.values())
+    wrapped = graded(trace, plan.wrap(trace.function), tree, model.parameters)
+    names = "outputs", "updates", "gradients", "gradients for arguments"
+    gaps = dict(zip(names, map(gap, wanted, wrapped(small, trace.args)), strict=True))
+    gaps["caches that are not 0"] = gap(new, zeroed(new, plan.kept, model.caches & new.keys()))
+    for name, members in {"producers": producers, "gates": lambda group: group.gates}.items():
+        fewer = partly_zeroed(groups, plan, leaves, members)
+        gaps[f"outputs, zeroing {name}"] = gap(main, call(fewer, trace.args)[0])
+    return gaps
 
 
 def producers(group):

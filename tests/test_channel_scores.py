@@ -126,23 +126,47 @@ def test_what_is_kept_has_the_best_scores(sizes, density, floor, seed):
     assert total == max(round(density * sum(sizes)), sum(least.values()))
 
 
-BOUND = st.floats(0, 1)
+FRACTION = st.floats(0, 1)
+BOUNDS = st.lists(st.tuples(FRACTION, FRACTION).map(sorted), min_size=4, max_size=4)
 
 
-@given(SIZES, st.floats(0.05, 1), BOUND, BOUND, st.integers(0, 99))
-def test_no_group_leaves_its_bounds(sizes, density, one, other, seed):
+@given(SIZES, st.floats(0.05, 1), BOUNDS, st.booleans(), st.integers(0, 99))
+def test_bounds_hold_and_the_best_of_what_they_allow_stays(sizes, density, bounds, each, seed):
     groups, rng = made(*sizes), np.random.default_rng(seed)
-    scores = {name: rng.normal(size=group.size) for name, group in groups.items()}
-    low, high = sorted((one, other))
-    first = {"g0": low}, {"g0": high}  # of the others there are the defaults
-    for rule in (structure.keep_uniform, structure.keep_global):
-        for floor, ceiling in ((low, high), first):
-            kept = rule(groups, scores, density, floor=floor, ceiling=ceiling)
-            for name, group in groups.items():
-                bounded = isinstance(floor, float) or name == "g0"
-                least = max(1, round((low if bounded else 0) * group.size))
-                most = max(least, round((high if bounded else 1) * group.size))
-                assert least <= kept[name].sum() <= most
+    scores = {name: rng.integers(0, 4, group.size).astype(float) for name, group in groups.items()}
+    # A mapping that leaves the last group out, or one number for all.
+    low, high = (
+        {f"g{i}": own[k] for i, own in enumerate(bounds[: len(sizes) - 1])} for k in (0, 1)
+    )
+    floor, ceiling = (low, high) if each else bounds[0]
+    least, most = {}, {}
+    for name, group in groups.items():
+        own = (low.get(name, 0.0), high.get(name, 1.0)) if each else bounds[0]
+        least[name] = max(1, round(own[0] * group.size))
+        most[name] = max(least[name], round(own[1] * group.size))
+    uniform = structure.keep_uniform(groups, scores, density, floor=floor, ceiling=ceiling)
+    ranked = structure.keep_global(groups, scores, density, floor=floor, ceiling=ceiling)
+    for name, group in groups.items():
+        wanted = min(max(round(density * group.size), least[name]), most[name])
+        assert uniform[name].sum() == wanted
+        assert least[name] <= ranked[name].sum() <= most[name]
+    total = sum(own.sum() for own in ranked.values())
+    wanted = max(round(density * sum(sizes)), sum(least.values()))
+    assert total == min(wanted, sum(most.values()))
+    order = {name: [(x, -i) for i, x in enumerate(own)] for name, own in scores.items()}
+    kept, lost = (
+        {
+            name: [x for x, stays in zip(order[name], ranked[name]) if stays == flag]
+            for name in groups
+        }
+        for flag in (True, False)
+    )
+    for i, one in enumerate(groups):
+        assert min(kept[one]) > max(lost[one], default=(-1, 0)), "ties keep the lower index"
+        for j, other in enumerate(groups):
+            if len(kept[one]) > least[one] and len(kept[other]) < most[other]:
+                worst, best = min(kept[one])[0], max(lost[other])[0]
+                assert worst > best or (worst == best and i <= j), "an exchange would be better"
 
 
 def test_ignored_groups_stay_whole_and_out_of_the_ranking():
@@ -153,6 +177,22 @@ def test_ignored_groups_stay_whole_and_out_of_the_ranking():
         "g0": [False, False, False, True],
         "g1": [False, True, True, True],
     }
+
+
+def test_a_limit_holds_with_bounds_and_whole_groups(groups):
+    scores = structure.filter_norms(groups, VARIABLES)
+    limit = 0.6 * structure.count_parameters(groups.plan({}))
+
+    def last(group):
+        return "blocks/2" in group.name
+
+    keep = structure.keep_within(
+        groups, scores, limit, structure.count_parameters,
+        floor={INNER: 0.75}, ceiling={SHARED: 0.25}, ignore=last, multiple=4,
+    )  # fmt: skip
+    assert set(keep) == {name for name in groups if not last(groups[name])}
+    assert structure.count_parameters(groups.plan(keep, multiple=4)) <= limit
+    assert keep[INNER].sum() >= 12 and keep[SHARED].sum() <= 4
 
 
 def test_a_global_ranking_compares_groups():

@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import models
+from jaxprune import models, structure, trees
 from jaxprune.models import ResNet, Widths, default_widths
 
 THIN = Widths(4, ((3, 4), (5, 8), (6, 12)))  # resnet8, all widths different
@@ -537,3 +537,82 @@ def test_unknown_names_list_the_known_ones():
 def test_bad_images_are_named(error, batch, text):
     with pytest.raises(error, match=text):
         nnx.eval_shape(lambda model: model(batch), abstract("resnet8", widths=THIN))
+
+
+# ------------------------------------------------------------------------- widths of parameters
+
+
+def compacted(name: str, widths: Widths, side: int, seed: int):
+    """A function `(variables, train, images) -> (logits, stats)`, a random plan, what it leaves."""
+    graphdef, *states = filled(name, widths=widths, num_classes=10)
+    variables = dict(zip(("params", "stats"), map(nnx.to_pure_dict, states)))
+
+    def run(train, variables, x):
+        model = nnx.merge(graphdef, variables["params"], variables["stats"])
+        model.train() if train else model.eval()
+        logits = model(x)
+        return logits, {"stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}
+
+    x = images(4, side, side, 3)
+    both = [partial(run, train) for train in (False, True)]
+    traces = [structure.Trace(function, (x,), lambda output: output[1]) for function in both]
+    groups = structure.find_groups(traces, variables)
+    rng = np.random.default_rng(seed)
+    keep = {
+        name: rng.permutation(np.arange(group.size) < rng.integers(1, group.size + 1))
+        for name, group in groups.items()
+    }
+    plan = groups.plan(keep)
+    return both, plan, plan.compact(variables), x
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "widths", "side"),
+    [
+        ("resnet8", THIN, 8),
+        ("resnet20", Widths(6, ((5, 6),) * 3 + ((7, 8),) * 3 + ((9, 10),) * 3), 8),
+        ("resnet50", thin_resnet50(), 64),
+    ],
+)
+def test_a_network_of_the_compacted_widths_is_the_compacted_function(name, widths, side, seed):
+    both, plan, small, x = compacted(name, widths, side, seed)
+    found = models.widths_of(small["params"])
+    assert found != widths
+    model = ResNet(name, widths=found, num_classes=10, rngs=nnx.Rngs(1))
+    # The same paths and shapes; `nnx.update` alone would take any part of them.
+    ours = {path: leaf.shape for path, leaf in flat(nnx.state(model, nnx.Param)).items()}
+    left = trees.leaf_by_path(small["params"])
+    assert ours == {path: leaf.shape for path, leaf in left.items()}
+    for part in small.values():
+        nnx.update(model, part)
+    for train, function in zip((False, True), both):
+        graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+        logits, stats = apply(graphdef, train, *states, x)
+        expected, updates = jax.jit(plan.wrap(function))(small, x)
+        assert_close((logits, nnx.to_pure_dict(stats)), (expected, updates["stats"]), 1e-5)
+        assert float(jnp.abs(logits).max()) > 1e-3
+
+
+def test_widths_of_a_network_are_those_that_it_was_built_with():
+    for name in ("resnet8", "resnet56", "resnet34", "resnet50"):
+        state = nnx.state(abstract(name), nnx.Param)
+        assert models.widths_of(state) == default_widths(name)
+        assert models.widths_of(nnx.to_pure_dict(state)) == default_widths(name)
+
+
+def test_parameters_of_another_network_are_refused_by_path():
+    params = nnx.to_pure_dict(nnx.state(abstract("resnet50"), nnx.Param))
+    with pytest.raises(ValueError, match="  stem/conv/kernel: missing\n  blocks/0/conv1/kernel: m"):
+        models.widths_of({"params": params})
+    del params["blocks"][7]["conv2"], params["blocks"][11]
+    params["stem"]["conv"]["kernel"] = jnp.ones((3, 4))
+    with pytest.raises(ValueError) as caught:
+        models.widths_of(params)
+    rule, *problems = str(caught.value).splitlines()
+    assert '`small["params"]`' in rule
+    assert problems == [
+        "  stem/conv/kernel: shape (3, 4), must be [height, width, in, out]",
+        "  blocks/7/conv2/kernel: missing",
+        *(f"  blocks/11/conv{i}/kernel: missing" for i in (1, 2, 3)),
+    ]

@@ -151,9 +151,8 @@ def channel_transform(
             average = jax.tree.map(jnp.multiply, stats.update_average(average, products, decay), on)
             age = jax.tree.map(lambda age, on: (age + 1) * on, age, on)
             growth = lately = stats.update_average(growth, slopes, decay)
-            statistics = jax.tree.map(
-                lambda own, age: stats.unbias(own, decay, jnp.maximum(age, 1)), average, age
-            )
+            seen = jax.tree.map(lambda age: jnp.maximum(age, 1), age)
+            statistics = {n: stats.unbias(own, decay, seen[n]) for n, own in average.items()}
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, channels: Any, buffers: Any) -> Any:
