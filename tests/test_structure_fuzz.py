@@ -159,7 +159,7 @@ def test_numpy_evaluates_programs_as_jax_does(seed):
         assert gap(by_jax, evaluate(call.closed, *flat)) < 1e-9
 
 
-@pytest.mark.parametrize("seed", [1, 3, 8, 12])
+@pytest.mark.parametrize("seed", [1, 3, 5, 9])
 def test_plans_of_plans(seed):
     """What is left can be pruned again, in one step as in two, by either function."""
     with jax.enable_x64(True):
