@@ -420,7 +420,8 @@ FAULTS = {
     "what is unknown is free": Fault(
         "_analysis.Analysis._follow",
         'self.freeze_all(op, f"primitive `{op.name}` is not understood")',
-        "[out.like(op.ins[-1]) if out.shape == op.ins[-1].shape else self.fix(out) for out in op.outs]",
+        "for out in op.outs:\n            value = op.ins[-1]\n"
+        "            out.like(value) if out.shape == value.shape else self.fix(out)",
         ("order", "scatter", "loop"),
     ),
     "one column may go": Fault(
@@ -438,7 +439,7 @@ FAULTS = {
     "data is free": Fault(
         "_analysis.Analysis.data",
         "self.fix(value)",
-        "value.nodes = [self.nodes.new(n) for n in value.shape]\n    value.facts = [np.zeros(n, np.uint8) for n in value.shape]\n    value.origins = [frozenset()] * len(value.shape)",
+        "self.fix(value)\n    value.nodes = [self.nodes.new(n) for n in value.shape]",
         (),
     ),
     "an array is its first number": Fault(

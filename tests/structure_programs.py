@@ -943,12 +943,12 @@ LAYERS = {
 BETWEEN = {
     unary: 8, binary: 4, residual: 3, numbers: 2, reduction: 2, normalized: 2, norm: 3,
     group_norm: 1, scale_and_shift: 2, running_statistics: 1.5, cache: 0.7, transpose: 1.5,
-    merge: 2, split: 1.5, two_widths: 1.5, shuffle: 1, flip: 1, roll: 1, concatenate: 2, stack: 0.7, slices: 1.5,
-    halves: 1, evens: 0.7, pad: 1.5, repeat: 0.7, expand: 0.7, squeeze: 0.7, look_up: 0.7,
-    one_hot: 0.3, dynamic: 0.7, scatter: 0.7, place_mask: 1, order: 0.7, scan_rows: 1,
-    scan_chain: 0.7, loop: 0.5, branch: 1, branch_of_two: 0.7, own_jvp: 1, own_vjp: 1, remat: 0.7,
-    nested: 0.5, mapped: 0.7, product: 1.5, outer: 0.5, pool: 0.7, dropout: 0.7, noise: 0.5,
-    reshape: 1,
+    merge: 2, split: 1.5, two_widths: 1.5, shuffle: 1, flip: 1, roll: 1, concatenate: 2, stack:
+    0.7, slices: 1.5, halves: 1, evens: 0.7, pad: 1.5, repeat: 0.7, expand: 0.7, squeeze: 0.7,
+    look_up: 0.7, one_hot: 0.3, dynamic: 0.7, scatter: 0.7, place_mask: 1, order: 0.7,
+    scan_rows: 1, scan_chain: 0.7, loop: 0.5, branch: 1, branch_of_two: 0.7, own_jvp: 1,
+    own_vjp: 1, remat: 0.7, nested: 0.5, mapped: 0.7, product: 1.5, outer: 0.5, pool: 0.7,
+    dropout: 0.7, noise: 0.5, reshape: 1,
 }  # fmt: skip
 OPERATIONS = {operation.__name__: operation for operation in [*LAYERS, *BETWEEN]}
 INPUTS = ((2, 4), (2, 3, 4), (2, 3, 4), (2, 4, 3, 2), (3, 2, 6))

@@ -310,6 +310,24 @@ def test_the_gates_of_a_resnet_are_its_norms():
 # ---- plans of plans
 
 
+def test_leaves_are_found_by_their_paths():
+    """Keys that are numbers and keys that are text sort in different orders."""
+    layers = {number: draw(5, 5, seed=number) / 3 for number in range(12)}
+
+    def net(w, x):
+        for number in range(12):
+            x = jnp.tanh(x @ (w[number] if number in w else w[str(number)]))
+        return x
+
+    groups = structure.find_groups(net, layers, draw(2, 5))
+    plan = groups.plan(halves(groups))
+    small = plan.compact(layers)
+    text = {str(number): leaf for number, leaf in small.items()}
+    assert list(text) != sorted(text)
+    x = draw(2, 5)
+    np.testing.assert_array_equal(plan.wrap(net)(text, x), plan.wrap(net)(small, x))
+
+
 def test_groups_of_what_a_plan_leaves():
     weights, x = {"a": draw(5, 9), "b": draw(9, 8), "c": draw(8, 3)}, draw(2, 5)
 

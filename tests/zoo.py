@@ -145,8 +145,11 @@ def long_convolution(x, log_step, a_real, a_imag, c):
     """S4D: x [n, time, width], its kernel from diagonal complex states, applied by FFT."""
     length = x.shape[1]
     step = jnp.exp(log_step)[:, None]
-    rate = -jnp.exp(a_real) + 1j * a_imag  # [width, state]
-    weights = (c[..., 0] + 1j * c[..., 1]) * (jnp.exp(rate * step) - 1) / rate
+    real, imag = -jnp.exp(a_real), a_imag
+    size = real**2 + imag**2
+    rate = lax.complex(real, imag)  # [width, state]
+    inverse = lax.complex(real / size, -imag / size)
+    weights = lax.complex(c[..., 0], c[..., 1]) * (jnp.exp(rate * step) - 1) * inverse
     powers = jnp.exp((rate * step)[..., None] * jnp.arange(length)[None, None])
     kernel = 2 * jnp.einsum("ds,dst->dt", weights, powers).real
     spectrum = (

@@ -157,14 +157,12 @@ class Plan(NamedTuple):
         @functools.wraps(function)
         def compacted(variables: Any, *args: Any) -> Any:
             self._check(variables, {path: self.shape(path) for path in self.kept})
-            leaves, structure = jax.tree.flatten(variables)
-            dense = [
-                abstract(leaf, shape)
-                for shape, leaf in zip(self.model.shapes.values(), leaves, strict=True)
-            ]
+            named = trees.leaf_by_path(variables)
+            dense = [abstract(leaf, self.model.shapes[path]) for path, leaf in named.items()]
             traced, graph, execution = self._follow(
-                Trace(function, args), jax.tree.unflatten(structure, dense)
+                Trace(function, args), jax.tree.unflatten(jax.tree.structure(variables), dense)
             )
+            leaves = [named[path] for path in self.model.shapes]
             outs = execution.graph(graph, [*leaves, *jax.tree.leaves(args)])
             return jax.tree.unflatten(traced.structure, outs)
 
@@ -194,7 +192,16 @@ class Plan(NamedTuple):
 
     def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution]:
         """A function on dense shapes, and how it runs without what goes."""
-        traced = trace_function(trace, variables)
+        # By path: text keys sort "10" before "2", which numbers as keys do not.
+        named = trees.leaf_by_path(variables)
+        places = {path: place for place, path in enumerate(self.model.shapes)}
+
+        def function(leaves: list[Any], *args: Any) -> Any:
+            own = [leaves[places[path]] for path in named]
+            return trace.function(jax.tree.unflatten(jax.tree.structure(variables), own), *args)
+
+        ordered = [named[path] for path in places]
+        traced = trace_function(Trace(function, trace.args), ordered)
         analysis, graph = analyze(self.model, traced, outputs=False)
         return traced, graph, Execution(analysis, self.kept_nodes(analysis))
 
