@@ -164,10 +164,10 @@ def taken(leaves, kept):
 
 def zeroed(leaves, kept, paths):
     """Leaves with zeros at what goes, by NumPy."""
-    masks = {path: np.ones(leaves[path].shape) for path in paths}
+    masks = {path: np.ones(leaves[path].shape, bool) for path in paths}
     for path, mask in masks.items():
         for dimension, flags in enumerate(kept[path]):
-            np.moveaxis(mask, dimension, 0)[~flags] = 0.0
+            np.moveaxis(mask, dimension, 0)[~flags] = False
     return {path: leaf * masks[path] if path in masks else leaf for path, leaf in leaves.items()}
 
 

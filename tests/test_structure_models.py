@@ -45,6 +45,11 @@ def double(tree):
     return cast(tree, np.float32, np.float64)
 
 
+def is_cache(path, leaf):
+    """Counters of library caches are not masked."""
+    return "cache" in path and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def with_leaves(variables, leaves):
     return jax.tree.unflatten(jax.tree.structure(variables), leaves.values())
 
@@ -52,13 +57,15 @@ def with_leaves(variables, leaves):
 def masked_and_small(plan, variables):
     """By NumPy, as JAX would compile something for each shape."""
     leaves = trees.leaf_by_path(variables)
-    masked = zeroed(leaves, plan.kept, plan.model.parameters | plan.model.caches)
+    zeroable = plan.model.parameters | plan.model.caches
+    masked = zeroed(leaves, plan.kept, zeroable)
+    masked |= {path: masked[path].astype(leaves[path].dtype) for path in zeroable}
     return with_leaves(variables, masked), with_leaves(variables, taken(leaves, plan.kept))
 
 
 def planned(case, variables):
     """A plan for half of everything, from all entry points."""
-    groups = structure.find_groups(list(case.traces.values()), variables)
+    groups = structure.find_groups(list(case.traces.values()), variables, caches=is_cache)
     return groups.plan(halves(groups))
 
 
@@ -68,7 +75,7 @@ def model(request):
         case = BUILDERS[request.param]()
         traces = {n: t._replace(args=double(t.args)) for n, t in case.traces.items()}
         case = case._replace(variables=double(case.variables), traces=traces)
-        groups = structure.find_groups(list(traces.values()), case.variables)
+        groups = structure.find_groups(list(traces.values()), case.variables, caches=is_cache)
     plan = groups.plan(halves(groups))
     leaves = zeroed(trees.leaf_by_path(case.variables), plan.kept, groups.model.caches)
     return Examined(case, groups, plan, with_leaves(case.variables, leaves))

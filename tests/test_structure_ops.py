@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxprune import structure
 from jaxprune.structure import Trace
-from tests.structure_checks import X, between, compared, dense, draw, graded, layer
+from tests.structure_checks import X, between, compared, dense, difference, draw, graded, layer
 
 A = "a/kernel:1"  # the width between the layers a and b
 
@@ -1085,6 +1085,23 @@ def test_straight_through_gates():
             return rule(w["gate"][None] * jnp.ones_like(h), h + x @ w["b"]).sum(-1)
 
         examine(Case({"a": draw(6, 8), "gate": draw(8), "b": draw(6, 1)}, function))
+
+
+def test_what_is_removed_shares_in_ties():
+    """Zeros of masked channels tie with zeros that stay, and take their part of the gradient."""
+    with jax.enable_x64(True):
+        weights, rows = {"a": as_float64(draw(6, 8))}, as_float64(draw(3, 6))
+        rows[1] = 0.0
+
+        def function(w, x):
+            return (x @ w["a"]).max(-1)
+
+        groups = structure.find_groups(function, weights, rows)
+        plan = groups.plan({"a:1": np.arange(8) >= 4})
+        masked, small = plan.mask(weights), plan.compact(weights)
+        by_masks = jax.grad(lambda x: function(masked, x).sum())(rows)
+        by_plan = jax.grad(lambda x: plan.wrap(function)(small, x).sum())(rows)
+        assert difference(by_plan, by_masks) < 1e-7
 
 
 MIXES = {

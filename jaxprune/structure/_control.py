@@ -148,6 +148,8 @@ def _custom_vjp(analysis: Any, op: Op) -> bool | None:
 
     def backward(*args: Any) -> list[Any]:
         results = getattr(op.params["bwd"], "call_wrapped", op.params["bwd"])(*args)
+        if isinstance(results, tuple) and isinstance(results[0], list):
+            results, _ = results  # newer JAX
         given[:] = [
             getattr(x, "dtype", jax.dtypes.float0) != jax.dtypes.float0
             and type(x).__name__ not in _ABSENT

@@ -97,12 +97,10 @@ def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
     for analysis in analyses:
         nodes.used[own] |= analysis.nodes.used[analysis.root(own)]
         nodes.unite(own, analysis.root(own))
-    idle = own[~nodes.used[nodes.root(own)]]  # such as places that no traced length reaches
+    # Another function may use what no traced one does, such as places beyond the traced length.
+    idle = own[~nodes.used[nodes.root(own)]]
     nodes.unite(idle, np.full_like(idle, FROZEN))
     unused = set(range(len(model.shapes))) - set().union(*[a.used for a in analyses])
-    for index in unused:  # another function may use it, and would not know
-        for dimension in analyses[0].leaves[index].nodes:
-            nodes.unite(dimension, np.full_like(dimension, FROZEN))
     return _Joined(nodes, count, unused)
 
 
