@@ -17,19 +17,12 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxprune import accumulation
+
 __all__ = [
-    "Hook",
-    "TrainState",
-    "check_batch",
-    "create_state",
-    "cross_entropy",
-    "fit",
-    "make_chunk_step",
-    "make_evaluate",
-    "make_mesh",
-    "make_train_step",
-    "replicate",
-]
+    "Hook", "TrainState", "check_batch", "create_state", "cross_entropy", "fit", "make_chunk_step",
+    "make_evaluate", "make_mesh", "make_train_step", "replicate",
+]  # fmt: skip
 
 PyTree = Any
 Metrics = dict[str, float]
@@ -153,6 +146,8 @@ def make_train_step(
     prepare: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     label_smoothing: float = 0.0,
+    parts: int = 1,
+    remat: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One step of gradient descent as a pure function, not yet jitted.
 
@@ -164,10 +159,14 @@ def make_train_step(
         tx: the optimizer that made the state.
         prepare: `(key, uint8 images [B, H, W, C]) -> float images`: augmentation and normalisation.
         label_smoothing: see `cross_entropy`.
+        parts: of the batch, one after the other: less memory, batch statistics of a part.
+        remat: only results of convolutions and matrix products wait for the backward pass: less
+            memory for little time. XLA:CPU undoes it.
 
     Returns:
         `step(state, images, labels, key) -> (state, {"train_loss", "train_accuracy"})`, float32
-        scalars. `key` is the run's key; the step folds its own number in.
+        scalars. `key` is the run's key; the step folds its own number in. It raises ValueError if
+        `parts` does not divide the batch.
 
     Example:
         >>> tx = optax.sgd(0.1)
@@ -181,21 +180,23 @@ def make_train_step(
     """
     tx = optax.with_extra_args_support(tx)
     apply = graphdef if callable(graphdef) else partial(_train, graphdef)
+    if remat:
+        apply = jax.checkpoint(apply, policy=accumulation.is_product)
+
+    def loss_fn(params: PyTree, model_state: PyTree, inputs: jax.Array, labels: jax.Array):
+        logits, model_state = apply(params, model_state, inputs)
+        loss = cross_entropy(logits, labels, label_smoothing).mean()
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+        return loss, ({"train_loss": loss, "train_accuracy": accuracy}, model_state)
+
+    grad_fn = accumulation.over_parts(jax.grad(loss_fn, has_aux=True), parts)
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
         inputs = prepare(jax.random.fold_in(key, state.step), images)
-
-        def loss_fn(params: PyTree):
-            logits, rest = apply(params, state.model_state, inputs)
-            return cross_entropy(logits, labels, label_smoothing).mean(), (logits, rest)
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, model_state)), grads = grad_fn(state.params)
+        grads, (metrics, model_state) = grad_fn(state.params, state.model_state, inputs, labels)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, grad=grads)
         params = optax.apply_updates(state.params, updates)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-        state = TrainState(state.step + 1, params, model_state, opt_state)
-        return state, {"train_loss": loss, "train_accuracy": accuracy}
+        return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
     return step
 
@@ -337,7 +338,6 @@ def fit(
         ValueError: the batch does not divide by the number of devices.
 
     Example:
-        >>> import itertools
         >>> from jaxprune.data import Split
         >>> mesh, tx = make_mesh(), optax.sgd(0.1)
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -345,7 +345,7 @@ def fit(
         >>> step = make_train_step(graphdef, tx, lambda key, images: images / 255)
         >>> run = make_chunk_step(step, mesh)
         >>> split = Split(jnp.ones((9, 2)), jnp.zeros(9, jnp.int32))
-        >>> batches = itertools.repeat(np.zeros(8, np.int32))
+        >>> batches = iter([np.zeros(8, np.int32)] * 7)
         >>> state = fit(state, 7, run, split, batches, jax.random.key(0), mesh)
         >>> int(state.step)
         7

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from configs import Config
-from experiment import Experiment, Setting, Steps, build
+from experiment import Experiment, Setting, Stage, Steps, build
 
 from jaxprune import checkpoints, compaction, data, models, rewinding, structure, training
 
@@ -139,7 +139,7 @@ def compacted(dense: Dense, plan: structure.Plan) -> Small:
     state = training.TrainState(step, small["params"], small["model_state"], opt_state)
     network = compaction.Network(plan, experiment.groups.compact(plan))
     # Training donates the state, and what is not sliced is still that of the dense network.
-    return Small(jax.tree.map(jnp.copy, state), experiment.at(network), difference)
+    return Small(jax.tree.map(jnp.copy, state), experiment.at(Stage(network)), difference)
 
 
 def from_scratch(dense: Dense, plan: structure.Plan) -> Small:

@@ -13,6 +13,8 @@ Method = Literal[
     "straight_through", "acdc", "snip", "grasp", "synflow",
 ]  # fmt: skip
 _OF_CHANNELS = ("none", "agip", "magnitude", "random")
+Pattern = Literal["weights", "2:4", "1:4", "4x4", "8x8", "filters"]
+_PATTERNED = ("none", "agip", "gradient", "magnitude", "saliency", "random")
 Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
 
 
@@ -27,6 +29,8 @@ class Config:
     model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
     widths: str = ""  # of all layers as JSON, such as summary.json has; empty: the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
+    remat: bool = False  # keep only convolutions for the backward pass: less memory, not on CPU
+    parts: int = 1  # of a batch, one after the other: less memory; fewer as a network gets smaller
     seed: int = 0  # of initialisation, data order and augmentation
 
     epochs: float = 30.0  # passes over the training images
@@ -34,6 +38,9 @@ class Config:
     batch_size: int = 128  # images per step, over all devices
     pad: int = 0  # augmentation: shift by up to so many pixels
     flip: bool = False  # augmentation: mirror half of the images
+    small_images: float = 1.0  # height and width of the images at first, relative to the data's
+    small_until: float = 0.3  # until when images are small, as a fraction of all steps
+    validation: int = 0  # so many training images, the last ones, take the place of the test images
 
     learning_rate: float = 0.1  # the highest one, after the warm-up
     schedule: Literal["cosine", "steps"] = "cosine"  # cosine: falls to 0; steps: x .1 at 1/2, 3/4
@@ -54,12 +61,14 @@ class Config:
     rate: Literal["none", "density", "statistic"] = "none"  # agip: what survivors' rates adapt to
     drop: float = 0.3  # set, rigl: fraction of the kept weights that moves at the first mask update
     phase: float = 0.05  # acdc: length of a phase, as a fraction of all steps
+    pattern: Pattern = "weights"  # weights: which of them fall together; 4x4: inputs x outputs
     granularity: Literal["weights", "channels"] = "weights"  # channels: agip, magnitude, random
     compact: bool = False  # channels: remove what is masked while training goes on
     switches: int = 4  # compact: how often at most
     saving: float = 0.2  # compact: fraction of a step that a switch must save at least
     switch_steps: float = 50.0  # compact: what a switch costs, in steps of the dense network
     switch_delay: int = 10  # compact: steps in which the next network is compiled meanwhile
+    rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
     multiple: int = 0  # compact: of the widths that are left; 0: 8 on accelerators, 1 on CPU
     init_images: int = 1024  # snip, grasp: training images that are scored, in a single batch
 
@@ -81,7 +90,8 @@ class Config:
             if getattr(self, name) not in names
         ]
         at_least_0 = "steps pad warmup_steps weight_decay chunk seed switches switch_steps multiple"
-        at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every"
+        at_least_0 += " rewarm_steps validation"
+        at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every parts"
         fractions = "sparsity momentum label_smoothing regrow drop saving"
         rules = [
             ("at least 0", lambda x: x >= 0, at_least_0),
@@ -89,7 +99,8 @@ class Config:
             ("above 0", lambda x: 0 < x < math.inf, "epochs learning_rate"),
             ("in [0, 1)", lambda x: 0 <= x < 1, fractions),
             ("in [0, 1)", lambda x: x is None or 0 <= x < 1, "decay"),
-            ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop phase"),
+            ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop phase small_until"),
+            ("in (0, 1]", lambda x: 0 < x <= 1, "small_images"),
         ]
         for rule, holds, names in rules:
             values = [(name, getattr(self, name)) for name in names.split()]
@@ -97,8 +108,15 @@ class Config:
         if self.granularity == "channels" and self.method not in _OF_CHANNELS:
             names = ", ".join(_OF_CHANNELS)
             bad.append(f"`method` must be one of {names} with channels; got {self.method!r}")
+        if self.pattern != "weights" and (
+            self.granularity == "channels" or self.method not in _PATTERNED
+        ):
+            names = " or ".join(_PATTERNED)
+            bad.append(f"`pattern` {self.pattern} needs `granularity` weights and `method` {names}")
         if self.compact and (self.granularity != "channels" or self.method == "none"):
             bad.append("`compact` needs a method that prunes, and `granularity` channels")
+        if self.batch_size % self.parts:
+            bad.append(f"`parts` must divide `batch_size` ({self.batch_size}); got {self.parts}")
         if self.compact and self.switch_delay >= self.prune_every:
             bad.append(
                 f"`switch_delay` must be less than `prune_every` ({self.prune_every}): masks must "

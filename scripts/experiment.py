@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -29,6 +30,14 @@ class Setting(NamedTuple):
     groups: structure.Groups | None  # of the channels that are left, if channels are pruned
 
 
+class Stage(NamedTuple):
+    """What changes while a run goes on."""
+
+    network: compaction.Network | None = None  # at its present widths; None: weights are pruned
+    image_size: tuple[int, int] | None = None  # in training; None: that of the data
+    cut: int | None = None  # step of the last switch to a smaller network
+
+
 class Steps(NamedTuple):
     """How a network is trained and tested."""
 
@@ -54,15 +63,16 @@ class Experiment(NamedTuple):
     steps: int
     schedule: optax.Schedule
     create: Callable[[int], training.TrainState]  # seed -> state at step 0
-    dense: Steps
+    dense: Steps  # of the network as it is at first, with images of the data's size
+    at: Callable[[Stage], Steps]
     chunk: int  # steps per call
+    small_size: tuple[int, int] | None  # of the images at first, if they grow
     # Where channels are pruned:
     functions: Functions
     groups: structure.Groups | None
     example: jax.Array  # a few images, prepared, to analyse and to compare with
-    make_tx: Callable[[structure.Groups | None], optax.GradientTransformation]
-    at: Callable[[compaction.Network], Steps]  # of a network at smaller widths
-    macs: Callable[[structure.Plan], int] | None  # of one image
+    make_tx: Callable[[Stage], optax.GradientTransformation]
+    macs: Callable[[structure.Plan | None], int]  # of one image of the data's size; None: dense
 
     @property
     def run(self) -> Callable[..., tuple]:
@@ -81,7 +91,7 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
     with plain_errors():
         for batch_size in (config.batch_size, config.eval_batch_size):
             training.check_batch(batch_size, mesh)
-        dataset = load_data(config)
+        dataset = held_out(load_data(config), config.validation)
         # Only to check batch size and seed.
         data.index_batches(len(dataset.train.labels), config.batch_size, seed=config.seed)
     # Small sets live on every device; a batch is a row of indices.
@@ -89,31 +99,40 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
     epoch = len(dataset.train.labels) // config.batch_size
     steps = config.steps or max(1, round(config.epochs * epoch))
 
+    full = dataset.train.images.shape[1:3]
+
     def prepare_test(images: jax.Array) -> jax.Array:
         return data.normalize(images, dataset.mean, dataset.std, config.dtype)
-
-    def prepare_train(key: jax.Array, images: jax.Array) -> jax.Array:
-        return prepare_test(data.augment(key, images, pad=config.pad, flip=config.flip))
 
     with plain_errors():
         model = make_model(config, dataset, config.seed)
         schedule = learning_rate(config, steps)
+        small = small_size(config, full)
         model.train()
         graphdef, *states = nnx.split(model, nnx.Param, ...)
         functions = make_functions(graphdef)
         example = prepare_test(jnp.asarray(dataset.train.images[:8]))
-        groups, macs = None, None
+        params, model_state = map(nnx.to_pure_dict, states)
+        variables, groups = {"params": params, "model_state": model_state}, None
         if config.granularity == "channels":
-            params, model_state = map(nnx.to_pure_dict, states)
-            variables = {"params": params, "model_state": model_state}
             groups = find_groups(functions, variables, example)
-            macs = structure.mac_cost(groups, functions.evaluate, variables, example[:1])
+            cost = structure.mac_cost(groups, functions.evaluate, variables, example[:1])
+        else:
+            dense_macs = structure.count_macs(functions.evaluate, variables, example[:1])
         setting = Setting(dataset, model, prepare_test, steps, groups)
 
-    def make_tx(groups: structure.Groups | None) -> optax.GradientTransformation:
-        return make_optimizer(config, schedule, make_pruning(setting._replace(groups=groups)))
+    def make_tx(stage: Stage) -> optax.GradientTransformation:
+        own = setting._replace(groups=None if stage.network is None else stage.network.groups)
+        rates = rewarmed(schedule, stage.cut, config.rewarm_steps)
+        return make_optimizer(config, rates, make_pruning(own))
 
-    def make_steps(tx: optax.GradientTransformation, functions: Functions) -> Steps:
+    def make_steps(
+        stage: Stage, tx: optax.GradientTransformation, functions: Functions = functions
+    ) -> Steps:
+        def prepare_train(key: jax.Array, images: jax.Array) -> jax.Array:
+            images = prepare_test(data.augment(key, images, pad=config.pad, flip=config.flip))
+            return resized(images, stage.image_size or full)
+
         def apply_train(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
             variables = {"params": params, "model_state": model_state}
             logits, updates = functions.train(variables, images)
@@ -122,8 +141,14 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         def apply(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
             return functions.evaluate({"params": params, "model_state": model_state}, images)
 
-        smoothing = config.label_smoothing
-        step = training.make_train_step(apply_train, tx, prepare_train, label_smoothing=smoothing)
+        step = training.make_train_step(
+            apply_train,
+            tx,
+            prepare_train,
+            label_smoothing=config.label_smoothing,
+            parts=parts_of(config, stage, full),
+            remat=config.remat,
+        )
         evaluate = training.make_evaluate(apply, prepare_test, mesh)
         return Steps(
             tx,
@@ -131,12 +156,18 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
             lambda state: evaluate(state, test_set, config.eval_batch_size),
         )
 
-    def at(network: compaction.Network) -> Steps:
-        wrapped = Functions(*map(network.plan.wrap, functions))
-        return make_steps(make_tx(network.groups), wrapped)
+    def macs(plan: structure.Plan | None) -> int:
+        return dense_macs if plan is None else cost(plan)
 
+    def at(stage: Stage) -> Steps:
+        if stage.cut is None:  # nothing is removed
+            return make_steps(stage, tx)
+        wrapped = Functions(*map(stage.network.plan.wrap, functions))
+        return make_steps(stage, make_tx(stage), wrapped)
+
+    first = Stage(None if groups is None else compaction.start(groups))
     with plain_errors():
-        tx = make_tx(groups)
+        tx = make_tx(first)
 
     def create(seed: int) -> training.TrainState:
         own = model if seed == config.seed else make_model(config, dataset, seed)
@@ -151,15 +182,54 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         steps=steps,
         schedule=schedule,
         create=create,
-        dense=make_steps(tx, functions),
+        dense=make_steps(first, tx),
+        at=at,
         chunk=config.chunk or chunk,
+        small_size=small,
         functions=functions,
         groups=groups,
         example=example,
         make_tx=make_tx,
-        at=at,
         macs=macs,
     )
+
+
+def small_size(config: Config, full: tuple[int, int]) -> tuple[int, int] | None:
+    """Height and width of the images at first; None if they never grow."""
+    if config.small_images == 1 or config.small_until == 0:
+        return None
+    height, width = (round(side * config.small_images) for side in full)
+    if min(height, width) < 4:
+        raise ValueError(
+            f"`small_images` {config.small_images} makes images of {height} x {width} pixels of "
+            f"{full[0]} x {full[1]}; at least 4 x 4 must be left"
+        )
+    return height, width
+
+
+def resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Images [B, H, W, C] at another size; pixels are averages of those that they cover."""
+    if images.shape[1:3] == size:
+        return images
+    shape = (len(images), *size, images.shape[-1])
+    return jax.image.resize(images, shape, "linear", antialias=True)
+
+
+def parts_of(config: Config, stage: Stage, full: tuple[int, int]) -> int:
+    """Parts of a batch: as many as keep activations at what `parts` of the dense network have."""
+    share = math.prod(stage.image_size or full) / math.prod(full)
+    if stage.network is not None:
+        sizes = [(group.size, group.full) for group in stage.network.groups.values()]
+        share *= sum(size for size, _ in sizes) / sum(full for _, full in sizes)
+    enough = (n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0)
+    return next(n for n in enough if n >= config.parts * share - 1e-9)
+
+
+def rewarmed(schedule: optax.Schedule, cut: int | None, steps: int) -> optax.Schedule:
+    """The schedule, with a linear rise over so many steps from step `cut` on."""
+    if cut is None or steps == 0:
+        return schedule
+    return lambda count: schedule(count) * jnp.clip((count - cut + 1) / steps, 0.0, 1.0)
 
 
 def make_functions(graphdef: nnx.GraphDef) -> Functions:
@@ -210,6 +280,20 @@ def load_data(config: Config) -> data.Dataset:
     shape = (config.image_size, config.image_size, 3)
     sizes = {"train_size": 4 * config.batch_size, "test_size": config.batch_size}
     return data.load("synthetic", image_shape=shape, num_classes=1000, **sizes)
+
+
+def held_out(dataset: data.Dataset, count: int) -> data.Dataset:
+    """The last training images in the place of the test images, to choose options by."""
+    size = len(dataset.train.labels)
+    if not count:
+        return dataset
+    if count >= size:
+        raise ValueError(f"`validation` must be less than the {size} training images; got {count}")
+    train, test = (
+        data.Split(dataset.train.images[part], dataset.train.labels[part])
+        for part in (slice(size - count), slice(size - count, size))
+    )
+    return dataset._replace(train=train, test=test)
 
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:

@@ -1,16 +1,74 @@
 """Runs commands as child processes, several at once, each in a folder and on cores of its own."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxprune import checkpoints
+
+
+def follow(
+    commands: Mapping[str, Sequence[str]],
+    workdir: Path,
+    at_once: int,
+    *,
+    done: int,
+    total: int,
+    finished: Callable[[str], str | None],
+    cached: bool = True,
+) -> dict[str, str]:
+    """Runs commands and shows how far they are; a signal ends the program when they have saved.
+
+    Args:
+        commands: see `run`.
+        workdir: see `run`.
+        at_once: see `run`.
+        done: how many of the total were finished before.
+        total: how many there are in all.
+        finished: name -> what to print of it, or None if it failed.
+        cached: see `run`.
+
+    Returns:
+        Name -> message of what failed.
+    """
+    from rich import progress
+
+    failed, began = {}, time.perf_counter()
+    columns = progress.BarColumn(), progress.MofNCompleteColumn(), "{task.description}"
+    bar = progress.Progress(*columns, disable=not sys.stdout.isatty())  # prints go above it
+    task = bar.add_task("", total=total, completed=done)
+    with checkpoints.stop_signals() as stopped, bar:
+        running = run(commands, workdir, at_once, stopped, cached=cached)
+        with contextlib.closing(running) as ends:
+            for ended, (name, code) in enumerate(ends, start=1):
+                text = finished(name)
+                if text is None:
+                    text = failed[name] = f"FAILED with code {code}"
+                seconds = (time.perf_counter() - began) / ended * (len(commands) - ended)
+                left = f"{seconds / 60:.1f} minutes left"
+                print(f"{done + ended}/{total}  {name}  {text}  {left}", flush=True)
+                bar.update(task, completed=done + ended, description=left)
+    for name, text in failed.items():
+        print(f"{name} {text}; see {workdir / name / 'log.txt'}")
+    if stopped:
+        print("stopped; the same command goes on from there")
+        sys.exit(128 + stopped[0])  # as shells report it: the study is not complete
+    return failed
+
 
 def run(
-    commands: Mapping[str, Sequence[str]], workdir: Path, at_once: int, stopped: Sequence[Any]
+    commands: Mapping[str, Sequence[str]],
+    workdir: Path,
+    at_once: int,
+    stopped: Sequence[Any],
+    *,
+    cached: bool = True,
 ) -> Iterator[tuple[str, int]]:
     """Yields `(name, exit code)` of each command that ended.
 
@@ -19,6 +77,7 @@ def run(
         workdir: of the folders, and of the compiled programs that they share.
         at_once: how many run at the same time, each on its share of the cores.
         stopped: as soon as this is not empty, children are asked to end and nothing is started.
+        cached: whether compiled programs are shared; if not, each run pays for its own.
     """
     waiting, children = list(commands), {}
     try:
@@ -29,7 +88,7 @@ def run(
                     yield name, child.returncode
                 if slot not in children and waiting and not stopped:
                     name = waiting.pop(0)
-                    children[slot] = name, start(commands[name], workdir, name)
+                    children[slot] = name, start(commands[name], workdir, name, cached=cached)
                     give_cores(children[slot][1], slot, at_once)
             time.sleep(0.1)
     finally:
@@ -39,13 +98,16 @@ def run(
             child.wait()
 
 
-def start(command: Sequence[str], workdir: Path, name: str) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[str], workdir: Path, name: str, *, cached: bool = True
+) -> subprocess.Popen[bytes]:
     """Starts a command; an error if a child that outlived its parent still runs it."""
     folder = workdir / name
     folder.mkdir(exist_ok=True)
     cache = str(workdir.absolute() / "compilation_cache")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment |= {} if cached else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     with (folder / "log.txt").open("ab") as log:
         try:  # the child inherits the locked file as its output: the lock lives as long as it does
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

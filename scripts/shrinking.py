@@ -1,9 +1,9 @@
-"""Networks that get smaller while scripts/train.py trains them: what is now, and what is next.
+"""Training steps that get cheaper while scripts/train.py runs: what is now, and what is next.
 
-A network is its plan from the dense one and the steps that are compiled for it. After each mask
-update `decide` asks whether fewer channels pay; if so, the smaller steps are compiled in the
-background while training goes on, and `switch` replaces the network a few steps later. The record
-of a checkpoint says which network its state is of.
+A stage is a network at its present widths and a size of its images. After each mask update, and
+when images are to grow, `decide` asks what pays; the steps of the next stage are compiled in the
+background while training goes on, and `switch` replaces the stage a few steps later. The record of
+a checkpoint says which stage its state is of.
 """
 
 import time
@@ -16,18 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from configs import Config
-from experiment import Experiment, Steps
+from experiment import Experiment, Stage, Steps, parts_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxprune
-from jaxprune import budgets, compaction, schedules, scores, structure, training
+from jaxprune import budgets, compaction, reports, schedules, scores, structure, training
+
+
+class Compiled(NamedTuple):
+    """Training steps that are ready to run."""
+
+    run: Callable[..., tuple]  # see training.make_chunk_step
+    peak_bytes: int  # of a step, as XLA plans it, without the data set
 
 
 class Present(NamedTuple):
-    """A network at its present widths."""
+    """A stage of a run."""
 
-    network: Any  # a compaction.Network; None where weights are pruned
+    stage: Stage
     steps: Steps
+    peak_bytes: int
     history: tuple[Mapping[str, Any], ...]  # of switches, for the summary
 
 
@@ -35,8 +43,11 @@ class Next(NamedTuple):
     """A switch that was decided on."""
 
     step: int  # at which it happens
-    keep: Mapping[str, np.ndarray]
-    compiled: Future[Callable[..., tuple]]  # the training step of the smaller network
+    stage: Stage
+    steps: Steps
+    keep: Mapping[str, np.ndarray] | None  # channels; None: all of them
+    grows: bool  # whether images do
+    compiled: Future[Compiled]
 
 
 def pruning(
@@ -59,56 +70,83 @@ def pruning(
     )
 
 
-def first(experiment: Experiment) -> Present:
-    """The dense network."""
-    network = experiment.groups and compaction.start(experiment.groups)
-    return Present(network, experiment.dense, ())
+# ---- what is now
+
+
+def first(experiment: Experiment) -> Stage:
+    """The dense network, on images of the first size."""
+    network = None if experiment.groups is None else compaction.start(experiment.groups)
+    return Stage(network, experiment.small_size)
+
+
+def begin(
+    config: Config,
+    experiment: Experiment,
+    stage: Stage,
+    state: training.TrainState,
+    history: tuple[Mapping[str, Any], ...] = (),
+) -> Present:
+    """Compiles the steps of a stage that a run begins with, or goes on with."""
+    steps = experiment.at(stage)
+    compiled = compile_steps(config, experiment, steps, state)
+    return Present(stage, steps._replace(run=compiled.run), compiled.peak_bytes, history)
 
 
 def to_record(present: Present, coming: Next | None) -> dict[str, Any]:
-    """What a checkpoint says of its network."""
+    """What a checkpoint says of its stage."""
+    network, size, cut = present.stage
     return {
-        "plan": present.network.plan.to_dict() if present.history else None,
+        "plan": None if network is None or cut is None else network.plan.to_dict(),
+        "image_size": None if size is None else list(size),
+        "cut": cut,
         "history": list(present.history),
-        "switch_at": coming.step if coming else None,
+        "coming": None if coming is None else coming_record(coming),
     }
 
 
-def from_record(experiment: Experiment, record: Mapping[str, Any]) -> Present:
-    """The network that a checkpoint is of."""
+def coming_record(coming: Next) -> dict[str, Any]:
+    """A decision as plain values: masks may change before it is carried out."""
+    keep = coming.keep and {name: np.flatnonzero(own).tolist() for name, own in coming.keep.items()}
+    return {"step": coming.step, "keep": keep, "grows": coming.grows}
+
+
+def from_record(experiment: Experiment, record: Mapping[str, Any]) -> Stage:
+    """The stage that a checkpoint is of."""
+    size = record["image_size"] and tuple(record["image_size"])
     if record["plan"] is None:
-        return first(experiment)
+        return first(experiment)._replace(image_size=size)
     plan = structure.plan_of(record["plan"], "the checkpoint")
     network = compaction.Network(plan, experiment.groups.compact(plan))
-    return Present(network, experiment.at(network), tuple(record["history"]))
+    return Stage(network, size, record["cut"])
 
 
-def coming_of(
-    config: Config,
-    experiment: Experiment,
-    present: Present,
-    state: training.TrainState,
-    record: Mapping[str, Any],
-) -> Next | None:
-    """The switch that was decided on when a checkpoint was saved; masks are as they were then."""
-    if record["switch_at"] is None:
-        return None
-    keep = compaction.masked_channels(present.network.groups, state.opt_state)
-    return plan_switch(config, experiment, present, state, keep, record["switch_at"])
+def empty_state(experiment: Experiment, stage: Stage, seed: int) -> training.TrainState:
+    """A state of the shapes of a stage, to restore into."""
+    state = experiment.create(seed)
+    if stage.cut is None:
+        return state
+    small = stage.network.plan.compact(variables_of(state))
+    opt_state = experiment.make_tx(stage).init(small["params"])
+    return training.TrainState(state.step, small["params"], small["model_state"], opt_state)
 
 
-def next_pause(config: Config, step: int, steps: int, coming: Next | None) -> int:
-    """The next step at which something may change, or the end."""
-    if not config.compact:
-        return steps
-    if coming is not None:
-        return min(coming.step, steps)
-    return min([after for after in mask_updates(config, steps) if after > step] + [steps])
+def costs(config: Config, experiment: Experiment, present: Present) -> dict[str, float]:
+    """What a step costs now, for the metrics."""
+    network, size, _ = present.stage
+    plan = None if network is None else network.plan
+    known: dict[str, float] = {"peak_bytes": present.peak_bytes, "macs": experiment.macs(plan)}
+    if network is not None:
+        known["parameters"] = structure.count_parameters(network.plan)
+    if experiment.small_size is not None:
+        known["image_height"] = (size or experiment.test_set.images.shape[1:3])[0]
+    if config.parts > 1:
+        known["parts"] = parts_of(config, present.stage, experiment.test_set.images.shape[1:3])
+    return known
 
 
 def sparsity_of(experiment: Experiment, present: Present, state: training.TrainState) -> float:
     """Fraction of the dense network's parameters that are gone, or go with what is masked."""
-    network = present.network
+    network = present.stage.network
     keep = compaction.masked_channels(network.groups, state.opt_state)
     left = network.plan.then(network.groups.plan(keep, multiple=1))
     dense = experiment.groups.plan({})
@@ -118,20 +156,31 @@ def sparsity_of(experiment: Experiment, present: Present, state: training.TrainS
 def describe(present: Present) -> str:
     """One line about the last switch."""
     last = present.history[-1]
-    return (
-        f"step {last['step']}: {last['parameters']:,} parameters, {last['macs']:,} MACs an image; "
-        f"{last['seconds']:.1f} s for the switch"
-    )
+    height, width = last["image_size"]
+    parts = [f"step {last['step']}: images of {height} x {width}"]
+    if last["parameters"] is not None:
+        parts.append(f"{last['parameters']:,} parameters, {last['macs']:,} MACs an image")
+    parts.append(f"{last['seconds']:.1f} s for the switch")
+    if last["rounded"]:
+        rounded = ", ".join(last["rounded"][:3]) + (", ..." if len(last["rounded"]) > 3 else "")
+        parts.append(f"masked channels stay, to fill up widths, in {rounded}")
+    return "; ".join(parts)
 
 
-def empty_state(experiment: Experiment, present: Present, seed: int) -> training.TrainState:
-    """A state of the shapes of a network, to restore into."""
-    state = experiment.create(seed)
-    if not present.history:
-        return state
-    small = present.network.plan.compact(variables_of(state))
-    opt_state = present.steps.tx.init(small["params"])
-    return training.TrainState(state.step, small["params"], small["model_state"], opt_state)
+# ---- what is next
+
+
+def next_pause(
+    config: Config, experiment: Experiment, present: Present, step: int, coming: Next | None
+) -> int:
+    """The next step at which something may change, or the end."""
+    steps = experiment.steps
+    if coming is not None:
+        return min(coming.step, steps)
+    changes = mask_updates(config, steps) if config.compact else []
+    if experiment.small_size is not None and present.stage.image_size is not None:
+        changes.append(growth_step(config, steps))
+    return min([after for after in changes if after > step] + [steps])
 
 
 def mask_updates(config: Config, steps: int) -> list[int]:
@@ -148,20 +197,56 @@ def prune_window(config: Config, steps: int) -> tuple[int, int]:
     return start, stop
 
 
+def growth_step(config: Config, steps: int) -> int:
+    """From when on images may grow; with the last mask update if both end at the same fraction."""
+    return min(round(steps * config.small_until), steps - 1) + 1
+
+
 def decide(
-    config: Config, experiment: Experiment, present: Present, state: training.TrainState, last: int
+    config: Config, experiment: Experiment, present: Present, state: training.TrainState
 ) -> Next | None:
-    """A switch, if the channels that are masked now are worth one."""
-    network, step = present.network, int(state.step)
+    """A switch, if one pays now: to fewer channels, to images of full size, or to both."""
+    step = int(state.step)
+    grows = present.stage.image_size is not None and step >= growth_step(config, experiment.steps)
+    keep = masked_enough(config, experiment, present, state) if config.compact else None
+    if not grows and keep is None:
+        return None
+    later = step + config.switch_delay
+    return plan_switch(config, experiment, present, state, keep, grows=grows, step=later)
+
+
+def masked_enough(
+    config: Config, experiment: Experiment, present: Present, state: training.TrainState
+) -> dict[str, np.ndarray] | None:
+    """The channels to keep, if removing all others pays."""
+    network = present.stage.network
     keep = compaction.masked_channels(network.groups, state.opt_state)
     plan = network.plan.then(network.groups.plan(keep, multiple=multiple_of(config)))
     dense, now, then = map(experiment.macs, (experiment.groups.plan({}), network.plan, plan))
     policy = compaction.Policy(config.switch_steps, config.switches, config.saving)
     relative = {"cost": now / dense, "smaller": then / dense}
-    left, done = last - step, len(present.history)
-    if not compaction.pays(policy, **relative, left=left, done=done):
+    left = experiment.steps - int(state.step)
+    done = sum(entry["macs"] != entry["macs_before"] for entry in present.history)
+    return keep if compaction.pays(policy, **relative, left=left, done=done) else None
+
+
+def coming_of(
+    config: Config,
+    experiment: Experiment,
+    present: Present,
+    state: training.TrainState,
+    record: Mapping[str, Any],
+) -> Next | None:
+    """The switch that was decided on when a checkpoint was saved."""
+    saved = record["coming"]
+    if saved is None:
         return None
-    return plan_switch(config, experiment, present, state, keep, step + config.switch_delay)
+    keep = saved["keep"]
+    if keep is not None:
+        sizes = {name: group.size for name, group in present.stage.network.groups.items()}
+        keep = {name: np.isin(np.arange(sizes[name]), own) for name, own in keep.items()}
+    step, grows = saved["step"], saved["grows"]
+    return plan_switch(config, experiment, present, state, keep, grows=grows, step=step)
 
 
 def plan_switch(
@@ -169,27 +254,35 @@ def plan_switch(
     experiment: Experiment,
     present: Present,
     state: training.TrainState,
-    keep: Mapping[str, Any],
+    keep: Mapping[str, Any] | None,
+    *,
+    grows: bool,
     step: int,
 ) -> Next:
-    """Compiles the smaller training step in the background."""
-    network = present.network
-    plan = network.groups.plan(keep, multiple=multiple_of(config))
-    smaller = compaction.Network(network.plan.then(plan), network.groups.compact(plan))
-    steps = experiment.at(smaller)
-    small = jax.eval_shape(plan.compact, variables_of(state))
-    opt_state = jax.eval_shape(steps.tx.init, small["params"])
-    shapes = training.TrainState(state.step, small["params"], small["model_state"], opt_state)
+    """Compiles the training step of the next stage in the background."""
+    stage, shapes = present.stage, state
+    if grows:
+        stage = stage._replace(image_size=None)
+    if keep is not None:
+        network = stage.network
+        plan = network.groups.plan(keep, multiple=multiple_of(config))
+        smaller = compaction.Network(network.plan.then(plan), network.groups.compact(plan))
+        stage = stage._replace(network=smaller, cut=step)
+        small = jax.eval_shape(plan.compact, variables_of(state))
+        opt_state = jax.eval_shape(experiment.make_tx(stage).init, small["params"])
+        shapes = training.TrainState(state.step, small["params"], small["model_state"], opt_state)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    steps = experiment.at(stage)
     pool = ThreadPoolExecutor(1)
-    compiled = pool.submit(compile_run, config, experiment, steps, shapes)
+    compiled = pool.submit(compile_steps, config, experiment, steps, shapes)
     pool.shutdown(wait=False)
-    return Next(step, keep, compiled)
+    return Next(step, stage, steps, keep, grows, compiled)
 
 
-def compile_run(
+def compile_steps(
     config: Config, experiment: Experiment, steps: Steps, shapes: training.TrainState
-) -> Callable[..., tuple]:
-    """The training step of a network for batches of one length, ready to run."""
+) -> Compiled:
+    """The training step for chunks of one length, ready to run; of other lengths it compiles."""
     everywhere = NamedSharding(experiment.mesh, PartitionSpec())
     split = NamedSharding(experiment.mesh, PartitionSpec(None, "batch"))
     state = jax.tree.map(
@@ -198,12 +291,14 @@ def compile_run(
     size = experiment.chunk, config.batch_size
     rows = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split)
     compiled = steps.run.lower(state, experiment.train_set, rows, jax.random.key(0)).compile()
+    data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.train_set))
+    memory = reports.measure_memory(compiled)
 
     def run(state: Any, data: Any, indices: Any, key: Any) -> tuple:
         own = compiled if indices.shape == size else steps.run
         return own(state, data, indices, key)
 
-    return run
+    return Compiled(run, memory.peak - data_bytes)
 
 
 def switch(
@@ -213,33 +308,42 @@ def switch(
     coming: Next,
     state: training.TrainState,
 ) -> tuple[Present, training.TrainState]:
-    """The smaller network and its state; an error leaves both as they were."""
+    """The next stage and its state; an error leaves both as they were."""
     began = time.perf_counter()
-    done = compaction.shrink(
-        present.network,
-        coming.keep,
-        {experiment.functions.train: (experiment.example,)},
-        experiment.make_tx,
-        variables_of(state),
-        state.opt_state,
-        multiple=multiple_of(config),
-    )
-    steps = experiment.at(done.network)._replace(run=coming.compiled.result())
-    entry = {
-        "step": int(state.step),
-        "macs": experiment.macs(done.network.plan),
-        "parameters": structure.count_parameters(done.network.plan),
-        "widths": {name: group.size for name, group in done.network.groups.items()},
-        "restarted": list(done.restarted),
-        "rounded": list(done.rounded),
-        "difference": done.difference,
-        "seconds": time.perf_counter() - began,
-    }
-    small = training.TrainState(
-        state.step, done.variables["params"], done.variables["model_state"], done.opt_state
-    )
-    small = training.replicate(small, experiment.mesh)
-    return Present(done.network, steps, (*present.history, entry)), small
+    before, after = costs(config, experiment, present), {"rounded": [], "restarted": []}
+    if coming.keep is not None:
+        done = compaction.shrink(
+            present.stage.network,
+            coming.keep,
+            {experiment.functions.train: (experiment.example,)},
+            lambda groups: experiment.make_tx(
+                coming.stage._replace(network=compaction.Network(coming.stage.network.plan, groups))
+            ),
+            variables_of(state),
+            state.opt_state,
+            multiple=multiple_of(config),
+        )
+        state = training.TrainState(
+            state.step, done.variables["params"], done.variables["model_state"], done.opt_state
+        )
+        state = training.replicate(state, experiment.mesh)
+        after["widths"] = {name: group.size for name, group in done.network.groups.items()}
+        after |= {"rounded": list(done.rounded), "restarted": list(done.restarted)}
+        after["difference"] = done.difference
+    compiled = coming.compiled.result()
+    steps = coming.steps._replace(run=compiled.run)
+    present = Present(coming.stage, steps, compiled.peak_bytes, present.history)
+    now = costs(config, experiment, present)
+    entry = {"step": int(state.step), "image_size": image_size(experiment, present.stage)}
+    for name in ("parameters", "macs", "peak_bytes"):
+        entry |= {name: now.get(name), f"{name}_before": before.get(name)}
+    entry |= after | {"seconds": time.perf_counter() - began}
+    return present._replace(history=(*present.history, entry)), state
+
+
+def image_size(experiment: Experiment, stage: Stage) -> list[int]:
+    """Height and width of training images."""
+    return list(stage.image_size or experiment.test_set.images.shape[1:3])
 
 
 def variables_of(state: Any) -> dict[str, Any]:

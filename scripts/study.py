@@ -3,6 +3,9 @@
     python scripts/study.py digits_resnet8 --methods agip random --sparsities 0.72 0.95 \\
         --seeds 0 1 2 --workdir runs/study --jobs 2 -- --steps 600 --batch-size 64
 
+`study.py headline` is another study: networks that shrink while they train, against their controls
+(`study.py headline --help`).
+
 What follows `--` goes to every run. Each seed begins with its dense run, so that a part of a study
 is already a comparison. After a stop or a failure the same command skips what is finished and goes
 on with the rest; it may name more seeds, sparsities and methods. The workdir gets a folder for each
@@ -10,16 +13,15 @@ run (log.txt is what it printed) and results.jsonl, .md and .png, which always c
 """
 
 import argparse
-import contextlib
 import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import headline
 import jobs
 from configs import Method
 
@@ -36,6 +38,9 @@ Relative: to the dense run (method none) of the same seed. Bytes: of a file with
 
 def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
+    if args[:1] == ["headline"]:
+        headline.main(args[1:])
+        return
     options = parse(args)
     try:
         if not options.report_only:
@@ -88,34 +93,20 @@ def record_command(options: argparse.Namespace, command: str) -> None:
 
 def study(options: argparse.Namespace) -> None:
     """Trains what is not finished; exits with status 1 if something failed."""
-    from rich import progress
-
-    workdir, runs, failed, began = options.workdir, plan(options), {}, time.perf_counter()
+    workdir, runs = options.workdir, plan(options)
     waiting = {k: v for k, v in runs.items() if not (workdir / k / "summary.json").exists()}
     done = len(runs) - len(waiting)
     print(f"{done} of {len(runs)} runs are finished already", flush=True)
-    columns = progress.BarColumn(), progress.MofNCompleteColumn(), "{task.description}"
-    bar = progress.Progress(*columns, disable=not sys.stdout.isatty())  # prints go above it
-    task = bar.add_task("", total=len(runs), completed=done)
-    with checkpoints.stop_signals() as stopped, bar:
-        commands = {name: command(options, name, own) for name, own in waiting.items()}
-        running = jobs.run(commands, workdir, options.jobs, stopped)
-        with contextlib.closing(running) as ends:
-            for ended, (name, code) in enumerate(ends, start=1):
-                if summary := write_results(workdir).get(name):
-                    text = f"test accuracy {summary['test_accuracy']:.2%}"
-                else:
-                    text = failed[name] = f"FAILED with code {code}"
-                seconds = (time.perf_counter() - began) / ended * (len(waiting) - ended)
-                left = f"{seconds / 60:.1f} minutes left"
-                print(f"{done + ended}/{len(runs)}  {name}  {text}  {left}", flush=True)
-                bar.update(task, completed=done + ended, description=left)
+
+    def finished(name: str) -> str | None:
+        summary = write_results(workdir).get(name)
+        return summary and f"test accuracy {summary['test_accuracy']:.2%}"
+
+    commands = {name: command(options, name, own) for name, own in waiting.items()}
+    failed = jobs.follow(
+        commands, workdir, options.jobs, done=done, total=len(runs), finished=finished
+    )
     print(f"results: {workdir / 'results.md'}" if write_results(workdir) else "no run is finished")
-    for name, text in failed.items():
-        print(f"{name} {text}; see {workdir / name / 'log.txt'}")
-    if stopped:
-        print("stopped; the same command goes on from there")
-        sys.exit(128 + stopped[0])  # as shells report it: the study is not complete
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the same command tries them again")
 

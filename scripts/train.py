@@ -12,29 +12,31 @@ numbers. Everything that it writes is in --workdir:
     checkpoints/    Orbax: state, data position and configuration of the newest steps
     tensorboard/    the same metrics for TensorBoard
     summary.json    accuracy, counts, bytes and times of the finished run; summary.txt is the table
+    report.html     the story of the run in one file: curves, switches, widths; opens anywhere
     training.png, densities.png
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import shutil
 import signal
-import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import shrinking
+import train_results
 import tyro
 from configs import CONFIGS, Config
-from experiment import Setting, build, make_optimizer, plain_errors
+from experiment import Setting, build, plain_errors, rewarmed
 from flax import nnx
 
 import jaxprune
@@ -43,9 +45,8 @@ from jaxprune import (
     budgets,
     checkpoints,
     data,
-    models,
+    patterns,
     rates,
-    reports,
     scores,
     training,
     trees,
@@ -55,16 +56,17 @@ from jaxprune.metrics import MetricsLog, show_progress
 AT_INIT = ("snip", "grasp", "synflow")
 # What may change when a run goes on; all else must be as it was.
 FREE = {"workdir", "overwrite", "data_dir", "source_dir"}
+SECONDS = "seconds", "cpu_seconds"  # of training, without evaluations and checkpoints
 # What --overwrite deletes, config.json last: it is what says that the folder holds a run.
 OUTPUTS = (
-    "summary.json", "summary.txt", "training.png", "densities.png",
+    "summary.json", "summary.txt", "report.html", "training.png", "densities.png",
     "metrics.jsonl", "checkpoints", "tensorboard", "config.json",
 )  # fmt: skip
 
 
 def train(config: Config) -> dict[str, Any]:
     """One run, from the configuration to the summary; goes on where an earlier one stopped."""
-    began = time.perf_counter()
+    began = clock()
     workdir = Path(config.workdir or default_workdir(config))
     options = checkpoints.fields(config, leave_out=FREE)
     with plain_errors():
@@ -91,7 +93,7 @@ def train(config: Config) -> dict[str, Any]:
 
     experiment = build(config, make_pruning)
     steps = experiment.steps
-    present, coming = shrinking.first(experiment), None
+    stage, history, coming = shrinking.first(experiment), (), None
     with plain_errors():
         state = experiment.create(config.seed)
     # Methods that are sparse from the start have masks already.
@@ -100,27 +102,35 @@ def train(config: Config) -> dict[str, Any]:
     batches = data.index_batches(size, config.batch_size, seed=config.seed)
 
     # Restore.
-    earlier = 0.0  # seconds of training before this process
+    earlier = np.zeros(2)  # seconds of training before this process
     with plain_errors():
         manager = checkpoints.open_manager(workdir / "checkpoints")
+        record = None
         if manager.latest_step() is not None:
             record = checkpoints.read_record(manager)
             checkpoints.check_config(record["config"], options, str(workdir))
-            present = shrinking.from_record(experiment, record["network"])
-            state = shrinking.empty_state(experiment, present, config.seed)
+            stage = shrinking.from_record(experiment, record["stage"])
+            state = shrinking.empty_state(experiment, stage, config.seed)
             state, record = checkpoints.restore(manager, state)
-            coming = shrinking.coming_of(config, experiment, present, state, record["network"])
+            history = tuple(record["stage"]["history"])
             batches.set_state(record["data"])
-            earlier = record["seconds"]
+            earlier = np.array([record[name] for name in SECONDS])
             print(f"{workdir}: going on from step {int(state.step)}")
+        present = shrinking.begin(config, experiment, stage, state, history)
+        if record is not None:
+            coming = shrinking.coming_of(config, experiment, present, state, record["stage"])
     resolved = dataclasses.asdict(config) | {"workdir": str(workdir), "resolved_steps": steps}
     checkpoints.write_json(workdir / "config.json", resolved)
+    aside: list[Any] = []  # seconds of evaluations and checkpoints
+
+    def spent() -> dict[str, float]:
+        return dict(zip(SECONDS, (earlier + clock() - began - sum(aside)).tolist(), strict=True))
 
     def save(step: int, state: training.TrainState) -> None:
-        record = {"data": batches.get_state(), "config": resolved}
-        record["seconds"] = earlier + time.perf_counter() - began
-        record["network"] = shrinking.to_record(present, coming)
-        checkpoints.save(manager, step, state, record)
+        record = {"data": batches.get_state(), "config": resolved} | spent()
+        record["stage"] = shrinking.to_record(present, coming)
+        with timed(aside):
+            checkpoints.save(manager, step, state, record)
 
     # Loop.
     with (
@@ -135,8 +145,11 @@ def train(config: Config) -> dict[str, Any]:
             return sparsity_of(state.params, masks_of(config, state))
 
         def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
+            values |= spent()
             values["sparsity"] = sparsity(state)
-            values["learning_rate"] = float(experiment.schedule(step - 1))
+            rates = rewarmed(experiment.schedule, present.stage.cut, config.rewarm_steps)
+            values["learning_rate"] = float(rates(step - 1))
+            values |= shrinking.costs(config, experiment, present)
             show(step, values)
             if not math.isfinite(values["train_loss"]):
                 sys.exit(
@@ -146,49 +159,45 @@ def train(config: Config) -> dict[str, Any]:
             metrics.write(step, values)
 
         def test(step: int, state: training.TrainState) -> None:
-            values = present.steps.evaluate(state)
+            values = spent()
+            with timed(aside):
+                values |= present.steps.evaluate(state)
             show(step, values)
             metrics.write(step, values)
 
         hooks = [training.Hook(config.eval_every, test), training.Hook(config.save_every, save)]
         while int(state.step) < steps and not stopped:
-            pause = shrinking.next_pause(config, int(state.step), steps, coming)
+            pause = shrinking.next_pause(config, experiment, present, int(state.step), coming)
             state = training.fit(
                 state, pause, present.steps.run, experiment.train_set, batches,
                 jax.random.key(config.seed), experiment.mesh,
                 chunk=experiment.chunk, log_every=config.log_every, on_log=log, hooks=hooks,
                 should_stop=lambda: bool(stopped), is_pause=pause < steps,
             )  # fmt: skip
-            if stopped or int(state.step) == steps or not config.compact:
+            if stopped or int(state.step) == steps:
                 continue
             if coming is None:
-                coming = shrinking.decide(config, experiment, present, state, steps)
-            else:
+                coming = shrinking.decide(config, experiment, present, state)
+            elif int(state.step) == coming.step:
                 with plain_errors():
                     present, state = shrinking.switch(config, experiment, present, coming, state)
-                coming = None
-                print(shrinking.describe(present), flush=True)
-                save(int(state.step), state)
-        save(int(state.step), state)
+                    # Masks may have changed while it was being prepared.
+                    coming = shrinking.decide(config, experiment, present, state)
+                    print(shrinking.describe(present), flush=True)
+                    save(int(state.step), state)
+        with plain_errors():
+            save(int(state.step), state)
+        total = spent()
     manager.close()
     if int(state.step) < steps:
         print(f"stopped and saved at step {int(state.step)}; the same command goes on from there")
         sys.exit(130 if signal.SIGINT in stopped else 0)
 
-    # Report. The summary comes last: it marks a finished run.
-    masks = masks_of(config, state)
-    table = jaxprune.summarize(state.params, masks)
-    summary = summarize(config, state, masks, metrics.records)
-    summary |= {"sparsity": sparsity(state), "switches": list(present.history)}
-    summary["widths"] = models.widths_of(state.params)._asdict()
-    summary["seconds"] = earlier + time.perf_counter() - began
-    reports.plot_training({config.method: metrics.records}, workdir / "training.png")
-    reports.plot_densities(table, workdir / "densities.png")
-    text = f"{table}\n\n" + "\n".join(f"{name:22} {value}" for name, value in summary.items())
-    checkpoints.write_text(workdir / "summary.txt", text + "\n")
-    checkpoints.write_json(workdir / "summary.json", summary)
-    print(f"{text}\n\nwritten to {workdir}")
-    return summary
+    measured = {"sparsity": sparsity(state)} | total
+    return train_results.write_results(
+        config, experiment, present, state, masks_of(config, state), metrics.records,
+        measured, workdir,
+    )  # fmt: skip
 
 
 def default_workdir(config: Config) -> str:
@@ -196,6 +205,21 @@ def default_workdir(config: Config) -> str:
     kind = "-channels" if config.granularity == "channels" else ""
     method = "none" if config.method == "none" else f"{config.method}{kind}-{config.sparsity:g}"
     return f"runs/{config.dataset}-{config.model}-{method}-seed{config.seed}"
+
+
+def clock() -> np.ndarray:
+    """Seconds of the wall clock and of this process on all cores."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+@contextlib.contextmanager
+def timed(durations: list[Any]) -> Iterator[None]:
+    """Appends how long the block took, as `clock` counts."""
+    began = clock()
+    try:
+        yield
+    finally:
+        durations.append(clock() - began)
 
 
 def delete_run(workdir: Path) -> None:
@@ -210,6 +234,8 @@ def gradual_pruning(config: Config, steps: int) -> optax.GradientTransformation:
     options: dict[str, Any] = {"every": config.prune_every, "start": start, "stop": stop}
     options |= {"budget": budget_of(config)}
     method = config.method
+    if config.pattern != "weights":
+        options |= {"pattern": pattern_of(config)}
     if method in ("agip", "gradient"):
         rules = {"none": None, "density": rates.by_density(), "statistic": rates.by_statistic()}
         options |= {"decay": config.decay, "regrow": config.regrow, "rate": rules[config.rate]}
@@ -260,6 +286,18 @@ def budget_of(config: Config) -> budgets.BudgetRule | None:
     return (rules | {"erdos_renyi_kernel": budgets.erdos_renyi_kernel}).get(config.budget)
 
 
+def pattern_of(config: Config) -> patterns.PatternRule:
+    """Which weights of a kernel [..., inputs, outputs] fall together."""
+    if config.pattern == "filters":
+        return patterns.channels()
+    if ":" in config.pattern:
+        n, m = map(int, config.pattern.split(":"))
+        # Where inputs are no multiple of m, as in the first layer, weights go one by one.
+        return lambda path, leaf: patterns.n_m(n, m) if leaf.shape[-2] % m == 0 else None
+    size = tuple(map(int, config.pattern.split("x")))
+    return lambda path, leaf: patterns.blocks((None,) * (leaf.ndim - 2) + size)
+
+
 def masks_of(config: Config, state: training.TrainState) -> Any:
     """The masks; all True for a dense run."""
     if config.method == "none":
@@ -279,38 +317,6 @@ def sparsity_of(params: Any, masks: Any) -> float:
 def count_true(masks: list[jax.Array]) -> list[jax.Array]:
     """How many weights each mask keeps; one dispatch for all."""
     return [mask.sum(dtype=jnp.int32) for mask in masks]
-
-
-def summarize(
-    config: Config, state: training.TrainState, masks: Any, records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What other scripts read from summary.json."""
-
-    def nbytes(tree: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    def column(name: str) -> list[float]:
-        return [record[name] for record in records if name in record]
-
-    total = jaxprune.summarize(state.params, masks).total
-    dense_bytes, sparse_bytes = reports.checkpoint_bytes(state.params, masks)
-    dense = make_optimizer(config, optax.constant_schedule(0), None)
-    state_bytes = nbytes(state.opt_state)
-    return {
-        "test_accuracy": column("test_accuracy")[-1],
-        "train_loss": column("train_loss")[-1],
-        "parameters": total.parameters,
-        "nonzeros": total.nonzeros,
-        "sparsity": sparsity_of(state.params, masks),
-        "dense_bytes": dense_bytes,
-        "sparse_bytes": sparse_bytes,
-        "state_bytes": state_bytes,
-        "pruning_state_bytes": state_bytes - nbytes(jax.eval_shape(dense.init, state.params)),
-        "seconds_per_step": statistics.median(column("seconds_per_step") or [math.nan]),
-        "steps": int(state.step),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, jaxprune)},
-    }
 
 
 def main(args: Sequence[str] | None = None) -> None:

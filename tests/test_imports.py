@@ -28,6 +28,8 @@ LAYERS = {
     "at_init": 3,
     "post_training": 3,
     "storage": 3,
+    "accumulation": 3,
+    "sharding": 3,
     "training": 4,
     "checkpoints": 4,
     "reports": 4,

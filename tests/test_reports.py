@@ -328,3 +328,26 @@ def test_plots_leave_pyplot_alone(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_nothing_beats_is_joined(monkeypatch, tmp_path):
+    """By time dense, narrow and fast; by parameters dense and narrow."""
+    drawn = []
+    monkeypatch.setattr(_plots, "_save", lambda figure, path: drawn.append(figure))
+    rows = [
+        {"arm": name, "accuracy": accuracy, "seconds": seconds, "parameters": parameters}
+        | {"accuracy SD": 0.01, "seconds SD": None}
+        for name, accuracy, seconds, parameters in [
+            ("dense", 1.0, 1.0, 1.0),
+            ("narrow", 0.98, 0.5, 0.25),
+            ("worse", 0.97, 0.6, 0.25),
+            ("fast", 0.9, 0.2, 0.25),
+        ]
+    ]
+    reports.plot_tradeoffs(rows, tmp_path / "unused.png")
+    panels = drawn[0].axes
+    lines = [axes.lines[-1].get_xydata().tolist() for axes in panels]
+    assert lines == [[[0.2, 0.9], [0.5, 0.98], [1.0, 1.0]], [[0.25, 0.98], [1.0, 1.0]]]
+    assert all(len(axes.containers) == 4 for axes in panels)
+    with pytest.raises(ValueError, match="`rows`"):
+        reports.plot_tradeoffs([], tmp_path / "unused.png")

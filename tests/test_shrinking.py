@@ -1,6 +1,7 @@
 """scripts/train.py with channels that go while it trains: the same run, interrupted or not."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 STEPS = 36
-# Mask updates at 4, 12 and 20; switches are decided after them and happen 4 steps later.
+# Mask updates at 4, 12 and 20; switches are decided after them and happen 4 steps later. Images are
+# to grow from step 15 on: after the switch that is pending then.
 OPTIONS = f"""digits_resnet8 --granularity channels --compact --sparsity 0.5 --steps {STEPS}
     --batch-size 16 --prune-start 0.11 --prune-stop 0.56 --prune-every 8 --switch-delay 4
-    --switch-steps 0.1 --saving 0.05 --eval-every 18 --eval-batch-size 360 --save-every 6
+    --switch-steps 0.1 --saving 0.05 --small-images 0.5 --small-until 0.4 --parts 2
+    --rewarm-steps 3 --eval-every 18 --eval-batch-size 360 --save-every 6
     --log-every 2""".split()
 WIDTHS = json.dumps({"stem": 8, "blocks": [[10, 8], [12, 14], [16, 18]]})
 
@@ -63,30 +66,78 @@ def test_the_network_gets_smaller_in_steps(finished):
     workdir, output = finished
     summary = summary_of(workdir)
     steps = [entry["step"] for entry in summary["switches"]]
-    assert steps == [17, 25], "after the mask updates at 12 and 20"
+    assert steps == [17, 21, 25], (
+        "masks that changed at 12, larger images, masks that changed at 20"
+    )
+    assert [entry["image_size"] for entry in summary["switches"]] == [[4, 4], [8, 8], [8, 8]]
     parameters = [entry["parameters"] for entry in summary["switches"]]
     assert parameters == sorted(parameters, reverse=True)
     assert summary["parameters"] == parameters[-1]
     assert summary["widths"] == {"stem": 4, "blocks": [[5, 4], [6, 7], [8, 9]]}
     assert "parameters" in output and summary["sparsity"] > 0.7
-    assert all(entry["difference"] < 1e-4 for entry in summary["switches"])
+    assert all(entry.get("difference", 0.0) < 1e-4 for entry in summary["switches"])
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    at = {r["step"]: r for r in records if "train_loss" in r}
+    assert [at[step]["parts"] for step in (2, 20, 24, 36)] == [1, 1, 2, 1]
+    assert [at[step]["image_height"] for step in (2, 20, 24)] == [4, 4, 8]
+    assert at[26]["macs"] < at[24]["macs"] == at[20]["macs"] < at[16]["macs"] == at[2]["macs"]
+    assert at[24]["peak_bytes"] != at[20]["peak_bytes"]
+    # The rate after the switches at 17 and 25 rises from a third to the whole of the cosine.
+    rates = {step: 0.05 * (1 + math.cos(math.pi * (step - 1) / STEPS)) for step in at}
+    for step, share in {16: 1, 18: 1 / 3, 20: 1, 26: 1 / 3, 28: 1}.items():
+        assert at[step]["learning_rate"] == pytest.approx(share * rates[step], rel=1e-5)
+    assert summary["step_peak_bytes"] == max(r["peak_bytes"] for r in at.values())
+    assert 0 < at[2]["seconds"] < at[36]["seconds"] <= summary["seconds"]
+
+
+FULL = """
+import sys
+sys.path.insert(0, {scripts!r})
+import train
+from jaxprune import checkpoints
+save = checkpoints.save
+def full(manager, step, *rest):
+    if step >= 17:
+        raise OSError(28, "No space left on device")
+    save(manager, step, *rest)
+checkpoints.save = full
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_disk_that_is_full_at_the_switch(finished, environment, tmp_path):
+    """The checkpoints before it are whole, and the same command goes on from there."""
+    reference, _ = finished
+    code = FULL.format(scripts=str(SCRIPT.parent))
+    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(tmp_path)[2:]], env=environment, **pipes
+    )
+    assert done.returncode == 1 and "error: [Errno 28] No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert kept[-1] == 12 and not (tmp_path / "summary.json").exists()
+    run(tmp_path, environment)
+    assert record(tmp_path)["leaves"] == record(reference)["leaves"], "bit for bit"
 
 
 def test_killed_before_and_after_a_switch(finished, environment, tmp_path):
     reference, _ = finished
-    # A switch is decided on and not done yet; the network is small already; it is being told to go.
+    # A switch is decided on and not done yet; the network is small and images are to grow; all is
+    # done but the last switch.
     stopped_at(tmp_path, environment, 16, signal.SIGKILL)
-    assert record(tmp_path, 12)["record"]["network"]["switch_at"] is None
+    assert record(tmp_path, 12)["record"]["stage"]["coming"] is None
     stopped_at(tmp_path, environment, 22, signal.SIGKILL)
-    saved = record(tmp_path, 17)["record"]["network"]
-    assert [entry["step"] for entry in saved["history"]] == [17]
+    saved = record(tmp_path, 21)["record"]["stage"]
+    assert [entry["step"] for entry in saved["history"]] == [17, 21]
+    assert saved["coming"]["step"] == 25 and saved["coming"]["keep"]
     stopped_at(tmp_path, environment, 24, signal.SIGTERM)
     run(tmp_path, environment)
     assert record(tmp_path)["leaves"] == record(reference)["leaves"], "bit for bit"
     found, expected = summary_of(tmp_path), summary_of(reference)
     assert found["test_accuracy"] == expected["test_accuracy"]
-    assert [entry["widths"] for entry in found["switches"]] == [
-        entry["widths"] for entry in expected["switches"]
+    assert [entry.get("widths") for entry in found["switches"]] == [
+        entry.get("widths") for entry in expected["switches"]
     ]
 
 
@@ -96,6 +147,9 @@ def test_killed_before_and_after_a_switch(finished, environment, tmp_path):
         (["--method", "rigl"], "`method` must be one of none, agip, magnitude, random"),
         (["--granularity", "weights"], "`compact` needs a method that prunes"),
         (["--switch-delay", "8"], "`switch_delay` must be less than `prune_every` (8)"),
+        (["--parts", "3"], "`parts` must divide `batch_size` (16); got 3"),
+        (["--small-images", "0.3"], "makes images of 2 x 2 pixels of 8 x 8; at least 4 x 4"),
+        (["--validation", "9999"], "`validation` must be less than the 1437 training images"),
     ],
 )
 def test_bad_options(options, message, environment, tmp_path):

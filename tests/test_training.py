@@ -284,3 +284,71 @@ def test_loss_falls_on_digits():
     )
     assert losses[0] > 1.5
     assert losses[-1] < 0.7 * losses[0]
+
+
+class Plain(nnx.Module):
+    """No batch statistics: the parts of a batch do not see each other."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, images):
+        return self.head(nnx.relu(self.conv(images)).mean((1, 2)))
+
+
+def _one_step(tx, model, rows=ROWS[:1], devices=1, **options):
+    mesh = training.make_mesh(jax.devices()[:devices])
+    graphdef, state = training.create_state(model, tx, mesh)
+    step = training.make_train_step(graphdef, tx, _jitter, **options)
+    run = training.make_chunk_step(step, mesh)
+    split = training.replicate(_split(), mesh)
+    return run(state, split, jnp.asarray(rows), KEY)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("options", [{"parts": 4}, {"parts": 8}, {"remat": True}])
+def test_parts_and_rematerialisation_change_no_gradient(options, devices):
+    tx = optax.sgd(0.1, momentum=0.9)
+    expected = _one_step(tx, Plain(rngs=nnx.Rngs(0)))
+    found = _one_step(tx, Plain(rngs=nnx.Rngs(0)), devices=devices, **options)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_have_batch_statistics_of_their_own():
+    """Running statistics move once for each part, from its examples i, i + parts, ..."""
+    tx, parts = optax.sgd(0.0), 2
+    state, _ = _one_step(tx, Net(rngs=nnx.Rngs(0)), parts=parts)
+    model, inputs = (
+        Net(rngs=nnx.Rngs(0)),
+        _jitter(jax.random.fold_in(KEY, 0), _split().images[ROWS[0]]),
+    )
+    for part in range(parts):
+        model(inputs[part::parts])
+    expected = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    chex.assert_trees_all_close(state.model_state, expected, rtol=1e-5)
+
+
+def test_parts_do_not_live_at_the_same_time():
+    """Activations of four parts take less than half of the memory of the whole batch."""
+    tx, mesh = optax.sgd(0.1), training.make_mesh(jax.devices()[:1])
+    model = models.resnet8(in_channels=1, rngs=nnx.Rngs(0))
+    split = data.Split(jnp.zeros((64, 16, 16, 1), jnp.uint8), jnp.zeros(64, jnp.int32))
+    graphdef, state = training.create_state(model, tx, mesh)
+    sizes = []
+    for parts in (1, 4):
+        step = training.make_train_step(
+            graphdef, tx, lambda key, images: _scale(images), parts=parts
+        )
+        compiled = (
+            training.make_chunk_step(step, mesh)
+            .lower(state, split, jnp.zeros((1, 64), jnp.int32), KEY)
+            .compile()
+        )
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_parts_must_divide_the_batch():
+    with pytest.raises(ValueError, match=r"`parts` must divide the batch \(16\); got 3"):
+        _one_step(optax.sgd(0.1), Plain(rngs=nnx.Rngs(0)), parts=3)

@@ -13,11 +13,13 @@ from jaxprune.reports._costs import (
     measure_latency,
     measure_memory,
 )
+from jaxprune.reports._page import write_page
 from jaxprune.reports._plots import (
     plot_accuracy,
     plot_compaction,
     plot_densities,
     plot_retraining,
+    plot_tradeoffs,
     plot_training,
 )
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
@@ -41,7 +43,9 @@ __all__ = [
     "plot_compaction",
     "plot_densities",
     "plot_retraining",
+    "plot_tradeoffs",
     "plot_training",
     "summarize",
     "table",
+    "write_page",
 ]

@@ -259,6 +259,73 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     _save(figure, path)
 
 
+def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws accuracy against training time and against size, side by side.
+
+    A line joins what nothing else beats in both. Up and to the left is better.
+
+    Args:
+        rows: one for each way to train: `arm` is its name; `accuracy`, `seconds` of training and
+            `parameters` are relative to the dense network, `accuracy SD` and `seconds SD` standard
+            deviations of these, or None.
+        path: the PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: if `rows` is empty.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> row = {"arm": "dense", "accuracy": 1.0, "accuracy SD": 0.01, "seconds": 1.0}
+        >>> row |= {"seconds SD": None, "parameters": 1.0}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_tradeoffs([row], f"{folder}/tradeoffs.png")
+        ...     pathlib.Path(folder, "tradeoffs.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    if not rows:
+        raise ValueError("`rows` must have one row for each way to train, but is empty.")
+    figure = _figure(11.0, 4.8)
+    panels = figure.subplots(1, 2, sharey=True)
+    labels = {"seconds": "Training time", "parameters": "Parameters"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        for index, row in enumerate(rows):
+            axes.errorbar(
+                row[key],
+                row["accuracy"],
+                row["accuracy SD"] or 0,
+                row.get(f"{key} SD") or 0,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)],
+                linestyle="none",
+                markersize=6,
+                capsize=3,
+                label=row["arm"],
+            )
+        best = [row for row in rows if not any(_beats(other, row, key) for other in rows)]
+        best.sort(key=lambda row: row[key])
+        axes.plot(
+            [row[key] for row in best],
+            [row["accuracy"] for row in best],
+            color="#999999",
+            linewidth=0.8,
+            zorder=0,
+        )
+        _finish(axes, title=f"Accuracy by {label.lower()}", xlabel=f"{label}, relative to dense")
+        axes.set_xlim(left=0)
+        axes.get_legend().remove()
+    panels[0].set_ylabel("Test accuracy, relative to dense")
+    panels[0].yaxis.set_major_formatter("{x:.1%}")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _beats(other: Mapping[str, Any], row: Mapping[str, Any], key: str) -> bool:
+    """Whether another way is as good in both and better in one."""
+    gains = other["accuracy"] - row["accuracy"], row[key] - other[key]
+    return min(gains) >= 0 and max(gains) > 0
+
+
 def _draw_methods(
     axes: "Axes",
     rows: Sequence[Mapping[str, Any]],

@@ -1,0 +1,87 @@
+"""scripts/experiment.py: images that grow, parts of a batch, rates after a cut, held-out images."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxprune import data
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module("experiment")
+
+
+@pytest.fixture
+def config(experiment):
+    return importlib.import_module("configs").CONFIGS["digits_resnet8"][1]
+
+
+def _network(*sizes):
+    """What `parts_of` reads: (channels, of so many at first) of each group."""
+    groups = {str(i): SimpleNamespace(size=n, full=full) for i, (n, full) in enumerate(sizes)}
+    return SimpleNamespace(groups=groups)
+
+
+def test_small_images_are_means_of_pixels(experiment):
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    small = experiment.resized(jnp.asarray(images), (4, 4))
+    assert small.shape == (2, 4, 4, 1)
+    # The triangle of two pixels' width: 1 3 3 1, renormalised at the edges.
+    weights = np.zeros((4, 8))
+    for row in range(4):
+        for pixel, weight in zip(range(2 * row - 1, 2 * row + 3), (1, 3, 3, 1)):
+            if 0 <= pixel < 8:
+                weights[row, pixel] = weight
+    weights /= weights.sum(1, keepdims=True)
+    expected = np.einsum("ah,bw,nhwc->nabc", weights, weights, images)
+    np.testing.assert_allclose(small, expected, atol=1e-5)
+    assert experiment.resized(small, (4, 4)) is small
+
+
+@pytest.mark.parametrize(
+    ("share", "until", "expected"), [(0.5, 0.3, (4, 6)), (1.0, 0.3, None), (0.5, 0.0, None)]
+)
+def test_small_size(experiment, config, share, until, expected):
+    own = dataclasses.replace(config, small_images=share, small_until=until)
+    assert experiment.small_size(own, (8, 12)) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "sizes", "expected"),
+    [
+        (1, None, [(8, 16)], 1),
+        (4, None, [(16, 16), (32, 32)], 4),
+        (4, None, [(8, 16), (16, 32)], 2),
+        (4, None, [(9, 16), (17, 32)], 4),  # 2.17 are not enough, and 3 do not divide 64
+        (4, (4, 4), [(16, 16)], 1),
+        (8, (4, 4), [(8, 16)], 1),
+    ],
+)
+def test_parts_shrink_with_activations(experiment, config, parts, size, sizes, expected):
+    own = dataclasses.replace(config, parts=parts, batch_size=64)
+    stage = experiment.Stage(_network(*sizes), size)
+    assert experiment.parts_of(own, stage, (8, 8)) == expected
+
+
+def test_a_rate_rises_again_after_a_cut(experiment):
+    schedule = experiment.rewarmed(optax.constant_schedule(0.8), 10, 4)
+    found = [float(schedule(jnp.asarray(step))) for step in (10, 11, 12, 13, 14, 50)]
+    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rtol=1e-6)
+    assert experiment.rewarmed(schedule, None, 4) is schedule
+    assert experiment.rewarmed(schedule, 10, 0) is schedule
+
+
+def test_held_out_images_are_training_images_that_are_not_trained_on(experiment):
+    whole = data.load("digits")
+    held = experiment.held_out(whole, 100)
+    joined = [np.concatenate(pair) for pair in zip(held.train, held.test)]
+    assert all((a == b).all() for a, b in zip(joined, whole.train)) and len(held.test.labels) == 100
+    assert experiment.held_out(whole, 0) is whole
