@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 __all__ = [
     "check_config",
     "check_writable",
     "fields",
+    "on_host",
     "open_manager",
     "read_json",
     "read_record",
@@ -238,7 +240,8 @@ def restore(
 
     Args:
         manager: from `open_manager`.
-        like: tree of arrays as the checkpoint must be: structure, shapes, dtypes, shardings.
+        like: tree of arrays, or of `jax.ShapeDtypeStruct`, as the checkpoint must be: structure,
+            shapes, dtypes, shardings.
         step: default the newest.
 
     Returns:
@@ -350,13 +353,31 @@ def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
     """Leaf path -> [shape, dtype] or [shape, dtype, CRC-32 of its bytes]."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        row = [list(np.shape(leaf)), str(leaf.dtype)]
+        row = [list(leaf.shape), str(leaf.dtype)]
         if checksum:
             is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            values = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-            row.append(zlib.crc32(values.tobytes()))
+            values = jax.random.key_data(leaf) if is_key else leaf
+            row.append(zlib.crc32(on_host(values).tobytes()))
         leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = row
     return leaves
+
+
+def on_host(array: Any) -> np.ndarray:
+    """All of an array, also of one that is spread over processes, which all have to call this.
+
+    Args:
+        array: of numbers, on any devices.
+
+    Returns:
+        A NumPy array.
+
+    Example:
+        >>> on_host(jnp.arange(3)).tolist()
+        [0, 1, 2]
+    """
+    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path) -> None:

@@ -32,6 +32,7 @@ class MetricsLog:
     Args:
         workdir: existing folder; gets `metrics.jsonl` and `tensorboard/`.
         step: the step that the run starts from.
+        write: False keeps records in memory only, as all but one of several processes do.
 
     Example:
         >>> import tempfile
@@ -41,14 +42,17 @@ class MetricsLog:
         [{'step': 5, 'train_loss': 0.25}]
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], step: int) -> None:
+    def __init__(self, workdir: str | os.PathLike[str], step: int, *, write: bool = True) -> None:
         """Opens the files."""
         from tensorboardX import SummaryWriter
 
+        self._file = self._board = None
         path = Path(workdir) / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         records = [_parse(line) for line in lines]
         self.records = [record for record in records if record.get("step", math.inf) <= step]
+        if not write:
+            return
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
@@ -56,6 +60,8 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one record, on disk at once."""
         self.records.append({"step": step, **values})
+        if self._file is None or self._board is None:
+            return
         self._file.write(json.dumps(self.records[-1]) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -67,18 +73,21 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         """Closes the files."""
-        self._file.close()
-        self._board.close()
+        for opened in filter(None, (self._file, self._board)):
+            opened.close()
 
 
 @contextlib.contextmanager
-def show_progress(label: str, steps: int, step: int = 0) -> Iterator[Callable[..., None]]:
+def show_progress(
+    label: str, steps: int, step: int = 0, *, write: bool = True
+) -> Iterator[Callable[..., None]]:
     """Shows how a run is doing: a bar on a terminal, elsewhere a line per call.
 
     Args:
         label: name of the run.
         steps: how many steps the run has.
         step: the step that it starts from.
+        write: False shows nothing.
 
     Yields:
         `show(step, values)`. Metrics that a call does not give keep their last value.
@@ -89,6 +98,9 @@ def show_progress(label: str, steps: int, step: int = 0) -> Iterator[Callable[..
         step 50/100  loss 0.5000  sparsity 72.0%  1:40 left
     """
     latest: dict[str, float] = {}
+    if not write:
+        yield lambda step, values: None
+        return
     if not sys.stdout.isatty():
 
         def show(step: int, values: Mapping[str, float]) -> None:

@@ -1,8 +1,8 @@
 """Train state, step and loop: what training scripts and pruning drivers share.
 
-The data set lives on the devices and a batch is a row of indices, so a step moves a few hundred
-bytes from the host. All randomness of a step derives from its number, so a resumed run repeats it
-bit for bit.
+A small data set lives on the devices and a batch is a row of indices, so a step moves a few hundred
+bytes from the host; of a large one each process brings its part of the batch. All randomness of a
+step derives from its number, so a resumed run repeats it bit for bit.
 """
 
 import time
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune import accumulation
+from jaxprune import accumulation, sharding
+from jaxprune.sharding import check_batch, replicate
 
 __all__ = [
     "Hook", "TrainState", "check_batch", "create_state", "cross_entropy", "fit", "make_chunk_step",
@@ -55,37 +56,20 @@ class Hook(NamedTuple):
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A 1-D mesh with the axis `batch`, over all local devices unless told.
+    """A mesh with the axis `data` alone, see `jaxprune.sharding` for others.
 
     Args:
-        devices: the devices to use.
+        devices: the devices to use; default all of all processes.
 
     Returns:
         A `jax.sharding.Mesh` with automatic axes.
 
     Example:
         >>> make_mesh().axis_names
-        ('batch',)
+        ('data',)
     """
-    devices = jax.local_devices() if devices is None else devices
-    return Mesh(np.asarray(devices), ("batch",), axis_types=(AxisType.Auto,))
-
-
-def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copies a tree of arrays to every device of the mesh.
-
-    Args:
-        tree: arrays, e.g. a `jaxprune.data.Split`.
-        mesh: from `make_mesh`.
-
-    Returns:
-        The same tree of replicated `jax.Array`.
-
-    Example:
-        >>> replicate(np.ones(3), make_mesh()).is_fully_replicated
-        True
-    """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    devices = jax.devices() if devices is None else devices
+    return sharding.make_mesh({"data": len(devices)}, devices)
 
 
 def create_state(
@@ -96,7 +80,7 @@ def create_state(
     Args:
         model: the model; it is put in training mode. Its arrays are copied, so it stays usable.
         tx: the optimizer, pruning transform included.
-        mesh: where the state goes (replicated).
+        mesh: where the state goes, as `sharding.shardings_for` says.
 
     Returns:
         `(graphdef, state)`; parameters and statistics are nested dicts of arrays.
@@ -115,9 +99,10 @@ def create_state(
         params, model_state = jax.tree.map(jnp.copy, (params, model_state))
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    init = jax.jit(init, out_shardings=everywhere)
-    return graphdef, init(nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
+    values = replicate((nnx.to_pure_dict(params), nnx.to_pure_dict(rest)), mesh)
+    shapes = jax.eval_shape(init, *values)
+    places = sharding.shardings_for(shapes, mesh, params=shapes.params)
+    return graphdef, jax.jit(init, out_shardings=places)(*values)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -201,16 +186,20 @@ def make_train_step(
     return step
 
 
-def make_chunk_step(step: Callable[..., tuple], mesh: Mesh) -> Callable[..., tuple]:
-    """Jits several steps as one call, over indices into a data set that lives on the devices.
+def make_chunk_step(
+    step: Callable[..., tuple], mesh: Mesh, places: PyTree = None
+) -> Callable[..., tuple]:
+    """Jits several steps as one call.
 
     Args:
         step: from `make_train_step`.
-        mesh: batches are split over its devices, the state is on each of them.
+        mesh: batches are split over its devices.
+        places: shardings of the state, from `sharding.shardings_for`; None: all of it everywhere.
 
     Returns:
-        `run(state, data, indices, key) -> (state, metrics)`. `data` has `images` [N, H, W, C] and
-        `labels` [N]; `indices` is int32 [steps, batch]; each metric is float32 [steps]. `state` is
+        `run(state, data, rows, key) -> (state, metrics)`. `data` has `images` [N, H, W, C] and
+        `labels` [N] on the devices, and `rows` is int32 [steps, batch]; or `data` is None, and
+        `rows` has images [steps, batch, ...] and labels. Each metric is float32 [steps]. `state` is
         donated. One row runs without `lax.scan`: on CPU a convolution in a loop is 12 times slower.
 
     Example:
@@ -226,20 +215,19 @@ def make_chunk_step(step: Callable[..., tuple], mesh: Mesh) -> Callable[..., tup
         (5, (5,))
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    split_batch = NamedSharding(mesh, PartitionSpec("batch"))
 
-    def one(state: TrainState, data: Any, indices: jax.Array, key: jax.Array):
-        indices = jax.lax.with_sharding_constraint(indices, split_batch)
-        batch = data.images[indices], data.labels[indices]
-        return step(state, *jax.lax.with_sharding_constraint(batch, split_batch), key)
+    def one(state: TrainState, data: Any, row: Any, key: jax.Array):
+        return step(state, *_batch(data, row, mesh), key)
 
-    def run(state: TrainState, data: Any, indices: jax.Array, key: jax.Array):
-        if len(indices) == 1:
-            state, metrics = one(state, data, indices[0], key)
+    def run(state: TrainState, data: Any, rows: Any, key: jax.Array):
+        first = jax.tree.map(lambda x: x[0], rows)
+        if len(jax.tree.leaves(rows)[0]) == 1:
+            state, metrics = one(state, data, first, key)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(lambda state, row: one(state, data, row, key), state, indices)
+        return jax.lax.scan(lambda state, row: one(state, data, row, key), state, rows)
 
-    return jax.jit(run, donate_argnums=0, out_shardings=everywhere)
+    out = everywhere if places is None else places, everywhere
+    return jax.jit(run, donate_argnums=0, out_shardings=out)
 
 
 def make_evaluate(
@@ -257,6 +245,7 @@ def make_evaluate(
     Returns:
         `evaluate(state, data, batch_size) -> {"test_loss", "test_accuracy"}`, Python floats. The
         last batch is padded with examples of weight 0, so there is one compilation for any size.
+        `data` may be a function that yields this process's part of (images, labels, valid).
 
     Example:
         >>> from jaxprune.data import Split
@@ -268,29 +257,32 @@ def make_evaluate(
         >>> evaluate(state, split, 8)["test_accuracy"]  # equal logits: the first class wins
         1.0
     """
-    split_batch = NamedSharding(mesh, PartitionSpec("batch"))
+    split_batch = sharding.batch_sharding(mesh)
     apply = graphdef if callable(graphdef) else partial(_evaluate, graphdef)
 
-    @jax.jit
-    def one(state: TrainState, data: Any, indices: jax.Array, valid: jax.Array):
-        labels = data.labels[indices]
-        logits = apply(state.params, state.model_state, prepare(data.images[indices]))
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def one(state: TrainState, data: Any, row: Any, valid: jax.Array):
+        images, labels = _batch(data, row, mesh)
+        logits = apply(state.params, state.model_state, prepare(images))
         losses = jnp.where(valid, cross_entropy(logits, labels), 0.0)
-        return losses.sum(), jnp.sum(valid & (jnp.argmax(logits, -1) == labels), dtype=jnp.int32)
+        correct = jnp.sum(valid & (jnp.argmax(logits, -1) == labels), dtype=jnp.int32)
+        return losses.sum(), correct, valid.sum(dtype=jnp.int32)
 
     def evaluate(state: TrainState, data: Any, batch_size: int) -> Metrics:
-        size = len(data.labels)
-        sums = []
-        for first in range(0, size, batch_size):
-            indices = np.arange(first, first + batch_size, dtype=np.int32)
-            valid = indices < size
-            batch = jax.device_put((np.where(valid, indices, 0), valid), split_batch)
-            sums.append(one(state._replace(opt_state=()), data, *batch))
-        losses, correct = np.asarray(jax.device_get(sums), np.float64).T
-        return {
-            "test_loss": float(losses.sum() / size),
-            "test_accuracy": float(correct.sum() / size),
-        }
+        state = state._replace(opt_state=())
+        read: Any = data
+        if callable(data):
+            parts = (_from_parts(batch, split_batch) for batch in read())
+            sums = [one(state, None, (images, labels), valid) for images, labels, valid in parts]
+        else:
+            sums = []
+            for first in range(0, len(data.labels), batch_size):
+                indices = np.arange(first, first + batch_size, dtype=np.int32)
+                valid = indices < len(data.labels)
+                row = sharding.put((np.where(valid, indices, 0), valid), split_batch)
+                sums.append(one(state, data, *row))
+        loss, correct, count = np.asarray(jax.device_get(sums), np.float64).sum(0)
+        return {"test_loss": float(loss / count), "test_accuracy": float(correct / count)}
 
     return evaluate
 
@@ -319,8 +311,9 @@ def fit(
         state: donated; use the returned one.
         stop: train until `state.step` is this.
         run: from `make_chunk_step`.
-        data: the training split, on the devices.
-        batches: yields int32 [batch] indices.
+        data: the training split, on the devices; or None.
+        batches: yields int32 [batch] indices, all of them on each process; without `data` it yields
+            this process's part of (images, labels).
         key: the run's random key.
         mesh: where the batches go.
         chunk: steps per call; 1 on CPU.
@@ -350,15 +343,18 @@ def fit(
         >>> int(state.step)
         7
     """
-    rows = NamedSharding(mesh, PartitionSpec(None, "batch"))
+    split = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+    key = replicate(key, mesh)
     periods = [log_every, *(hook.every for hook in hooks)]
     step, timed, pending, since, warm = int(state.step), 0, [], time.perf_counter(), set()
     while step < stop and not should_stop():
         due = min([stop, *((step // every + 1) * every for every in periods)])
         count = chunk if step + chunk <= due else 1
-        indices = np.stack([next(batches) for _ in range(count)]).astype(np.int32)
-        check_batch(indices.shape[1], mesh)
-        state, metrics = run(state, data, jax.device_put(indices, rows), key)
+        rows = jax.tree.map(lambda *each: np.stack(each), *[next(batches) for _ in range(count)])
+        size = jax.tree.leaves(rows)[0].shape[1] * (jax.process_count() if data is None else 1)
+        check_batch(size, mesh)
+        rows = _from_parts(rows, split) if data is None else sharding.put(rows, split)
+        state, metrics = run(state, data, rows, key)
         step += count
         pending.append(metrics)
         if count in warm:
@@ -372,7 +368,7 @@ def fit(
             means = {k: float(np.concatenate([m[k] for m in fetched]).mean()) for k in fetched[0]}
             if timed:
                 means["seconds_per_step"] = (time.perf_counter() - since) / timed
-                means["images_per_second"] = indices.shape[1] / means["seconds_per_step"]
+                means["images_per_second"] = size / means["seconds_per_step"]
             if on_log is not None:
                 on_log(step, state, means)
             pending, timed, since = [], 0, time.perf_counter()
@@ -386,25 +382,18 @@ def fit(
     return state
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Refuses a batch that cannot be split evenly over the devices of a mesh.
+def _batch(data: Any, row: Any, mesh: Mesh) -> Any:
+    """Images and labels, split over all devices."""
+    split = sharding.batch_sharding(mesh)
+    row = jax.lax.with_sharding_constraint(row, split)
+    if data is None:
+        return row
+    return jax.lax.with_sharding_constraint((data.images[row], data.labels[row]), split)
 
-    Args:
-        batch_size: examples per step.
-        mesh: from `make_mesh`.
 
-    Raises:
-        ValueError: `batch_size` does not divide by the number of devices.
-
-    Example:
-        >>> check_batch(64, make_mesh())
-    """
-    if batch_size % mesh.size:
-        nearest = max(1, round(batch_size / mesh.size)) * mesh.size
-        raise ValueError(
-            f"`batch_size` must divide by the number of devices ({mesh.size}), got {batch_size}; "
-            f"use for example {nearest}"
-        )
+def _from_parts(tree: PyTree, where: NamedSharding) -> PyTree:
+    """Arrays of which each process has its part."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), tree)
 
 
 def _train(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, inputs: jax.Array):

@@ -72,6 +72,14 @@ class Config:
     multiple: int = 0  # compact: of the widths that are left; 0: 8 on accelerators, 1 on CPU
     init_images: int = 1024  # snip, grasp: training images that are scored, in a single batch
 
+    mesh: str = (
+        ""  # such as data=4,fsdp=2: fsdp splits parameters too; empty: data over all devices
+    )
+    coordinator: str = ""  # several processes: address of the first, such as 10.0.0.1:1234
+    processes: int = 1  # with coordinator: how many there are
+    process: int = 0  # with coordinator: which one this is
+    host_timeout: int = 100  # seconds after which a process that is not heard of is lost
+
     workdir: str = ""  # folder of all outputs; empty: runs/ and a name made of the main options
     overwrite: bool = False  # delete the run that the workdir holds and start afresh
     eval_every: int = 200  # steps between two evaluations on the test images
@@ -90,8 +98,9 @@ class Config:
             if getattr(self, name) not in names
         ]
         at_least_0 = "steps pad warmup_steps weight_decay chunk seed switches switch_steps multiple"
-        at_least_0 += " rewarm_steps validation"
+        at_least_0 += " rewarm_steps validation process"
         at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every parts"
+        at_least_1 += " processes host_timeout"
         fractions = "sparsity momentum label_smoothing regrow drop saving"
         rules = [
             ("at least 0", lambda x: x >= 0, at_least_0),
@@ -115,6 +124,12 @@ class Config:
             bad.append(f"`pattern` {self.pattern} needs `granularity` weights and `method` {names}")
         if self.compact and (self.granularity != "channels" or self.method == "none"):
             bad.append("`compact` needs a method that prunes, and `granularity` channels")
+        if self.process >= self.processes:
+            bad.append(
+                f"`process` must be less than `processes` ({self.processes}); got {self.process}"
+            )
+        if self.processes > 1 and not self.coordinator:
+            bad.append("`processes` needs `coordinator`, the address of the first one")
         if self.batch_size % self.parts:
             bad.append(f"`parts` must divide `batch_size` ({self.batch_size}); got {self.parts}")
         if self.compact and self.switch_delay >= self.prune_every:

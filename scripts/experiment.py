@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jaxprune
-from jaxprune import compaction, data, models, rewinding, structure, training
+from jaxprune import compaction, data, models, rewinding, sharding, structure, training
 
 MakePruning = Callable[["Setting"], optax.GradientTransformation | None]
 
@@ -43,6 +43,7 @@ class Steps(NamedTuple):
 
     tx: optax.GradientTransformation
     run: Callable[..., tuple]  # see training.make_chunk_step
+    like: training.TrainState  # shapes of the state, and where its arrays lie
     evaluate: Callable[[training.TrainState], dict[str, float]]  # on the test images
 
 
@@ -87,15 +88,16 @@ class Experiment(NamedTuple):
 
 def build(config: Config, make_pruning: MakePruning) -> Experiment:
     """Everything that a run needs. Errors that a user can mend end the program with a message."""
-    mesh = training.make_mesh()
     with plain_errors():
+        axes = sharding.parse_mesh(config.mesh) if config.mesh else {"data": jax.device_count()}
+        mesh = sharding.make_mesh(axes)
         for batch_size in (config.batch_size, config.eval_batch_size):
-            training.check_batch(batch_size, mesh)
+            sharding.check_batch(batch_size, mesh)
         dataset = held_out(load_data(config), config.validation)
         # Only to check batch size and seed.
         data.index_batches(len(dataset.train.labels), config.batch_size, seed=config.seed)
     # Small sets live on every device; a batch is a row of indices.
-    train_set, test_set = training.replicate((dataset.train, dataset.test), mesh)
+    train_set, test_set = sharding.replicate((dataset.train, dataset.test), mesh)
     epoch = len(dataset.train.labels) // config.batch_size
     steps = config.steps or max(1, round(config.epochs * epoch))
 
@@ -111,7 +113,7 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         model.train()
         graphdef, *states = nnx.split(model, nnx.Param, ...)
         functions = make_functions(graphdef)
-        example = prepare_test(jnp.asarray(dataset.train.images[:8]))
+        example = sharding.replicate(prepare_test(jnp.asarray(dataset.train.images[:8])), mesh)
         params, model_state = map(nnx.to_pure_dict, states)
         variables, groups = {"params": params, "model_state": model_state}, None
         if config.granularity == "channels":
@@ -125,6 +127,23 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         own = setting._replace(groups=None if stage.network is None else stage.network.groups)
         rates = rewarmed(schedule, stage.cut, config.rewarm_steps)
         return make_optimizer(config, rates, make_pruning(own))
+
+    def shapes(stage: Stage, tx: optax.GradientTransformation) -> training.TrainState:
+        """Of the state, with the places of all arrays."""
+
+        def init(variables: Any) -> training.TrainState:
+            if stage.cut is not None:
+                variables = stage.network.plan.compact(variables)
+            params, model_state = variables["params"], variables["model_state"]
+            return training.TrainState(
+                jnp.zeros((), jnp.int32), params, model_state, tx.init(params)
+            )
+
+        state = jax.eval_shape(init, variables)
+        places = sharding.shardings_for(state, mesh, params=state.params)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+        )
 
     def make_steps(
         stage: Stage, tx: optax.GradientTransformation, functions: Functions = functions
@@ -150,9 +169,11 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
             remat=config.remat,
         )
         evaluate = training.make_evaluate(apply, prepare_test, mesh)
+        like = shapes(stage, tx)
         return Steps(
             tx,
-            training.make_chunk_step(step, mesh),
+            training.make_chunk_step(step, mesh, jax.tree.map(lambda x: x.sharding, like)),
+            like,
             lambda state: evaluate(state, test_set, config.eval_batch_size),
         )
 

@@ -20,7 +20,16 @@ from experiment import Experiment, Stage, Steps, parts_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxprune
-from jaxprune import budgets, compaction, reports, schedules, scores, structure, training
+from jaxprune import (
+    budgets,
+    compaction,
+    reports,
+    schedules,
+    scores,
+    sharding,
+    structure,
+    training,
+)
 
 
 class Compiled(NamedTuple):
@@ -83,12 +92,11 @@ def begin(
     config: Config,
     experiment: Experiment,
     stage: Stage,
-    state: training.TrainState,
     history: tuple[Mapping[str, Any], ...] = (),
 ) -> Present:
     """Compiles the steps of a stage that a run begins with, or goes on with."""
     steps = experiment.at(stage)
-    compiled = compile_steps(config, experiment, steps, state)
+    compiled = compile_steps(config, experiment, steps)
     return Present(stage, steps._replace(run=compiled.run), compiled.peak_bytes, history)
 
 
@@ -118,16 +126,6 @@ def from_record(experiment: Experiment, record: Mapping[str, Any]) -> Stage:
     plan = structure.plan_of(record["plan"], "the checkpoint")
     network = compaction.Network(plan, experiment.groups.compact(plan))
     return Stage(network, size, record["cut"])
-
-
-def empty_state(experiment: Experiment, stage: Stage, seed: int) -> training.TrainState:
-    """A state of the shapes of a stage, to restore into."""
-    state = experiment.create(seed)
-    if stage.cut is None:
-        return state
-    small = stage.network.plan.compact(variables_of(state))
-    opt_state = experiment.make_tx(stage).init(small["params"])
-    return training.TrainState(state.step, small["params"], small["model_state"], opt_state)
 
 
 def costs(config: Config, experiment: Experiment, present: Present) -> dict[str, float]:
@@ -212,7 +210,7 @@ def decide(
     if not grows and keep is None:
         return None
     later = step + config.switch_delay
-    return plan_switch(config, experiment, present, state, keep, grows=grows, step=later)
+    return plan_switch(config, experiment, present, keep, grows=grows, step=later)
 
 
 def masked_enough(
@@ -234,7 +232,6 @@ def coming_of(
     config: Config,
     experiment: Experiment,
     present: Present,
-    state: training.TrainState,
     record: Mapping[str, Any],
 ) -> Next | None:
     """The switch that was decided on when a checkpoint was saved."""
@@ -246,21 +243,20 @@ def coming_of(
         sizes = {name: group.size for name, group in present.stage.network.groups.items()}
         keep = {name: np.isin(np.arange(sizes[name]), own) for name, own in keep.items()}
     step, grows = saved["step"], saved["grows"]
-    return plan_switch(config, experiment, present, state, keep, grows=grows, step=step)
+    return plan_switch(config, experiment, present, keep, grows=grows, step=step)
 
 
 def plan_switch(
     config: Config,
     experiment: Experiment,
     present: Present,
-    state: training.TrainState,
     keep: Mapping[str, Any] | None,
     *,
     grows: bool,
     step: int,
 ) -> Next:
     """Compiles the training step of the next stage in the background."""
-    stage, shapes = present.stage, state
+    stage = present.stage
     if grows:
         stage = stage._replace(image_size=None)
     if keep is not None:
@@ -268,29 +264,21 @@ def plan_switch(
         plan = network.groups.plan(keep, multiple=multiple_of(config))
         smaller = compaction.Network(network.plan.then(plan), network.groups.compact(plan))
         stage = stage._replace(network=smaller, cut=step)
-        small = jax.eval_shape(plan.compact, variables_of(state))
-        opt_state = jax.eval_shape(experiment.make_tx(stage).init, small["params"])
-        shapes = training.TrainState(state.step, small["params"], small["model_state"], opt_state)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
     steps = experiment.at(stage)
     pool = ThreadPoolExecutor(1)
-    compiled = pool.submit(compile_steps, config, experiment, steps, shapes)
+    compiled = pool.submit(compile_steps, config, experiment, steps)
     pool.shutdown(wait=False)
     return Next(step, stage, steps, keep, grows, compiled)
 
 
-def compile_steps(
-    config: Config, experiment: Experiment, steps: Steps, shapes: training.TrainState
-) -> Compiled:
+def compile_steps(config: Config, experiment: Experiment, steps: Steps) -> Compiled:
     """The training step for chunks of one length, ready to run; of other lengths it compiles."""
-    everywhere = NamedSharding(experiment.mesh, PartitionSpec())
-    split = NamedSharding(experiment.mesh, PartitionSpec(None, "batch"))
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
-    )
+    mesh = experiment.mesh
+    split = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
     size = experiment.chunk, config.batch_size
     rows = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split)
-    compiled = steps.run.lower(state, experiment.train_set, rows, jax.random.key(0)).compile()
+    key = sharding.replicate(jax.random.key(0), mesh)
+    compiled = steps.run.lower(steps.like, experiment.train_set, rows, key).compile()
     data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.train_set))
     memory = reports.measure_memory(compiled)
 
@@ -312,6 +300,7 @@ def switch(
     began = time.perf_counter()
     before, after = costs(config, experiment, present), {"rounded": [], "restarted": []}
     if coming.keep is not None:
+        state = sharding.replicate(state, experiment.mesh)  # what is left may be split otherwise
         done = compaction.shrink(
             present.stage.network,
             coming.keep,
@@ -326,7 +315,8 @@ def switch(
         state = training.TrainState(
             state.step, done.variables["params"], done.variables["model_state"], done.opt_state
         )
-        state = training.replicate(state, experiment.mesh)
+        places = jax.tree.map(lambda x: x.sharding, coming.steps.like)
+        state = jax.tree.map(sharding.put, state, places)
         after["widths"] = {name: group.size for name, group in done.network.groups.items()}
         after |= {"rounded": list(done.rounded), "restarted": list(done.restarted)}
         after["difference"] = done.difference

@@ -18,16 +18,19 @@ numbers. Everything that it writes is in --workdir:
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +39,7 @@ import shrinking
 import train_results
 import tyro
 from configs import CONFIGS, Config
-from experiment import Setting, build, plain_errors, rewarmed
+from experiment import Experiment, Setting, build, plain_errors, rewarmed
 from flax import nnx
 
 import jaxprune
@@ -55,7 +58,8 @@ from jaxprune.metrics import MetricsLog, show_progress
 
 AT_INIT = ("snip", "grasp", "synflow")
 # What may change when a run goes on; all else must be as it was.
-FREE = {"workdir", "overwrite", "data_dir", "source_dir"}
+FREE = {"workdir", "overwrite", "data_dir", "source_dir", "mesh"}
+FREE |= {"coordinator", "processes", "process", "host_timeout"}
 SECONDS = "seconds", "cpu_seconds"  # of training, without evaluations and checkpoints
 # What --overwrite deletes, config.json last: it is what says that the folder holds a run.
 OUTPUTS = (
@@ -71,15 +75,17 @@ def train(config: Config) -> dict[str, Any]:
     options = checkpoints.fields(config, leave_out=FREE)
     with plain_errors():
         checkpoints.check_writable(workdir)
-        if config.overwrite:
+        hosts.check_same(options | {"mesh": config.mesh})
+        if config.overwrite and hosts.is_first():
             delete_run(workdir)
+        hosts.wait("delete")
         saved = checkpoints.read_json(workdir / "config.json")
         summary = checkpoints.read_json(workdir / "summary.json")
         if saved is not None:
             checkpoints.check_config(saved, options, str(workdir))
         if summary is not None:
-            print((workdir / "summary.txt").read_text())
-            print(f"{workdir} is finished; --overwrite trains it anew.")
+            hosts.say((workdir / "summary.txt").read_text())
+            hosts.say(f"{workdir} is finished; --overwrite trains it anew.")
             return summary
 
     def make_pruning(setting: Setting) -> optax.GradientTransformation | None:
@@ -95,6 +101,7 @@ def train(config: Config) -> dict[str, Any]:
     steps = experiment.steps
     stage, history, coming = shrinking.first(experiment), (), None
     with plain_errors():
+        hosts.check_same({"the images": fingerprint(experiment)})
         state = experiment.create(config.seed)
     # Methods that are sparse from the start have masks already.
     state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
@@ -110,17 +117,17 @@ def train(config: Config) -> dict[str, Any]:
             record = checkpoints.read_record(manager)
             checkpoints.check_config(record["config"], options, str(workdir))
             stage = shrinking.from_record(experiment, record["stage"])
-            state = shrinking.empty_state(experiment, stage, config.seed)
-            state, record = checkpoints.restore(manager, state)
+            state, record = checkpoints.restore(manager, experiment.at(stage).like)
             history = tuple(record["stage"]["history"])
             batches.set_state(record["data"])
             earlier = np.array([record[name] for name in SECONDS])
-            print(f"{workdir}: going on from step {int(state.step)}")
-        present = shrinking.begin(config, experiment, stage, state, history)
+            hosts.say(f"{workdir}: going on from step {int(state.step)}")
+        present = shrinking.begin(config, experiment, stage, history)
         if record is not None:
-            coming = shrinking.coming_of(config, experiment, present, state, record["stage"])
+            coming = shrinking.coming_of(config, experiment, present, record["stage"])
     resolved = dataclasses.asdict(config) | {"workdir": str(workdir), "resolved_steps": steps}
-    checkpoints.write_json(workdir / "config.json", resolved)
+    if hosts.is_first():
+        checkpoints.write_json(workdir / "config.json", resolved)
     aside: list[Any] = []  # seconds of evaluations and checkpoints
 
     def spent() -> dict[str, float]:
@@ -129,15 +136,17 @@ def train(config: Config) -> dict[str, Any]:
     def save(step: int, state: training.TrainState) -> None:
         record = {"data": batches.get_state(), "config": resolved} | spent()
         record["stage"] = shrinking.to_record(present, coming)
-        with timed(aside):
+        with timed(aside), plain_errors():
             checkpoints.save(manager, step, state, record)
 
     # Loop.
     with (
-        MetricsLog(workdir, int(state.step)) as metrics,
-        show_progress(config.model, steps, int(state.step)) as show,
-        checkpoints.stop_signals() as stopped,
+        MetricsLog(workdir, int(state.step), write=hosts.is_first()) as metrics,
+        show_progress(config.model, steps, int(state.step), write=hosts.is_first()) as show,
+        # Of several processes JAX hears SIGTERM, so that all of them stop.
+        checkpoints.stop_signals(*hosts.signals()) as stopped,
     ):
+        should_stop = hosts.stop_together(stopped)
 
         def sparsity(state: training.TrainState) -> float:
             if config.granularity == "channels" and config.method != "none":
@@ -166,15 +175,15 @@ def train(config: Config) -> dict[str, Any]:
             metrics.write(step, values)
 
         hooks = [training.Hook(config.eval_every, test), training.Hook(config.save_every, save)]
-        while int(state.step) < steps and not stopped:
+        while int(state.step) < steps and not should_stop():
             pause = shrinking.next_pause(config, experiment, present, int(state.step), coming)
             state = training.fit(
                 state, pause, present.steps.run, experiment.train_set, batches,
                 jax.random.key(config.seed), experiment.mesh,
                 chunk=experiment.chunk, log_every=config.log_every, on_log=log, hooks=hooks,
-                should_stop=lambda: bool(stopped), is_pause=pause < steps,
+                should_stop=should_stop, is_pause=pause < steps,
             )  # fmt: skip
-            if stopped or int(state.step) == steps:
+            if should_stop() or int(state.step) == steps:
                 continue
             if coming is None:
                 coming = shrinking.decide(config, experiment, present, state)
@@ -183,14 +192,15 @@ def train(config: Config) -> dict[str, Any]:
                     present, state = shrinking.switch(config, experiment, present, coming, state)
                     # Masks may have changed while it was being prepared.
                     coming = shrinking.decide(config, experiment, present, state)
-                    print(shrinking.describe(present), flush=True)
-                    save(int(state.step), state)
-        with plain_errors():
-            save(int(state.step), state)
+                hosts.say(shrinking.describe(present))
+                save(int(state.step), state)
+        save(int(state.step), state)
         total = spent()
     manager.close()
     if int(state.step) < steps:
-        print(f"stopped and saved at step {int(state.step)}; the same command goes on from there")
+        hosts.say(
+            f"stopped and saved at step {int(state.step)}; the same command goes on from there"
+        )
         sys.exit(130 if signal.SIGINT in stopped else 0)
 
     measured = {"sparsity": sparsity(state)} | total
@@ -205,6 +215,12 @@ def default_workdir(config: Config) -> str:
     kind = "-channels" if config.granularity == "channels" else ""
     method = "none" if config.method == "none" else f"{config.method}{kind}-{config.sparsity:g}"
     return f"runs/{config.dataset}-{config.model}-{method}-seed{config.seed}"
+
+
+def fingerprint(experiment: Experiment) -> int:
+    """Of images and labels: another order or another copy of a data set gives another number."""
+    parts = [*experiment.train_set, *experiment.test_set]
+    return functools.reduce(lambda crc, part: zlib.crc32(np.asarray(part), crc), parts, 0)
 
 
 def clock() -> np.ndarray:
@@ -323,7 +339,9 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     with plain_errors():
         config = tyro.extras.overridable_config_cli(CONFIGS, description=__doc__, args=args)
-    train(config)
+        hosts.start(config)
+    with hosts.lost_is_an_error():
+        train(config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import flax
+import hosts
 import jax
 import optax
 import shrinking
@@ -45,11 +46,14 @@ def write_results(
     Returns:
         What is in summary.json.
     """
+    state, masks = jax.tree.map(checkpoints.on_host, (state, masks))
     table = jaxprune.summarize(state.params, masks)
     summary = summarize(config, state, masks, records) | dict(measured)
     summary |= {"switches": list(present.history)}
     summary |= {"widths": models.widths_of(state.params)._asdict()}
     summary |= costs_of(config, experiment, present, records)
+    if not hosts.is_first():
+        return summary
     reports.plot_training({config.method: records}, workdir / "training.png")
     reports.plot_densities(table, workdir / "densities.png")
     write_page(config, present, state, summary, records, workdir / "report.html")
@@ -129,7 +133,7 @@ def costs_of(
     records: Records,
 ) -> dict[str, Any]:
     """Arithmetic and memory, for summary.json."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "macs": shrinking.costs(config, experiment, present)["macs"],
         "step_peak_bytes": max(record.get("peak_bytes", 0) for record in records),

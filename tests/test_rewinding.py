@@ -721,7 +721,7 @@ def test_weights_that_pruning_changed_are_used(tmp_path):
 
 def test_states_keep_their_shardings_and_their_freedom(tmp_path):
     mesh = training.make_mesh()
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     class Sharded(Toy):

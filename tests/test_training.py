@@ -12,7 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxprune import data, models, training
+import jaxprune
+from jaxprune import data, models, sharding, training
 
 KEY = jax.random.key(3)
 ROWS = np.random.default_rng(0).permutation(64).astype(np.int32).reshape(4, 16)
@@ -238,6 +239,63 @@ def test_fit_stops_when_told_without_losing_a_step():
         state, 9, run, split, itertools.cycle(ROWS), KEY, mesh, should_stop=lambda: next(answers)
     )
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 1, "fsdp": 8}])
+def test_any_mesh_and_streamed_batches_give_the_same_numbers(axes):
+    """Rows of indices on one device; images and labels on meshes that split parameters."""
+    tx, images = optax.sgd(0.1, momentum=0.9), np.asarray(_split().images)
+    mesh, split, state, run, evaluate = _build(1, tx=tx)
+    state = training.fit(state, 3, run, split, iter(ROWS), KEY, mesh)
+    expected = jax.device_get(state), evaluate(state, split, 24)
+
+    mesh = sharding.make_mesh(axes)
+    wide = Wide(rngs=nnx.Rngs(0))
+    _, spread = training.create_state(wide, tx, mesh)
+    kernel = spread.params["first"]["kernel"], spread.opt_state[0].trace["first"]["kernel"]
+    parts = axes.get("fsdp", 1)
+    assert all(leaf.addressable_shards[0].data.size == leaf.size // parts for leaf in kernel)
+
+    graphdef, state = training.create_state(Net(rngs=nnx.Rngs(0)), tx, mesh)
+    step = training.make_train_step(graphdef, tx, _jitter)
+    run = training.make_chunk_step(step, mesh, jax.tree.map(lambda x: x.sharding, state))
+    batches = ((images[row], np.asarray(_split().labels)[row]) for row in ROWS)
+    state = training.fit(state, 3, run, None, batches, KEY, mesh)
+
+    def read():
+        for first in range(0, 64, 24):
+            row = np.arange(first, first + 24)
+            kept = row < 64
+            yield images[row * kept], np.asarray(_split().labels)[row * kept], kept
+
+    found = jax.device_get(state), training.make_evaluate(graphdef, _scale, mesh)(state, read, 0)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_stay_split_while_training():
+    """Also after chunks of steps, with momentum, masks and averages beside them."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    tx = jaxprune.chain(optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.5, stop=3, every=1))
+    graphdef, state = training.create_state(Wide(rngs=nnx.Rngs(0)), tx, mesh)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    run = training.make_chunk_step(training.make_train_step(graphdef, tx, _jitter), mesh, places)
+    state = training.fit(state, 4, run, _split(), iter(ROWS), KEY, mesh, chunk=2)
+    assert jax.tree.all(
+        jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places)
+    )
+    split = [x for x in jax.tree.leaves(state) if not x.is_fully_replicated]
+    assert {x.dtype.name for x in split} == {"float32", "bool"} and len(split) == 4
+
+
+class Wide(nnx.Module):
+    """As `Net`, with a kernel that is large enough to be split."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(16, 512, rngs=rngs)
+        self.second = nnx.Linear(512, 3, rngs=rngs)
+
+    def __call__(self, images):
+        return self.second(nnx.relu(self.first(images.reshape(images.shape[0], -1))))
 
 
 def test_batch_must_divide_by_devices():

@@ -1,0 +1,141 @@
+"""Several processes that train together: how they find each other, agree and stop.
+
+All of them run the same program on the same numbers; only the first one writes files and prints.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from configs import Config
+from jax.experimental import multihost_utils
+
+LIMIT = 1 << 16  # bytes of what is compared
+
+
+def start(config: Config) -> None:
+    """Connects to the other processes, if there are any; before anything else uses JAX.
+
+    With `coordinator` as told; under SLURM, and on a pod of TPUs, JAX finds the others by itself.
+    """
+    timeout = config.host_timeout
+    if config.coordinator:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            heartbeat_timeout_seconds=timeout,
+        )
+    elif is_cluster(os.environ):
+        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+
+
+def is_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM started several tasks, or a TPU has several hosts."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    return (tasks.isdigit() and int(tasks) > 1) or "," in environment.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    )
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def wait(name: str) -> None:
+    """Returns when all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """An error on every process if they do not have the same values.
+
+    Args:
+        values: ready for JSON, under the names of the error.
+
+    Raises:
+        ValueError: some differ; it lists each with the processes that have it.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(values, sort_keys=True).encode()
+    if len(text) > LIMIT:
+        raise ValueError(f"values to compare are {len(text)} bytes; {LIMIT} is the most")
+    padded = np.zeros(LIMIT, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    differing = differences([json.loads(bytes(row).rstrip(b"\0")) for row in rows])
+    if differing:
+        raise ValueError("processes of a run must agree:\n" + "\n".join(differing))
+
+
+def differences(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each name whose value is not the same on all processes."""
+    lines = []
+    for name in sorted(set().union(*found)):
+        values = [json.dumps(own.get(name)) for own in found]
+        if len(set(values)) > 1:
+            parts = []
+            for value in dict.fromkeys(values):
+                own = ", ".join(str(i) for i, other in enumerate(values) if other == value)
+                parts.append(f"{value} on process {own}")
+            lines.append(f"  {name}: {'; '.join(parts)}")
+    return lines
+
+
+def signals() -> tuple[signal.Signals, ...]:
+    """What this process listens to itself."""
+    alone = jax.process_count() == 1
+    return (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+
+
+@contextlib.contextmanager
+def lost_is_an_error() -> Iterator[None]:
+    """Ends this process with a message when another one of the run is lost."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        print(
+            f"error: process {jax.process_index()} cannot go on ({reason}). Most likely another one "
+            "ended: see what it printed. The newest checkpoint is whole; the same command on all "
+            "hosts goes on from there.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an orderly end would wait for the lost one
+
+
+def stop_together(stopped: Sequence[Any]) -> Callable[[], bool]:
+    """A function that says whether to stop, after the same step on all processes.
+
+    Args:
+        stopped: signals that this process got. With several processes it is JAX that hears SIGTERM.
+    """
+    if jax.process_count() == 1:
+        return lambda: bool(stopped)
+    calls, decided = itertools.count(), []
+
+    def should_stop() -> bool:
+        if not decided and multihost_utils.reached_preemption_sync_point(next(calls)):
+            decided.append(True)
+        return bool(decided)
+
+    return should_stop

@@ -1,0 +1,195 @@
+"""Several processes on one machine: the same run as one process, stopped, lost, and disagreeing."""
+
+import contextlib
+import importlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
+STEPS = 24
+# Channels go after the mask updates at 2 and 8; the batch is large enough for rounding to be small.
+OPTIONS = f"""digits_resnet8 --granularity channels --compact --sparsity 0.5 --steps {STEPS}
+    --batch-size 32 --prune-start 0.09 --prune-stop 0.36 --prune-every 6 --switch-delay 3
+    --switch-steps 0.1 --saving 0.05 --eval-every 12 --eval-batch-size 360 --save-every 6
+    --log-every 2 --learning-rate 0.01 --host-timeout 10""".split()
+WIDTHS = json.dumps({"stem": 4, "blocks": [[6, 4], [8, 8], [8, 10]]})
+
+
+@pytest.fixture
+def start(environment, tmp_path):
+    """`start(workdir, *options of each process)`; what is left of it is killed in the end."""
+    children = []
+
+    def go(workdir, *each):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for process, more in enumerate(each):
+            words = [sys.executable, str(SCRIPT), *OPTIONS, "--widths", WIDTHS]
+            words += ["--workdir", str(workdir), *more]
+            if len(each) > 1:
+                words += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(each))]
+                words += ["--process", str(process)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            children.append(subprocess.Popen(words, env=environment, **pipes))
+        return children[-len(each) :]
+
+    yield go
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def ends(children, timeout=400):
+    """Exit codes and outputs."""
+    outputs = [child.communicate(timeout=timeout)[0] for child in children]
+    return [child.returncode for child in children], outputs
+
+
+def until(child, text):
+    """Reads a process's output up to a line that begins like this."""
+    lines = []
+    for line in child.stdout:
+        lines.append(line)
+        if line.startswith(text):
+            return
+    raise AssertionError("".join(lines))
+
+
+def leaves(workdir, step=STEPS):
+    """Path -> array of a checkpoint."""
+    import orbax.checkpoint as ocp
+
+    folder = workdir / "checkpoints" / str(step) / "state"
+    with contextlib.closing(ocp.StandardCheckpointer()) as reader:
+        metadata = reader.metadata(folder).item_metadata.tree
+        tree = reader.restore(folder, target=_like(metadata))
+    return {"/".join(path): np.asarray(leaf) for path, leaf in _flat(tree)}
+
+
+def _like(tree):
+    import jax
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _flat(tree, path=()):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for name, value in items:
+        if isinstance(value, dict | list | tuple):
+            yield from _flat(value, (*path, str(name)))
+        else:
+            yield (*path, str(name)), value
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(environment, tmp_path_factory):
+    """The run of one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    words = [sys.executable, str(SCRIPT), *OPTIONS, "--widths", WIDTHS, "--workdir", str(workdir)]
+    pipes = {"capture_output": True, "text": True, "timeout": 400}
+    done = subprocess.run(words, env=environment, **pipes)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "data=1,fsdp=2"])
+def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
+    """Through both switches; one gets SIGTERM on the way, and all go on later."""
+    children = start(tmp_path, *[["--mesh", mesh]] * 2)
+    until(children[0], "step 8/")
+    children[1].send_signal(signal.SIGTERM)
+    codes, outputs = ends(children)
+    assert codes == [0, 0], outputs
+    assert "stopped and saved at step" in outputs[0] and outputs[1].count("step") == 0
+    assert not (tmp_path / "summary.json").exists()
+
+    codes, outputs = ends(start(tmp_path, *[["--mesh", mesh]] * 2))
+    assert codes == [0, 0], outputs
+    assert "going on from step" in outputs[0]
+    found, expected = summary_of(tmp_path), summary_of(alone)
+    assert [entry["step"] for entry in found["switches"]] == [12]
+    assert found["widths"] == expected["widths"] and found["parameters"] == expected["parameters"]
+    assert found["device"].startswith("2 x")
+    found, expected = leaves(tmp_path), leaves(alone)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        if leaf.dtype == bool:
+            assert (found[path] == leaf).all(), path
+        else:
+            np.testing.assert_allclose(found[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
+
+
+def test_a_lost_process_stops_the_others(start, tmp_path):
+    children = start(tmp_path, [], [])
+    until(children[0], "step 10/")
+    children[1].kill()
+    codes, outputs = ends(children, timeout=120)
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / "summary.json").exists()
+    codes, outputs = ends(start(tmp_path, [], []))
+    assert codes == [0, 0] and "going on from step" in outputs[0], outputs
+
+
+def test_processes_that_disagree_stop_at_once(start, tmp_path):
+    codes, outputs = ends(start(tmp_path, ["--seed", "1"], ["--seed", "2"]))
+    assert 0 not in codes
+    for output in outputs:
+        assert "processes of a run must agree" in output and "Traceback" not in output
+        assert "seed: 1 on process 0; 2 on process 1" in output
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("hosts")
+
+
+def test_differences(hosts):
+    found = [{"a": 1, "b": [2]}, {"a": 1, "b": [3]}, {"b": [2]}]
+    assert hosts.differences(found) == [
+        "  a: 1 on process 0, 1; null on process 2",
+        "  b: [2] on process 0, 2; [3] on process 1",
+    ]
+    assert hosts.differences([{"a": 1}] * 3) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "16"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, True),
+    ],
+)
+def test_clusters_are_recognised(hosts, environment, expected):
+    assert hosts.is_cluster(environment) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "data=3"], "`mesh` must use every device: data=3 needs 3, and there are 1"),
+        (["--mesh", "model=1"], "no such axis; use data or fsdp"),
+        (["--processes", "2"], "`processes` needs `coordinator`"),
+        (["--process", "1"], "`process` must be less than `processes` (1); got 1"),
+    ],
+)
+def test_bad_options(start, tmp_path, options, message):
+    codes, outputs = ends(start(tmp_path, options))
+    assert codes != [0] and message in " ".join(outputs[0].split())
+    assert "Traceback" not in outputs[0]
