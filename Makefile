@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 # Test processes; each takes about one core and 2 GB.
 WORKERS ?= 2
-# More pytest arguments, for example: make test ARGS="-k selection -x"
+# More arguments, for example: make test ARGS="-k selection -x"
 ARGS ?=
 # Extra interpreters may be tried first: make demo PYTHON3=/opt/python/bin/python3
 PYTHON3 ?=
@@ -18,10 +18,10 @@ CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench tpu-check clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 demo: $(VENV)/.train  ## train a small ResNet on real images, dense and pruned, and compare them
 	$(PYTHON) scripts/demo.py
@@ -43,6 +43,11 @@ bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, an
 	$(PYTHON) benchmarks/selection.py
 	$(PYTHON) benchmarks/compaction.py
 
+# Its own environment: with libtpu installed, every other use of JAX would look for a TPU first.
+tpu-check:  ## compile the training step for TPUs that are not there, and check it
+	@$(MAKE) --no-print-directory VENV=$(VENV)/tpu $(VENV)/tpu/.tpu
+	$(VENV)/tpu/bin/python scripts/compile_for_tpu.py $(ARGS)
+
 clean:  ## remove the virtual environment, caches and build products
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
@@ -63,7 +68,7 @@ $(VENV)/.python:
 	exit 1
 
 # One stamp an extra: pip runs again only when pyproject.toml has changed.
-$(VENV)/.train $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.python
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.tpu: $(VENV)/.%: pyproject.toml | $(VENV)/.python
 	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@

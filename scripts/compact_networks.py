@@ -98,14 +98,14 @@ def channel_scores(dense: Dense, score: str, batches: int) -> dict[str, np.ndarr
 
 def mean_gradients(dense: Dense, count: int) -> dict[str, Any]:
     """Gradients of the loss, averaged over training batches; running statistics have none."""
-    config, (images, labels) = dense.config, dense.setting.dataset.train
+    config, (images, labels) = dense.config, dense.experiment.train_set
     evaluate, state = dense.experiment.functions.evaluate, dense.state
 
     @jax.jit
     def gradient(params: Any, images: jax.Array, labels: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
             variables = {"params": params, "model_state": state.model_state}
-            logits = evaluate(variables, dense.setting.prepare(images))
+            logits = evaluate(variables, dense.setting.source.prepare(images))
             return training.cross_entropy(logits, labels).mean()
 
         return jax.grad(loss)(params)

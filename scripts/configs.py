@@ -8,6 +8,7 @@ ModelName = Literal[
     "resnet8", "resnet20", "resnet32", "resnet56", "resnet110",
     "resnet18", "resnet34", "resnet50", "resnet101",
 ]  # fmt: skip
+DatasetName = Literal["digits", "fashion_mnist", "synthetic", "imagenet2012"]
 Method = Literal[
     "none", "agip", "gradient", "magnitude", "saliency", "random", "set", "rigl",
     "straight_through", "acdc", "snip", "grasp", "synflow",
@@ -22,10 +23,13 @@ Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
 class Config:
     """Every knob of a run; the comments are the help text."""
 
-    dataset: Literal["digits", "fashion_mnist", "synthetic"] = "digits"  # images to train on
+    dataset: Literal["digits", "fashion_mnist", "synthetic", "imagenet2012"] = (
+        "digits"  # images to train on
+    )
     data_dir: str = ""  # folder of prepared data; empty: the user's cache
     source_dir: str = ""  # folder with the data set's original files; empty: download them
-    image_size: int = 224  # height and width of synthetic images
+    image_size: int = 224  # height and width of synthetic images and of ImageNet's crops
+    workers: int = 0  # imagenet2012: processes that decode; 0: threads of this one
     model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
     widths: str = ""  # of all layers as JSON, such as summary.json has; empty: the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
@@ -49,6 +53,7 @@ class Config:
     nesterov: bool = False  # Nesterov's momentum
     weight_decay: float = 5e-4  # of kernels; biases and norm parameters have none
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    ema: float = 0.0  # decay of an average of the parameters that is tested instead; 0: none
 
     method: Method = "agip"  # none: dense; gradient: agip by gradient alone; see docs/methods.md
     sparsity: float = 0.72  # fraction of the kernels' weights that end as zeros, in [0, 1)
@@ -98,10 +103,10 @@ class Config:
             if getattr(self, name) not in names
         ]
         at_least_0 = "steps pad warmup_steps weight_decay chunk seed switches switch_steps multiple"
-        at_least_0 += " rewarm_steps validation process"
+        at_least_0 += " rewarm_steps validation process workers"
         at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every parts"
         at_least_1 += " processes host_timeout"
-        fractions = "sparsity momentum label_smoothing regrow drop saving"
+        fractions = "sparsity momentum label_smoothing ema regrow drop saving"
         rules = [
             ("at least 0", lambda x: x >= 0, at_least_0),
             ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every init_images switch_delay"),
@@ -146,6 +151,28 @@ class Config:
             raise ValueError("\n".join(bad))
 
 
+# He et al. with the changes of Goyal et al.: 90 epochs, batch 1024, linear scaling, 5 epochs of
+# warm-up; label smoothing as in Szegedy et al.
+_IMAGENET = Config(
+    dataset="imagenet2012",
+    model="resnet50",
+    dtype="bfloat16",
+    epochs=90.0,
+    batch_size=1024,
+    learning_rate=0.4,
+    warmup_steps=6255,
+    nesterov=True,
+    weight_decay=1e-4,
+    label_smoothing=0.1,
+    ema=0.9999,
+    method="none",
+    eval_batch_size=1024,
+    eval_every=5004,
+    save_every=1251,
+    log_every=100,
+    workers=8,
+)
+
 CONFIGS = {
     "digits_resnet8": (
         "ResNet-8 on scikit-learn's 8x8 digits: seconds on a CPU, no download.",
@@ -171,5 +198,17 @@ CONFIGS = {
         Config(
             dataset="synthetic", model="resnet50", dtype="bfloat16", steps=200, eval_batch_size=128
         ),
+    ),
+    "imagenet_resnet50": (
+        "ResNet-50 on ImageNet, dense: 90 epochs of batch 1024.",
+        _IMAGENET,
+    ),
+    "imagenet_resnet50_agip": (
+        "The same with AGIP: 72 % of the weights go between 10 and 60 % of the steps.",
+        dataclasses.replace(_IMAGENET, method="agip"),
+    ),
+    "imagenet_resnet50_rewind": (
+        "The same for scripts/rewind.py: step schedule, retraining at the early learning rate.",
+        dataclasses.replace(_IMAGENET, schedule="steps", ema=0.0),
     ),
 }

@@ -13,9 +13,10 @@ import optax
 from configs import Config
 from flax import nnx
 from jax.sharding import Mesh
+from sources import Source, open_source
 
 import jaxprune
-from jaxprune import compaction, data, models, rewinding, sharding, structure, training
+from jaxprune import compaction, models, rewinding, sharding, structure, training, trees
 
 MakePruning = Callable[["Setting"], optax.GradientTransformation | None]
 
@@ -23,9 +24,8 @@ MakePruning = Callable[["Setting"], optax.GradientTransformation | None]
 class Setting(NamedTuple):
     """What a pruning method may look at before training."""
 
-    dataset: data.Dataset
+    source: Source
     model: nnx.Module
-    prepare: Callable[[jax.Array], jax.Array]  # uint8 images -> what the model takes
     steps: int
     groups: structure.Groups | None  # of the channels that are left, if channels are pruned
 
@@ -58,8 +58,7 @@ class Experiment(NamedTuple):
     """All parts of a run; the loop is `training.fit`."""
 
     mesh: Mesh
-    train_set: data.Split  # on the devices
-    test_set: data.Split
+    source: Source
     epoch: int  # steps of one pass over the training images
     steps: int
     schedule: optax.Schedule
@@ -74,6 +73,11 @@ class Experiment(NamedTuple):
     example: jax.Array  # a few images, prepared, to analyse and to compare with
     make_tx: Callable[[Stage], optax.GradientTransformation]
     macs: Callable[[structure.Plan | None], int]  # of one image of the data's size; None: dense
+
+    @property
+    def train_set(self) -> Any:
+        """Training images on the devices, see `Source`."""
+        return self.source.train
 
     @property
     def run(self) -> Callable[..., tuple]:
@@ -93,27 +97,20 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         mesh = sharding.make_mesh(axes)
         for batch_size in (config.batch_size, config.eval_batch_size):
             sharding.check_batch(batch_size, mesh)
-        dataset = held_out(load_data(config), config.validation)
-        # Only to check batch size and seed.
-        data.index_batches(len(dataset.train.labels), config.batch_size, seed=config.seed)
-    # Small sets live on every device; a batch is a row of indices.
-    train_set, test_set = sharding.replicate((dataset.train, dataset.test), mesh)
-    epoch = len(dataset.train.labels) // config.batch_size
+        source = open_source(config, mesh)
+    epoch = source.size // config.batch_size
     steps = config.steps or max(1, round(config.epochs * epoch))
 
-    full = dataset.train.images.shape[1:3]
-
-    def prepare_test(images: jax.Array) -> jax.Array:
-        return data.normalize(images, dataset.mean, dataset.std, config.dtype)
-
+    full = source.image_shape[:2]
     with plain_errors():
-        model = make_model(config, dataset, config.seed)
+        model = make_model(config, source, config.seed)
         schedule = learning_rate(config, steps)
         small = small_size(config, full)
         model.train()
         graphdef, *states = nnx.split(model, nnx.Param, ...)
         functions = make_functions(graphdef)
-        example = sharding.replicate(prepare_test(jnp.asarray(dataset.train.images[:8])), mesh)
+        images = jnp.asarray(source.first(8).images)
+        example = sharding.replicate(source.prepare(images), mesh)
         params, model_state = map(nnx.to_pure_dict, states)
         variables, groups = {"params": params, "model_state": model_state}, None
         if config.granularity == "channels":
@@ -121,7 +118,7 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
             cost = structure.mac_cost(groups, functions.evaluate, variables, example[:1])
         else:
             dense_macs = structure.count_macs(functions.evaluate, variables, example[:1])
-        setting = Setting(dataset, model, prepare_test, steps, groups)
+        setting = Setting(source, model, steps, groups)
 
     def make_tx(stage: Stage) -> optax.GradientTransformation:
         own = setting._replace(groups=None if stage.network is None else stage.network.groups)
@@ -149,7 +146,7 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         stage: Stage, tx: optax.GradientTransformation, functions: Functions = functions
     ) -> Steps:
         def prepare_train(key: jax.Array, images: jax.Array) -> jax.Array:
-            images = prepare_test(data.augment(key, images, pad=config.pad, flip=config.flip))
+            images = source.prepare(source.augment(key, images))
             return resized(images, stage.image_size or full)
 
         def apply_train(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
@@ -168,13 +165,13 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
             parts=parts_of(config, stage, full),
             remat=config.remat,
         )
-        evaluate = training.make_evaluate(apply, prepare_test, mesh)
+        evaluate = training.make_evaluate(apply, source.prepare, mesh)
         like = shapes(stage, tx)
         return Steps(
             tx,
             training.make_chunk_step(step, mesh, jax.tree.map(lambda x: x.sharding, like)),
             like,
-            lambda state: evaluate(state, test_set, config.eval_batch_size),
+            lambda state: evaluate(tested(state), source.test, config.eval_batch_size),
         )
 
     def macs(plan: structure.Plan | None) -> int:
@@ -191,14 +188,13 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         tx = make_tx(first)
 
     def create(seed: int) -> training.TrainState:
-        own = model if seed == config.seed else make_model(config, dataset, seed)
+        own = model if seed == config.seed else make_model(config, source, seed)
         return training.create_state(own, tx, mesh)[1]
 
     chunk = 1 if jax.default_backend() == "cpu" else min(50, config.log_every)
     return Experiment(
         mesh=mesh,
-        train_set=train_set,
-        test_set=test_set,
+        source=source,
         epoch=epoch,
         steps=steps,
         schedule=schedule,
@@ -282,39 +278,15 @@ def find_groups(functions: Functions, variables: Any, images: jax.Array) -> stru
     return structure.find_groups(traces, variables)
 
 
-def make_model(config: Config, dataset: data.Dataset, seed: int) -> nnx.Module:
+def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
     """A new model of the configuration."""
     return getattr(models, config.model)(
-        num_classes=dataset.num_classes,
-        in_channels=dataset.train.images.shape[-1],
+        num_classes=source.num_classes,
+        in_channels=source.image_shape[-1],
         widths=models.Widths(**json.loads(config.widths)) if config.widths else None,
         dtype=config.dtype,
         rngs=nnx.Rngs(seed),
     )
-
-
-def load_data(config: Config) -> data.Dataset:
-    """The data set; of synthetic images just enough for four batches."""
-    folders = {"data_dir": config.data_dir or None, "source_dir": config.source_dir or None}
-    if config.dataset != "synthetic":
-        return data.load(config.dataset, **folders)
-    shape = (config.image_size, config.image_size, 3)
-    sizes = {"train_size": 4 * config.batch_size, "test_size": config.batch_size}
-    return data.load("synthetic", image_shape=shape, num_classes=1000, **sizes)
-
-
-def held_out(dataset: data.Dataset, count: int) -> data.Dataset:
-    """The last training images in the place of the test images, to choose options by."""
-    size = len(dataset.train.labels)
-    if not count:
-        return dataset
-    if count >= size:
-        raise ValueError(f"`validation` must be less than the {size} training images; got {count}")
-    train, test = (
-        data.Split(dataset.train.images[part], dataset.train.labels[part])
-        for part in (slice(size - count), slice(size - count, size))
-    )
-    return dataset._replace(train=train, test=test)
 
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
@@ -343,7 +315,39 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay, mask=kernels),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     ]
-    return jaxprune.chain(*transforms, *([prune] if prune else []))
+    tx = jaxprune.chain(*transforms, *([prune] if prune else []))
+    return optax.chain(tx, average_parameters(config.ema)) if config.ema else tx
+
+
+class AverageState(NamedTuple):
+    """State of `average_parameters`."""
+
+    parameter_average: Any  # like the parameters
+
+
+def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps an exponential average of what the parameters become; changes no update."""
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(new, state.parameter_average, 1 - decay)
+        return updates, AverageState(average)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def tested(state: training.TrainState) -> training.TrainState:
+    """The state with the average of its parameters in their place, if there is one."""
+    found = trees.state_fields(state.opt_state, "parameter_average")
+    if not found:
+        return state
+    params = found[0]
+    if trees.state_fields(state.opt_state, "masks"):
+        params = jaxprune.apply_masks(params, jaxprune.get_masks(state.opt_state))
+    return state._replace(params=params)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jobs
+import ray_jobs
 
 from jaxprune import checkpoints, reports
 
@@ -87,9 +88,22 @@ def widths(summary: Mapping[str, Any]) -> list[str]:
 
 def steps_in_time(done: Summaries, plus: str) -> list[str]:
     """Options of a dense run that takes as long as agip did, compilation included."""
-    dense, limit = done[f"dense{plus}"], done[f"agip{plus}"]["seconds"]
-    fixed = dense["seconds"] - dense["steps"] * dense["seconds_per_step"]
-    return ["--steps", str(max(1, round((limit - fixed) / dense["seconds_per_step"])))]
+    dense, agip = done[f"dense{plus}"], done[f"agip{plus}"]
+    clock = clock_of(dense)
+    each = (dense[clock] - dense["startup"]) / dense["steps"]
+    return ["--steps", str(max(1, round((agip[clock] - dense["startup"]) / each)))]
+
+
+def clock_of(summary: Mapping[str, Any]) -> str:
+    """By what runs take equally long: on CPU by their own time, whatever else the machine does."""
+    return "cpu_seconds" if summary["device"].endswith("cpu") else "seconds"
+
+
+def startup(records: Sequence[Mapping[str, Any]], clock: str) -> float:
+    """Seconds before the first step, from the first two lines of metrics of training."""
+    first, second = [record for record in records if "train_loss" in record][:2]
+    each = (second[clock] - first[clock]) / (second["step"] - first["step"])
+    return first[clock] - each * first["step"]
 
 
 def main(args: Sequence[str]) -> None:
@@ -118,6 +132,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--rates", nargs="+", default=[], metavar="ARM=RATE", help="learning rates of single arms")
     add("--workdir", type=Path, default=Path("runs/headline"), help="default: runs/headline")
     add("--jobs", type=int, default=1, help="runs at once, each on its share of the cores")
+    ray_jobs.add_options(parser)
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
     end = args.index("--") if "--" in args else len(args)
     options = parser.parse_args(args[:end])
@@ -138,6 +153,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     options.rates = rates
     needed = {need for name in chosen for need in known[name].needs} | set(chosen)
     options.chosen = {name: arm for name, arm in known.items() if name in needed}
+    options.run = ray_jobs.chosen(parser, options)
     return options
 
 
@@ -169,7 +185,14 @@ def study(options: argparse.Namespace) -> None:
         if not commands:
             break
         failed = jobs.follow(
-            commands, workdir, options.jobs, done=done, total=total, finished=finished, cached=False
+            commands,
+            workdir,
+            options.jobs,
+            done=done,
+            total=total,
+            finished=finished,
+            engine=options.run,
+            cached=False,
         )
     if write_results(workdir):
         print(f"results: {workdir / 'results.md'}")
@@ -202,12 +225,15 @@ def folder_of(arm: str, seed: int) -> str:
 
 
 def summaries(workdir: Path, seed: int) -> dict[str, Any]:
-    """Arm -> summary of its run, of those that are finished."""
-    found = {
-        name: checkpoints.read_json(workdir / folder_of(name, seed) / "summary.json")
-        for name in arms(levers=True)
-    }
-    return {name: summary for name, summary in found.items() if summary is not None}
+    """Arm -> summary of its run, if finished, with its seconds before the first step."""
+    found = {}
+    for name in arms(levers=True):
+        folder = workdir / folder_of(name, seed)
+        summary = checkpoints.read_json(folder / "summary.json")
+        if summary is not None:
+            seconds = startup(read_metrics(folder / "metrics.jsonl"), clock_of(summary))
+            found[name] = summary | {"startup": seconds}
+    return found
 
 
 # ---- results

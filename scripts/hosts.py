@@ -114,9 +114,9 @@ def lost_is_an_error() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0][:200]
         print(
-            f"error: process {jax.process_index()} cannot go on ({reason}). Most likely another one "
-            "ended: see what it printed. The newest checkpoint is whole; the same command on all "
-            "hosts goes on from there.",
+            f"error: process {jax.process_index()} cannot go on ({reason}). Most likely another "
+            "one ended: see what it printed. The newest checkpoint is whole; the same command on "
+            "all hosts goes on from there.",
             file=sys.stderr,
             flush=True,
         )

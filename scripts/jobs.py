@@ -21,6 +21,7 @@ def follow(
     done: int,
     total: int,
     finished: Callable[[str], str | None],
+    engine: Callable[..., Iterator[tuple[str, int]]],
     cached: bool = True,
 ) -> dict[str, str]:
     """Runs commands and shows how far they are; a signal ends the program when they have saved.
@@ -32,6 +33,7 @@ def follow(
         done: how many of the total were finished before.
         total: how many there are in all.
         finished: name -> what to print of it, or None if it failed.
+        engine: `run`, or what starts commands in another way.
         cached: see `run`.
 
     Returns:
@@ -44,7 +46,7 @@ def follow(
     bar = progress.Progress(*columns, disable=not sys.stdout.isatty())  # prints go above it
     task = bar.add_task("", total=total, completed=done)
     with checkpoints.stop_signals() as stopped, bar:
-        running = run(commands, workdir, at_once, stopped, cached=cached)
+        running = engine(commands, workdir, at_once, stopped, cached=cached)
         with contextlib.closing(running) as ends:
             for ended, (name, code) in enumerate(ends, start=1):
                 text = finished(name)

@@ -36,7 +36,6 @@ import jaxprune
 from jaxprune import (
     budgets,
     checkpoints,
-    data,
     patterns,
     rewinding,
     scores,
@@ -275,14 +274,13 @@ def make_task(
     config: Config, experiment: Experiment, show: Callable[..., None], before: int
 ) -> rewinding.Task:
     """The project's training loop as functions."""
-    size, trained = len(experiment.train_set.labels), [before]
+    trained = [before]
 
     def init(number: int) -> training.TrainState:
         return experiment.create(seed_of(config, number))
 
     def train(state: training.TrainState, start: int, stop: int, number: int) -> Any:
-        batches = data.index_batches(size, config.batch_size, seed=seed_of(config, number))
-        batches.set_state({"next_index": start})
+        batches = experiment.source.batches(seed_of(config, number), start)
         state = state._replace(step=jax.device_put(jnp.int32(start), state.step.sharding))
 
         def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:

@@ -136,9 +136,9 @@ def costs(config: Config, experiment: Experiment, present: Present) -> dict[str,
     if network is not None:
         known["parameters"] = structure.count_parameters(network.plan)
     if experiment.small_size is not None:
-        known["image_height"] = (size or experiment.test_set.images.shape[1:3])[0]
+        known["image_height"] = (size or experiment.source.image_shape[:2])[0]
     if config.parts > 1:
-        known["parts"] = parts_of(config, present.stage, experiment.test_set.images.shape[1:3])
+        known["parts"] = parts_of(config, present.stage, experiment.source.image_shape[:2])
     return known
 
 
@@ -276,14 +276,17 @@ def compile_steps(config: Config, experiment: Experiment, steps: Steps) -> Compi
     mesh = experiment.mesh
     split = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
     size = experiment.chunk, config.batch_size
-    rows = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split)
+    rows: Any = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split)
+    if experiment.train_set is None:
+        shape = *size, *experiment.source.image_shape
+        rows = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split), rows
     key = sharding.replicate(jax.random.key(0), mesh)
     compiled = steps.run.lower(steps.like, experiment.train_set, rows, key).compile()
     data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(experiment.train_set))
     memory = reports.measure_memory(compiled)
 
     def run(state: Any, data: Any, indices: Any, key: Any) -> tuple:
-        own = compiled if indices.shape == size else steps.run
+        own = compiled if jax.tree.leaves(indices)[0].shape[:2] == size else steps.run
         return own(state, data, indices, key)
 
     return Compiled(run, memory.peak - data_bytes)
@@ -333,7 +336,7 @@ def switch(
 
 def image_size(experiment: Experiment, stage: Stage) -> list[int]:
     """Height and width of training images."""
-    return list(stage.image_size or experiment.test_set.images.shape[1:3])
+    return list(stage.image_size or experiment.source.image_shape[:2])
 
 
 def variables_of(state: Any) -> dict[str, Any]:

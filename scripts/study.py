@@ -23,6 +23,7 @@ from typing import Any, get_args
 
 import headline
 import jobs
+import ray_jobs
 from configs import Method
 
 from jaxprune import checkpoints, reports
@@ -64,6 +65,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     add("--workdir", type=Path, default=Path("runs/study"), help="default: runs/study")
     add("--jobs", type=int, default=1, help="runs at once, each on its share of the cores")
+    ray_jobs.add_options(parser)
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
     end = args.index("--") if "--" in args else len(args)
     options = parser.parse_args(args[:end])
@@ -76,6 +78,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     too_low = options.jobs < 1 or min(options.seeds) < 0
     if too_low or not all(0 <= sparsity < 1 for sparsity in options.sparsities):
         parser.error("--jobs must be at least 1, --seeds at least 0, --sparsities in [0, 1)")
+    options.run = ray_jobs.chosen(parser, options)
     return options
 
 
@@ -103,8 +106,9 @@ def study(options: argparse.Namespace) -> None:
         return summary and f"test accuracy {summary['test_accuracy']:.2%}"
 
     commands = {name: command(options, name, own) for name, own in waiting.items()}
+    count = {"done": done, "total": len(runs)}
     failed = jobs.follow(
-        commands, workdir, options.jobs, done=done, total=len(runs), finished=finished
+        commands, workdir, options.jobs, **count, finished=finished, engine=options.run
     )
     print(f"results: {workdir / 'results.md'}" if write_results(workdir) else "no run is finished")
     if failed:

@@ -18,14 +18,12 @@ numbers. Everything that it writes is in --workdir:
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import shutil
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ import shrinking
 import train_results
 import tyro
 from configs import CONFIGS, Config
-from experiment import Experiment, Setting, build, plain_errors, rewarmed
+from experiment import Setting, build, plain_errors, rewarmed
 from flax import nnx
 
 import jaxprune
@@ -47,7 +45,6 @@ from jaxprune import (
     at_init,
     budgets,
     checkpoints,
-    data,
     patterns,
     rates,
     scores,
@@ -101,12 +98,10 @@ def train(config: Config) -> dict[str, Any]:
     steps = experiment.steps
     stage, history, coming = shrinking.first(experiment), (), None
     with plain_errors():
-        hosts.check_same({"the images": fingerprint(experiment)})
+        hosts.check_same({"the images": experiment.source.fingerprint()})
         state = experiment.create(config.seed)
     # Methods that are sparse from the start have masks already.
     state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
-    size = len(experiment.train_set.labels)
-    batches = data.index_batches(size, config.batch_size, seed=config.seed)
 
     # Restore.
     earlier = np.zeros(2)  # seconds of training before this process
@@ -119,7 +114,6 @@ def train(config: Config) -> dict[str, Any]:
             stage = shrinking.from_record(experiment, record["stage"])
             state, record = checkpoints.restore(manager, experiment.at(stage).like)
             history = tuple(record["stage"]["history"])
-            batches.set_state(record["data"])
             earlier = np.array([record[name] for name in SECONDS])
             hosts.say(f"{workdir}: going on from step {int(state.step)}")
         present = shrinking.begin(config, experiment, stage, history)
@@ -128,13 +122,14 @@ def train(config: Config) -> dict[str, Any]:
     resolved = dataclasses.asdict(config) | {"workdir": str(workdir), "resolved_steps": steps}
     if hosts.is_first():
         checkpoints.write_json(workdir / "config.json", resolved)
+    batches = experiment.source.batches(config.seed, int(state.step))
     aside: list[Any] = []  # seconds of evaluations and checkpoints
 
     def spent() -> dict[str, float]:
         return dict(zip(SECONDS, (earlier + clock() - began - sum(aside)).tolist(), strict=True))
 
     def save(step: int, state: training.TrainState) -> None:
-        record = {"data": batches.get_state(), "config": resolved} | spent()
+        record = {"data": {"next_index": step}, "config": resolved} | spent()
         record["stage"] = shrinking.to_record(present, coming)
         with timed(aside), plain_errors():
             checkpoints.save(manager, step, state, record)
@@ -217,12 +212,6 @@ def default_workdir(config: Config) -> str:
     return f"runs/{config.dataset}-{config.model}-{method}-seed{config.seed}"
 
 
-def fingerprint(experiment: Experiment) -> int:
-    """Of images and labels: another order or another copy of a data set gives another number."""
-    parts = [*experiment.train_set, *experiment.test_set]
-    return functools.reduce(lambda crc, part: zlib.crc32(np.asarray(part), crc), parts, 0)
-
-
 def clock() -> np.ndarray:
     """Seconds of the wall clock and of this process on all cores."""
     return np.array([time.perf_counter(), time.process_time()])
@@ -268,7 +257,7 @@ def gradual_pruning(config: Config, steps: int) -> optax.GradientTransformation:
 
 def masks_at_init(config: Config, setting: Setting) -> Any:
     """The masks of a method that prunes before training."""
-    dataset, model, prepare = setting[:3]
+    source, model = setting[:2]
     if config.method == "synflow":
         model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
@@ -277,8 +266,8 @@ def masks_at_init(config: Config, setting: Setting) -> Any:
     params = jax.tree.map_with_path(
         lambda path, x: jnp.ones_like(x) if trees.path_string(path).endswith("scale") else x, params
     )
-    images = prepare(jnp.asarray(dataset.train.images[: config.init_images]))
-    labels = jnp.asarray(dataset.train.labels[: config.init_images])
+    images, labels = map(jnp.asarray, source.first(config.init_images))
+    images = source.prepare(images)
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, rest)(images)

@@ -81,6 +81,13 @@ def _logistic(x):
     return 1 / (1 + np.exp(-x))
 
 
+def _polynomial(x, *coefficients):
+    total = np.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        total = total * x + coefficient
+    return total
+
+
 ELEMENTWISE = {
     "neg": np.negative, "sin": np.sin, "cos": np.cos, "tan": np.tan, "tanh": np.tanh,
     "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p, "expm1": np.expm1,
@@ -95,6 +102,7 @@ ELEMENTWISE = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "select_n": _select, "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "copy": lambda x: x, "copy_p": lambda x: x, "name": lambda x: x,
+    "polynomial": _polynomial, "one_minus_square": lambda x: (1 + x) * (1 - x),
 }  # fmt: skip
 
 
@@ -326,15 +334,28 @@ def _call(name):
     return run
 
 
+def _counts(operands, params):
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].update(range(len(operands))).unpack()  # newer JAX
+    return len(consts), len(carry)
+
+
+def _stack(rows):
+    is_key = jnp.issubdtype(rows[0].dtype, jax.dtypes.extended)
+    return (jnp if is_key else np).stack(rows)
+
+
 def _scan(operands, params):
-    first, count, closed = params["num_consts"], params["num_carry"], params["jaxpr"]
+    (first, count), closed = _counts(operands, params), params["jaxpr"]
     consts, carry = operands[:first], operands[first : first + count]
     rows, outs = operands[first + count :], [None] * params["length"]
     order = range(params["length"])
     for at in reversed(order) if params["reverse"] else order:
         results = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *(r[at] for r in rows)])
         carry, outs[at] = results[:count], results[count:]
-    return [*carry, *(np.stack(own) for own in zip(*outs))]
+    return [*carry, *(_stack(own) for own in zip(*outs))]
 
 
 def _while(operands, params):

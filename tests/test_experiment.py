@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import data
+import jaxprune
+from jaxprune import data, training
 
 
 @pytest.fixture
@@ -80,8 +81,28 @@ def test_a_rate_rises_again_after_a_cut(experiment):
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on(experiment):
-    whole = data.load("digits")
-    held = experiment.held_out(whole, 100)
+    sources, whole = importlib.import_module("sources"), data.load("digits")
+    held = sources.held_out(whole, 100)
     joined = [np.concatenate(pair) for pair in zip(held.train, held.test)]
     assert all((a == b).all() for a, b in zip(joined, whole.train)) and len(held.test.labels) == 100
-    assert experiment.held_out(whole, 0) is whole
+    assert sources.held_out(whole, 0) is whole
+
+
+def test_the_average_of_parameters(experiment, config):
+    """Follows the parameters and is tested in their place, with the zeros of the masks."""
+    own = dataclasses.replace(config, ema=0.75, weight_decay=0.0, momentum=0.0)
+    prune = jaxprune.magnitude_transform(0.5, every=1, start=2, stop=2)
+    tx = experiment.make_optimizer(own, optax.constant_schedule(1.0), prune)
+    params = {"kernel": jnp.asarray([[4.0, -3.0, 2.0, -1.0]])}
+    state, expected = tx.init(params), params["kernel"]
+    for _ in range(4):
+        grads = {"kernel": jnp.asarray([[0.1, -0.1, 0.1, -0.1]])}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = 0.75 * expected + 0.25 * params["kernel"]
+    trained = training.TrainState(jnp.asarray(4), params, {}, state)
+    found = experiment.tested(trained).params["kernel"]
+    np.testing.assert_allclose(found[0, :2], expected[0, :2], rtol=1e-6)
+    assert (found[0, 2:] == 0).all() and (expected[0, 2:] != 0).all()
+    plain = training.TrainState(trained.step, params, {}, optax.sgd(0.1).init(params))
+    assert experiment.tested(plain) is plain

@@ -34,13 +34,15 @@ accuracy = 0.9 + 0.01 * seed - 0.02 * small - 0.001 * (100 - steps) * (args.meth
 cost = 0.5 if small else 1.0 + seed
 summary = {
     "test_accuracy": accuracy, "parameters": 25 if small else 100, "macs": 30 if small else 100,
-    "seconds": 7.0 + steps * cost, "cpu_seconds": steps * cost, "seconds_per_step": cost, "steps": steps,
+    "seconds": 7.0 + steps * cost, "cpu_seconds": 3.0 + steps * cost, "steps": steps,
     "step_peak_bytes": 40 if args.parts else 100, "process_peak_bytes": 1000,
-    "widths": {"stem": 4, "blocks": [[2, 3]]}, "device": "1 x abacus",
+    "widths": {"stem": 4, "blocks": [[2, 3]]}, "device": "1 x cpu",
     "versions": {"jax": "9.9"}, "switches": [],
 }
 tests = [(0.5, 0.9), (0.9, 0.995), (1.0, 1.0)]  # part of the run, part of the accuracy
-records = [{"step": 1, "train_loss": 2.0}] + [
+records = [
+    {"step": step, "train_loss": 2.0, "cpu_seconds": 3.0 + step * cost} for step in (5, 10)
+] + [
     {"step": 2, "seconds": part * summary["seconds"], "test_accuracy": share * accuracy}
     for part, share in tests
 ]
@@ -111,7 +113,7 @@ def test_arms_wait_for_what_they_need(headline):
         assert ("--compact" in call["args"]) == name.startswith(("agip-s", "agip+", "mag", "ran"))
         assert json.loads(_option(call, "--widths") or "{}").get("stem", 4) == 4
         assert ("--widths" in call["args"]) == name.startswith("narrow")
-    # The dense network takes 7 s and 1 + seed s a step; agip is done after 57 s.
+    # The dense network takes 3 s of CPU and 1 + seed s a step; agip is done after 53 s.
     assert _option(calls["dense-time-of-agip-seed0"], "--steps") == "100"
     steps = [w for w in calls["dense-time-of-agip-seed0"]["args"] if w.isdigit()]
     assert "50" in steps
@@ -131,7 +133,7 @@ def test_numbers(headline):
     assert rows["dense"]["close (runs)"] == "141 (2)"  # after 9 tenths
     text = (headline.root / "results.md").read_text()
     assert "| agip | yes: 0.250 of 0.28 | no: 0.978 of 0.992 | no: 0.404 of 0.32 |" in text
-    assert "device: 1 x abacus" in text and "study.py headline fashion" in text
+    assert "device: 1 x cpu" in text and "study.py headline fashion" in text
     assert len((headline.root / "results.jsonl").read_text().splitlines()) == 14
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxprune import reports
-from jaxprune.reports import _curves, _page, _plots
+from jaxprune.reports import _curves as drawing
+from jaxprune.reports import _plots
 
 KEYS = {
     "train_loss": 2.5,
@@ -178,7 +179,7 @@ def test_costs_stay_until_a_switch(tmp_path):
 
 @given(low=st.floats(-1e9, 1e9), size=st.floats(0, 1e9))
 def test_ticks_are_round(low, size):
-    ticks = _curves._ticks(low, low + size)
+    ticks = drawing._ticks(low, low + size)
     values = [value for value, _ in ticks]
     gap = values[1] - values[0]
     assert 2 <= len(ticks) <= 7

@@ -85,8 +85,10 @@ def problem(words: list[str]) -> str | None:
     """What is wrong with a command of ours, or None."""
     if "--" in words:  # what follows goes to the training script, with the same configuration
         end = words.index("--")
-        training = ["python", "scripts/train.py", words[2], *words[end + 1 :]]
-        return problem(words[:end]) or problem(training)
+        config = words[3] if words[2] == "headline" else words[2]
+        levers = [word for part in words[:end] if " " in part for word in shlex.split(part)]
+        training = ["python", "scripts/train.py", config, *levers, *words[end + 1 :]]
+        return problem([word for word in words[:end] if " " not in word]) or problem(training)
     program = words[0].rpartition("/")[2]
     if program == "make":
         goals = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
@@ -184,6 +186,8 @@ def test_commands():
         (".venv/bin/python scripts/demo.py --folder=x", True),
         ("python scripts/demo.py --fold", False),
         ("python scripts/nothing.py", False),
+        ("python scripts/study.py headline digits_resnet8 --levers '--parts 2' -- --pad 1", True),
+        ("python scripts/study.py headline digits_resnet8 --levers '--part 2' -- --pad 1", False),
         ("git clone somewhere", True),
         ("wget somewhere", False),
     ],

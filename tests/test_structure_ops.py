@@ -1042,7 +1042,18 @@ def padding_rows_of_zeros():
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+# It is the gradient of the whole program that newer JAX cannot take, before anything is pruned.
+REFUSED = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 11),
+    raises=jax.errors.UnexpectedTracerError,
+    reason="newer JAX refuses derivative rules that close over traced values",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=REFUSED if "closed over data" in name else ()) for name in CASES],
+)
 def test_networks_in_small(name):
     made = CASES[name]()
     groups = examine(made)

@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import json
+import runpy
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import chex
@@ -410,3 +414,13 @@ def test_parts_do_not_live_at_the_same_time():
 def test_parts_must_divide_the_batch():
     with pytest.raises(ValueError, match=r"`parts` must divide the batch \(16\); got 3"):
         _one_step(optax.sgd(0.1), Plain(rngs=nnx.Rngs(0)), parts=3)
+
+
+def test_the_benchmark_of_the_loop_runs(monkeypatch, tmp_path, capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "loop.py"
+    record = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", [str(path), "--quick", "--json", str(record)])
+    runpy.run_path(str(path), run_name="__main__")
+    found = json.loads(record.read_text())
+    assert found["ratio"] > 0 and all(found[name] > 0 for name in ("input", "dispatch", "device"))
+    assert "| training.fit |" in capsys.readouterr().out

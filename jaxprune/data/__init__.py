@@ -1,13 +1,15 @@
 """Data sets as plain arrays, and the pipeline that batches and augments them.
 
 Nothing here needs TensorFlow. tensorflow-datasets, Grain and scikit-learn are imported only when a
-function that uses them is called, so that each data set needs only what it uses.
+function that uses them is called, so that each data set needs only what it uses. ImageNet does not
+fit into memory: `imagenet` reads it batch by batch.
 """
 
 import inspect
 import os
 from typing import Any
 
+from jaxprune.data import imagenet
 from jaxprune.data.digits import load_digits
 from jaxprune.data.pipeline import augment, index_batches, normalize
 from jaxprune.data.splits import Dataset, Split, make_dataset
@@ -17,6 +19,7 @@ __all__ = [
     "Dataset",
     "Split",
     "augment",
+    "imagenet",
     "index_batches",
     "load",
     "load_digits",

@@ -1,0 +1,90 @@
+"""scripts/train.py on ImageNet, from tiny tars through the very same path: whole, stopped, bad."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxprune.data import imagenet_tars
+from tests import test_imagenet as tiny
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+STEPS = 8
+OPTIONS = f"""imagenet_resnet50_agip --model resnet8 --dtype float32 --image-size 32 --steps {STEPS}
+    --batch-size 8 --eval-batch-size 8 --eval-every 4 --save-every 2 --log-every 1 --workers 0
+    --warmup-steps 2 --learning-rate 0.05 --prune-every 1""".split()
+# train.py with the contents of the tiny tars in the place of those of ImageNet.
+PROGRAM = """
+import json, sys
+from jaxprune.data import imagenet_tars
+contents = imagenet_tars.Contents(*(tuple(x) for x in json.loads(sys.argv[2])), int(sys.argv[3]))
+imagenet_tars.official = lambda: contents
+sys.path.insert(0, sys.argv[1])
+import train
+train.main(sys.argv[4:])
+"""
+WNIDS = tuple(tiny.CLASSES[i * 5 % len(tiny.CLASSES)] for i in range(tiny.VALIDATION))
+COUNT = len(tiny.CLASSES) * tiny.PER_CLASS
+originals = tiny.originals
+
+
+@pytest.fixture(scope="module")
+def source(originals, tmp_path_factory):
+    return tiny.write_source(tmp_path_factory.mktemp("source"), *originals)
+
+
+@pytest.fixture
+def command(source, tmp_path):
+    def make(workdir, *more, source=source):
+        lists = json.dumps([tiny.CLASSES, WNIDS])
+        words = [sys.executable, "-c", PROGRAM, str(SCRIPTS), lists, str(COUNT), *OPTIONS]
+        words += ["--source-dir", str(source), "--data-dir", str(tmp_path / "data")]
+        return [*words, "--workdir", str(workdir), *more]
+
+    return make
+
+
+def run(words, environment):
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def checkpoint(workdir):
+    path = workdir / "checkpoints" / str(STEPS) / "record" / "metadata"
+    return json.loads(path.read_text())["leaves"]
+
+
+def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tmp_path):
+    done = run(command(tmp_path / "whole"), environment)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    right = summary["test_accuracy"] * tiny.VALIDATION
+    assert right == pytest.approx(round(right)), "each of the validation images counts once"
+    assert summary["sparsity"] == pytest.approx(0.72, abs=1e-4)
+    assert any("parameter_average" in path for path in checkpoint(tmp_path / "whole"))
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, **pipes)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=400)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    done = run(command(tmp_path / "killed"), environment)
+    assert "going on from step 4" in done.stdout, done.stderr
+    assert checkpoint(tmp_path / "killed") == checkpoint(tmp_path / "whole"), "bit for bit"
+
+
+def test_bad_tars_are_one_message(command, environment, source, tmp_path):
+    done = run(command(tmp_path / "a", source=tmp_path / "nowhere"), environment)
+    assert done.returncode == 1 and imagenet_tars.TARS["train"] in done.stderr
+    assert "Traceback" not in done.stderr
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    tar = broken / imagenet_tars.TARS["train"]
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    done = run(command(tmp_path / "b", source=broken), environment)
+    assert done.returncode == 1 and str(tar) in done.stderr and "Traceback" not in done.stderr
