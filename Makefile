@@ -42,6 +42,8 @@ bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, an
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/selection.py
 	$(PYTHON) benchmarks/compaction.py
+	$(PYTHON) benchmarks/blocks.py
+	$(PYTHON) benchmarks/loop.py
 
 # Its own environment: with libtpu installed, every other use of JAX would look for a TPU first.
 tpu-check:  ## compile the training step for TPUs that are not there, and check it

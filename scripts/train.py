@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import operator
 import shutil
 import signal
 import sys
@@ -295,12 +296,17 @@ def pattern_of(config: Config) -> patterns.PatternRule:
     """Which weights of a kernel [..., inputs, outputs] fall together."""
     if config.pattern == "filters":
         return patterns.channels()
+    # Weights of layers that do not fit, such as the first one, go one by one.
     if ":" in config.pattern:
         n, m = map(int, config.pattern.split(":"))
-        # Where inputs are no multiple of m, as in the first layer, weights go one by one.
         return lambda path, leaf: patterns.n_m(n, m) if leaf.shape[-2] % m == 0 else None
     size = tuple(map(int, config.pattern.split("x")))
-    return lambda path, leaf: patterns.blocks((None,) * (leaf.ndim - 2) + size)
+
+    def blocks(path: str, leaf: Any) -> patterns.Pattern:
+        fits = all(map(operator.ge, leaf.shape[-2:], size))
+        return patterns.blocks((None,) * (leaf.ndim - 2) + size) if fits else None
+
+    return blocks
 
 
 def masks_of(config: Config, state: training.TrainState) -> Any:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import data, training
+from jaxprune import data, patterns, training
 
 
 @pytest.fixture
@@ -106,3 +106,19 @@ def test_the_average_of_parameters(experiment, config):
     assert (found[0, 2:] == 0).all() and (expected[0, 2:] != 0).all()
     plain = training.TrainState(trained.step, params, {}, optax.sgd(0.1).init(params))
     assert experiment.tested(plain) is plain
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("filters", (3, 3, 16, 16), patterns.channels()),
+        ("2:4", (3, 3, 16, 16), patterns.n_m(2, 4)),
+        ("1:4", (3, 3, 1, 16), None),  # the first layer has one input
+        ("4x4", (3, 3, 16, 16), patterns.blocks((None, None, 4, 4))),
+        ("4x4", (3, 3, 1, 16), None),
+        ("8x8", (64, 10), patterns.blocks((8, 8))),
+    ],
+)
+def test_patterns_by_name(experiment, config, name, shape, expected):
+    rule = importlib.import_module("train").pattern_of(dataclasses.replace(config, pattern=name))
+    assert (rule("kernel", jnp.zeros(shape)) if callable(rule) else rule) == expected

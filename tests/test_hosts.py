@@ -71,13 +71,15 @@ def leaves(workdir, step=STEPS):
     with contextlib.closing(ocp.StandardCheckpointer()) as reader:
         metadata = reader.metadata(folder).item_metadata.tree
         tree = reader.restore(folder, target=_like(metadata))
-    return {"/".join(path): np.asarray(leaf) for path, leaf in _flat(tree)}
+    found = {"/".join(path): leaf for path, leaf in _flat(tree)}
+    return {path: np.asarray(leaf) for path, leaf in found.items() if leaf is not None}
 
 
 def _like(tree):
     import jax
 
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
 
 def _flat(tree, path=()):

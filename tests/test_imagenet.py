@@ -693,7 +693,7 @@ def test_processes_share_a_batch_without_overlap(module_dataset, count, start):
 
 
 def test_worker_processes_change_nothing(dataset, module_dataset):
-    with train_batches(dataset.train, stop=7, workers=3, threads=2) as batches:
+    with train_batches(dataset.train, stop=7, workers=2, threads=2) as batches:
         seen = list(batches)
         same(seen, module_dataset[1][:7])
     with train_batches(dataset.train, start=5, workers=1) as batches:
@@ -774,8 +774,8 @@ def module_test_images(originals, contents, tmp_path_factory):
 
 def test_worker_processes_change_nothing_in_evaluation(dataset):
     # More workers than batches.
-    with eval_batches(dataset.test, workers=4) as batches:
-        same(list(batches), eval_batches(dataset.test))
+    with eval_batches(dataset.test.select(np.arange(4)), workers=2) as batches:
+        same(list(batches), eval_batches(dataset.test.select(np.arange(4))))
 
 
 # --- Images that cannot be decoded ----------------------------------------------------------------
@@ -926,9 +926,9 @@ def test_a_cache_has_the_same_images_smaller(dataset, originals, tmp_path):
             continue
         height, width = (90 * side // short for side in pixels.shape[:2])
         assert seen.shape == (height, width, 3)
-        # At 1/2 at most: these images are small.
         expected = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        assert np.abs(seen.astype(int) - expected).mean() < 3
+        error = np.abs(seen.astype(int) - expected).mean()
+        assert error < 4, number  # of pixels from 0 to 255: a JPEG of a JPEG
     assert 5 < copied < 25
     assert sum(small.sizes) < 0.7 * sum(dataset.train.sizes)
     # Read as ever, in the same order.

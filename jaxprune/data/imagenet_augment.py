@@ -91,7 +91,7 @@ def random_box(
 
     Example:
         >>> random_box(375, 500, [0.5] * DRAWS)
-        Box(top=29, left=92, height=318, width=318)
+        Box(top=29, left=91, height=318, width=318)
 
     References:
         C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 6.

@@ -147,11 +147,11 @@ def _shrunk(data: bytes, short_side: int, quality: int) -> bytes:
     full = augment.full_size(data)
     if full is None or min(full) <= short_side:
         return data
-    pixels, _ = augment.decode_for(data, full, min(full), short_side)
+    # Made once, so decoding all of it and averaging are worth their time.
+    pixels = augment.decode(data)
     if pixels is None:
         return data
     height, width = (short_side * side // min(full) for side in full)
-    # Made once, so the slower filter that averages all pixels is worth it.
     small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     encoded = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return encoded.tobytes()
