@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def environment():
     """Of drivers: folders of Ray that go away, and no Ray of the user."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        yield own | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        own |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        # Ray would write a password of the user into the home folder.
+        yield own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(scope="module")
