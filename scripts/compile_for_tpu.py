@@ -125,6 +125,7 @@ def tpu_devices(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", family.accelerator)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by processes that compile only
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except RuntimeError as error:

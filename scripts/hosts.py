@@ -23,7 +23,7 @@ LIMIT = 1 << 16  # bytes of what is compared
 def start(config: Config) -> None:
     """Connects to the other processes, if there are any; before anything else uses JAX.
 
-    With `coordinator` as told; under SLURM, and on a pod of TPUs, JAX finds the others by itself.
+    With `coordinator` as told; under SLURM, and where TPU hosts list each other, by JAX itself.
     """
     timeout = config.host_timeout
     if config.coordinator:
