@@ -3,10 +3,11 @@
 Both tars are made anew, with JPEGs of 400 x 500 pixels (and once of 1600 x 2000) whose amplitudes
 fall with frequency as those of photographs do. Then, all on this machine:
 
-* each stage of one image, in one thread: what a core can do at most;
+* each stage of one image, in processor time of one thread: what a core can do at most;
 * the same with averaging instead of reduced decoding, and Pillow's way, for comparison, each with
   its mean difference from an image that is decoded whole and resized with antialiasing;
-* batches as a training loop gets them, with threads, processes and a cache of smaller images.
+* batches as a training loop gets them, with threads, processes and a cache of smaller images: in
+  time that passes, so nothing else may run.
 
     python benchmarks/loader.py [--quick] [--seconds 5] [--json results.json]
 """
@@ -78,23 +79,23 @@ def rounds(seconds: float) -> Iterator[int]:
 
 
 def stages(images: imagenet.Images, size: int, seconds: float) -> list[dict[str, Any]]:
-    """Microseconds of each stage of a training image, in one thread."""
+    """Microseconds of processor time of each stage of a training image, in one thread."""
     augment.one_thread()
     out, spent, done = np.zeros((size, size, 3), np.uint8), np.zeros(len(STAGES)), 0
     for step in rounds(seconds):
         for index, draws in enumerate(augment.random_draws(0, step, len(images)).tolist()):
-            clock = [time.perf_counter()]
+            clock = [time.thread_time()]
             data = images.read(index)
-            clock.append(time.perf_counter())
+            clock.append(time.thread_time())
             full = augment.full_size(data)
             assert full is not None
             box = augment.random_box(*full, draws)
-            clock.append(time.perf_counter())
+            clock.append(time.thread_time())
             pixels, reduction = augment.decode_for(data, full, min(box.height, box.width), size)
             assert pixels is not None
-            clock.append(time.perf_counter())
+            clock.append(time.thread_time())
             augment.cut_out(pixels, box, reduction, draws[-1] >= 0.5, out)
-            clock.append(time.perf_counter())
+            clock.append(time.thread_time())
             spent += np.diff(clock)
             done += 1
     each = 1e6 * spent / done
@@ -140,7 +141,7 @@ WAYS: dict[str, Callable[[bytes, augment.Box, int], np.ndarray]] = {
 
 
 def ways(images: imagenet.Images, size: int, seconds: float) -> list[dict[str, Any]]:
-    """Time and difference of each way to decode and resize the same boxes, in turns."""
+    """Processor time and difference of each way to decode and resize the same boxes, in turns."""
     augment.one_thread()
     encoded = [images.read(index) for index in range(len(images))]
     spent, errors, done = dict.fromkeys(WAYS, 0.0), dict.fromkeys(WAYS, 0.0), 0
@@ -151,9 +152,9 @@ def ways(images: imagenet.Images, size: int, seconds: float) -> list[dict[str, A
             box = augment.random_box(*full, draws.tolist())
             results = {}
             for name, way in WAYS.items():
-                clock = time.perf_counter()
+                clock = time.thread_time()
                 results[name] = way(data, box, size).astype(np.int16)
-                spent[name] += time.perf_counter() - clock
+                spent[name] += time.thread_time() - clock
             for name, result in results.items():
                 errors[name] += float(np.abs(result - results["Pillow, antialiased"]).mean())
             done += 1

@@ -23,9 +23,7 @@ Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
 class Config:
     """Every knob of a run; the comments are the help text."""
 
-    dataset: Literal["digits", "fashion_mnist", "synthetic", "imagenet2012"] = (
-        "digits"  # images to train on
-    )
+    dataset: DatasetName = "digits"  # images to train on
     data_dir: str = ""  # folder of prepared data; empty: the user's cache
     source_dir: str = ""  # folder with the data set's original files; empty: download them
     image_size: int = 224  # height and width of synthetic images and of ImageNet's crops
@@ -77,9 +75,7 @@ class Config:
     multiple: int = 0  # compact: of the widths that are left; 0: 8 on accelerators, 1 on CPU
     init_images: int = 1024  # snip, grasp: training images that are scored, in a single batch
 
-    mesh: str = (
-        ""  # such as data=4,fsdp=2: fsdp splits parameters too; empty: data over all devices
-    )
+    mesh: str = ""  # such as data=4,fsdp=2; fsdp splits parameters too; empty: data=all devices
     coordinator: str = ""  # several processes: address of the first, such as 10.0.0.1:1234
     processes: int = 1  # with coordinator: how many there are
     process: int = 0  # with coordinator: which one this is

@@ -122,7 +122,7 @@ def _calls(folder):
 
 
 def _until(condition):
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.05)
@@ -248,7 +248,7 @@ def test_a_stop_lets_runs_save_and_the_same_command_goes_on(tmp_path, start, go,
     driver = start(SLOW, *command, *STEPS)
     _until(lambda: len(list(folder.glob("*/here"))) == 2)
     driver.send_signal(kind)
-    assert driver.wait(timeout=60) == 128 + kind
+    assert driver.wait(timeout=300) == 128 + kind
     assert {p.parent.name for p in folder.glob("*/saved")} == {"none-seed0", "agip-0.72-seed0"}
     text = driver.stdout.read()
     assert "stopped; the same command goes on from there" in text
