@@ -487,6 +487,7 @@ assert not {"tensorflow", "tensorflow_datasets"} & set(sys.modules)
     arguments = [sys.executable, "-c", script, str(source), json.dumps(contents)]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    assert "ignored" not in result.stderr  # files are closed without a word at the end
 
 
 # --- Decoding -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import posixpath
 import tarfile
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +33,10 @@ class OpenFiles:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return OpenFiles, ()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # `os` may be empty already when the interpreter ends.
         for descriptor in self._descriptors.values():
-            os.close(descriptor)
+            close(descriptor)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """Bytes of a file from `offset` on; fewer than `size` where it ends."""
