@@ -64,11 +64,11 @@ def run(
         cached: see `jobs.run`.
         address: of a running Ray; without one it is started here, and ended when all is done.
     """
+    here: dict[str, Any] = {"directory": os.getcwd(), "variables": settings(), "cached": cached}
     if not commands or (ray := connect(address)) is None:
         return
     waiting, running = list(commands), {}
     free, nodes = list(range(at_once)), [node for node in ray.nodes() if node["Alive"]]
-    here = {"directory": os.getcwd(), "variables": settings(), "cached": cached}
     here["slots"] = at_once if len(nodes) == 1 else 1  # elsewhere cores are nobody's own
     try:
         needs = resources([node["Resources"] for node in nodes], at_once)
@@ -100,6 +100,7 @@ def connect(address: str | None) -> Any:
     options |= {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to its makers
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 would slow runs down, and only here
         options |= {"include_dashboard": False, "num_cpus": cores()}
         options["object_store_memory"] = 100_000_000  # of the shared memory; tasks return a number
     try:

@@ -1,5 +1,6 @@
 """ImageNet from tiny tars of the real layout: all of it, in order, to the pixel."""
 
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -275,6 +276,12 @@ def test_a_tar_that_was_replaced_by_one_of_the_same_size_is_read_anew(source, co
     assert [images.read(i) for i in range(30)] == flat(originals[0])
 
 
+def test_headers_with_other_sizes_are_noticed(dataset):
+    assert dataset.train.matches_headers()
+    for change in ({"sizes": dataset.train.sizes + 1}, {"offsets": dataset.train.offsets + 512}):
+        assert not dataclasses.replace(dataset.train, **change).matches_headers()
+
+
 def test_tars_of_other_programs_are_read(originals, contents, source):
     """With folders, extra headers, and no empty blocks at the end."""
 
@@ -501,7 +508,9 @@ def test_sizes_are_read_from_all_kinds_of_headers(originals):
         if data[:2] == b"\xff\xd8":
             assert augment.image_size(data) == (height, width)
     filled = flat(train)[0]
-    assert augment.image_size(filled[:2] + b"\xff\xff" + filled[2:]) == SIDES[0]
+    # Filler, and three segments that could be taken for one with the size.
+    for extra in (b"\xff", *(b"\xff%c\0\x08012345" % marker for marker in (0xC4, 0xC8, 0xCC))):
+        assert augment.image_size(filled[:2] + extra + filled[2:]) == SIDES[0]
 
 
 @given(data=st.binary(max_size=40), number=st.integers(0, 29), changes=st.binary(max_size=4))
@@ -742,6 +751,17 @@ def test_evaluation_is_the_reference(dataset, originals, contents):
     assert labels.dtype == np.int32 and weights.dtype == np.float32
 
 
+def test_the_centre_is_where_others_cut_it_out():
+    """A half is rounded to even, as torchvision does: 4.5 to 4, 5.5 to 6."""
+    for width, left in ((57, 4), (59, 6)):
+        data, out = (
+            encode(picture(np.random.default_rng(3), 56, width)),
+            np.zeros((48, 48, 3), "u1"),
+        )
+        assert augment.eval_image(data, out, resize=56)
+        np.testing.assert_array_equal(out, opened(data)[4:52, left : left + 48])
+
+
 @given(
     size=st.integers(1, 11),
     own=st.integers(1, 7),
@@ -893,6 +913,17 @@ def test_all_bad_arguments_are_named(dataset):
         eval_batches(dataset.test, 0, resize=47)
 
 
+def test_workers_have_one_thread_each_unless_told(dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        imagenet_batches, "_iterate", lambda *args: seen.append(args[-2:]) or iter(())
+    )
+    for options in ({}, {"workers": 2}, {"workers": 2, "threads": 3}):
+        train_batches(dataset.train, **{"threads": None} | options)
+        eval_batches(dataset.test, **{"threads": None} | options)
+    assert seen == [(0, 4)] * 2 + [(2, 1)] * 2 + [(2, 3)] * 2
+
+
 def test_workers_need_room_in_shared_memory(dataset, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=200_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -935,6 +966,12 @@ def test_a_cache_has_the_same_images_smaller(dataset, originals, tmp_path):
     # Read as ever, in the same order.
     batch, order = next(train_batches(small)), next(index_batches(30, 8, seed=3))
     np.testing.assert_array_equal(batch.labels, order // PER_CLASS)
+
+
+def test_images_that_are_as_small_already_are_copied(dataset, tmp_path):
+    small = cache(dataset.train, tmp_path / "cache", short_side=SIDES[1][0])
+    assert small.read(1) == dataset.train.read(1)
+    assert small.read(4) != dataset.train.read(4)
 
 
 def test_a_cache_keeps_the_place_of_images_that_cannot_be_decoded(bad_dataset, tmp_path):

@@ -49,6 +49,7 @@ OPTIONAL = {
     "matplotlib",
     "orbax",
     "pytest",
+    "ray",
     "rich",
     "sklearn",
     "tensorboardX",

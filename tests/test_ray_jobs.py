@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import ray_jobs
 import study
 import test_headline
 import test_study
+
+from jaxprune import checkpoints
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (jaxprune[ray])"
@@ -121,6 +124,12 @@ def _calls(folder):
     return {call["run"]: call for call in map(json.loads, lines)}
 
 
+def _children(folder, count):
+    """Process ids of so many slow runs, or nothing."""
+    found = [path.read_text() for path in folder.glob("*/here")]
+    return len(found) == count and all(found) and [int(pid) for pid in found]
+
+
 def _until(condition):
     limit = time.monotonic() + 300
     while not condition():
@@ -191,6 +200,18 @@ def test_a_task_has_the_variables_of_the_study_and_the_devices_of_ray(tmp_path, 
     assert seen["in"] == str(tmp_path)
 
 
+def test_a_stop_while_ray_starts(tmp_path, monkeypatch):
+    def init(*_, **__):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    with checkpoints.stop_signals() as stopped:
+        assert list(ray_jobs.run({"a": ["true"]}, tmp_path, 1, stopped)) == []
+        assert stopped == [signal.SIGTERM]
+    assert not (tmp_path / "a").exists()
+
+
 # ---- with Ray
 
 
@@ -206,7 +227,7 @@ def test_results_are_those_of_the_other_engine(tmp_path, go, address):
     assert f"agip-0.72-seed0 FAILED with code 3; see {log}" in text
     assert (tmp_path / log).read_text() == "training agip-0.72-seed0\n"
     first = _calls(one)
-    assert len(first) == 10 and list(first)[0] == "none-seed0"
+    assert len(first) == 10
     (one / "calls.jsonl").unlink()
 
     code, text = go(test_study.FAKE, *_study(one), *use, *STEPS)
@@ -246,16 +267,18 @@ def test_a_stop_lets_runs_save_and_the_same_command_goes_on(tmp_path, start, go,
     own = kind == signal.SIGTERM
     command = [*_study(folder), "--engine", "ray"] + ([] if own else ["--ray-address", address])
     driver = start(SLOW, *command, *STEPS)
-    _until(lambda: len(list(folder.glob("*/here"))) == 2)
+    _until(lambda: _children(folder, 2))
     driver.send_signal(kind)
     assert driver.wait(timeout=300) == 128 + kind
     assert {p.parent.name for p in folder.glob("*/saved")} == {"none-seed0", "agip-0.72-seed0"}
     text = driver.stdout.read()
     assert "stopped; the same command goes on from there" in text
     assert "FAILED" not in text
-    code, text = go(test_study.FAKE, *_study(folder), "--engine", "ray", "--ray-address", address)
+    use = ["--engine", "ray", "--ray-address", address, "--jobs", "1"]
+    code, text = go(test_study.FAKE, *_study(folder), *use, *STEPS)
     assert code == 0, text
-    assert list(_calls(folder))[0] == "none-seed0"
+    runs = ["agip-0.72", "random-0.72", "agip-0.95", "random-0.95"]
+    assert list(_calls(folder)) == [f"{run}-seed{seed}" for seed in "01" for run in ["none", *runs]]
     assert len((folder / "results.jsonl").read_text().splitlines()) == 10
 
 
@@ -264,9 +287,9 @@ def test_after_kill_9_the_same_command_goes_on(tmp_path, start, go, address):
     folder = tmp_path / "study"
     command = [*_study(folder), "--engine", "ray", "--ray-address", address]
     driver = start(SLOW, *command, *STEPS)
-    _until(lambda: len(list(folder.glob("*/here"))) == 2)
+    _until(lambda: _children(folder, 2))
     driver.kill()
-    children = [int(path.read_text()) for path in folder.glob("*/here")]
+    children = _children(folder, 2)
     _until(lambda: not any(map(_lives, children)))  # Ray ends what nobody waits for
     code, text = go(test_study.FAKE, *command, *STEPS)
     assert code == 0, text
@@ -279,6 +302,23 @@ def _lives(pid):
     except ProcessLookupError:
         return False
     return True
+
+
+@needs_ray
+def test_a_lost_worker_fails_its_run_alone(tmp_path, start, address):
+    folder = tmp_path / "study"
+    driver = start(SLOW, *_study(folder), "--engine", "ray", "--ray-address", address, *STEPS)
+    _until(lambda: _children(folder, 2))
+    lost, other = (path.parent for path in sorted(folder.glob("*/here")))
+    status = Path("/proc", (lost / "here").read_text(), "status").read_text().splitlines()
+    worker = next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
+    os.kill(worker, signal.SIGKILL)
+    _until(lambda: "Ray lost this run" in (lost / "log.txt").read_text())
+    _until(lambda: len(list(folder.glob("*/here"))) == 3)
+    driver.terminate()
+    assert driver.wait(timeout=300) == 128 + signal.SIGTERM
+    assert f"{lost.name} FAILED with code -9; see study/{lost.name}/log.txt" in driver.stdout.read()
+    assert (other / "saved").exists()
 
 
 @needs_ray

@@ -107,7 +107,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-    threads: int = 4,
+    threads: int | None = None,
     max_corrupt: float = 1e-4,
 ) -> Batches:
     """Iterate over batches of training images: shuffled, cropped at random, half of them mirrored.
@@ -129,8 +129,8 @@ def train_batches(
         process_count: `jax.process_count()`, a divisor of `batch_size`.
         workers: processes that make batches; 0: none but this one. Threads are cheaper to start and
             copy nothing, processes do not compete with this one for the interpreter lock.
-        threads: of each such process; each makes a whole batch. OpenCV's own threads are turned off
-            in all of them.
+        threads: of each such process; None: 1 with workers, 4 without. Each makes a whole batch, so
+            memory grows with them. OpenCV's own threads are turned off in all of them.
         max_corrupt: fraction of the images that may turn out not to be decodable.
 
     Returns:
@@ -161,6 +161,7 @@ def train_batches(
     if not 0 < min_area <= 1:
         bad.append(f"`min_area` must be in (0, 1]; got {min_area}")
     rows = _rows(batch_size, process_index, process_count, bad)
+    threads = (1 if workers else 4) if threads is None else threads
     _check(bad, image_size, workers, threads, max_corrupt, rows)
     make = _TrainBatch(
         images,
@@ -183,7 +184,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-    threads: int = 4,
+    threads: int | None = None,
     max_corrupt: float = 1e-4,
 ) -> Batches:
     """Iterate over all images once, in order: short side resized, centre cut out.
@@ -220,6 +221,7 @@ def eval_batches(
     if resize < image_size:
         bad.append(f"`resize` must be at least `image_size` ({image_size}); got {resize}")
     rows = _rows(batch_size, process_index, process_count, bad)
+    threads = (1 if workers else 4) if threads is None else threads
     _check(bad, image_size, workers, threads, max_corrupt, rows)
     make = _EvalBatch(images, image_size, rows, batch_size=batch_size, resize=resize)
     count = -(-len(images) // batch_size)
