@@ -10,6 +10,8 @@ ARGS ?=
 PYTHON3 ?=
 
 CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 python
+# Those of pyenv need not be on the path.
+NEWER := $(CANDIDATES) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python3)
 SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks)
 
 # A compiled program is kept in the checkout and found again by the next run of the tests.
@@ -17,8 +19,14 @@ CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
 	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
+# What a new JAX is most likely to break. Left out: what tests the tests, and what needs data sets.
+QUICK := trees stats scores budgets schedules selection patterns masks transforms agip contract \
+	structure_ops structure_plans structure_fuzz compaction training checkpoints
+LEFT_OUT := structure_fuzz.py::test_a_broken_rule_is_noticed training.py::test_loss_falls_on_digits \
+	training.py::test_the_benchmark_of_the_loop_runs
+
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench tpu-check clean
+.PHONY: help demo test test-newest test-quickly lint format bench tpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -28,6 +36,26 @@ demo: $(VENV)/.train  ## train a small ResNet on real images, dense and pruned, 
 
 test: $(VENV)/.test  ## run all tests, README snippets and docstring examples
 	$(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+# An environment with the newest Python that is here and the newest JAX, Flax and Optax.
+test-newest:  ## run a quick suite on the newest JAX and Python, about four minutes
+	@newest=$$(for python in $(NEWER); do "$$python" -c 'import sys, venv, ensurepip; \
+	    sys.version_info < (3, 12) or print(*sys.version_info[:3], sys.executable)' 2>/dev/null; \
+	  done | sort -n -k 1,1 -k 2,2 -k 3,3 | tail -n 1 | cut -d " " -f 4-); \
+	if [ -n "$$newest" ]; then \
+	  $(MAKE) --no-print-directory VENV=.venv-newest PYTHON3="$$newest" test-quickly; \
+	else \
+	  echo "make test-newest: skipped, as there is no Python 3.12 or newer with the venv module."; \
+	  echo "Tried: $(strip $(NEWER))."; \
+	fi
+
+test-quickly: $(VENV)/.python
+	@echo "Installing the newest JAX, Flax, Optax and what tests of them need into $(VENV)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade \
+	  --upgrade-strategy eager --editable . chex hypothesis pytest pytest-xdist
+	@$(PYTHON) -m pip list --disable-pip-version-check | grep -iE '^(jax|jaxlib|flax|optax) '
+	JAXPRUNE_FUZZ=100 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
+	  --dist worksteal $(QUICK:%=tests/test_%.py) $(LEFT_OUT:%=--deselect tests/test_%) $(ARGS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(PYTHON) -m ruff check $(SOURCES)
@@ -51,7 +79,7 @@ tpu-check:  ## compile the training step for TPUs that are not there, and check 
 	$(VENV)/tpu/bin/python scripts/compile_for_tpu.py $(ARGS)
 
 clean:  ## remove the virtual environment, caches and build products
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
 # The first interpreter that is new enough and has venv makes the environment.
 $(VENV)/.python:

@@ -62,9 +62,10 @@ time.sleep(300)
 
 @pytest.fixture(scope="module")
 def environment():
-    """Of drivers: folders of Ray that go away, and no Ray of the user."""
+    """Of drivers: folders of Ray that go away, no Ray and no compiled programs of the user."""
+    left_out = {"RAY_ADDRESS", "JAX_COMPILATION_CACHE_DIR"}
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        own = {key: value for key, value in os.environ.items() if key not in left_out}
         own |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
         # Ray would write a password of the user into the home folder.
         yield own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

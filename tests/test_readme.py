@@ -63,7 +63,7 @@ def commands(text: str) -> list[list[str]]:
 @functools.cache
 def make_targets() -> frozenset[str]:
     makefile = (ROOT / "Makefile").read_text()
-    return frozenset(re.findall(r"^([a-z]+):", makefile, re.M))
+    return frozenset(re.findall(r"^([a-z-]+):", makefile, re.M))
 
 
 @functools.cache
