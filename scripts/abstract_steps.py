@@ -12,11 +12,14 @@ import shrinking
 from configs import Config
 from experiment import (
     Functions,
+    Stage,
     find_groups,
     learning_rate,
     make_functions,
     make_model,
     make_optimizer,
+    make_step,
+    shapes_of_state,
 )
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -53,16 +56,11 @@ class Program(NamedTuple):
 
 
 def check_config(config: Config) -> None:
-    """Refuses what needs data, or is another program on this machine than on an accelerator."""
+    """Refuses what needs data."""
     problems = []
     if config.method in AT_INIT:
         names = ", ".join(AT_INIT)
         problems.append(f"`method` must be none of {names}, which read images; got {config.method}")
-    if config.parts > 1:
-        problems.append(
-            f"`parts` must be 1, as this machine would unroll what an accelerator runs in a loop; "
-            f"got {config.parts}"
-        )
     trees.raise_for(problems, "this step cannot be compiled ahead of time:")
 
 
@@ -145,36 +143,21 @@ def compile_step(
     steps = config.steps or max(1, round(config.epochs * (source.size // config.batch_size)))
     tx = make_tx(config, network, steps)
 
-    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
-        return source.prepare(source.augment(key, images))
-
-    def apply(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "model_state": model_state}
-        logits, updates = network.functions.train(variables, images)
-        return logits, updates["model_state"]
-
-    step = training.make_train_step(
-        apply, tx, prepare, label_smoothing=config.label_smoothing, remat=config.remat
-    )
-    params, model_state = network.variables["params"], network.variables["model_state"]
-    counter = jax.ShapeDtypeStruct((), jnp.int32)
-    opt_state = jax.eval_shape(tx.init, params)
-    state = training.TrainState(counter, params, model_state, opt_state)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = sharding.shardings_for(state, mesh, params=params)
-    images = jax.ShapeDtypeStruct((config.batch_size, *source.image_shape), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    # As many parts of a batch for the smaller network, so that memory can be compared.
+    step = make_step(config, source, network.functions, tx, Stage())
+    state = shapes_of_state(network.variables, tx, mesh)
+    own, everywhere = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    images, labels = (config.batch_size, *source.image_shape), (config.batch_size,)
     key = jax.eval_shape(jax.random.key, 0)
-    own = sharding.batch_sharding(mesh)
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        (state, images, labels, key),
-        (shardings, own, own, everywhere),
+    placed = (
+        state,
+        jax.ShapeDtypeStruct(images, jnp.uint8, sharding=own),
+        jax.ShapeDtypeStruct(labels, jnp.int32, sharding=own),
+        jax.ShapeDtypeStruct((), key.dtype, sharding=everywhere),
     )
+    places = jax.tree.map(lambda x: x.sharding, state)
     # As in training, but for unused arguments: all of them stay, to be told apart by position.
-    jitted = jax.jit(
-        step, donate_argnums=0, out_shardings=(shardings, everywhere), keep_unused=True
-    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere), keep_unused=True)
     lowered = jitted.lower(*placed)
     began = time.perf_counter()
     compiled = lowered.compile(options)

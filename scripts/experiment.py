@@ -125,48 +125,18 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         rates = rewarmed(schedule, stage.cut, config.rewarm_steps)
         return make_optimizer(config, rates, make_pruning(own))
 
-    def shapes(stage: Stage, tx: optax.GradientTransformation) -> training.TrainState:
-        """Of the state, with the places of all arrays."""
-
-        def init(variables: Any) -> training.TrainState:
-            if stage.cut is not None:
-                variables = stage.network.plan.compact(variables)
-            params, model_state = variables["params"], variables["model_state"]
-            return training.TrainState(
-                jnp.zeros((), jnp.int32), params, model_state, tx.init(params)
-            )
-
-        state = jax.eval_shape(init, variables)
-        places = sharding.shardings_for(state, mesh, params=state.params)
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
-        )
-
     def make_steps(
         stage: Stage, tx: optax.GradientTransformation, functions: Functions = functions
     ) -> Steps:
-        def prepare_train(key: jax.Array, images: jax.Array) -> jax.Array:
-            images = source.prepare(source.augment(key, images))
-            return resized(images, stage.image_size or full)
-
-        def apply_train(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-            variables = {"params": params, "model_state": model_state}
-            logits, updates = functions.train(variables, images)
-            return logits, updates["model_state"]
-
         def apply(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
             return functions.evaluate({"params": params, "model_state": model_state}, images)
 
-        step = training.make_train_step(
-            apply_train,
-            tx,
-            prepare_train,
-            label_smoothing=config.label_smoothing,
-            parts=parts_of(config, stage, full),
-            remat=config.remat,
-        )
         evaluate = training.make_evaluate(apply, source.prepare, mesh)
-        like = shapes(stage, tx)
+        own = variables
+        if stage.cut is not None:
+            own = jax.eval_shape(stage.network.plan.compact, variables)
+        step = make_step(config, source, functions, tx, stage)
+        like = shapes_of_state(own, tx, mesh)
         return Steps(
             tx,
             training.make_chunk_step(step, mesh, jax.tree.map(lambda x: x.sharding, like)),
@@ -208,6 +178,51 @@ def build(config: Config, make_pruning: MakePruning) -> Experiment:
         example=example,
         make_tx=make_tx,
         macs=macs,
+    )
+
+
+def make_step(
+    config: Config,
+    source: Source,
+    functions: Functions,
+    tx: optax.GradientTransformation,
+    stage: Stage,
+) -> Callable[..., tuple]:
+    """One training step, see `training.make_train_step`."""
+    full = source.image_shape[:2]
+
+    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
+        images = source.prepare(source.augment(key, images))
+        return resized(images, stage.image_size or full)
+
+    def apply(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "model_state": model_state}
+        logits, updates = functions.train(variables, images)
+        return logits, updates["model_state"]
+
+    return training.make_train_step(
+        apply,
+        tx,
+        prepare,
+        label_smoothing=config.label_smoothing,
+        parts=parts_of(config, stage, full),
+        remat=config.remat,
+    )
+
+
+def shapes_of_state(
+    variables: Any, tx: optax.GradientTransformation, mesh: Mesh
+) -> training.TrainState:
+    """Shapes of a state with these variables, arrays or shapes, and the places of all arrays."""
+
+    def init(variables: Any) -> training.TrainState:
+        params, model_state = variables["params"], variables["model_state"]
+        return training.TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+
+    state = jax.eval_shape(init, variables)
+    places = sharding.shardings_for(state, mesh, params=state.params)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import jaxprune
-from jaxprune import data, models, sharding, training
+from jaxprune import accumulation, data, models, sharding, training
 
 KEY = jax.random.key(3)
 ROWS = np.random.default_rng(0).permutation(64).astype(np.int32).reshape(4, 16)
@@ -409,6 +409,19 @@ def test_parts_do_not_live_at_the_same_time():
         )
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", 0), ("tpu", 1)])
+def test_parts_are_a_loop_where_it_will_run(platform, loops):
+    """Also where the program is made for another machine; on CPU a convolution in one is slow."""
+
+    def gradients(params, model_state, inputs, labels):
+        return params * inputs.sum(), (labels.sum(), model_state)
+
+    found = jax.jit(accumulation.over_parts(gradients, 4))
+    traced = found.trace(jnp.ones(3), jnp.ones(2), jnp.ones((8, 5)), jnp.ones(8))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.while") == loops
 
 
 def test_parts_must_divide_the_batch():
