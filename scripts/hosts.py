@@ -23,7 +23,10 @@ LIMIT = 1 << 16  # bytes of what is compared
 def start(config: Config) -> None:
     """Connects to the other processes, if there are any; before anything else uses JAX.
 
-    With `coordinator` as told; under SLURM, and where TPU hosts list each other, by JAX itself.
+    With `coordinator` as told; under SLURM and on hosts of TPUs JAX finds the others.
+
+    Raises:
+        ValueError: they were not found.
     """
     timeout = config.host_timeout
     if config.coordinator:
@@ -34,15 +37,27 @@ def start(config: Config) -> None:
             heartbeat_timeout_seconds=timeout,
         )
     elif is_cluster(os.environ):
-        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"JAX has not found the other processes: {error}\nSay where the first one is with "
+                "`coordinator`, `processes` and `process`. Where there is none but this one, start "
+                "with TPU_SKIP_MDS_QUERY=1, or under SLURM with SLURM_NTASKS=1"
+            ) from error
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM started several tasks, or a TPU has several hosts."""
+    """Whether SLURM started several tasks, or this may be one of several hosts of a TPU.
+
+    A cluster of containers lists its hosts. Elsewhere a server knows them; JAX marks a machine with
+    TPU chips, and one without such a server.
+    """
     tasks = environment.get("SLURM_NTASKS", "1")
-    return (tasks.isdigit() and int(tasks) > 1) or "," in environment.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    )
+    names = environment.get("TPU_WORKER_HOSTNAMES")
+    chips = "TPU_ML_PLATFORM" in environment and "TPU_SKIP_MDS_QUERY" not in environment
+    of_tpu = chips if names is None else "," in names
+    return (tasks.isdigit() and int(tasks) > 1) or of_tpu
 
 
 def is_first() -> bool:

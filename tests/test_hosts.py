@@ -1,12 +1,14 @@
 """Several processes on one machine: the same run as one process, stopped, lost, and disagreeing."""
 
 import contextlib
+import http.server
 import importlib
 import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +24,19 @@ OPTIONS = f"""digits_resnet8 --granularity channels --compact --sparsity 0.5 --s
 WIDTHS = json.dumps({"stem": 4, "blocks": [[6, 4], [8, 8], [8, 10]]})
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture
 def start(environment, tmp_path):
     """`start(workdir, *options of each process)`; what is left of it is killed in the end."""
     children = []
 
     def go(workdir, *each):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for process, more in enumerate(each):
             words = [sys.executable, str(SCRIPT), *OPTIONS, "--widths", WIDTHS]
             words += ["--workdir", str(workdir), *more]
@@ -176,10 +182,78 @@ def test_differences(hosts):
         ({"SLURM_NTASKS": "16"}, True),
         ({"TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
         ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, True),
+        ({"TPU_ML_PLATFORM": "JAX"}, True),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, False),
     ],
 )
 def test_clusters_are_recognised(hosts, environment, expected):
     assert hosts.is_cluster(environment) is expected
+
+
+# On a machine without a TPU, JAX forbids itself to ask who else there is.
+OF_A_POD = """
+import os
+import jax
+del os.environ["TPU_SKIP_MDS_QUERY"]
+import configs, experiment, hosts
+with experiment.plain_errors():
+    hosts.start(configs.Config(host_timeout=10))
+print(jax.process_index(), "of", jax.process_count())
+"""
+
+
+class _Metadata(http.server.BaseHTTPRequestHandler):
+    """What a host of a pod slice can ask: its number comes first in the path."""
+
+    def do_GET(self):  # noqa: N802
+        number, *_, name = self.path.strip("/").split("/")
+        known = {"agent-worker-number": number, "tpu-env": "", "worker-network-endpoints": HOSTS}
+        self.send_response(200 if name in known else 404)
+        self.end_headers()
+        self.wfile.write(known.get(name, "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+HOSTS = "127.0.0.1,127.0.0.1"
+
+
+@pytest.fixture
+def pod(environment):
+    """`pod(server of each host)`: what each prints about who it is."""
+
+    def go(*servers):
+        port = free_port()
+        own = {"JAX_PLATFORMS": "cpu", "JAX_FORCE_TPU_INIT": "1", "JAX_COORDINATOR_PORT": str(port)}
+        own = environment | own | {"PYTHONPATH": str(SCRIPT.parent)}
+        own = {name: value for name, value in own.items() if name != "TPU_SKIP_MDS_QUERY"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        words = [sys.executable, "-W", "ignore", "-c", OF_A_POD]
+        return ends(
+            [subprocess.Popen(words, env=own | {"GCE_METADATA_IP": at}, **pipes) for at in servers]
+        )
+
+    return go
+
+
+def test_hosts_of_a_pod_slice_find_each_other(pod):
+    """With a stand-in for the server that describes a machine of Google's cloud."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        codes, outputs = pod(f"{address}/0", f"{address}/1")
+        server.shutdown()
+    assert codes == [0, 0], outputs
+    assert [output.splitlines()[-1] for output in outputs] == ["0 of 2", "1 of 2"]
+
+
+def test_a_pod_slice_without_its_server(pod):
+    codes, outputs = pod(f"127.0.0.1:{free_port()}")
+    assert codes == [1] and "Traceback" not in outputs[0]
+    assert "error: JAX has not found the other processes" in outputs[0]
+    assert "`coordinator`" in outputs[0] and "TPU_SKIP_MDS_QUERY=1" in outputs[0]
 
 
 @pytest.mark.parametrize(
