@@ -26,7 +26,7 @@ LEFT_OUT := structure_fuzz.py::test_a_broken_rule_is_noticed training.py::test_l
 	training.py::test_the_benchmark_of_the_loop_runs
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-quickly lint format bench tpu-check clean
+.PHONY: help demo test test-newest test-quickly lint format bench tpu-check cuda-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -78,6 +78,11 @@ tpu-check:  ## compile the training step for TPUs that are not there, and check 
 	@$(MAKE) --no-print-directory VENV=$(VENV)/tpu $(VENV)/tpu/.tpu
 	$(VENV)/tpu/bin/python scripts/compile_for_tpu.py $(ARGS)
 
+# As above; it takes 6 GB on disk with CUDA's libraries.
+cuda-check:  ## compile the training step for GPUs that are not there, and check it
+	@$(MAKE) --no-print-directory VENV=$(VENV)/cuda $(VENV)/cuda/.cuda
+	$(VENV)/cuda/bin/python scripts/compile_for_tpu.py --platform cuda $(ARGS)
+
 clean:  ## remove the virtual environment, caches and build products
 	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
@@ -98,7 +103,7 @@ $(VENV)/.python:
 	exit 1
 
 # One stamp an extra: pip runs again only when pyproject.toml has changed.
-$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.tpu: $(VENV)/.%: pyproject.toml | $(VENV)/.python
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.tpu $(VENV)/.cuda: $(VENV)/.%: pyproject.toml | $(VENV)/.python
 	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@

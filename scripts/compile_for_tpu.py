@@ -1,13 +1,16 @@
-"""Compiles the training step of scripts/train.py for TPUs that are not there, and checks it.
+"""Compiles the step of scripts/train.py for TPUs or GPUs that are not there, and checks it.
 
     make tpu-check
+    make cuda-check
     python scripts/compile_for_tpu.py --topology v5e:2x4 v4:2x2x1 --config synthetic_resnet50
     python scripts/compile_for_tpu.py --topology v5e:2x4 --mesh data=4,fsdp=2 -- --batch-size 1024
+    python scripts/compile_for_tpu.py --platform cuda --topology h100:8
 
-What follows `--` are options of train.py. Needs libtpu (the extra `tpu`) and no TPU: nothing runs,
-and no array is made. The step is compiled for the network and for what is left of it without half
-of the channels. Each report has memory, arithmetic and exchanges between devices, all of one
-device, and checks; the exit status is 1 if one of them fails.
+What follows `--` are options of train.py. Needs libtpu (the extra `tpu`) and no TPU, or JAX's CUDA
+plugin (the extra `cuda`) and no GPU: nothing runs, and no array is made. The step is compiled for
+the network and for what is left of it without half of the channels. Each report has memory,
+arithmetic and exchanges between devices, all of one device, and checks; the exit status is 1 if one
+of them fails.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import gpus
 import jax
 import program_checks
 import programs
@@ -56,6 +60,11 @@ FAMILIES = {
     "v5p": Family("2x2x1", "v5p-8", {}),
     "v6e": Family("2x4", "v6e-8", {}),
 }
+DEFAULTS = {
+    "tpu": [f"{name}:{family.example}" for name, family in FAMILIES.items()],
+    "cuda": [gpus.EXAMPLE],
+    "cpu": ["cpu"],
+}
 MIB = 2**20
 
 
@@ -71,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for topology in options.topology:
             mesh = make_mesh(options.platform, topology, options.mesh or config.mesh)
             sharding.check_batch(config.batch_size, mesh)
-            passed &= report(config, mesh, topology, options.effort)
+            passed &= report(config, mesh, options.platform, topology, options.effort)
     if not passed:
         sys.exit(1)
 
@@ -82,21 +91,21 @@ def parse(args: list[str]) -> argparse.Namespace:
     usage = "compile_for_tpu.py [options] [-- options of train.py]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form)
     add = parser.add_argument
-    default = [f"{name}:{family.example}" for name, family in FAMILIES.items()]
-    add("--topology", nargs="+", default=default, metavar="FAMILY:SIDES",
-        help=f"chips to compile for; default: {' '.join(default)}")  # fmt: skip
+    add("--topology", nargs="+", metavar="NAME:SIDES",
+        help=f"chips to compile for; default: {' '.join(DEFAULTS['tpu'])}; of cuda: "
+        f"{gpus.EXAMPLE}, also for example h100:2x8 for two machines")  # fmt: skip
     add("--config", default="synthetic_resnet50", choices=CONFIGS, metavar="NAME",
         help="named configuration of train.py; default: synthetic_resnet50")  # fmt: skip
     add("--mesh", help="such as data=4,fsdp=2; default: data over all devices")
-    add("--platform", default="tpu", choices=["tpu", "cpu"],
-        help="cpu: for as many fake devices of this machine as --mesh says")  # fmt: skip
+    add("--platform", default="tpu", choices=[*DEFAULTS],
+        help="cuda: GPUs; cpu: as many fake devices of this machine as --mesh says")  # fmt: skip
     add("--effort", type=float, default=-1.0,
         help="of the TPU compiler: 0 is that of training; default: -1, faster")  # fmt: skip
     end = args.index("--") if "--" in args else len(args)
     options = parser.parse_args(args[:end])
     options.training = args[end + 1 :]
-    if options.platform == "cpu":
-        options.topology = ["cpu"]
+    if options.topology is None or options.platform == "cpu":
+        options.topology = DEFAULTS[options.platform]
     return options
 
 
@@ -111,7 +120,7 @@ def make_mesh(platform: str, topology: str, text: str) -> Mesh:
             jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
         devices = jax.devices()
     else:
-        devices = tpu_devices(topology)
+        devices = gpus.devices(topology) if platform == "cuda" else tpu_devices(topology)
     return sharding.make_mesh(axes or {"data": len(devices)}, devices)
 
 
@@ -143,7 +152,7 @@ def check_topology(text: str) -> Family:
         examples = ", ".join(f"{own}:{family.example}" for own, family in FAMILIES.items())
         raise ValueError(
             f"`topology` must be a family of TPUs and the sides of a slice; use for example "
-            f"{examples}; got {text!r}"
+            f"{examples}; got {text!r}; GPUs need `--platform cuda`"
         )
     family = FAMILIES[name]
     count = family.example.count("x") + 1
@@ -158,9 +167,9 @@ def check_topology(text: str) -> Family:
 # ---- reports
 
 
-def report(config: Config, mesh: Mesh, topology: str, effort: float) -> bool:
+def report(config: Config, mesh: Mesh, platform: str, topology: str, effort: float) -> bool:
     """Compiles, prints, and says whether all is well."""
-    compiler = {} if topology == "cpu" else {"exec_time_optimization_effort": effort}
+    compiler = {"exec_time_optimization_effort": effort} if platform == "tpu" else {}
     source = shapes_of(config)
     dense = dense_network(config, source)
     networks = dense, without_half(config, dense, source.image_shape)
@@ -179,6 +188,8 @@ def report(config: Config, mesh: Mesh, topology: str, effort: float) -> bool:
         return False
     print("\n".join([*table(networks, found), *exchanges(found[0])]))
     checks = program_checks.check_all(networks, found)
+    if platform == "cuda":
+        checks.append(program_checks.check_fits(found[0], gpus.memory(topology)))
     for check in checks:
         print(f"  {'ok' if check.passed else 'FAIL':4}  {check.text}")
     print(flush=True)
@@ -206,6 +217,8 @@ def table(networks: Sequence[Network], found: Sequence[Program]) -> list[str]:
     }
     lines = [f"  {'':32} {'network':>10} {'half':>10} {'ratio':>7}"]
     for name, (whole, half) in rows.items():
+        if math.isnan(whole):  # XLA does not say
+            continue
         ratio = f"{half / whole:7.2f}" if whole else ""
         lines.append(f"  {name:32} {whole:10.4g} {half:10.4g} {ratio}")
     return lines

@@ -28,6 +28,7 @@ class Config:
     source_dir: str = ""  # folder with the data set's original files; empty: download them
     image_size: int = 224  # height and width of synthetic images and of ImageNet's crops
     workers: int = 0  # imagenet2012: processes that decode; 0: threads of this one
+    threads: int = 0  # imagenet2012: of each such process; 0: 1 with workers, 4 without
     model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
     widths: str = ""  # of all layers as JSON, such as summary.json has; empty: the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
@@ -99,7 +100,7 @@ class Config:
             if getattr(self, name) not in names
         ]
         at_least_0 = "steps pad warmup_steps weight_decay chunk seed switches switch_steps multiple"
-        at_least_0 += " rewarm_steps validation process workers"
+        at_least_0 += " rewarm_steps validation process workers threads"
         at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every parts"
         at_least_1 += " processes host_timeout"
         fractions = "sparsity momentum label_smoothing ema regrow drop saving"

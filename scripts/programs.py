@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices and what its arguments take, from its text.
+"""What a compiled program exchanges, what its arguments take and what it multiplies, from its text.
 
 The text is that of `compiled.as_text()`: HLO after partitioning, so that all shapes are those on
 one device.
@@ -7,7 +7,7 @@ one device.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 KINDS = (
@@ -21,6 +21,12 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.-]+)")
 _LISTED = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _PARAMETER = re.compile(r"= (\w+)\[([\d,]*)\](?:\{([^}]*)\})? parameter\((\d+)\)")
+_INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = (\S.*?) [\w-]+\(([^)]*)\)")
+# The letters of a kernel's axes in `b01f_o01i->b01f`: of a library's convolution of any kind, too.
+_CONVOLUTION = re.compile(r"dim_labels=\w+_(\w+)->")
+_PRODUCT = re.compile(
+    r"(?: dot\(.*lhs_contracting_dims=\{|\"lhs_contracting_dimensions\":\[)([^]}]*)"
+)
 
 
 class Collective(NamedTuple):
@@ -113,6 +119,41 @@ def arguments(text: str) -> list[Argument]:
         nbytes, padded = (n * bits(dtype) // 8 for n in (math.prod(shape), in_tiles(shape, layout)))
         found[int(number)] = Argument(dtype, shape, nbytes, padded)
     return [argument for _, argument in sorted(found.items())]
+
+
+def costs(text: str) -> dict[str, float]:
+    """What `compiled.cost_analysis()` says, as far as the text tells it, for where it says nothing.
+
+    FLOPs are those of convolutions, their padding included, and of matrix products. What is in a
+    loop counts once.
+    """
+    macs = 0
+    for lines in computations(text).values():
+        arrays: dict[str, list[int]] = {}
+        for line in lines:
+            match = _INSTRUCTION.search(line)
+            shape = match and _SHAPE.search(match[2])  # of several results, the first
+            if shape:
+                arrays[match[1]] = _dimensions(shape[2])
+                macs += _macs(line, arrays, match[1], re.findall(r"%([\w.-]+)", match[3]))
+    return {"flops": 2.0 * macs, "bytes accessed": math.nan}
+
+
+def _macs(line: str, arrays: Mapping[str, list[int]], result: str, operands: Sequence[str]) -> int:
+    """Multiply-accumulates of one operation."""
+    if match := _CONVOLUTION.search(line):
+        # Each entry of the forward result takes a kernel's worth of one output channel.
+        outputs, kernel = result, operands[1]
+        if "$convBackwardFilter" in line:
+            outputs, kernel = operands[1], result
+        elif "$convBackwardInput" in line:
+            outputs = operands[0]
+        channels = arrays[kernel][match[1].index("o")]
+        return math.prod(arrays[outputs]) * math.prod(arrays[kernel]) // channels
+    if match := _PRODUCT.search(line):
+        axes = re.findall(r"\d+", match[1])
+        return math.prod(arrays[result]) * math.prod(arrays[operands[0]][int(i)] for i in axes)
+    return 0
 
 
 def in_tiles(shape: Sequence[int], layout: str) -> int:

@@ -77,26 +77,30 @@ def files(config: Config) -> Source:
     if config.validation:
         train, test = imagenet.hold_out(train, config.validation)
     mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    options = {"image_size": config.image_size, "workers": config.workers}
+    options: dict[str, Any] = {"image_size": config.image_size, "workers": config.workers}
+    options |= mine | {"threads": config.threads or None}
+    # Options are checked before anything is compiled.
+    imagenet.train_batches(train, config.batch_size, seed=config.seed, stop=0, **options).close()
 
     def batches(seed: int, start: int) -> Iterator[Any]:
-        made = imagenet.train_batches(
-            train, config.batch_size, seed=seed, start=start, **mine, **options
-        )
-        return (batch[:2] for batch in made)
+        with imagenet.train_batches(
+            train, config.batch_size, seed=seed, start=start, **options
+        ) as made:
+            for batch in made:
+                yield batch[:2]
 
     def read() -> Iterator[Any]:
         resize = round(config.image_size * 256 / 224)
-        with imagenet.eval_batches(
-            test, config.eval_batch_size, resize=resize, **mine, **options
-        ) as made:
+        with imagenet.eval_batches(test, config.eval_batch_size, resize=resize, **options) as made:
             for images, labels, weights in made:
                 yield images, labels, weights > 0
 
     def first(count: int) -> data.Split:
         size = config.image_size
-        made = imagenet.train_batches(train, count, seed=config.seed, stop=1, image_size=size)
-        return data.Split(*next(made)[:2])
+        with imagenet.train_batches(
+            train, count, seed=config.seed, stop=1, image_size=size
+        ) as made:
+            return data.Split(*next(made)[:2])
 
     def fingerprint() -> int:
         return zlib.crc32(test.labels.tobytes(), zlib.crc32(train.labels.tobytes()))

@@ -200,6 +200,7 @@ def gather(size, source, conditional=False):
         ([gather(100, "jit(step)/jvp()/dot_general")], True, "0 entries at most"),
         ([gather(100, "jit(step)/optimizer/mul")], False, "100 entries for 'jit(step)/optimizer"),
         ([gather(100, "jit(step)/cond/sort", True)], False, "1 all-gathers of 100 or more"),
+        ([gather(100, "step/(jvp():optimizer)")], False, "100 entries for 'step/(jvp():opt"),
         ([gather(100, "")], False, "100 entries for ''"),
         ([gather(100, "")._replace(kind="all-reduce")], True, "0 entries at most"),
     ],

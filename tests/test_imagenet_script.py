@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxprune.data import imagenet_tars
+from tests import test_hosts
 from tests import test_imagenet as tiny
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -73,9 +75,41 @@ def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tm
             process.send_signal(signal.SIGKILL)
     process.communicate(timeout=400)
     assert not (tmp_path / "killed" / "summary.json").exists()
-    done = run(command(tmp_path / "killed"), environment)
+    done = run(command(tmp_path / "killed", "--threads", "1"), environment)
     assert "going on from step 4" in done.stdout, done.stderr
     assert checkpoint(tmp_path / "killed") == checkpoint(tmp_path / "whole"), "bit for bit"
+
+
+def test_two_processes_read_their_parts_of_each_batch(command, environment, tmp_path):
+    """The run of one process: masks to the bit, and every image counts once in evaluation."""
+    assert run(command(tmp_path / "one"), environment).returncode == 0
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    start = ["--coordinator", f"127.0.0.1:{test_hosts.free_port()}", "--processes", "2"]
+    codes, outputs = test_hosts.ends(
+        [
+            subprocess.Popen(
+                command(tmp_path / "two", *start, "--process", process), env=environment, **pipes
+            )
+            for process in "01"
+        ]
+    )
+    assert codes == [0, 0], outputs
+    one, two = (test_hosts.leaves(tmp_path / name, STEPS) for name in ("one", "two"))
+    assert one.keys() == two.keys() and any("masks" in path for path in one)
+    for path, leaf in one.items():
+        if leaf.dtype == bool:
+            assert (two[path] == leaf).all(), path
+        else:
+            np.testing.assert_allclose(two[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    right = summary["test_accuracy"] * tiny.VALIDATION
+    assert right == pytest.approx(round(right))
+
+
+def test_options_are_checked_before_anything_is_compiled(command, environment, tmp_path):
+    done = run(command(tmp_path / "a", "--batch-size", str(COUNT + 1)), environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"`batch_size` must be in 1 .. the number of images ({COUNT})" in done.stderr
 
 
 def test_bad_tars_are_one_message(command, environment, source, tmp_path):
