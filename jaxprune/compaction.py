@@ -116,8 +116,13 @@ def masked_channels(groups: structure.Groups, opt_state: Any) -> dict[str, np.nd
     return channels
 
 
-def pays(policy: Policy, *, cost: float, smaller: float, left: int, done: int) -> bool:
+def pays(
+    policy: Policy, *, cost: float, smaller: float, left: int, done: int, changing: int = 0
+) -> bool:
     """Whether a switch saves more than it costs.
+
+    While masks still change, a later switch removes what this one would have, and more. So what
+    this one saves ends there, and the last of `most` switches is kept for it.
 
     Args:
         policy: limits, and the price of a switch.
@@ -125,20 +130,23 @@ def pays(policy: Policy, *, cost: float, smaller: float, left: int, done: int) -
         smaller: of a step after the switch, likewise.
         left: steps that are still to come.
         done: switches so far.
+        changing: steps until masks have changed for the last time.
 
     Returns:
-        True if at least the fraction `saving` of a step is saved, if all steps to come save more
-        than `switch_steps`, and if there were less than `most` switches.
+        True if at least the fraction `saving` of a step is saved, if the steps that are saved by
+        this switch save more than `switch_steps`, and if there were less than `most` switches.
 
     Example:
         >>> policy = Policy(switch_steps=50)
         >>> [pays(policy, cost=1, smaller=0.5, left=left, done=0) for left in (99, 101)]
         [False, True]
+        >>> pays(policy, cost=1, smaller=0.5, left=900, done=0, changing=90)
+        False
     """
     saved = cost - smaller
-    return (
-        done < policy.most and saved >= policy.saving * cost and saved * left > policy.switch_steps
-    )
+    most = policy.most - (changing > 0)
+    steps = min(left, changing or left)
+    return done < most and saved >= policy.saving * cost and saved * steps > policy.switch_steps
 
 
 def shrink(

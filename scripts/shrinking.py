@@ -223,9 +223,12 @@ def masked_enough(
     dense, now, then = map(experiment.macs, (experiment.groups.plan({}), network.plan, plan))
     policy = compaction.Policy(config.switch_steps, config.switches, config.saving)
     relative = {"cost": now / dense, "smaller": then / dense}
-    left = experiment.steps - int(state.step)
+    step = int(state.step)
+    left = experiment.steps - step
+    changing = max(0, mask_updates(config, experiment.steps)[-1] - step)
     done = sum(entry["macs"] != entry["macs_before"] for entry in present.history)
-    return keep if compaction.pays(policy, **relative, left=left, done=done) else None
+    pays = compaction.pays(policy, **relative, left=left, done=done, changing=changing)
+    return keep if pays else None
 
 
 def coming_of(

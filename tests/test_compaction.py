@@ -135,6 +135,16 @@ def test_a_switch_pays_for_itself(cost, part, left, price, done):
         assert (cost - smaller) * left <= price
 
 
+@given(**COSTS, done=st.integers(0, 6), changing=st.integers(1, 1000))
+def test_while_masks_change_a_later_switch_is_kept_and_counted(cost, part, left, done, changing):
+    """It takes what is left over from the last change on, so this one saves nothing there."""
+    policy = Policy(switch_steps=50.0, most=4, saving=0.2)
+    costs = {"cost": cost, "smaller": cost * part}
+    found = compaction.pays(policy, **costs, left=left, done=done, changing=changing)
+    fewer, until = policy._replace(most=3), min(left, changing)
+    assert found == compaction.pays(fewer, **costs, left=until, done=done)
+
+
 def test_a_longer_run_never_makes_a_switch_worse():
     policy = Policy(switch_steps=100.0)
     answers = [
