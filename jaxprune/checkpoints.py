@@ -17,15 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from jaxprune.processes import on_host
 
 __all__ = [
     "check_config",
     "check_writable",
     "fields",
-    "on_host",
     "open_manager",
     "read_json",
     "read_record",
@@ -360,24 +359,6 @@ def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
             row.append(zlib.crc32(on_host(values).tobytes()))
         leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = row
     return leaves
-
-
-def on_host(array: Any) -> np.ndarray:
-    """All of an array, also of one that is spread over processes, which all have to call this.
-
-    Args:
-        array: of numbers, on any devices.
-
-    Returns:
-        A NumPy array.
-
-    Example:
-        >>> on_host(jnp.arange(3)).tolist()
-        [0, 1, 2]
-    """
-    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path) -> None:

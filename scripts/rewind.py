@@ -17,16 +17,19 @@ import argparse
 import dataclasses
 import functools
 import logging
+import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hosts
 import jax
-import jax.numpy as jnp
 import jobs
+import numpy as np
 import tyro
 from configs import CONFIGS, Config
 from experiment import Experiment, build, plain_errors
@@ -37,8 +40,10 @@ from jaxprune import (
     budgets,
     checkpoints,
     patterns,
+    processes,
     rewinding,
     scores,
+    sharding,
     storage,
     training,
 )
@@ -61,7 +66,9 @@ OWN = {
     "prune-every", "budget", "decay", "regrow", "rate", "drop", "phase", "init-images",
     "save-every", "eval-every",
 }  # fmt: skip
-FREE = {"seed", "workdir", "data_dir", "source_dir"}
+HOSTS = {"coordinator", "processes", "process", "host_timeout"}
+# What may change when a comparison goes on.
+FREE = {"seed", "workdir", "data_dir", "source_dir", "workers", "threads", "mesh"} | HOSTS
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -74,21 +81,49 @@ def main(args: Sequence[str] | None = None) -> None:
                 raise ValueError(f"`workdir` {options.workdir} holds no trained network")
             return
         config = read_config(options)
-        if not options.child:
-            price = cost(options, config)
-            record_command(options, config, shlex.join(["python", "scripts/rewind.py", *args]))
-            print(price, flush=True)
-        if options.jobs > 1 and not options.child:
+        if options.jobs == 1:
+            hosts.start(config)
+        elif config.coordinator or hosts.is_cluster(os.environ):
+            raise ValueError("`--jobs` must be 1 where several processes share each training")
+    with hosts.lost_is_an_error(), plain_errors():
+        if options.jobs == 1:
+            compare(options, config, args)
+        else:  # without JAX: the devices are for the children
+            begin(options, config, args)
             run_seeds(options, args)
-        else:
-            try:
-                for seed in options.seeds:
-                    run_seed(options, dataclasses.replace(config, seed=seed))
-            except KeyboardInterrupt:
-                print("\nstopped; the same command goes on from there")
-                sys.exit(130)
-        write_results(options.workdir, METHODS)
-        print(f"\n{(options.workdir / 'results.md').read_text()}\nwritten to {options.workdir}")
+            end(options)
+
+
+def compare(options: argparse.Namespace, config: Config, args: Sequence[str]) -> None:
+    """All seeds, one after the other; of several processes the first writes and prints."""
+    hosts.check_same(identity(options, config) | {"rewind.py options": runs_of(options)})
+    processes.on_first(lambda: begin(options, config, args))
+    with checkpoints.stop_signals(*hosts.signals()) as stopped:
+        should_stop = hosts.stop_together(stopped)
+        try:
+            for seed in options.seeds:
+                run_seed(options, dataclasses.replace(config, seed=seed), should_stop)
+        except (KeyboardInterrupt, rewinding.Stopped) as reason:
+            hosts.say(f"\n{str(reason) or 'stopped'}; the same command goes on from there")
+            interrupted = isinstance(reason, KeyboardInterrupt)
+            heard = signal.SIGINT if interrupted else (stopped or [signal.SIGTERM])[0]
+            sys.exit(128 + heard)
+    processes.on_first(lambda: end(options))
+
+
+def begin(options: argparse.Namespace, config: Config, args: Sequence[str]) -> None:
+    """Says what it costs, and writes config.json."""
+    if options.child:
+        return
+    price = cost(options, config)
+    record_command(options, config, args)
+    print(price, flush=True)
+
+
+def end(options: argparse.Namespace) -> None:
+    """Writes and shows the results."""
+    write_results(options.workdir, METHODS)
+    print(f"\n{(options.workdir / 'results.md').read_text()}\nwritten to {options.workdir}")
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -156,18 +191,41 @@ def read_config(options: argparse.Namespace) -> Config:
     return tyro.extras.overridable_config_cli(stepped, args=[options.config, *options.training])
 
 
-def record_command(options: argparse.Namespace, config: Config, command: str) -> None:
+def identity(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """What must not change in a workdir."""
+    names = "rate one_shot rewind_to schedule_to pattern guard switch".split()
+    values = {f"rewind.py --{name}": getattr(options, name) for name in names}
+    return {"config": options.config} | checkpoints.fields(config, FREE) | values
+
+
+def runs_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What may change there, but not between processes."""
+    return {name: getattr(options, name) for name in ("methods", "rounds", "seeds", "save_every")}
+
+
+def record_command(options: argparse.Namespace, config: Config, args: Sequence[str]) -> None:
     """Writes config.json, or refuses a workdir of another comparison."""
     checkpoints.check_writable(options.workdir)
-    names = "rate one_shot rewind_to schedule_to pattern guard switch".split()
-    now = {"config": options.config} | checkpoints.fields(config, FREE)
-    now |= {f"rewind.py --{name}": getattr(options, name) for name in names}
+    now = identity(options, config)
     path = options.workdir / "config.json"
     saved = checkpoints.read_json(path)
     if saved is not None:
         checkpoints.check_config(saved, now, str(options.workdir))
+    command = shlex.join(["python", "scripts/rewind.py", *without_hosts(args)])
     commands = [*dict.fromkeys([*(saved or {}).get("commands", []), command])]
     checkpoints.write_json(path, now | {"commands": commands})
+
+
+def without_hosts(args: Sequence[str]) -> list[str]:
+    """The command line without what is of one process: addresses change between starts."""
+    kept, skip = [], False
+    for word in args:
+        name, equals, _ = word.partition("=")
+        own = name.startswith("--") and name[2:].replace("-", "_") in HOSTS
+        if not (own or skip):
+            kept.append(word)
+        skip = own and not equals
+    return kept
 
 
 def trainings(options: argparse.Namespace) -> float:
@@ -208,7 +266,7 @@ def run_seeds(options: argparse.Namespace, args: list[str]) -> None:
         raise ValueError(f"{len(failed)} seeds failed, see {logs}; the same command tries again")
 
 
-def run_seed(options: argparse.Namespace, config: Config) -> None:
+def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[[], bool]) -> None:
     """All methods for one seed; what is done already is skipped."""
     workdir = options.workdir / f"seed-{config.seed}"
     experiment = build(config, lambda setting: jaxprune.fixed_mask_transform())
@@ -216,16 +274,17 @@ def run_seed(options: argparse.Namespace, config: Config) -> None:
     early, to = (round(part * steps) for part in (options.rewind_to, options.schedule_to))
     if max(early, to) >= steps:
         raise ValueError(f"--rewind-to or --schedule-to leaves none of the {steps} steps to train")
+    hosts.check_same({"the images": experiment.source.fingerprint()})
     finished = [checkpoints.read_json(p)["steps"] for p in workdir.glob("**/round.json")]
     total = round(trainings(options) * steps)
-    with show_progress(f"seed {config.seed}", total, sum(finished)) as show:
-        task = make_task(config, experiment, show, sum(finished))
+    progress = f"seed {config.seed}", total, sum(finished)
+    with show_progress(*progress, write=hosts.is_first()) as show:
+        task = make_task(config, experiment, show, sum(finished), should_stop)
 
         def on_round(result: rewinding.Round, state: training.TrainState) -> None:
-            print(
+            hosts.say(
                 f"seed {config.seed}  {result.method} {result.number}  density "
-                f"{result.density:.3f}  accuracy {result.score:.2%}",
-                flush=True,
+                f"{result.density:.3f}  accuracy {result.score:.2%}"
             )
             name = f"{result.method}-{result.number}.npz"
             write_network(workdir / "networks" / name, state)
@@ -238,11 +297,15 @@ def run_seed(options: argparse.Namespace, config: Config) -> None:
                 warnings.simplefilter("always", UserWarning)
                 rounds = call(task, workdir, **shared)
             for note in dict.fromkeys(str(note.message) for note in notes):
-                print(f"warning: {note}", flush=True)
-            record = {"seed": config.seed, "epoch": experiment.epoch, "device": device()}
+                hosts.say(f"warning: {note}")
+            record: Any = {"seed": config.seed, "epoch": experiment.epoch, "device": device()}
             record |= {"rounds": [each._asdict() for each in rounds]}
-            checkpoints.write_json(workdir / f"{method}.json", record)
-            write_results(options.workdir, METHODS)
+
+            def write(path: Path = workdir / f"{method}.json", record: Any = record) -> None:
+                checkpoints.write_json(path, record)
+                write_results(options.workdir, METHODS)
+
+            processes.on_first(write)
 
 
 def driver(
@@ -271,7 +334,11 @@ def driver(
 
 
 def make_task(
-    config: Config, experiment: Experiment, show: Callable[..., None], before: int
+    config: Config,
+    experiment: Experiment,
+    show: Callable[..., None],
+    before: int,
+    should_stop: Callable[[], bool],
 ) -> rewinding.Task:
     """The project's training loop as functions."""
     trained = [before]
@@ -281,7 +348,7 @@ def make_task(
 
     def train(state: training.TrainState, start: int, stop: int, number: int) -> Any:
         batches = experiment.source.batches(seed_of(config, number), start)
-        state = state._replace(step=jax.device_put(jnp.int32(start), state.step.sharding))
+        state = state._replace(step=sharding.replicate(np.int32(start), experiment.mesh))
 
         def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
             show(trained[0] + step - start, values)
@@ -290,8 +357,12 @@ def make_task(
             state, stop, experiment.run, experiment.train_set, batches,
             jax.random.fold_in(jax.random.key(config.seed), number), experiment.mesh,
             chunk=experiment.chunk, log_every=config.log_every, on_log=log,
+            should_stop=should_stop,
         )  # fmt: skip
-        trained[0] += stop - start
+        reached = int(state.step)
+        trained[0] += reached - start
+        if reached < stop:
+            raise rewinding.Stopped(state, reached)
         return state
 
     def evaluate(state: training.TrainState) -> float:
@@ -307,11 +378,16 @@ def seed_of(config: Config, number: int) -> int:
 
 def write_network(path: Path, state: training.TrainState) -> None:
     """Parameters and statistics as a sparse file."""
-    path.parent.mkdir(exist_ok=True)
-    everything = {"params": state.params, "model_state": state.model_state}
+    everything: Any = {"params": state.params, "model_state": state.model_state}
     masks = jax.tree.map(lambda _: True, everything)
-    storage.save(path, everything, masks | {"params": jaxprune.get_masks(state.opt_state)},
-        overwrite=True)  # fmt: skip
+    masks |= {"params": jaxprune.get_masks(state.opt_state)}
+    everything, masks = jax.tree.map(processes.on_host, (everything, masks))
+
+    def write() -> None:
+        path.parent.mkdir(exist_ok=True)
+        storage.save(path, everything, masks, overwrite=True)
+
+    processes.on_first(write)
 
 
 def device() -> str:

@@ -47,6 +47,7 @@ from jaxprune import (
     budgets,
     checkpoints,
     patterns,
+    processes,
     rates,
     scores,
     training,
@@ -56,7 +57,7 @@ from jaxprune.metrics import MetricsLog, show_progress
 
 AT_INIT = ("snip", "grasp", "synflow")
 # What may change when a run goes on; all else must be as it was.
-FREE = {"workdir", "overwrite", "data_dir", "source_dir", "mesh"}
+FREE = {"workdir", "overwrite", "data_dir", "source_dir", "workers", "threads", "mesh"}
 FREE |= {"coordinator", "processes", "process", "host_timeout"}
 SECONDS = "seconds", "cpu_seconds"  # of training, without evaluations and checkpoints
 # What --overwrite deletes, config.json last: it is what says that the folder holds a run.
@@ -88,7 +89,8 @@ def train(config: Config) -> dict[str, Any]:
 
     def make_pruning(setting: Setting) -> optax.GradientTransformation | None:
         if config.method in AT_INIT:
-            return jaxprune.fixed_mask_transform(masks_at_init(config, setting))
+            masks = processes.from_first(masks_at_init(config, setting))
+            return jaxprune.fixed_mask_transform(masks)
         if config.method == "none":
             return None
         if setting.groups is not None:

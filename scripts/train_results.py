@@ -16,7 +16,7 @@ from configs import Config
 from experiment import Experiment, make_optimizer
 
 import jaxprune
-from jaxprune import checkpoints, compaction, models, reports, training
+from jaxprune import checkpoints, compaction, models, processes, reports, training
 
 Records = Sequence[Mapping[str, Any]]  # as in metrics.jsonl
 
@@ -46,7 +46,7 @@ def write_results(
     Returns:
         What is in summary.json.
     """
-    state, masks = jax.tree.map(checkpoints.on_host, (state, masks))
+    state, masks = jax.tree.map(processes.on_host, (state, masks))
     table = jaxprune.summarize(state.params, masks)
     summary = summarize(config, state, masks, records) | dict(measured)
     summary |= {"switches": list(present.history)}

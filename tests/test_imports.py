@@ -29,6 +29,7 @@ LAYERS = {
     "post_training": 3,
     "storage": 3,
     "accumulation": 3,
+    "processes": 3,
     "sharding": 3,
     "training": 4,
     "checkpoints": 4,

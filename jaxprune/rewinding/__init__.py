@@ -22,7 +22,15 @@ from jaxprune.rewinding._drivers import (
 from jaxprune.rewinding._rounds import retrain, train_dense
 from jaxprune.rewinding._stages import Options, Prune
 from jaxprune.rewinding._steps import hold, set_step, steps_of
-from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, densities, prune_globally
+from jaxprune.rewinding._tasks import (
+    Guard,
+    Recipe,
+    Round,
+    Stopped,
+    Task,
+    densities,
+    prune_globally,
+)
 
 __all__ = [
     "Guard",
@@ -30,6 +38,7 @@ __all__ = [
     "Prune",
     "Recipe",
     "Round",
+    "Stopped",
     "Task",
     "densities",
     "fine_tune",

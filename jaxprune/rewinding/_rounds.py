@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Unpack
 
-from jaxprune import checkpoints
 from jaxprune.masks import get_masks, set_masks
 from jaxprune.rewinding import _tasks
 from jaxprune.rewinding._stages import (
@@ -15,6 +14,7 @@ from jaxprune.rewinding._stages import (
     Prune,
     Stage,
     delete_checkpoints,
+    read_result,
     run,
     saved_steps,
     write_result,
@@ -120,7 +120,7 @@ def run_rounds(
     early = {each.weights_from for each in recipes if isinstance(each.weights_from, int)}
     name, prune = options.get("name", "retrain"), options.get("prune", _tasks.prune_globally)
     dense = _dense_stage(task, workdir)
-    if checkpoints.read_json(dense.folder / "round.json") is None:
+    if read_result(dense) is None:
         _rehearse(task, prune, float(densities[0]))
     rounds, stages = [train_dense(task, workdir, keep=early, **options)], [dense]
     recipe, suffix = recipes[0], ""

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checkpoints, stats
+from jaxprune import checkpoints, processes, stats
 from jaxprune.masks import apply_masks, get_masks, set_masks
 from jaxprune.rewinding import _tasks
 from jaxprune.rewinding._steps import set_step, steps_of
-from jaxprune.rewinding._tasks import Recipe, Round, Task, get, replace
+from jaxprune.rewinding._tasks import Recipe, Round, Stopped, Task, get, replace
 
 
 class Prune(Protocol):
@@ -77,15 +77,15 @@ def run(
     """The result of a stage: read from its folder, or trained from its newest checkpoint on."""
     folder, recipe = stage.folder, stage.recipe
     record = {"history": history(stage)}
-    saved = checkpoints.read_json(folder / "stage.json")
+    saved = processes.on_first(lambda: checkpoints.read_json(folder / "stage.json"))
     if saved is None:
         checkpoints.check_writable(folder)
     else:
         checkpoints.check_config(saved, record, str(folder))
     keep = sorted({*keep, *(saved or {}).get("keep", [])})
-    checkpoints.write_json(folder / "stage.json", record | {"keep": keep})
-    if (result := checkpoints.read_json(folder / "round.json")) is not None:
-        return Round(**result)
+    _write(folder / "stage.json", record | {"keep": keep})
+    if (result := read_result(stage)) is not None:
+        return result
 
     like = task.init(0)
     opened = checkpoints.open_manager(folder / "checkpoints", keep=1, always=keep)
@@ -100,18 +100,24 @@ def run(
         every = options.get("save_every", 1000)
         while step < stop:
             due = min([stop, (step // every + 1) * every, *(k for k in keep if k > step)])
-            state = task.train(state, step, due, stage.number)
+            try:
+                state = task.train(state, step, due, stage.number)
+            except Stopped as stopped:
+                _check_trained(stage, stopped.state, step, stopped.step)
+                checkpoints.save(manager, stopped.step, stopped.state, {})
+                raise
             _check_trained(stage, state, step, due)
             checkpoints.save(manager, due, state, {})
             step = due
+    score = float(task.evaluate(state))
     done = Round(
         method=options.get("name", "dense") if stage.before else "dense",
         number=stage.number,
         density=_tasks.density_of(get_masks(get(state, "opt_state"))),
-        score=float(task.evaluate(state)),
+        score=processes.on_first(lambda: score),  # decisions hang on it
         steps=recipe.steps,
         total_steps=total_steps,
-        checkpoint_bytes=_bytes(folder / "checkpoints"),
+        checkpoint_bytes=processes.on_first(lambda: _bytes(folder / "checkpoints")),
     )
     if not math.isfinite(done.score):
         raise ValueError(f"{folder}: `evaluate` must return a finite number, but gave {done.score}")
@@ -123,7 +129,18 @@ def run(
 
 def write_result(stage: Stage, done: Round) -> None:
     """Marks a stage as done."""
-    checkpoints.write_json(stage.folder / "round.json", done._asdict())
+    _write(stage.folder / "round.json", done._asdict())
+
+
+def read_result(stage: Stage) -> Round | None:
+    """The result of a stage; None before it is done."""
+    result = processes.on_first(lambda: checkpoints.read_json(stage.folder / "round.json"))
+    return None if result is None else Round(**result)
+
+
+def _write(path: Path, value: Any) -> None:
+    """Writes JSON, once for all processes."""
+    processes.on_first(lambda: checkpoints.write_json(path, value))
 
 
 def history(stage: Stage) -> list[str]:
@@ -159,13 +176,18 @@ def describe(value: Any) -> str:
 
 def saved_steps(stage: Stage) -> list[int]:
     """Steps of a stage whose checkpoints are on disk."""
-    folders = (stage.folder / "checkpoints").glob("*")
-    return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
+
+    def read() -> list[int]:
+        folders = (stage.folder / "checkpoints").glob("*")
+        return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
+
+    return processes.on_first(read)
 
 
 def delete_checkpoints(stage: Stage) -> None:
     """For a stage that no other can start from any more."""
-    shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+    folder = stage.folder / "checkpoints"
+    processes.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _begin(task: Task, stage: Stage, like: Any) -> Any:

@@ -40,11 +40,32 @@ class Task(NamedTuple):
 
     init: Callable[[int], Any]  # number of a round -> state before step 0
     # (state, step to start from, step to stop before, number of the round) -> state. Round 0 is
-    # the dense training; the others should see the data in another order.
+    # the dense training; the others should see the data in another order. May raise `Stopped`.
     train: Callable[[Any, int, int, int], Any]
     evaluate: Callable[[Any], float]  # state -> accuracy, or another score where more is better
     schedule: optax.Schedule  # step -> learning rate, the one in the optimizer
     steps: int  # length of the dense training
+
+
+class Stopped(Exception):
+    """What `Task.train` raises to end before it is done; the driver saves the state and ends.
+
+    The same call of the driver goes on from there. Of several processes all must raise it, after
+    the same step.
+
+    Args:
+        state: as `train` would return it.
+        step: `train` would go on with this one.
+
+    Example:
+        >>> Stopped(state={}, step=7).step
+        7
+    """
+
+    def __init__(self, state: Any, step: int) -> None:
+        """Keeps both as attributes."""
+        super().__init__(f"stopped at step {step}")
+        self.state, self.step = state, step
 
 
 class Recipe(NamedTuple):
