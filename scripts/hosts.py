@@ -142,13 +142,17 @@ def stop_together(stopped: Sequence[Any]) -> Callable[[], bool]:
     """A function that says whether to stop, after the same step on all processes.
 
     Args:
-        stopped: signals that this process got. With several processes it is JAX that hears SIGTERM.
+        stopped: signals that this process got. With several processes it is JAX that hears SIGTERM,
+            and what else stops one of them is passed on as that.
     """
     if jax.process_count() == 1:
         return lambda: bool(stopped)
-    calls, decided = itertools.count(), []
+    calls, decided, passed_on = itertools.count(), [], []
 
     def should_stop() -> bool:
+        if stopped and not passed_on:
+            passed_on.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
         if not decided and multihost_utils.reached_preemption_sync_point(next(calls)):
             decided.append(True)
         return bool(decided)

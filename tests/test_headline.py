@@ -132,7 +132,8 @@ def test_numbers(headline):
     assert rows["agip"]["close (runs)"] == "-"
     assert rows["dense"]["close (runs)"] == "141 (2)"  # after 9 tenths
     text = (headline.root / "results.md").read_text()
-    assert "| agip | yes: 0.250 of 0.28 | no: 0.978 of 0.992 | no: 0.404 of 0.32 |" in text
+    # On CPU goals go by the time of the process: 53 / 103 and 53 / 203.
+    assert "| agip | yes: 0.250 of 0.28 | no: 0.978 of 0.992 | no: 0.388 of 0.32 |" in text
     assert "device: 1 x cpu" in text and "study.py headline fashion" in text
     assert len((headline.root / "results.jsonl").read_text().splitlines()) == 14
 

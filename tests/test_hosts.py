@@ -139,6 +139,15 @@ def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
             np.testing.assert_allclose(found[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
 
 
+def test_an_interrupt_of_one_process_stops_all_of_them(start, tmp_path):
+    children = start(tmp_path, [], [])
+    until(children[0], "step 8/")
+    children[1].send_signal(signal.SIGINT)
+    codes, outputs = ends(children)
+    assert codes == [0, 128 + signal.SIGINT], outputs
+    assert "stopped and saved at step" in outputs[0]
+
+
 def test_a_lost_process_stops_the_others(start, tmp_path):
     children = start(tmp_path, [], [])
     until(children[0], "step 10/")
