@@ -175,10 +175,17 @@ def next_pause(
     steps = experiment.steps
     if coming is not None:
         return min(coming.step, steps)
-    changes = mask_updates(config, steps) if config.compact else []
+    return min(
+        [after for after in decisions(config, experiment, present) if after > step] + [steps]
+    )
+
+
+def decisions(config: Config, experiment: Experiment, present: Present) -> list[int]:
+    """Steps after which a switch may be decided on."""
+    changes = mask_updates(config, experiment.steps) if config.compact else []
     if experiment.small_size is not None and present.stage.image_size is not None:
-        changes.append(growth_step(config, steps))
-    return min([after for after in changes if after > step] + [steps])
+        changes.append(growth_step(config, experiment.steps))
+    return changes
 
 
 def mask_updates(config: Config, steps: int) -> list[int]:
@@ -235,12 +242,14 @@ def coming_of(
     config: Config,
     experiment: Experiment,
     present: Present,
+    state: training.TrainState,
     record: Mapping[str, Any],
 ) -> Next | None:
-    """The switch that was decided on when a checkpoint was saved."""
+    """The switch that was decided on when a checkpoint was saved, or right after that."""
     saved = record["coming"]
     if saved is None:
-        return None
+        due = int(state.step) in decisions(config, experiment, present)
+        return decide(config, experiment, present, state) if due else None
     keep = saved["keep"]
     if keep is not None:
         sizes = {name: group.size for name, group in present.stage.network.groups.items()}

@@ -121,7 +121,7 @@ def train(config: Config) -> dict[str, Any]:
             hosts.say(f"{workdir}: going on from step {int(state.step)}")
         present = shrinking.begin(config, experiment, stage, history)
         if record is not None:
-            coming = shrinking.coming_of(config, experiment, present, record["stage"])
+            coming = shrinking.coming_of(config, experiment, present, state, record["stage"])
     resolved = dataclasses.asdict(config) | {"workdir": str(workdir), "resolved_steps": steps}
     if hosts.is_first():
         checkpoints.write_json(workdir / "config.json", resolved)

@@ -75,7 +75,7 @@ def help_text(script: str, *positional: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
@@ -144,7 +144,7 @@ def test_python_blocks_run(page, blocks, tmp_path):
         lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
     code = f"exec(compile({chr(10).join(lines)!r}, {str(page)!r}, 'exec'), {{'__name__': 'page'}})"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -121,6 +121,32 @@ def test_a_disk_that_is_full_at_the_switch(finished, environment, tmp_path):
     assert record(tmp_path)["leaves"] == record(reference)["leaves"], "bit for bit"
 
 
+DYING = """
+import os, sys
+sys.path.insert(0, {scripts!r})
+import train
+from jaxprune import checkpoints
+save = checkpoints.save
+def last(manager, step, *rest):
+    save(manager, step, *rest)
+    if step == 13:
+        os._exit(9)
+checkpoints.save = last
+train.main(sys.argv[1:])
+"""
+
+
+def test_killed_between_a_checkpoint_and_the_decision_at_its_step(finished, environment, tmp_path):
+    """Masks have changed in step 12; after the checkpoint of step 13 a switch is decided on."""
+    reference, _ = finished
+    code, every = DYING.format(scripts=str(SCRIPT.parent)), ["--save-every", "13"]
+    words = [sys.executable, "-c", code, *command(tmp_path, *every)[2:]]
+    assert subprocess.run(words, env=environment, capture_output=True, timeout=300).returncode == 9
+    assert record(tmp_path, 13)["record"]["stage"]["coming"] is None
+    run(tmp_path, environment, *every)
+    assert record(tmp_path)["leaves"] == record(reference)["leaves"], "bit for bit"
+
+
 def test_killed_before_and_after_a_switch(finished, environment, tmp_path):
     reference, _ = finished
     # A switch is decided on and not done yet; the network is small and images are to grow; all is
