@@ -5,7 +5,6 @@ import http.server
 import importlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import PIPES, ends, free_port, kill, until
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 STEPS = 24
@@ -22,12 +22,6 @@ OPTIONS = f"""digits_resnet8 --granularity channels --compact --sparsity 0.5 --s
     --switch-steps 0.1 --saving 0.05 --eval-every 12 --eval-batch-size 360 --save-every 6
     --log-every 2 --learning-rate 0.01 --host-timeout 10""".split()
 WIDTHS = json.dumps({"stem": 4, "blocks": [[6, 4], [8, 8], [8, 10]]})
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -43,30 +37,11 @@ def start(environment, tmp_path):
             if len(each) > 1:
                 words += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(each))]
                 words += ["--process", str(process)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            children.append(subprocess.Popen(words, env=environment, **pipes))
+            children.append(subprocess.Popen(words, env=environment, **PIPES))
         return children[-len(each) :]
 
     yield go
-    for child in children:
-        child.kill()
-        child.communicate()
-
-
-def ends(children, timeout=400):
-    """Exit codes and outputs."""
-    outputs = [child.communicate(timeout=timeout)[0] for child in children]
-    return [child.returncode for child in children], outputs
-
-
-def until(child, text):
-    """Reads a process's output up to a line that begins like this."""
-    lines = []
-    for line in child.stdout:
-        lines.append(line)
-        if line.startswith(text):
-            return
-    raise AssertionError("".join(lines))
+    kill(children)
 
 
 def leaves(workdir, step=STEPS):
@@ -238,10 +213,9 @@ def pod(environment):
         own = {"JAX_PLATFORMS": "cpu", "JAX_FORCE_TPU_INIT": "1", "JAX_COORDINATOR_PORT": str(port)}
         own = environment | own | {"PYTHONPATH": str(SCRIPT.parent)}
         own = {name: value for name, value in own.items() if name != "TPU_SKIP_MDS_QUERY"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         words = [sys.executable, "-W", "ignore", "-c", OF_A_POD]
         return ends(
-            [subprocess.Popen(words, env=own | {"GCE_METADATA_IP": at}, **pipes) for at in servers]
+            [subprocess.Popen(words, env=own | {"GCE_METADATA_IP": at}, **PIPES) for at in servers]
         )
 
     return go

@@ -1,12 +1,12 @@
 """Pruning before training on two processes: the masks of one process, and the same on both."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from children import PIPES, ends, free_port, kill
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 METHODS = ("snip", "grasp", "synflow")
@@ -49,22 +49,18 @@ for method in {METHODS}:
 
 def run(folder, environment, mesh, count):
     """What each process has: method -> masks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     words = [sys.executable, "-c", PROGRAM, str(folder), mesh, address if count > 1 else ""]
     environment = environment | {"PYTHONPATH": f"{SCRIPTS}:{environment['PYTHONPATH']}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [
-        subprocess.Popen([*words, str(count), str(i)], env=environment, **pipes)
+        subprocess.Popen([*words, str(count), str(i)], env=environment, **PIPES)
         for i in range(count)
     ]
     try:
-        outputs = [child.communicate(timeout=400)[0] for child in children]
+        codes, outputs = ends(children)
     finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * count, outputs
+        kill(children)
+    assert codes == [0] * count, outputs
     return [
         {method: [*np.load(folder / f"{method}-{i}.npz").values()] for method in METHODS}
         for i in range(count)

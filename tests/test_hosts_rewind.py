@@ -3,7 +3,6 @@
 import importlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from children import PIPES, ends, free_port, kill, until
 
 import jaxprune
 from jaxprune import rewinding, storage
@@ -35,39 +35,18 @@ def start(environment):
     children = []
 
     def go(workdir, count):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         words = [sys.executable, str(SCRIPT), *COMMAND, "--workdir", str(workdir), "--", *TRAINING]
         if count > 1:
             words += ["--mesh", "data=1,fsdp=2", "--coordinator", address, "--host-timeout", "10"]
             words += ["--processes", str(count), "--process"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         for process in range(count):
             own = [*words, str(process)] if count > 1 else words
-            children.append(subprocess.Popen(own, env=environment, **pipes))
+            children.append(subprocess.Popen(own, env=environment, **PIPES))
         return children[-count:]
 
     yield go
-    for child in children:
-        child.kill()
-        child.communicate()
-
-
-def ends(children, timeout=400):
-    """Exit codes and outputs."""
-    outputs = [child.communicate(timeout=timeout)[0] for child in children]
-    return [child.returncode for child in children], outputs
-
-
-def until(child, text):
-    """Reads what a process prints, up to a line with this."""
-    lines = []
-    for line in child.stdout:
-        lines.append(line)
-        if text in line:
-            return
-    raise AssertionError("".join(lines))
+    kill(children)
 
 
 def results(workdir):

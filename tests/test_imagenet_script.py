@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import PIPES, ends, free_port
 
 from jaxprune.data import imagenet_tars
 from tests import test_hosts
@@ -68,8 +69,7 @@ def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tm
     assert summary["sparsity"] == pytest.approx(0.72, abs=1e-4)
     assert any("parameter_average" in path for path in checkpoint(tmp_path / "whole"))
 
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, **pipes)
+    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, **PIPES)
     for line in process.stdout:
         if line.startswith("step 5/"):
             process.send_signal(signal.SIGKILL)
@@ -83,12 +83,11 @@ def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tm
 def test_two_processes_read_their_parts_of_each_batch(command, environment, tmp_path):
     """The run of one process: masks to the bit, and every image counts once in evaluation."""
     assert run(command(tmp_path / "one"), environment).returncode == 0
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    start = ["--coordinator", f"127.0.0.1:{test_hosts.free_port()}", "--processes", "2"]
-    codes, outputs = test_hosts.ends(
+    start = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+    codes, outputs = ends(
         [
             subprocess.Popen(
-                command(tmp_path / "two", *start, "--process", process), env=environment, **pipes
+                command(tmp_path / "two", *start, "--process", process), env=environment, **PIPES
             )
             for process in "01"
         ]
