@@ -71,12 +71,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def wait(name: str) -> None:
-    """Returns when all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def check_same(values: Mapping[str, Any]) -> None:
     """An error on every process if they do not have the same values.
 

@@ -75,11 +75,10 @@ def train(config: Config) -> dict[str, Any]:
     with plain_errors():
         checkpoints.check_writable(workdir)
         hosts.check_same(options | {"mesh": config.mesh})
-        if config.overwrite and hosts.is_first():
-            delete_run(workdir)
-        hosts.wait("delete")
-        saved = checkpoints.read_json(workdir / "config.json")
-        summary = checkpoints.read_json(workdir / "summary.json")
+        if config.overwrite:
+            processes.on_first(lambda: delete_run(workdir))
+        saved = processes.on_first(lambda: checkpoints.read_json(workdir / "config.json"))
+        summary = processes.on_first(lambda: checkpoints.read_json(workdir / "summary.json"))
         if saved is not None:
             checkpoints.check_config(saved, options, str(workdir))
         if summary is not None:
@@ -123,8 +122,7 @@ def train(config: Config) -> dict[str, Any]:
         if record is not None:
             coming = shrinking.coming_of(config, experiment, present, state, record["stage"])
     resolved = dataclasses.asdict(config) | {"workdir": str(workdir), "resolved_steps": steps}
-    if hosts.is_first():
-        checkpoints.write_json(workdir / "config.json", resolved)
+    processes.on_first(lambda: checkpoints.write_json(workdir / "config.json", resolved))
     batches = experiment.source.batches(config.seed, int(state.step))
     aside: list[Any] = []  # seconds of evaluations and checkpoints
 
