@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 __all__ = [
     "Prunable",
+    "Stacked",
     "check_same_structure",
     "is_absent",
+    "is_rule",
     "leaf_by_path",
     "leaves_like",
     "leaves_with_paths",
@@ -19,11 +22,14 @@ __all__ = [
     "prunable_flags",
     "put",
     "raise_for",
+    "stacked_axes",
     "state_fields",
     "unmatched",
 ]
 
 Prunable = Callable[[str, Any], bool] | Any | None
+# (path, leaf) -> the axes that number independent copies of a layer, or None
+Stacked = Callable[[str, Any], int | tuple[int, ...] | None] | None
 
 # Stacked (scanned or vmapped) layers give biases and norm parameters two dimensions.
 _NEVER_BY_DEFAULT = ("bias", "scale")
@@ -316,6 +322,71 @@ def is_absent(node: Any) -> bool:
         (True, False)
     """
     return isinstance(node, optax.MaskedNode)
+
+
+def is_rule(x: Any) -> bool:
+    """Whether an argument is a function to call, and not a tree.
+
+    Modules of Equinox and other frameworks are both: trees of arrays that can be called. What has
+    an array or a number among its leaves is a tree.
+
+    Args:
+        x: a function, or a tree of arrays, bools or numbers.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_rule(lambda path, leaf: True), is_rule({"kernel": True})
+        (True, False)
+    """
+    if not callable(x):
+        return False
+    if isinstance(x, jax.tree_util.Partial):  # a function that carries arrays
+        return True
+    return not any(
+        hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
+        for leaf in jax.tree.leaves(x)
+    )
+
+
+def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ...]:
+    """The axes of a leaf that number independent copies of a layer.
+
+    Layers that are scanned or mapped, and the experts of a mixture, keep the weights of all
+    copies in one array. Each copy then counts as a leaf of its own.
+
+    Args:
+        path: of the leaf.
+        leaf: anything with a shape.
+        stacked: function `(path, leaf) -> axis, tuple of axes, or None`; None: nothing is stacked.
+
+    Returns:
+        Rising tuple of axes, none negative; empty for a single layer.
+
+    Raises:
+        ValueError: if an axis does not exist, is named twice, or is no integer.
+
+    Example:
+        >>> stacked_axes("layers/kernel", jnp.zeros((12, 64, 256)), lambda path, leaf: 0)
+        (0,)
+    """
+    found = None if stacked is None else stacked(path, leaf)
+    axes = () if found is None else found if isinstance(found, (tuple, list)) else (found,)
+    dimensions = jnp.ndim(leaf)
+    ok = all(
+        isinstance(axis, (int, np.integer))
+        and not isinstance(axis, bool)
+        and -dimensions <= axis < dimensions
+        for axis in axes
+    )
+    own = sorted({int(axis) % dimensions for axis in axes}) if ok else []
+    if len(own) != len(axes):
+        raise ValueError(
+            f"`stacked` must return axes of the leaf, each once, or None, but returned {found!r} "
+            f"for {path} of shape {jnp.shape(leaf)}."
+        )
+    return tuple(own)
 
 
 def _can_be_pruned(leaf: Any) -> bool:
