@@ -67,7 +67,7 @@ def keep_count(size: int, sparsity: float) -> int:
 
 
 def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """The same sparsity in every leaf.
+    """The same sparsity in every leaf, with at least one weight kept in each.
 
     Args:
         shapes: shapes of the pruned leaves by path, in flattening order.
@@ -77,10 +77,10 @@ def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         A `Budget` whose floors add up to its total.
 
     Example:
-        >>> uniform({"a": (10, 10), "b": (20,)}, 0.9)
-        Budget(total=12, floors=(10, 2))
+        >>> uniform({"a": (10, 10), "b": (20,), "c": (8, 1)}, 0.95)
+        Budget(total=7, floors=(5, 1, 1))
     """
-    floors = tuple(keep_count(math.prod(shape), sparsity) for shape in shapes.values())
+    floors = tuple(max(1, keep_count(math.prod(shape), sparsity)) for shape in shapes.values())
     return Budget(sum(floors), floors)
 
 

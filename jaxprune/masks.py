@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune import budgets, patterns, plans, scores, trees
+from jaxprune import budgets, counting, patterns, plans, scores, trees
 
 __all__ = ["apply_masks", "get_masks", "prune", "prune_in_rounds", "set_masks"]
 
@@ -144,6 +144,7 @@ def prune(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
     masks: Any = None,
 ) -> tuple[Any, Any]:
     """Prunes once, without training.
@@ -159,6 +160,8 @@ def prune(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: function `(path, leaf) -> axis, axes or None`: which axes number copies of a layer;
+            each copy counts as a leaf of its own, see `trees.stacked_axes`.
         masks: what was pruned before, from `prune` or `get_masks`, and stays pruned.
 
     Returns:
@@ -177,7 +180,7 @@ def prune(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
-    flags = trees.prunable_flags(params, prunable)
+    flags = trees.prunable_flags(params, prunable, stacked)
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
     if not weights:
@@ -192,13 +195,20 @@ def prune(
         ranked = trees.pick(score, flags)
     among = None if masks is None else trees.pick(_full_masks(masks, params), flags)
     plan = plans.make_plan(
-        dict(zip(paths, weights, strict=True)), [0], [sparsity], budget=budget, pattern=pattern
+        dict(zip(paths, weights, strict=True)),
+        [0],
+        [sparsity],
+        budget=budget,
+        pattern=pattern,
+        stacked=stacked,
     )
 
     everything = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
     kinds = tuple((group.pattern, group.members) for group in plan.groups)
     tables = [group[2:] for group in plan.groups]
-    masks = trees.put(everything, flags, _selected(kinds, tables, ranked, among))
+    with counting.exact(weights):
+        kept = _selected(kinds, plan.stacked, tables, ranked, among)
+    masks = trees.put(everything, flags, kept)
     return apply_masks(params, masks), masks
 
 
@@ -221,7 +231,7 @@ def prune_in_rounds(
         score: function from the parameters, with zeros where they are pruned, to scores, a
             tree like the parameters.
         rounds: how many, at least 1.
-        **options: `budget`, `pattern` and `prunable` of `prune`.
+        **options: `budget`, `pattern`, `prunable` and `stacked` of `prune`.
 
     Returns:
         The pruned parameters and the masks, as `prune`.
@@ -249,11 +259,13 @@ def prune_in_rounds(
     return pruned, masks
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _selected(kinds: Any, tables: Any, ranked: list[jax.Array], among: Any) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _selected(
+    kinds: Any, stacked: Any, tables: Any, ranked: list[jax.Array], among: Any
+) -> list[jax.Array]:
     """Masks of one plan; compiled once for all counts, not at every call."""
     groups = [plans.Group(*kind, *counts) for kind, counts in zip(kinds, tables, strict=True)]
-    plan = plans.Plan(np.zeros(1, np.int32), tuple(groups))
+    plan = plans.Plan(np.zeros(1, np.int32), tuple(groups), stacked, np.ones(1, np.int32))
     return plans.select(plan, 0, ranked) if among is None else plans.renew(plan, 0, among, ranked)
 
 

@@ -5,6 +5,7 @@ where a statistic is the running size of a weight's gradient. Scores are compare
 other in float32, across all leaves.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -137,12 +138,28 @@ def _hashed(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     a ranking needs less. The mixing function is `lowbias32` of C. Wellons, Prospecting for hash
     functions, 2018.
     """
-    index, stride = jnp.zeros((1,) * len(shape), jnp.uint32), 1
+    if math.prod(shape) <= 2**32:
+        return _uniform(_mix(_mix(_index(shape, np.uint32)) ^ word))
+    with jax.enable_x64(True):  # for the index alone
+        index = _index(shape, np.uint64)
+        low, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+        return _uniform(_mix(_mix(low) ^ _mix(high) ^ word))
+
+
+def _index(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The row-major index of each entry."""
+    index, stride = jnp.zeros((1,) * len(shape), dtype), 1
     for axis in reversed(range(len(shape))):
         extent = (*(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
-        place = jax.lax.broadcasted_iota(jnp.uint32, extent, axis) * np.uint32(stride)
-        index, stride = index + place, stride * shape[axis]
-    return (_mix(_mix(index) ^ word) >> 8).astype(jnp.float32) * np.float32(2**-24)
+        if shape[axis] > 1:
+            index += jax.lax.broadcasted_iota(dtype, extent, axis) * np.asarray(stride, dtype)
+        stride *= shape[axis]
+    return jnp.broadcast_to(index, shape)
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """The upper 24 bits as a fraction, float32 in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -216,7 +216,9 @@ def leaves_like(params: Any, tree: Any) -> list[Any] | None:
     return [by_path[path] for path in paths] if all(path in by_path for path in paths) else None
 
 
-def prunable_flags(params: Any, prunable: Prunable = None) -> tuple[bool, ...]:
+def prunable_flags(
+    params: Any, prunable: Prunable = None, stacked: Stacked = None
+) -> tuple[bool, ...]:
     """Decides for each leaf whether it is pruned.
 
     Args:
@@ -224,6 +226,7 @@ def prunable_flags(params: Any, prunable: Prunable = None) -> tuple[bool, ...]:
         prunable: `None` for every floating-point leaf of two or more dimensions that is not
             named `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools
             like `params`.
+        stacked: which axes number copies, see `stacked_axes`; they do not count as dimensions.
 
     Returns:
         One bool for each leaf, in flattening order.
@@ -244,7 +247,9 @@ def prunable_flags(params: Any, prunable: Prunable = None) -> tuple[bool, ...]:
         # optax.tree_map_params initialises with a tree that has no leaves.
         return ()
     if prunable is None:
-        flags = tuple(_default_rule(path, leaf) for path, leaf in named)
+        flags = tuple(
+            _default_rule(path, leaf, stacked_axes(path, leaf, stacked)) for path, leaf in named
+        )
     elif callable(prunable):
         flags = tuple(bool(prunable(path, leaf)) for path, leaf in named)
     else:
@@ -394,10 +399,11 @@ def _can_be_pruned(leaf: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) and jnp.size(leaf) > 0
 
 
-def _default_rule(path: str, leaf: Any) -> bool:
+def _default_rule(path: str, leaf: Any, stacked: tuple[int, ...]) -> bool:
     """Kernels and embeddings, not biases and norm parameters."""
     name = path.rsplit("/", 1)[-1]
-    return jnp.ndim(leaf) >= 2 and name not in _NEVER_BY_DEFAULT and _can_be_pruned(leaf)
+    dimensions = jnp.ndim(leaf) - len(stacked)
+    return dimensions >= 2 and name not in _NEVER_BY_DEFAULT and _can_be_pruned(leaf)
 
 
 def _flags_from_tree(named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference import largest
 
-from jaxprune import selection
+from jaxprune import counting, selection
 
 # Compiled once for each list of shapes, so that most examples only run.
 SELECT = jax.jit(selection.largest)
@@ -150,7 +150,7 @@ def test_floors_that_add_up_select_within_each_leaf():
     scores = _draw("normal", 0, SHAPES[3])
     floors = np.array([score.size // 2 for score in scores], np.int32)
     masks = SELECT(scores, floors.sum(), floors=floors)
-    assert selection.count_kept(masks).tolist() == floors.tolist()
+    assert counting.count_kept(masks).tolist() == floors.tolist()
     alone = [largest([score], floor)[0] for score, floor in zip(scores, floors, strict=True)]
     _equal(masks, alone)
 
@@ -232,8 +232,8 @@ def test_narrow_scores_are_compared_in_float32(dtype):
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_few_passes_over_the_scores(kind, monkeypatch):
-    passes, total = [], selection._total
-    monkeypatch.setattr(selection, "_total", lambda flags: passes.append(1) or total(flags))
+    passes, total = [], counting._total
+    monkeypatch.setattr(counting, "_total", lambda *args: passes.append(1) or total(*args))
     scores = _draw(kind, 0, [(100, 100)])
     with jax.disable_jit():
         _equal(selection.largest(scores, 2800), largest(scores, 2800))
@@ -274,13 +274,13 @@ def test_one_trace_for_every_keep_and_floor():
 
 @given(masks=st.lists(hnp.arrays(bool, st.sampled_from([(), (1,), (9,), (2, 3, 7)])), min_size=1))
 def test_count_kept(masks):
-    counts = selection.count_kept([jnp.asarray(mask) for mask in masks])
+    counts = counting.count_kept([jnp.asarray(mask) for mask in masks])
     assert counts.dtype == jnp.int32
     assert counts.tolist() == [int(mask.sum()) for mask in masks]
 
 
 def test_counts_are_exact_beyond_the_integers_of_float32():
-    assert selection.count_kept([jnp.ones(2**24 + 1, bool)]).tolist() == [2**24 + 1]
+    assert counting.count_kept([jnp.ones(2**24 + 1, bool)]).tolist() == [2**24 + 1]
 
 
 # ---- several devices

@@ -185,12 +185,13 @@ def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
     return found
 
 
-def unit_shape(pattern: Pattern, shape: Shape) -> Shape:
+def unit_shape(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) -> Shape:
     """The shape of the units of a leaf: what a budget counts.
 
     Args:
-        pattern: of the leaf.
+        pattern: of the leaf, or of each of its copies.
         shape: of the leaf.
+        stacked: axes of the leaf that number copies; the pattern counts the other axes only.
 
     Returns:
         As many dimensions as `shape`; a ragged block counts as one. With N:M, the shape of the
@@ -204,8 +205,10 @@ def unit_shape(pattern: Pattern, shape: Shape) -> Shape:
         ((3, 3, 2), (1, 1, 1, 32))
         >>> unit_shape(n_m(2, 4), (8, 5)), unit_shape(None, (8, 5))
         ((2, 5), (8, 5))
+        >>> unit_shape(channels(), (12, 16, 32), stacked=(0,))
+        (12, 1, 32)
     """
-    return tuple(-(-size // step) for size, step in zip(shape, block_of(pattern, shape)))
+    return tuple(-(-size // step) for size, step in zip(shape, block_of(pattern, shape, stacked)))
 
 
 def _checked(pattern: Any) -> Any:
@@ -273,8 +276,46 @@ def _axes(numbers: list[int]) -> str:
     return f"ax{'es' if len(numbers) > 1 else 'is'} {', '.join(map(str, numbers))}"
 
 
-def block_of(pattern: Pattern, shape: Shape) -> Shape:
+def copy_shape(shape: Shape, stacked: tuple[int, ...]) -> Shape:
+    """The shape of one copy of a stacked leaf.
+
+    Args:
+        shape: of the leaf.
+        stacked: axes that number copies.
+
+    Returns:
+        The shape without these axes.
+
+    Example:
+        >>> copy_shape((12, 64, 256), (0,))
+        (64, 256)
+    """
+    return tuple(size for axis, size in enumerate(shape) if axis not in stacked)
+
+
+def axis_of(pattern: NM, shape: Shape, stacked: tuple[int, ...]) -> int:
+    """The axis of the leaf along which N:M groups lie; the pattern counts those of a copy.
+
+    Args:
+        pattern: of each copy.
+        shape: of the leaf.
+        stacked: axes that number copies.
+
+    Returns:
+        An axis, not negative.
+
+    Example:
+        >>> axis_of(n_m(2, 4, axis=-2), (64, 12, 256), stacked=(1,))
+        0
+    """
+    return [axis for axis in range(len(shape)) if axis not in stacked][pattern.axis]
+
+
+def block_of(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) -> Shape:
     """Size of a unit, or of an N:M group, along each dimension of a leaf."""
+    if stacked:
+        own = iter(block_of(pattern, copy_shape(shape, stacked)))
+        return tuple(1 if axis in stacked else next(own) for axis in range(len(shape)))
     if fault := _argument_fault(pattern) or _fault(pattern, shape):
         raise ValueError(f"`pattern` must fit the leaf of shape {shape}: {fault}.")
     if isinstance(pattern, Blocks):

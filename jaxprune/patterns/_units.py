@@ -17,12 +17,13 @@ from jaxprune.patterns._kinds import (
 )
 
 
-def pool(pattern: Pattern, scores: jax.Array) -> jax.Array:
+def pool(pattern: Pattern, scores: jax.Array, stacked: tuple[int, ...] = ()) -> jax.Array:
     """The scores of the units: mean, maximum or sum over the weights of each.
 
     Args:
         pattern: None, blocks or channels.
         scores: floating-point array like the leaf. A NaN makes the score of its unit NaN.
+        stacked: axes of the leaf that number copies; no unit crosses them.
 
     Returns:
         float32 array of `unit_shape`.
@@ -38,7 +39,7 @@ def pool(pattern: Pattern, scores: jax.Array) -> jax.Array:
         [[6.0, 7.0, 8.0]]
     """
     scores = as_float32(scores)
-    block = _unit_block(pattern, scores.shape)
+    block = _unit_block(pattern, scores.shape, stacked)
     if pattern is None or isinstance(pattern, NM):
         return scores
     if pattern.pool == "max":
@@ -47,13 +48,16 @@ def pool(pattern: Pattern, scores: jax.Array) -> jax.Array:
     return total / _entries(block, scores.shape) if pattern.pool == "mean" else total
 
 
-def expand(pattern: Pattern, unit_mask: jax.Array, shape: Shape) -> jax.Array:
+def expand(
+    pattern: Pattern, unit_mask: jax.Array, shape: Shape, stacked: tuple[int, ...] = ()
+) -> jax.Array:
     """The mask of a leaf from the mask of its units.
 
     Args:
         pattern: None, blocks or channels.
-        unit_mask: bool array of `unit_shape(pattern, shape)`.
+        unit_mask: bool array of `unit_shape(pattern, shape, stacked)`.
         shape: of the leaf.
+        stacked: as in `pool`.
 
     Returns:
         bool array of `shape`.
@@ -66,8 +70,8 @@ def expand(pattern: Pattern, unit_mask: jax.Array, shape: Shape) -> jax.Array:
         >>> expand(patterns.blocks((1, 2)), jnp.array([[True, False]]), (1, 3)).tolist()
         [[True, True, False]]
     """
-    block = _unit_block(pattern, shape)
-    units = unit_shape(pattern, shape)
+    block = _unit_block(pattern, shape, stacked)
+    units = unit_shape(pattern, shape, stacked)
     if unit_mask.shape != units:
         raise ValueError(
             f"`unit_mask` must have the shape {units} of the units of a leaf of shape {shape}, "
@@ -80,12 +84,13 @@ def expand(pattern: Pattern, unit_mask: jax.Array, shape: Shape) -> jax.Array:
     return jax.lax.slice(whole, (0,) * len(shape), shape)
 
 
-def any_kept(pattern: Pattern, mask: jax.Array) -> jax.Array:
+def any_kept(pattern: Pattern, mask: jax.Array, stacked: tuple[int, ...] = ()) -> jax.Array:
     """Which units hold a weight that is kept. After `expand` this gives the units back.
 
     Args:
         pattern: None, blocks or channels.
         mask: bool array like the leaf.
+        stacked: as in `pool`.
 
     Returns:
         bool array of `unit_shape`.
@@ -99,14 +104,14 @@ def any_kept(pattern: Pattern, mask: jax.Array) -> jax.Array:
         [[True, False]]
     """
     mask = jnp.asarray(mask, bool)
-    return _reduce(jnp.any, mask, _unit_block(pattern, mask.shape), fill=False)
+    return _reduce(jnp.any, mask, _unit_block(pattern, mask.shape, stacked), fill=False)
 
 
-def _unit_block(pattern: Pattern, shape: Shape) -> Shape:
+def _unit_block(pattern: Pattern, shape: Shape, stacked: tuple[int, ...]) -> Shape:
     """Size of a unit along each dimension; N:M has no units."""
     if isinstance(pattern, NM):
         raise ValueError(f"`pattern` must have units, but is {pattern}; use `n_m_mask`.")
-    return block_of(pattern, shape)
+    return block_of(pattern, shape, stacked)
 
 
 def _reduce(reduction: Callable[..., jax.Array], x: jax.Array, block: Shape, fill: Any) -> Any:

@@ -17,6 +17,7 @@ def acdc_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains sparse and dense in turns and ends sparse.
 
@@ -37,6 +38,7 @@ def acdc_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -78,6 +80,7 @@ def acdc_transform(
         budget=budgets.erdos_renyi_kernel if budget is None else budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import budgets, patterns, plans, rates, schedules, scores, selection, stats, trees
+from jaxprune import budgets, counting, patterns, plans, rates, schedules, scores, stats, trees
 from jaxprune.transforms._channels import channel_transform
 from jaxprune.transforms._masking import (
     check_window,
@@ -34,6 +34,7 @@ class AgipState(NamedTuple):
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
+    plan_mark: jax.Array  # int32 [], the mask update that the masks come from
     gradient_average: Any  # `dtype`, like the pruned parameters; () without an own average
     densities: Any  # float32 [pruned leaves]; () without `rate`
     mean_statistics: Any  # float32 [pruned leaves]; () without `rate`
@@ -53,6 +54,7 @@ def agip_transform(
     regrow: float = 0.0,
     rate: rates.RateRule | None = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
     groups: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training, by what each weight's gradient has been lately.
@@ -105,9 +107,10 @@ def agip_transform(
         rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
         prunable: None for floating-point leaves of two or more dimensions that are not named
             `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
         groups: of channels, from `structure.find_groups`; None prunes weights. `sparsity` is
-            then the fraction of the channels that are off; `pattern`, `rate`, `prunable` and
-            `dtype` have no meaning.
+            then the fraction of the channels that are off; `pattern`, `rate`, `prunable`, `stacked`
+            and `dtype` have no meaning.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`, takes the raw
@@ -136,8 +139,8 @@ def agip_transform(
         >>> jaxprune.get_masks(state)["kernel"].tolist()
         [[False, False, False, False], [False, False, True, True]]
     """
-    options = {"pattern": pattern, "rate": rate, "prunable": prunable} if groups is not None else {}
-    _check(every, start, stop, decay, dtype, regrow, options)
+    options = {"pattern": pattern, "rate": rate, "prunable": prunable, "stacked": stacked}
+    _check(every, start, stop, decay, dtype, regrow, options if groups is not None else {})
     if groups is not None:
         return channel_transform(
             sparsity,
@@ -155,10 +158,12 @@ def agip_transform(
     sparsities = plans.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
     moved = [fraction(step) for step in steps]
-    plan_for = plan_once(steps, sparsities, moved=moved, budget=budget, pattern=pattern)
+    plan_for = plan_once(
+        steps, sparsities, moved=moved, budget=budget, pattern=pattern, stacked=stacked
+    )
 
     def init_fn(params: optax.Params) -> AgipState:
-        flags = trees.prunable_flags(params, prunable)
+        flags = trees.prunable_flags(params, prunable, stacked)
         pruned = trees.pick(params, flags)
         if pruned:
             plan_for(params, flags)  # a budget that cannot be met raises here
@@ -167,8 +172,8 @@ def agip_transform(
             **zero_counters(),
             masks=put_masks(params, flags, [jnp.ones_like(p, dtype=bool) for p in pruned]),
             gradient_average=() if decay is None else put_masks(params, flags, zeros),
-            densities=() if rate is None else jnp.ones(len(pruned)),
-            mean_statistics=() if rate is None else jnp.ones(len(pruned)),
+            densities=() if rate is None else jnp.ones(len(pruned), jnp.float32),
+            mean_statistics=() if rate is None else jnp.ones(len(pruned), jnp.float32),
         )
 
     def update_fn(
@@ -181,7 +186,7 @@ def agip_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        flags, weights, moves, masks = split(updates, state.masks, params, prunable)
+        flags, weights, moves, masks = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, flags)
 
         # Gradients -> statistics.
@@ -238,7 +243,7 @@ def agip_transform(
 
 def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Density and mean statistic of the kept weights, each float32 [pruned leaves]."""
-    counts = jnp.maximum(selection.count_kept(masks), 1).astype(jnp.float32)
+    counts = jnp.maximum(counting.count_kept(masks), 1).astype(jnp.float32)
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
     sums = [
         jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))

@@ -17,13 +17,14 @@ class ChannelState(NamedTuple):
 
     Example:
         >>> ChannelState._fields[3:]
-        ('masks', 'channels', 'channel_average', 'channel_age', 'channel_growth')
+        ('masks', 'plan_mark', 'channels', 'channel_average', 'channel_age', 'channel_growth')
     """
 
     prune_step: jax.Array  # int32 [], optimizer updates seen
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters; only of the gates
+    plan_mark: jax.Array  # int32 [], the mask update that the masks come from
     channels: dict[str, jax.Array]  # bool [channels] by name of a group, True where one is kept
     channel_average: dict[str, jax.Array]  # float32 [channels]; {} without an own average
     channel_age: dict[str, jax.Array]  # int32 [channels], steps since it is on; {} likewise

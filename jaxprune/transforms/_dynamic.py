@@ -27,6 +27,7 @@ def dynamic_transform(
     budget: budgets.BudgetRule | None,
     pattern: patterns.PatternRule,
     prunable: trees.Prunable,
+    stacked: trees.Stacked,
 ) -> optax.GradientTransformationExtraArgs:
     """Starts from random masks, then drops by magnitude and grows by `growth`.
 
@@ -43,6 +44,7 @@ def dynamic_transform(
         budget: how many weights stay.
         pattern: which weights fall together.
         prunable: which leaves are pruned.
+        stacked: which axes number copies.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -76,4 +78,5 @@ def dynamic_transform(
         budget=budgets.erdos_renyi_kernel if budget is None else budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

@@ -21,6 +21,7 @@ def gradual_transform(
     budget: budgets.BudgetRule | None,
     pattern: patterns.PatternRule,
     prunable: trees.Prunable,
+    stacked: trees.Stacked,
 ) -> optax.GradientTransformationExtraArgs:
     """Drops the lowest scores among the kept weights, step by step.
 
@@ -35,6 +36,7 @@ def gradual_transform(
         budget: how many weights stay.
         pattern: which weights fall together.
         prunable: which leaves are pruned.
+        stacked: which axes number copies.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -64,4 +66,5 @@ def gradual_transform(
         budget=budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

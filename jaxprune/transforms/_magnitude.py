@@ -15,6 +15,7 @@ def magnitude_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes the smallest weights, a few more at each mask update.
 
@@ -36,6 +37,7 @@ def magnitude_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -67,4 +69,5 @@ def magnitude_transform(
         budget=budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

@@ -25,6 +25,7 @@ class MaskState(NamedTuple):
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
+    plan_mark: jax.Array  # int32 [], the mask update that the masks come from, see `update_masks`
 
 
 class DynamicState(NamedTuple):
@@ -44,6 +45,7 @@ class DynamicState(NamedTuple):
     mask_updates: jax.Array
     refused: jax.Array
     masks: Any
+    plan_mark: jax.Array
 
 
 class Parts(NamedTuple):
@@ -58,7 +60,13 @@ class Parts(NamedTuple):
 Renew = Callable[..., Any]
 
 
-def split(updates: Any, masks: Any, params: Any, prunable: trees.Prunable) -> Parts:
+def split(
+    updates: Any,
+    masks: Any,
+    params: Any,
+    prunable: trees.Prunable,
+    stacked: trees.Stacked = None,
+) -> Parts:
     """Picks what is pruned out of the arguments of an update, and checks them."""
     if params is None:
         raise ValueError(
@@ -66,9 +74,29 @@ def split(updates: Any, masks: Any, params: Any, prunable: trees.Prunable) -> Pa
             "`optimizer.update(gradients, state, params)`."
         )
     trees.check_same_structure("updates", updates, params)
-    flags = trees.prunable_flags(params, prunable)
+    flags = trees.prunable_flags(params, prunable, stacked)
+    _check_state(masks, params, flags)
     weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
     return Parts(flags, weights, moves, jax.tree.leaves(masks))
+
+
+def _check_state(masks: Any, params: Any, flags: tuple[bool, ...]) -> None:
+    """The state must be that of a transformation that prunes the same leaves."""
+    named = jax.tree_util.tree_leaves_with_path(masks, is_leaf=trees.is_absent)
+    held = {trees.path_string(path): mask for path, mask in named if not trees.is_absent(mask)}
+    wanted = {path: jnp.shape(leaf) for path, leaf in named_leaves(params, flags).items()}
+    problems = [f"{path}: pruned, but without a mask in the state" for path in wanted.keys() - held]
+    problems += [f"{path}: a mask in the state, but not pruned" for path in held.keys() - wanted]
+    problems += [
+        f"{path}: shape {shape}, but its mask in the state has {jnp.shape(held[path])}"
+        for path, shape in wanted.items()
+        if path in held and jnp.shape(held[path]) != shape
+    ]
+    trees.raise_for(
+        sorted(problems),
+        "`state` must be of a transformation that prunes the same leaves. Restore it with the same "
+        "`prunable`, or start from `init` and put the old masks in with `jaxprune.set_masks`:",
+    )
 
 
 def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array] | None:
@@ -106,9 +134,13 @@ def update_masks(
     Returns:
         The carry, and the new values of the counters. If a buffer is not finite, the mask
         update is refused: it stays due.
+
+    The last mask update at this step or before is due as long as the masks do not come from it.
+    So a state that is resumed with another plan catches up with it, whatever its counters say.
     """
     done = plans.entries_until(plan, state.prune_step)
-    due = done > state.mask_updates
+    mark = jnp.where(done > 0, jnp.asarray(plan.marks)[done - 1], state.plan_mark)
+    due = mark != state.plan_mark
 
     def at_mask_update(carry: Any, buffers: Any, faults: Any) -> Any:
         ok = stats.all_finite(buffers)
@@ -125,6 +157,7 @@ def update_masks(
     counters = {
         "prune_step": jnp.asarray(optax.safe_increment(state.prune_step)),
         "mask_updates": jnp.where(ok, done, state.mask_updates),
+        "plan_mark": jnp.where(ok, mark, state.plan_mark),
         "refused": state.refused + (due & ~ok),
     }
     return carry, counters
@@ -132,7 +165,8 @@ def update_masks(
 
 def zero_counters() -> dict[str, jax.Array]:
     """The counters of a state before the first step."""
-    return {name: jnp.zeros([], jnp.int32) for name in ("prune_step", "mask_updates", "refused")}
+    names = ("prune_step", "mask_updates", "refused", "plan_mark")
+    return {name: jnp.zeros([], jnp.int32) for name in names}
 
 
 def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
@@ -219,6 +253,7 @@ def masking_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose state is its masks.
 
@@ -234,14 +269,17 @@ def masking_transform(
         budget: how many weights stay.
         pattern: which weights fall together.
         prunable: which leaves are pruned.
+        stacked: which axes number copies.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
     """
-    plan_for = plan_once(steps, sparsities, moved=moved, budget=budget, pattern=pattern)
+    plan_for = plan_once(
+        steps, sparsities, moved=moved, budget=budget, pattern=pattern, stacked=stacked
+    )
 
     def init_fn(params: optax.Params) -> Any:
-        flags = trees.prunable_flags(params, prunable)
+        flags = trees.prunable_flags(params, prunable, stacked)
         weights = trees.pick(params, flags)
         # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
         plan = plan_for(params, flags) if weights else None
@@ -260,7 +298,7 @@ def masking_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        parts = split(updates, state.masks, params, prunable)
+        parts = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, parts.flags)
         gradients = None
         if needs_gradient:

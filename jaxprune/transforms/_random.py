@@ -16,6 +16,7 @@ def random_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes in a fixed random order: what every other method has to beat.
 
@@ -32,6 +33,7 @@ def random_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -59,4 +61,5 @@ def random_transform(
         budget=budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

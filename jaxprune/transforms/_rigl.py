@@ -20,6 +20,7 @@ def rigl_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a sparse network whose connections move to where the gradient is large.
 
@@ -46,6 +47,7 @@ def rigl_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params` and takes the
@@ -88,4 +90,5 @@ def rigl_transform(
         budget=budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

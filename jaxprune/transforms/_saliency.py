@@ -15,6 +15,7 @@ def saliency_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes the weights with the smallest `|w * g|`, `g` the gradient of that very step.
 
@@ -32,6 +33,7 @@ def saliency_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params` and takes the
@@ -67,4 +69,5 @@ def saliency_transform(
         budget=budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

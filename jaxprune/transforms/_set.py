@@ -20,6 +20,7 @@ def set_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a sparse network whose connections move: the smallest go, random ones come.
 
@@ -45,6 +46,7 @@ def set_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -85,4 +87,5 @@ def set_transform(
         budget=budget,
         pattern=pattern,
         prunable=prunable,
+        stacked=stacked,
     )

@@ -31,6 +31,7 @@ class StraightThroughState(NamedTuple):
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is used; only of pruned leaves
+    plan_mark: jax.Array  # int32 [], the mask update that the masks come from
     dense: Any  # like the pruned parameters: the values of all their weights, used or not
 
 
@@ -44,6 +45,7 @@ def straight_through_transform(
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains dense weights through a sparse network, by straight-through gradients.
 
@@ -70,6 +72,7 @@ def straight_through_transform(
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
+        stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -98,10 +101,10 @@ def straight_through_transform(
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = plans.sparsities_at(sparsity, steps)
     rule = budgets.erdos_renyi_kernel if budget is None else budget
-    plan_for = plan_once(steps, sparsities, budget=rule, pattern=pattern)
+    plan_for = plan_once(steps, sparsities, budget=rule, pattern=pattern, stacked=stacked)
 
     def init_fn(params: optax.Params) -> StraightThroughState:
-        flags = trees.prunable_flags(params, prunable)
+        flags = trees.prunable_flags(params, prunable, stacked)
         weights = trees.pick(params, flags)
         if weights:
             plan_for(params, flags)  # a budget that cannot be met raises here
@@ -118,7 +121,7 @@ def straight_through_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        parts = split(updates, state.masks, params, prunable)
+        parts = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, parts.flags)
         values = jax.tree.leaves(state.dense)
         dense = [

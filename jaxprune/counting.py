@@ -1,0 +1,167 @@
+"""Exact counts of the entries of layers, at any size.
+
+A layer is a leaf, or one of the copies that a stacked leaf holds. Its copies are told apart by
+their index along the stacked axes, in row-major order, and the leaf stays one array.
+
+Counts are int32. A tree of 2**31 entries or more is counted in int64, which works without
+`jax_enable_x64`: `exact` switches it on for that arithmetic alone.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["count_kept", "exact"]
+
+Axes = tuple[int, ...]
+
+
+class Width(NamedTuple):
+    """Integer types that hold every count, and every place that a search can look at."""
+
+    count: Any  # signed
+    place: Any  # unsigned, for keys and for indices
+
+
+NARROW, WIDE = Width(np.int32, np.uint32), Width(np.int64, np.uint64)
+# Up to here every integer is a float32.
+_FLOAT_LIMIT = 2**24
+
+
+def count_kept(masks: Any, stacked: Sequence[Axes] | None = None) -> jax.Array:
+    """Counts the True entries of each layer, exactly.
+
+    Args:
+        masks: tree of bool arrays.
+        stacked: the axes of each leaf that number copies, in flattening order; None: no copies.
+
+    Returns:
+        int32 [layers]; int64 inside of `exact` where there are 2**31 entries or more.
+
+    Example:
+        >>> count_kept([jnp.array([True, False, True]), jnp.array([False])]).tolist()
+        [2, 0]
+        >>> count_kept([jnp.array([[True, True], [False, True]])], stacked=[(0,)]).tolist()
+        [2, 1]
+    """
+    leaves = jax.tree.leaves(masks)
+    with exact(leaves):
+        return of_layers(leaves, stacks(leaves, stacked), width_of(leaves))
+
+
+def exact(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the entries of some arrays can be counted.
+
+    Args:
+        leaves: anything with shapes.
+
+    Returns:
+        A context manager: 64-bit integers if there are 2**31 entries or more, else nothing.
+
+    Example:
+        >>> with exact([jax.ShapeDtypeStruct((3, 2**30), jnp.float32)]):
+        ...     total = jnp.asarray(3 * 2**30)
+        >>> str(total.dtype)
+        'int64'
+    """
+    wide = width_of(leaves) is WIDE
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def width_of(leaves: Iterable[Any]) -> Width:
+    """The smallest types that count these arrays."""
+    size = sum(math.prod(leaf.shape) for leaf in leaves)
+    return NARROW if size <= np.iinfo(NARROW.count).max else WIDE
+
+
+class Stack(NamedTuple):
+    """How the copies of a layer lie in a leaf; static."""
+
+    shape: tuple[int, ...]  # of the leaf
+    axes: Axes  # that number copies
+
+    @property
+    def copies(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        """Entries of a copy."""
+        return math.prod(n for axis, n in enumerate(self.shape) if axis not in self.axes)
+
+    def spread(self, values: jax.Array) -> jax.Array:
+        """One value for each copy, broadcastable to the leaf."""
+        sizes = [n if axis in self.axes else 1 for axis, n in enumerate(self.shape)]
+        return values.reshape(sizes)
+
+
+def stacks(leaves: Sequence[Any], stacked: Sequence[Axes] | None) -> list[Stack]:
+    """What is known of each leaf."""
+    axes = [()] * len(leaves) if stacked is None else stacked
+    return [Stack(leaf.shape, tuple(own)) for leaf, own in zip(leaves, axes, strict=True)]
+
+
+def by_leaf(layouts: Sequence[Stack], *values: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Parts of vectors over all layers, broadcastable to each leaf."""
+    ends = np.cumsum([stack.copies for stack in layouts])
+    starts = ends - [stack.copies for stack in layouts]
+    return [
+        tuple(stack.spread(value[start:end]) for value in values)
+        for stack, start, end in zip(layouts, starts, ends)
+    ]
+
+
+def total(counts: jax.Array) -> jax.Array:
+    """Adds counts up in their own type, whatever the default of JAX is."""
+    return jnp.sum(counts, dtype=counts.dtype)
+
+
+def cumsum(counts: jax.Array) -> jax.Array:
+    """Adds up the counts so far, in their own type."""
+    return jnp.cumsum(counts, dtype=counts.dtype)
+
+
+def of_layers(flags: Sequence[Any], layouts: Sequence[Stack], width: Width) -> jax.Array:
+    """True entries of each layer."""
+    totals = [_total(own, stack.axes, width.count) for own, stack in zip(flags, layouts)]
+    return jnp.concatenate(totals)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _total(flags: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    """True entries of each copy, [copies]."""
+    rest = tuple(axis for axis in range(flags.ndim) if axis not in axes)
+    return jax.lax.platform_dependent(
+        flags,
+        cpu=functools.partial(_total_of_bits, rest=rest, dtype=dtype),
+        default=lambda x: jnp.sum(x, axis=rest, dtype=dtype).reshape(-1),
+    )
+
+
+def _total_of_bits(flags: jax.Array, rest: Axes, dtype: Any) -> jax.Array:
+    """Sums along `rest` by packed bits: XLA:CPU does not fuse a comparison into a large sum."""
+    if not rest:
+        return flags.astype(dtype).reshape(-1)
+    size, axis, columns = math.prod(flags.shape[i] for i in rest), rest[-1], flags.shape[rest[-1]]
+    # A device that holds a part of each row packs its part alone.
+    parts = math.gcd(columns, jax.device_count())
+    before, after = flags.shape[:axis], flags.shape[axis + 1 :]
+    split = flags.reshape(*before, parts, columns // parts, *after)
+    counts = jax.lax.population_count(jnp.packbits(split, axis=axis + 1))
+    along = (*rest, axis + 1)
+    if size > _FLOAT_LIMIT:
+        return jnp.sum(counts, axis=along, dtype=dtype).reshape(-1)
+    # XLA:CPU sums float32 faster than integers.
+    return jnp.sum(counts.astype(jnp.float32), axis=along).astype(dtype).reshape(-1)
+
+
+def sizes(layouts: Sequence[Stack], width: Width) -> jax.Array:
+    """Entries of each layer."""
+    sizes = [size for stack in layouts for size in [stack.size] * stack.copies]
+    return jnp.asarray(np.array(sizes, width.count))
