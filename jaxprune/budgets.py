@@ -203,7 +203,8 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     and the total is their sum.
 
     Args:
-        sparsities: sparsity in [0, 1) by path; 0 keeps a leaf dense.
+        sparsities: sparsity in [0, 1) by path; 0 keeps a leaf dense. The path of a stacked leaf
+            stands for all of its copies, `layers/kernel[3]` for one.
 
     Returns:
         A function `(shapes, sparsity) -> Budget`, with floors that add up to the total.
@@ -222,26 +223,35 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     """
     bad = [f"{path}: {own!r}" for path, own in sparsities.items() if not 0 <= own < 1]
     trees.raise_for(bad, "`sparsities` must lie in [0, 1); change these:")
-    sparsities = dict(sparsities)
+    given = dict(sparsities)
 
     def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-        _check_paths(sparsities, shapes)
+        own = _of_copies(given, shapes)
+        _check_paths(own, shapes)
         sizes = _sizes(shapes)
-        most = [
-            n - keep_count(n, sparsities[path]) if path in sparsities else n - 1
-            for path, n in sizes.items()
-        ]
+        most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
         pruned = sum(sizes.values()) - keep_count(sum(sizes.values()), sparsity)
-        if pruned and len(sparsities) == len(sizes) and _is_mean(sparsity, sparsities, sizes):
+        if pruned and len(own) == len(sizes) and _is_mean(sparsity, own, sizes):
             gone = most
         elif pruned > sum(most):
-            _raise_unreachable(sparsity, sparsities, sizes, sum(most))
+            _raise_unreachable(sparsity, own, sizes, sum(most))
         else:
             gone = _round(_fill(list(sizes.values()), [0] * len(most), most, pruned), pruned)
         floors = tuple(n - k for n, k in zip(sizes.values(), gone, strict=True))
         return Budget(sum(floors), floors)
 
     return rule
+
+
+def _of_copies(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> dict[str, float]:
+    """The sparsity of each copy of a stacked leaf that is named as a whole."""
+    own = dict(sparsities)
+    for path in shapes:
+        whole = path.rpartition("[")[0]
+        if whole in sparsities and path not in sparsities and whole not in shapes:
+            own[path] = sparsities[whole]
+            own.pop(whole, None)
+    return own
 
 
 def _decimal(sparsity: float) -> Fraction:

@@ -6,16 +6,18 @@ other in float32, across all leaves.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Score", "draw", "gradient", "magnitude", "random", "taylor"]
+__all__ = ["Score", "draw", "gradient", "magnitude", "random", "rank_unmoved", "taylor"]
 
 Score = Callable[[Any, Any], Any]
+
+_WORD = np.uint32  # of an index that is hashed at once
 
 
 def magnitude(params: Any, statistics: Any = None) -> Any:
@@ -131,6 +133,48 @@ def draw(key: jax.Array, params: Any) -> Any:
     return jax.tree.unflatten(treedef, draws)
 
 
+def rank_unmoved(
+    scores: Sequence[jax.Array],
+    params: Sequence[jax.Array],
+    statistics: Sequence[jax.Array],
+    stacked: Sequence[tuple[int, ...]],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Gives layers that have never moved a ranking of their own, below that of all others.
+
+    A product of weight and gradient says nothing of a layer whose gradients are all 0, because none
+    has reached it yet, or whose weights are all 0, because it starts there. Such a layer is ranked
+    within itself: by `|w|`, or by the statistic where its weights are 0.
+
+    Args:
+        scores: of each leaf, larger is kept.
+        params: like `scores`.
+        statistics: like `scores`, the size of each weight's gradient.
+        stacked: axes of each leaf that number copies; each copy is a layer.
+
+    Returns:
+        Scores, negative in the layers that have not moved, and bool [copies] for each leaf: True
+        where a layer has not moved.
+
+    Example:
+        >>> weights, gradients = [jnp.array([1.0, -4.0])], [jnp.zeros(2)]
+        >>> ranked, unmoved = rank_unmoved(gradients, weights, gradients, [()])
+        >>> ranked[0].tolist(), unmoved[0].tolist()
+        ([-1.0, -0.25], [True])
+    """
+    ranked, unmoved = [], []
+    for score, weight, statistic, axes in zip(scores, params, statistics, stacked, strict=True):
+        weight, statistic = _size(weight), _size(statistic)
+        rest = tuple(axis for axis in range(weight.ndim) if axis not in axes)
+        at_zero, unreached = (
+            jnp.max(x, axis=rest, keepdims=True) == 0 for x in (weight, statistic)
+        )
+        own = -1 / jnp.where(at_zero, statistic, weight)  # in the order of what it divides by
+        still = at_zero | unreached
+        ranked.append(jnp.where(still, own, score))
+        unmoved.append(still.reshape(-1))
+    return ranked, unmoved
+
+
 def _hashed(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A hash of each position, uniform in [0, 1).
 
@@ -138,12 +182,13 @@ def _hashed(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     a ranking needs less. The mixing function is `lowbias32` of C. Wellons, Prospecting for hash
     functions, 2018.
     """
-    if math.prod(shape) <= 2**32:
+    bits = np.iinfo(_WORD).bits
+    if math.prod(shape) <= 2**bits:
         return _uniform(_mix(_mix(_index(shape, np.uint32)) ^ word))
     with jax.enable_x64(True):  # for the index alone
         index = _index(shape, np.uint64)
-        low, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
-        return _uniform(_mix(_mix(low) ^ _mix(high) ^ word))
+        low, high = index.astype(_WORD), index >> np.uint64(bits)
+        return _uniform(_mix(_mix(low.astype(jnp.uint32)) ^ _mix(high.astype(jnp.uint32)) ^ word))
 
 
 def _index(shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -68,7 +68,7 @@ def largest(
     """
     leaves, treedef = jax.tree.flatten(scores)
     layouts = counting.stacks(leaves, stacked)
-    _check(scores, layouts, None if floors is None else np.shape(floors))
+    _check(scores)
     if among is not None:
         trees.check_same_structure("among", among, scores)
     allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
@@ -81,6 +81,11 @@ def largest(
             else counting.of_layers(allowed, layouts, width)
         )
         floors = jnp.zeros_like(able) if floors is None else jnp.asarray(floors, width.count)
+        if floors.shape != able.shape:
+            raise ValueError(
+                f"`floors` must have one entry for each of the {able.size} layers of `scores`, but "
+                f"has shape {floors.shape}."
+            )
         floors = jnp.minimum(floors, able)
         keep = jnp.asarray(keep, width.count)
         keep = jnp.clip(keep, counting.total(floors), counting.total(able))
@@ -92,7 +97,7 @@ def largest(
     return jax.tree.unflatten(treedef, masks)
 
 
-def _check(scores: Any, layouts: Sequence[counting.Stack], floors: tuple[int, ...] | None) -> None:
+def _check(scores: Any) -> None:
     """Static checks of the arguments of `largest`."""
     named = trees.leaves_with_paths(scores)
     bad = [
@@ -103,12 +108,6 @@ def _check(scores: Any, layouts: Sequence[counting.Stack], floors: tuple[int, ..
     trees.raise_for(bad, "`scores` must be non-empty floating-point arrays:")
     if not named:
         raise ValueError("`scores` must have at least one leaf, but has none.")
-    layers = sum(stack.copies for stack in layouts)
-    if floors is not None and floors != (layers,):
-        raise ValueError(
-            f"`floors` must have one entry for each of the {layers} layers of `scores`, but "
-            f"has shape {floors}."
-        )
 
 
 @jax.jit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxprune import trees
 
-__all__ = ["all_finite", "faults", "first_moment", "unbias", "update_average"]
+__all__ = ["all_finite", "faults", "first_moment", "rescaled", "unbias", "update_average"]
 
 
 def update_average(average: Any, gradients: Any, decay: float) -> Any:
@@ -57,6 +57,38 @@ def unbias(average: Any, decay: float, steps: jax.Array) -> Any:
     """
     scale = 1 / (1 - decay ** steps.astype(jnp.float32))
     return jax.tree.map(lambda s: s.astype(jnp.float32) * scale, average)
+
+
+def rescaled(statistics: Any) -> Any:
+    """Multiplies tiny statistics by a power of two, so that products with weights do not vanish.
+
+    The ranking of `|w| * S` stays what it is, but float32 ends at 1e-38: with gradients of 1e-30
+    and weights of 1e-9 every product would be 0.
+
+    Args:
+        statistics: tree of non-negative floating-point arrays.
+
+    Returns:
+        Tree of the same arrays if the largest entry of all is above 1e-12; else each times the same
+        power of two, which makes the largest about 1. Dtypes stay.
+
+    Example:
+        >>> rescaled([jnp.array([0.5]), jnp.array([0.25])])[0].tolist()
+        [0.5]
+        >>> [float(leaf[0]) for leaf in rescaled([jnp.array([2.0**-60]), jnp.array([2.0**-62])])]
+        [0.5, 0.125]
+    """
+    leaves, treedef = jax.tree.flatten(statistics)
+    if not leaves:
+        return statistics
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in leaves]))
+    exponent = jnp.frexp(largest)[1]
+    tiny = (largest > 0) & (exponent < -40)
+    power = jnp.where(tiny, jnp.minimum(-exponent, 126), 0)
+    # Exactly 2 ** power, which `exp2` is not: its bits are the exponent alone.
+    bits = (power + 127).astype(jnp.int32) << 23
+    factor = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return treedef.unflatten([leaf * factor.astype(leaf.dtype) for leaf in leaves])
 
 
 def first_moment(inner_state: Any) -> Any | None:

@@ -388,3 +388,93 @@ def test_no_pass_over_memory_is_added_by_the_branch() -> None:
     computed = [outputs[id(v)] for v in large if id(v) in outputs]
     assert all(id(v) in {id(o) for o in jaxpr.jaxpr.outvars} for e in computed for v in e.outvars)
     assert len(large) == 6
+
+
+# ---- layers that have never moved
+
+
+def train_unmoved(params, loss, transform, steps=4):
+    tx = jaxprune.chain(optax.sgd(0.1), transform)
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return {path: int(mask.sum()) for path, mask in jaxprune.get_masks(state).items()}
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_a_leaf_without_gradient_keeps_its_share_by_magnitude(decay):
+    """A fixed table of positions: `|w| S` is 0 everywhere, which does not mean worthless."""
+    random = np.random.default_rng(0)
+    params = {
+        "table": jnp.asarray(random.normal(size=(10, 10)), jnp.float32),
+        "used": jnp.asarray(random.normal(size=(30, 10)), jnp.float32),
+    }
+
+    def loss(p):
+        table = jax.lax.stop_gradient(p["table"])
+        return jnp.mean((p["used"] + table.sum()) ** 2)
+
+    transform = jaxprune.agip_transform(0.8, every=1, stop=3, decay=decay)
+    kept = train_unmoved(params, loss, transform)
+    assert kept == {"table": 20, "used": 60}
+    tx = jaxprune.chain(optax.sgd(0.1), jaxprune.agip_transform(0.8, stop=0))
+    state = tx.init(params)
+    _, state = tx.update(jax.grad(loss)(params), state, params)
+    mask, sizes = np.asarray(jaxprune.get_masks(state)["table"]), np.abs(params["table"])
+    assert sizes[mask].min() > sizes[~mask].max()
+
+
+@pytest.mark.parametrize("method", [jaxprune.agip_transform, jaxprune.saliency_transform])
+def test_a_leaf_that_starts_at_0_keeps_its_share_and_is_named(method):
+    """The second factor of LoRA: its gradients are large, its weights still 0."""
+    random = np.random.default_rng(1)
+    params = {
+        "lora_a": jnp.asarray(random.normal(size=(10, 20)), jnp.float32),
+        "lora_b": jnp.zeros((20, 10)),
+    }
+    x = jnp.asarray(random.normal(size=(6, 10)), jnp.float32)
+
+    def loss(p):
+        return jnp.mean((x @ p["lora_a"] @ p["lora_b"] - 1) ** 2)
+
+    with pytest.warns(UserWarning, match="0 everywhere: lora_b. Weights are ranked by"):
+        kept = train_unmoved(params, loss, method(0.5, stop=0), steps=1)
+    # No gradient reaches `lora_a` behind it: neither has moved, so both keep half.
+    assert kept == {"lora_a": 100, "lora_b": 100}
+    with pytest.warns(UserWarning):
+        state = jaxprune.saliency_transform(0.5, stop=0).init(params)
+    gradients = jax.grad(loss)(params)
+    _, state = jaxprune.saliency_transform(0.5, stop=0).update(gradients, state, params)
+    mask, sizes = np.asarray(state.masks["lora_b"]), np.abs(gradients["lora_b"])
+    assert sizes[mask].min() >= sizes[~mask].max()
+
+
+def test_an_expert_that_was_never_chosen_keeps_its_share():
+    params = {"experts": jnp.asarray(np.random.default_rng(2).normal(size=(4, 8, 8)), jnp.float32)}
+
+    def loss(p):
+        return jnp.mean(p["experts"][:3] ** 2)  # the fourth is idle
+
+    tx = jaxprune.agip_transform(0.75, stop=0, stacked=lambda path, leaf: 0)
+    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    kept = np.asarray(state.masks["experts"]).sum((1, 2))
+    assert kept.sum() == 64 and kept[3] == 16
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-30])
+def test_tiny_gradients_rank_like_large_ones(scale):
+    params = {"kernel": jnp.asarray(np.random.default_rng(3).normal(size=(8, 8)), jnp.float32)}
+    gradients = {"kernel": jnp.asarray(np.random.default_rng(4).normal(size=(8, 8)), jnp.float32)}
+
+    def masks(params, gradients):
+        tx = jaxprune.agip_transform(0.5, stop=0)
+        return tx.update(gradients, tx.init(params), params)[1].masks["kernel"]
+
+    wanted = masks(params, gradients)
+    # Powers of two, so that nothing is rounded.
+    factor = 2.0 ** round(np.log2(scale))
+    small = jax.tree.map(lambda g: g * factor, gradients)
+    np.testing.assert_array_equal(masks(params, small), wanted)
+    light = jax.tree.map(lambda w: w * 2.0**-30, params)
+    np.testing.assert_array_equal(masks(light, small), wanted)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprune import budgets, patterns, plans
+from jaxprune import budgets, counting, patterns, plans
 from tests import reference
 
 SHAPES = {"a": (6, 8), "b": (4, 4, 4), "c": (10, 4)}
@@ -209,3 +209,53 @@ def test_a_budget_is_counted_once_for_each_sparsity():
     assert plan.groups[0].keep.tolist() == [
         budgets.uniform(SHAPES, s).total for s in (0.5, 0, 0.5, 0, 0.7)
     ]
+
+
+def test_counts_beyond_int32_are_exact():
+    shapes = {name: jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32) for name in "abc"}
+    plan = plans.make_plan(shapes, [0, 1], [0.0, 0.25])
+    everything = 3 * 2**30
+    assert plan.groups[0].keep.tolist() == [everything, budgets.keep_count(everything, 0.25)]
+    assert plan.groups[0].floors[0].tolist() == [everything // 10 // 3] * 3
+
+
+def test_a_tree_of_three_billion_weights_compiles_its_mask_update():
+    """By shapes only; 2**31 entries are selected from in tests/test_selection.py."""
+    shapes = {"table": jax.ShapeDtypeStruct((3, 2**30), jnp.float32)}
+    for budget in (budgets.uniform, budgets.global_budget()):
+        plan = plans.make_plan(shapes, [0], [0.5], moved=[0.2], budget=budget)
+        leaf = shapes["table"]
+        mask = jax.ShapeDtypeStruct(leaf.shape, bool)
+        for growth in (None, [leaf]):
+            new = jax.eval_shape(
+                lambda m, s, g, plan=plan: plans.renew(plan, 0, m, s, g), [mask], [leaf], growth
+            )
+            assert [(m.shape, m.dtype) for m in new] == [(leaf.shape, bool)]
+
+
+@pytest.mark.parametrize("budget", [budgets.uniform, budgets.global_budget(0.0)])
+@pytest.mark.parametrize("pattern", [None, patterns.channels()])
+def test_64_bit_counters_lead_to_the_same_masks(budget, pattern, monkeypatch):
+    shapes = {"a": (6, 8), "c": (10, 4)}
+    plan = plans.make_plan(leaves(shapes), [0], [0.5], moved=[0.4], budget=budget, pattern=pattern)
+    scores, growth = ([jnp.asarray(x) for x in draw(seed, shapes)] for seed in (0, 1))
+    masks = plans.select(plan, 0, scores)
+    expected = plans.renew(plan, 0, masks, growth, scores)
+    monkeypatch.setattr(counting, "width_of", lambda leaves: counting.WIDE)
+    for mask, wanted in zip(plans.select(plan, 0, scores), masks, strict=True):
+        np.testing.assert_array_equal(mask, wanted)
+    renew = jax.jit(lambda masks: plans.renew(plan, 0, masks, growth, scores))
+    for mask, wanted in zip(renew(masks), expected, strict=True):
+        np.testing.assert_array_equal(mask, wanted)
+
+
+def test_marks_tell_mask_updates_apart():
+    def marks(steps, sparsities, **options):
+        return plans.make_plan(leaves(), steps, sparsities, **options).marks.tolist()
+
+    first = marks([0, 5], [0.2, 0.5])
+    assert len({0, *first}) == 3
+    assert marks([0, 5, 9], [0.2, 0.5, 0.6])[:2] == first
+    assert marks([0, 6], [0.2, 0.5])[1] != first[1]  # another step
+    assert marks([0, 5], [0.2, 0.51])[1] != first[1]  # another target
+    assert marks([0, 5], [0.2, 0.5], budget=budgets.uniform)[1] != first[1]

@@ -73,6 +73,20 @@ def test_random_is_uniform_and_has_few_ties():
     assert len(np.unique(values)) > 7900
 
 
+@pytest.mark.parametrize("shape", [(2, 2**16, 2**16), (2**33,), (1, 2**32)])
+def test_random_scores_have_no_largest_size(shape):
+    (draw,) = jax.eval_shape(scores.random(0), [jax.ShapeDtypeStruct(shape, jnp.float32)])
+    assert (draw.shape, draw.dtype) == (shape, jnp.float32)
+
+
+def test_positions_beyond_32_bits_do_not_repeat(monkeypatch):
+    """With an index of 8 bits in place of 32, the second 256 entries are not those of the first."""
+    leaf = [jnp.zeros((2, 16, 16))]
+    monkeypatch.setattr(scores, "_WORD", np.dtype(np.uint8))
+    draw = np.asarray(scores.random(0)(leaf)[0])
+    assert len(np.unique(draw)) > 500
+
+
 # ---- random scores
 
 

@@ -1,5 +1,6 @@
 """The search selects what a stable sort selects: values, ties, floors, devices."""
 
+import functools
 import math
 import re
 
@@ -283,6 +284,103 @@ def test_counts_are_exact_beyond_the_integers_of_float32():
     assert counting.count_kept([jnp.ones(2**24 + 1, bool)]).tolist() == [2**24 + 1]
 
 
+# ---- stacked leaves: each copy is a layer
+
+
+@given(
+    seed=st.integers(0, 9),
+    axes=st.sampled_from([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]),
+    kind=st.sampled_from(["normal", "ties"]),
+    share=st.sampled_from([0.0, 0.4, 1.0]),
+)
+def test_a_stack_is_selected_from_like_its_copies(seed, axes, kind, share):
+    (stack, single) = _draw(kind, seed, [(3, 4, 5), (7,)])
+    rest = [axis for axis in range(3) if axis not in axes]
+    moved = np.transpose(stack, (*axes, *rest))  # copies first
+    copies = list(moved.reshape(-1, *(stack.shape[axis] for axis in rest)))
+    floors = [int(share * 0.5 * copy.size) for copy in copies] + [2]
+    keep = max(20, sum(floors))
+    masks = jax.jit(selection.largest, static_argnames="stacked")(
+        [stack, single], keep, floors=np.array(floors), stacked=(axes, ())
+    )
+    wanted = largest([*copies, single], keep, floors)
+    whole = np.stack(wanted[:-1]).reshape(moved.shape)
+    np.testing.assert_array_equal(np.transpose(masks[0], (*axes, *rest)), whole)
+    np.testing.assert_array_equal(masks[1], wanted[-1])
+    counts = counting.count_kept(masks, [axes, ()])
+    assert counts.tolist() == [int(mask.sum()) for mask in wanted]
+
+
+def test_a_sharded_stack_exchanges_counts_only():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    scores = _draw("normal", 1, [(4, 16, 32)])
+    floors = np.full(4, 40)
+    wanted = largest(list(scores[0]), 300, floors)
+    for spec in (P("x"), P(None, "x", "y"), P("y", None, "x")):
+        sharding = NamedSharding(mesh, spec)
+        placed = [jax.device_put(scores[0], sharding)]
+        select = jax.jit(
+            functools.partial(selection.largest, stacked=((0,),)), out_shardings=[sharding]
+        )
+        np.testing.assert_array_equal(select(placed, 300, floors=floors)[0], np.stack(wanted))
+        text = select.lower(placed, 300, floors=floors).compile().as_text()
+        exchanged = _exchanged(text)
+        largest_message = max([size for sizes in exchanged.values() for size in sizes], default=0)
+        assert largest_message <= 4, exchanged  # one count for each copy
+
+
+# ---- trees of more entries than an int32 counts
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """int16 in place of int32, and int32 in place of int64: 2**15 entries are too many."""
+    monkeypatch.setattr(counting, "NARROW", counting.Width(np.int16, np.uint32))
+    monkeypatch.setattr(counting, "WIDE", counting.Width(np.int32, np.uint32))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "special"])
+@pytest.mark.parametrize("shapes", [[(200, 150), (40, 100)], [(40_000,), (3,)]])
+def test_counters_that_are_too_narrow_are_not_used(kind, shapes, narrow):
+    scores = _draw(kind, 2, shapes)
+    size = sum(score.size for score in scores)
+    for keep in (5, 33_000, size - 1):
+        floors = [min(keep, 33_000) // 2, 1]
+        masks = selection.largest(scores, keep, floors=floors)
+        _equal(masks, largest(scores, keep, floors))
+    assert counting.count_kept(masks).dtype == jnp.int32
+
+
+def test_the_64_bit_path_selects_the_same(monkeypatch):
+    scores = _draw("ties", 3, SHAPES[2])
+    monkeypatch.setattr(counting, "width_of", lambda leaves: counting.WIDE)
+    for compiled in (selection.largest, jax.jit(selection.largest)):
+        _equal(compiled(scores, 11, floors=[2, 1]), largest(scores, 11, [2, 1]))
+    mapped = jax.vmap(lambda s: selection.largest(s, 11))([jnp.stack([s, s]) for s in scores])
+    _equal([mask[1] for mask in mapped], largest(scores, 11))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2**16, 2**14)] * 2,  # 2**31 in all
+        [(3, 2**31)],  # more than 2**32 in one leaf
+        [(2**33,)],
+        [(12, 2**14, 2**14), (2**31 - 1,)],
+    ],
+)
+@pytest.mark.parametrize("x64", [False, True])
+def test_any_number_of_entries_can_be_selected_from(shapes, x64):
+    many = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    keep = math.prod(shapes[0]) // 3
+    with jax.enable_x64(x64):
+        masks = jax.eval_shape(lambda scores: selection.largest(scores, keep), many)
+        stacked = [(0,)] + [()] * (len(many) - 1)
+        if len(shapes[0]) == 3:
+            jax.eval_shape(lambda scores: selection.largest(scores, keep, stacked=stacked), many)
+    assert [(mask.shape, mask.dtype) for mask in masks] == [(s, bool) for s in shapes]
+
+
 # ---- several devices
 
 # Shapes and how they lie on a mesh of 4 x 2: whole and broken bytes of flags on each device.
@@ -360,17 +458,14 @@ def test_bad_leaves_are_all_named():
     ]
 
 
-def test_number_of_entries_is_limited():
-    with pytest.raises(ValueError, match="`scores` must have between 1 and 2147483647 entries"):
+def test_a_tree_needs_leaves():
+    with pytest.raises(ValueError, match="`scores` must have at least one leaf"):
         selection.largest([], 0)
-    many = [jax.ShapeDtypeStruct((2**16, 2**14), jnp.float32)] * 2
-    with pytest.raises(ValueError, match="in all, but has 2147483648; select for parts"):
-        jax.eval_shape(selection.largest, many, 0)
 
 
 @pytest.mark.parametrize("floors", [[1], 1, [1, 1, 1]])
 def test_floors_need_one_entry_for_each_leaf(floors):
-    with pytest.raises(ValueError, match="`floors` must have one entry for each of the 2 leaves"):
+    with pytest.raises(ValueError, match="`floors` must have one entry for each of the 2 layers"):
         selection.largest([jnp.ones(2), jnp.ones(3)], 1, floors=floors)
 
 

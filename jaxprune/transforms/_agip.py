@@ -17,6 +17,7 @@ from jaxprune.transforms._masking import (
     raw_gradients,
     split,
     update_masks,
+    warn_of_zeros,
     zero_counters,
 )
 
@@ -78,6 +79,10 @@ def agip_transform(
     the average of `(sum of w g over its gates) ** 2`, and is its score. Regrowth goes where the
     average squared gradient at the gates is largest. Everything else is as above; the state has
     vectors only, and a step costs next to nothing.
+
+    A layer that has never moved, because its gradients or its weights are all 0, has no such score.
+    It is ranked within itself, by `|w|` or by `S`, and keeps its share at the density of the whole:
+    frozen layers, positional tables and the zeros that LoRA starts from are not cut to nothing.
 
     AGIP is known from a news item only, with no paper behind it. This is our reading of it,
     not a reproduction. A gradient that is not finite never enters an average, and a mask
@@ -167,6 +172,7 @@ def agip_transform(
         pruned = trees.pick(params, flags)
         if pruned:
             plan_for(params, flags)  # a budget that cannot be met raises here
+            warn_of_zeros(params, flags)
         zeros = [jnp.zeros_like(leaf, dtype=dtype) for leaf in pruned]
         return AgipState(
             **zero_counters(),
@@ -214,8 +220,12 @@ def agip_transform(
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
             (masks, survivors), (statistics, weights, _) = carry, buffers
             statistics = settled(statistics)
-            growth = scores.gradient(None, statistics) if plans.ever_grows(plan) else None
-            new = plans.renew(plan, index, masks, score(weights, statistics), growth)
+            scaled = stats.rescaled(statistics)
+            growth = scores.gradient(None, scaled) if plans.ever_grows(plan) else None
+            ranked, unmoved = scores.rank_unmoved(
+                score(weights, scaled), weights, scaled, plan.stacked
+            )
+            new = plans.renew(plan, index, masks, ranked, growth, unmoved)
             return new, _survivors(new, statistics) if rate is not None else survivors
 
         survivors = state.densities, state.mean_statistics

@@ -4,14 +4,13 @@ from typing import Any
 
 import optax
 
-from jaxprune import budgets, patterns, plans, schedules, trees
-from jaxprune.scores import Score
+from jaxprune import budgets, patterns, plans, schedules, scores, trees
 from jaxprune.transforms._masking import check_window, masking_transform
 
 
 def gradual_transform(
     name: str,
-    score: Score,
+    score: scores.Score,
     sparsity: float | optax.Schedule,
     *,
     every: int,
@@ -56,7 +55,10 @@ def gradual_transform(
     )
 
     def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
-        return plans.renew(plan, index, masks, score(weights, gradients))
+        ranked, unmoved = score(weights, gradients), None
+        if needs_gradient:
+            ranked, unmoved = scores.rank_unmoved(ranked, weights, gradients, plan.stacked)
+        return plans.renew(plan, index, masks, ranked, unranked=unmoved)
 
     return masking_transform(
         steps,

@@ -1,12 +1,14 @@
 """What all pruning transformations share: state, mask updates behind one branch, projection."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxprune import budgets, patterns, plans, stats, trees
 
@@ -241,6 +243,24 @@ def check_window(name: str, every: int, start: int, stop: int, *problems: str | 
     trees.raise_for(bad, f"{name} cannot run with these arguments:")
 
 
+def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
+    """Warns of pruned leaves that are 0 everywhere, where values are known: outside of `jit`."""
+    known = {
+        path: leaf
+        for path, leaf in named_leaves(params, flags).items()
+        if not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
+    }
+    zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
+    if zeros:
+        warnings.warn(
+            f"`params` holds leaves that are 0 everywhere: {', '.join(zeros)}. Weights are ranked "
+            "by their product with the gradient, which says nothing until a leaf has moved. Until "
+            "then each keeps its share at the density of the whole. Exclude such leaves with "
+            "`prunable`, or set a later `start`.",
+            stacklevel=3,
+        )
+
+
 def masking_transform(
     steps: Sequence[int],
     sparsities: Sequence[float],
@@ -283,6 +303,8 @@ def masking_transform(
         weights = trees.pick(params, flags)
         # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
         plan = plan_for(params, flags) if weights else None
+        if needs_gradient:
+            warn_of_zeros(params, flags)
         masks = [jnp.ones_like(weight, dtype=bool) for weight in weights]
         if first and plan:
             # Outside of `jit` the loops of the selection would be slow.
