@@ -78,6 +78,12 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     """
     held_masks = get_masks(opt_state)
     now, by_path = trees.leaf_by_path(held_masks), trees.places(masks)
+    # What the state does not prune may be a function of a module and need no mask.
+    free = {path for path, held in now.items() if jnp.ndim(held) == 0}
+    by_path = {
+        path: None if path in free and not trees.is_numeric(mask) else mask
+        for path, mask in by_path.items()
+    }
     problems = trees.unmatched(by_path, trees.places(held_masks))
     for path, mask in by_path.items():
         held = now.get(path)
@@ -237,6 +243,11 @@ def prune_in_rounds(
         raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
     if not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    if not trees.is_rule(score):
+        raise ValueError(
+            "`score` must be a function from the parameters to a tree of scores, but is a tree "
+            f"({type(score).__name__}). Scores that stay the same are for `prune`."
+        )
     pruned, masks = params, jax.tree.map(lambda _: True, params)
     for k in range(1, rounds + 1):
         now = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)

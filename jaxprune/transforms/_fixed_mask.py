@@ -83,9 +83,8 @@ def fixed_mask_transform(
         trees.raise_for(problems, "`masks` must be bools with the paths and shapes of `params`:")
         own = [by_path.get(path) for path in leaf_of]
         flags = tuple(not _keeps_all(mask) for mask in own)
-        return FixedMaskState(
-            put_masks(params, flags, [jnp.array(m) for m in trees.pick(own, flags)])
-        )
+        kept = [jnp.array(mask) for mask, flag in zip(own, flags, strict=True) if flag]
+        return FixedMaskState(put_masks(params, flags, kept))
 
     def update_fn(
         updates: optax.Updates,
