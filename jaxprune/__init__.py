@@ -3,6 +3,7 @@
 from jaxprune import (
     at_init,
     budgets,
+    checks,
     masks,
     patterns,
     plans,
@@ -12,10 +13,12 @@ from jaxprune import (
     schedules,
     scores,
     selection,
+    stacks,
     stats,
     storage,
     transforms,
 )
+from jaxprune.checks import check
 from jaxprune.masks import apply_masks, get_masks, prune, prune_in_rounds, set_masks
 from jaxprune.reports import summarize
 from jaxprune.transforms import (
@@ -42,6 +45,8 @@ __all__ = [
     "at_init",
     "budgets",
     "chain",
+    "check",
+    "checks",
     "fixed_mask_transform",
     "get_masks",
     "magnitude_transform",
@@ -61,6 +66,7 @@ __all__ = [
     "selection",
     "set_masks",
     "set_transform",
+    "stacks",
     "stats",
     "storage",
     "straight_through_transform",

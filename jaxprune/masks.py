@@ -76,12 +76,18 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         >>> get_masks(set_masks(state, masks))["kernel"].tolist()
         [[True, False]]
     """
-    now = trees.leaf_by_path(get_masks(opt_state))
-    by_path = trees.leaf_by_path(masks)
-    problems = trees.unmatched(by_path, now)
+    held_masks = get_masks(opt_state)
+    now, by_path = trees.leaf_by_path(held_masks), trees.places(masks)
+    # What the state does not prune may be a function of a module and need no mask.
+    free = {path for path, held in now.items() if jnp.ndim(held) == 0}
+    by_path = {
+        path: None if path in free and not trees.is_numeric(mask) else mask
+        for path, mask in by_path.items()
+    }
+    problems = trees.unmatched(by_path, trees.places(held_masks))
     for path, mask in by_path.items():
         held = now.get(path)
-        if held is None:
+        if held is None or not trees.is_numeric(mask):
             continue
         if jnp.result_type(mask) != jnp.bool_:
             problems.append(f"{path}: {jnp.result_type(mask)}, must be bool")
@@ -96,7 +102,9 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
             return state
         held, structure = jax.tree.flatten(state.masks, is_leaf=trees.is_absent)
         own = [
-            mask if trees.is_absent(mask) else _placed_like(mask, by_path[path])
+            mask
+            if trees.is_absent(mask) or not trees.is_numeric(by_path[path])
+            else _placed_like(mask, by_path[path])
             for path, mask in zip(now, held, strict=True)
         ]
         return state._replace(masks=jax.tree.unflatten(structure, own))
@@ -123,15 +131,8 @@ def apply_masks(tree: Any, masks: Any) -> Any:
         >>> apply_masks([jnp.array([1.0, 2.0])], [jnp.array([True, False])])[0].tolist()
         [1.0, 0.0]
     """
-    by_path, leaf_of = trees.leaf_by_path(masks), trees.leaf_by_path(tree)
-    named, problems = leaf_of.items(), trees.unmatched(by_path, leaf_of)
-    problems += [
-        f"{path}: shape {jnp.shape(leaf)}, but mask {jnp.shape(by_path[path])}"
-        for path, leaf in named
-        if path in by_path and jnp.shape(by_path[path]) not in ((), jnp.shape(leaf))
-    ]
-    trees.raise_for(problems, "`masks` must have the paths and shapes of `tree`:")
-    leaves = [jnp.where(by_path[path], leaf, jnp.zeros_like(leaf)) for path, leaf in named]
+    by_path = _fitting(masks, tree, "`masks` must have the paths and shapes of `tree`:")
+    leaves = [_masked(leaf, by_path.get(path)) for path, leaf in trees.leaf_by_path(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -187,13 +188,13 @@ def prune(
         raise ValueError("`params` must have a leaf that can be pruned, but has no leaves at all.")
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
-        statistics = trees.pick(statistics, flags)
-    if callable(score):
+        statistics = _of_paths(statistics, paths)
+    if trees.is_rule(score):
         ranked = score(weights, statistics)
     else:
         trees.check_same_structure("score", score, params)
-        ranked = trees.pick(score, flags)
-    among = None if masks is None else trees.pick(_full_masks(masks, params), flags)
+        ranked = _of_paths(score, paths)
+    among = None if masks is None else _full_masks(masks, params, paths)
     plan = plans.make_plan(
         dict(zip(paths, weights, strict=True)),
         [0],
@@ -203,7 +204,7 @@ def prune(
         stacked=stacked,
     )
 
-    everything = jax.tree.map(lambda leaf: jnp.ones(jnp.shape(leaf), bool), params)
+    everything = jax.tree.map(lambda leaf: jnp.ones(trees.shape_of(leaf), bool), params)
     kinds = tuple((group.pattern, group.members) for group in plan.groups)
     tables = [group[2:] for group in plan.groups]
     with counting.exact(weights):
@@ -252,11 +253,25 @@ def prune_in_rounds(
         raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
     if not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    if not trees.is_rule(score):
+        raise ValueError(
+            "`score` must be a function from the parameters to a tree of scores, but is a tree "
+            f"({type(score).__name__}). Scores that stay the same are for `prune`."
+        )
     pruned, masks = params, jax.tree.map(lambda _: True, params)
     for k in range(1, rounds + 1):
         now = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)
         pruned, masks = prune(pruned, now, score=score(pruned), masks=masks, **options)
     return pruned, masks
+
+
+def _masked(leaf: Any, mask: Any) -> Any:
+    """A leaf with zeros where its mask is False; what is no array stays what it is."""
+    if not trees.is_numeric(mask) or not trees.is_numeric(leaf):
+        return leaf
+    if not trees.is_array(leaf) and trees.keeps_leaf(mask):
+        return leaf  # settings of a module, such as the rate of a dropout, must not become arrays
+    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -269,18 +284,36 @@ def _selected(
     return plans.select(plan, 0, ranked) if among is None else plans.renew(plan, 0, among, ranked)
 
 
-def _full_masks(masks: Any, params: Any) -> list[jax.Array]:
-    """Masks in the order and shapes of the parameters; the scalar True stands for all kept."""
-    by_path = trees.leaf_by_path(masks)
-    filled: list[Any] = [
-        jnp.broadcast_to(by_path[path], jnp.shape(leaf))
-        if path in by_path and jnp.ndim(by_path[path]) == 0
-        else by_path.get(path)
-        for path, leaf in trees.leaf_by_path(params).items()
+def _of_paths(tree: Any, paths: list[str]) -> list[Any]:
+    """The leaves at these paths, in this order, whatever the order of the tree."""
+    by_path = trees.leaf_by_path(tree)
+    return [by_path[path] for path in paths]
+
+
+def _full_masks(masks: Any, params: Any, paths: list[str]) -> list[jax.Array]:
+    """Masks of the leaves at these paths; the scalar True and None stand for all kept."""
+    by_path = _fitting(masks, params, "`masks` must have the paths and shapes of the parameters:")
+    leaf_of = trees.leaf_by_path(params)
+    kept = {path: True if by_path[path] is None else by_path[path] for path in paths}
+    return [jnp.broadcast_to(jnp.asarray(kept[path]), leaf_of[path].shape) for path in paths]
+
+
+def _fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
+    """Masks by path; raises unless each fits its leaf in a tree."""
+    by_path, leaf_of = trees.places(masks), trees.leaf_by_path(tree)
+    problems = trees.unmatched(by_path, trees.places(tree))
+    problems += [
+        f"{path}: shape {trees.shape_of(leaf)}, but mask {trees.shape_of(by_path[path])}"
+        for path, leaf in leaf_of.items()
+        if path in by_path and trees.shape_of(by_path[path]) not in ((), trees.shape_of(leaf))
     ]
-    tree = jax.tree.unflatten(jax.tree.structure(params), filled)
-    trees.check_same_structure("masks", tree, params)
-    return filled
+    problems += [
+        f"{path}: {type(leaf).__name__}, which cannot be 0, but mask False"
+        for path, leaf in leaf_of.items()
+        if not trees.is_numeric(leaf) and by_path.get(path) is False
+    ]
+    trees.raise_for(problems, rule)
+    return by_path
 
 
 def _placed_like(held: Any, mask: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """Masks are found wherever they sit, applied exactly, and made in one call with exact counts."""
 
 import collections
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from reference import keep_count, largest
 
 import jaxprune
@@ -428,3 +428,164 @@ def test_paths_that_collide_are_an_error():
 def test_prune_says_that_a_score_needs_statistics(score):
     with pytest.raises(ValueError, match="`statistics` is missing"):
         jaxprune.prune({"kernel": jnp.ones((2, 2))}, 0.5, score=score)
+
+
+# ---- whole modules, and modules that can be called
+
+
+@struct.dataclass
+class Module:
+    """What a module of Equinox is to JAX: arrays, functions and settings, and callable."""
+
+    weight: Any
+    bias: Any
+    activation: Any = jax.nn.relu
+    mode: Any = "same"
+    rate: Any = 0.5
+    training: Any = False
+
+    def __call__(self, *arguments):
+        raise AssertionError("a tree was called")
+
+
+def _module():
+    return Module(jnp.array([[3.0, -1.0], [2.0, 0.5]]), jnp.ones(2))
+
+
+def _arrays(tree):
+    """As `equinox.filter(tree, equinox.is_array)`."""
+    return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else None, tree)
+
+
+KEPT = [[True, False], [True, False]]
+
+
+def test_prune_a_whole_module():
+    module = _module()
+    pruned, masks = jaxprune.prune(module, 0.5)
+    assert pruned.weight.tolist() == [[3.0, 0.0], [2.0, 0.0]]
+    assert masks.weight.tolist() == KEPT and masks.bias.tolist() == [True, True]
+    for name in ("activation", "mode", "rate", "training"):
+        assert getattr(pruned, name) is getattr(module, name), name
+        assert getattr(masks, name).shape == () and bool(getattr(masks, name)), name
+    assert jax.tree.structure(pruned) == jax.tree.structure(module)
+
+
+@pytest.mark.parametrize("make", [lambda tree: tree, _arrays], ids=["whole", "arrays"])
+def test_callable_trees_are_trees(make):
+    """As `score`, `statistics`, `prunable` and `masks`; no module is ever called."""
+    module, ones = _module(), make(_module())
+    # The least magnitudes first.
+    score = make(module.replace(weight=-jnp.abs(module.weight)))
+    _, masks = jaxprune.prune(module, 0.5, score=score)
+    assert masks.weight.tolist() == [[False, True], [False, True]]
+    _, masks = jaxprune.prune(module, 0.5, score=scores.gradient, statistics=score)
+    assert masks.weight.tolist() == KEPT
+    flags = jax.tree.map(lambda _: False, ones).replace(bias=True)
+    pruned, masks = jaxprune.prune(module, 0.5, prunable=flags)
+    assert masks.bias.tolist() == [True, False] and masks.weight.all()
+    before = jax.tree.map(lambda _: True, ones).replace(
+        weight=jnp.array([[False, True], [True, True]])
+    )
+    _, masks = jaxprune.prune(module, 0.25, masks=before)
+    assert masks.weight.tolist() == [[False, True], [True, True]]
+
+
+def test_prune_a_whole_module_in_rounds():
+    def score(module):
+        assert module.activation is jax.nn.relu and module.rate == 0.5
+        return module.replace(weight=jnp.abs(module.weight))
+
+    pruned, masks = jaxprune.prune_in_rounds(_module(), 0.5, score, rounds=2)
+    assert masks.weight.tolist() == KEPT and pruned.mode == "same"
+    with pytest.raises(ValueError, match="`score` must be a function .*, but is a tree"):
+        jaxprune.prune_in_rounds(_module(), 0.5, _module(), rounds=2)
+
+
+MASKS = {
+    "whole": lambda module, masks: masks,
+    "arrays": lambda module, masks: _arrays(module.replace(weight=masks.weight, bias=masks.bias)),
+    "scalars": lambda module, masks: jax.tree.map(lambda _: True, module).replace(
+        weight=masks.weight
+    ),
+    "functions": lambda module, masks: module.replace(
+        weight=masks.weight, bias=True, rate=True, training=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("make", [lambda tree: tree, _arrays], ids=["whole", "arrays"])
+def test_masks_of_modules_fit_modules_and_their_arrays(kind, make):
+    module = make(_module())
+    masks = MASKS[kind](_module(), jaxprune.prune(_module(), 0.5)[1])
+    applied = jaxprune.apply_masks(module, masks)
+    assert applied.weight.tolist() == [[3.0, 0.0], [2.0, 0.0]]
+    for name in ("activation", "mode", "rate", "training"):
+        assert getattr(applied, name) is getattr(module, name), name
+    state = jaxprune.fixed_mask_transform(masks).init(module)
+    assert state.masks.weight.tolist() == KEPT
+    empty = jaxprune.fixed_mask_transform().init(module)
+    assert jaxprune.set_masks(empty, masks).masks.weight.tolist() == KEPT
+    # What the state gives back fits the whole module as well.
+    found = jaxprune.get_masks(state)
+    assert jaxprune.apply_masks(_module(), found).weight.tolist() == applied.weight.tolist()
+
+
+def test_masks_of_a_module_are_checked_all_the_same():
+    module, masks = _module(), jaxprune.prune(_module(), 0.5)[1]
+    bad = masks.replace(activation=False, weight=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"weight: shape \(2, 2\)(.|\n)*activation: custom_jvp"):
+        jaxprune.apply_masks(module, bad)
+    with pytest.raises(ValueError, match=r"activation: a mask without a leaf"):
+        jaxprune.apply_masks(_arrays(module), masks.replace(activation=jnp.ones(2, bool)))
+    with pytest.raises(ValueError, match="weight: no mask, but custom_jvp"):
+        jaxprune.apply_masks(module, masks.replace(weight=jax.nn.relu))
+
+
+def test_train_an_equinox_module_with_the_masks_of_the_whole_one():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    model, masks = jaxprune.prune(model, 0.75)
+    x, y = jnp.linspace(-1, 1, 64).reshape(16, 4), jnp.ones((16, 2))
+
+    @eqx.filter_value_and_grad
+    def loss(model):
+        return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+    for transform in (
+        jaxprune.fixed_mask_transform(masks),
+        jaxprune.magnitude_transform(
+            0.75, stop=0, prunable=jax.tree.map(lambda m: m.ndim > 1, masks)
+        ),
+    ):
+        optimizer = jaxprune.chain(optax.sgd(0.1, momentum=0.9), transform)
+        trained, state = model, optimizer.init(eqx.filter(model, eqx.is_array))
+        before = loss(model)[0]
+
+        @eqx.filter_jit
+        def step(model, state, optimizer=optimizer):
+            updates, state = optimizer.update(
+                loss(model)[1], state, eqx.filter(model, eqx.is_array)
+            )
+            return eqx.apply_updates(model, updates), state
+
+        for _ in range(5):
+            trained, state = step(trained, state)
+        assert loss(trained)[0] < before
+        kept = jaxprune.get_masks(state)
+        for layer in (0, 1):
+            weight, mask = trained.layers[layer].weight, masks.layers[layer].weight
+            assert ((weight != 0) == mask).all()
+            assert (kept.layers[layer].weight == mask).all()
+
+
+def test_trees_are_matched_by_path_and_not_by_position():
+    params = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0, 4.0]])}
+    ordered = collections.OrderedDict(b=jnp.array([[0.0, 1.0]]), a=jnp.array([[2.0, 3.0]]))
+    for options in ({"score": ordered}, {"score": scores.gradient, "statistics": ordered}):
+        _, masks = jaxprune.prune(params, 0.25, **options)
+        assert masks["a"].tolist() == [[True, True]] and masks["b"].tolist() == [[False, True]]
+    before = collections.OrderedDict(b=jnp.zeros((1, 2), bool), a=jnp.ones((1, 2), bool))
+    _, masks = jaxprune.prune(params, 0.5, masks=before)
+    assert masks["a"].tolist() == [[True, True]] and masks["b"].tolist() == [[False, False]]

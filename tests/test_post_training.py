@@ -674,3 +674,10 @@ def test_bad_arguments_of_sparsegpt(arguments):
     amount = {} if "n_m" in arguments else {"sparsity": 0.5}
     with pytest.raises(ValueError, match="`block`|`damping`"):
         sparsegpt(_linear, {"kernel": W}, [X], **amount, **arguments)
+
+
+@pytest.mark.parametrize("function", [post_training.wanda, post_training.sparsegpt])
+def test_a_whole_module_is_refused_with_the_fix(function):
+    params = {"kernel": jnp.ones((2, 2)), "activation": jax.nn.relu}
+    with pytest.raises(ValueError, match=r"equinox\.partition(.|\n)*activation: custom_jvp"):
+        function(lambda p, x: x @ p["kernel"], params, [jnp.ones((1, 2))], 0.5)

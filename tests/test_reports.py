@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+import jaxprune
 from jaxprune import reports, storage
 from jaxprune.reports import _plots
 
@@ -37,7 +38,10 @@ def _network(seed: int = 0):
 def test_counts_are_those_of_numpy(masks):
     params = [np.where(mask, 2.5, 0).astype(np.float32) for mask in masks]
     by_value, by_mask = reports.summarize(params), reports.summarize(params, masks)
-    assert by_value == by_mask
+    assert [row[:5] for row in by_value.rows] == [row[:5] for row in by_mask.rows]
+    assert [row.kept for row in by_mask.rows] == [int(mask.sum()) for mask in masks]
+    assert by_mask.total.masked_nonzeros == 0
+    assert by_value.total.kept is None
     assert [row.parameters for row in by_mask.rows] == [mask.size for mask in masks]
     assert [row.nonzeros for row in by_mask.rows] == [int(mask.sum()) for mask in masks]
     assert [row.bytes for row in by_mask.rows] == [4 * mask.size for mask in masks]
@@ -48,18 +52,130 @@ def test_counts_are_those_of_numpy(masks):
     assert total.sparsity + total.density == 1
 
 
-def test_masks_decide_over_values():
+def test_zeros_are_counted_beside_masks():
+    """An average of the parameters is dense, whatever the masks say: no 89.9 % for it."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(100, 100)).astype(np.float32)
+    mask = np.zeros(10_000, bool)
+    mask[rng.choice(10_000, 1_010, replace=False)] = True
+    mask = mask.reshape(100, 100)
+    dense = reports.summarize({"kernel": kernel}, {"kernel": mask})
+    assert dense.total.sparsity == 0
+    assert dense.total[2:7] == (10_000, 10_000, 40_000, 1_010, 8_990)
+    assert "89.9" not in str(dense)
+    lines = str(dense).splitlines()
+    assert lines[-2].startswith("8,990 weights are masked and not 0.")
+    assert "jaxprune.apply_masks(params, masks)" in lines[-1]
+    sparse = reports.summarize({"kernel": np.where(mask, kernel, 0)}, {"kernel": mask})
+    assert sparse.total[2:7] == (10_000, 1_010, 40_000, 1_010, 0)
+    assert "89.90%" in str(sparse) and "masked" not in str(sparse)
+
+
+def test_a_kept_weight_may_be_zero():
     params = {"kernel": np.zeros((2, 3), np.float32)}
     masks = {"kernel": np.array([[True, False, True], [False, False, False]])}
-    assert reports.summarize(params, masks).total.nonzeros == 2
-    assert reports.summarize(params).total.nonzeros == 0
+    total = reports.summarize(params, masks).total
+    assert (total.nonzeros, total.kept, total.masked_nonzeros) == (0, 2, 0)
+
+
+def test_before_training_it_says_what_would_be_pruned():
+    params = {
+        "layers": {"norm": {"weight": np.ones((12, 4), "f4")}, "kernel": np.ones((12, 4, 4), "f4")},
+        "embed": {"embedding": np.ones((9, 4), "f4"), "pos_embedding": np.ones((5, 4), "f4")},
+        "head": {"kernel": np.ones((4, 3), "f4"), "bias": np.ones(3, "f4")},
+        "count": np.ones((2, 2), "i4"),
+        "fft": np.ones((2, 2), "c8"),
+        "act": jax.nn.relu,
+        "rate": 0.1,
+    }
+    summary = reports.summarize(params)
+    wanted = {
+        "count": "int32",
+        "embed/embedding": None,
+        "embed/pos_embedding": "positions",
+        "fft": "complex64",
+        "head/bias": "1 dimension",
+        "head/kernel": None,
+        "layers/kernel": None,
+        "layers/norm/weight": "norm",
+    }
+    assert {row.path: row.reason for row in summary.rows} == wanted
+    leaves = json.loads(json.dumps(summary.to_dict()))["leaves"]
+    assert {leaf["path"]: leaf["reason"] for leaf in leaves} == wanted
+    lines = str(summary).splitlines()
+    assert lines[0].split()[-2:] == ["bytes", "pruned"]
+    assert lines[-1].split()[-1] == f"{9 * 4 + 4 * 3 + 12 * 4 * 4}"
+    assert [line.rpartition("  ")[2] for line in lines[2:-2]] == [
+        f"no: {reason}" if reason else "yes" for reason in wanted.values()
+    ]
+    chosen = reports.summarize(params, prunable=lambda path, leaf: path.startswith("head"))
+    assert [row.path for row in chosen.rows if row.reason is None] == ["head/bias", "head/kernel"]
+    assert {row.reason for row in chosen.rows} == {None, "not in `prunable`"}
+    with pytest.raises(ValueError, match="`prunable` matches no leaf"):
+        reports.summarize(params, prunable=lambda path, leaf: False)
+
+
+def test_each_copy_of_a_stack_has_its_row():
+    kernel = np.ones((4, 12, 3), np.float32)
+    for layer in range(12):
+        kernel.reshape(4, 12, 3)[:, layer].flat[:layer] = 0
+    params = {"layers": {"kernel": kernel, "scale": np.ones((12, 3))}, "head": np.ones((3, 2))}
+    masks = {"layers": {"kernel": kernel != 0, "scale": True}, "head": True}
+
+    def stacked(path, leaf):
+        return {"layers/kernel": 1, "layers/scale": 0}.get(path)
+
+    for some in (None, masks):
+        summary = reports.summarize(params, some, stacked=stacked)
+        rows = {row.path: row for row in summary.rows}
+        assert len(rows) == 25
+        for layer in range(12):
+            row = rows[f"layers/kernel[{layer}]"]
+            kept = None if some is None else 12 - layer
+            assert row[1:] == ((4, 3), 12, 12 - layer, 48, kept, 0, None)
+            assert rows[f"layers/scale[{layer}]"].reason == "1 dimension"
+        assert summary.total[2:5] == reports.summarize(params).total[2:5]
+    experts = reports.summarize([np.ones((2, 3, 4, 5))], stacked=lambda path, leaf: (0, 1))
+    assert [row.path for row in experts.rows][-2:] == ["0[1,1]", "0[1,2]"]
+    with pytest.raises(ValueError, match="`stacked` matches no leaf"):
+        reports.summarize(params, stacked=lambda path, leaf: None)
+
+
+def test_a_whole_module_counts_its_arrays():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    for tree in (model, nnx.state(model)):
+        reasons = {row.path: row.reason for row in reports.summarize(tree).rows}
+        assert reasons["norm/mean"] == "nnx.BatchStat"
+        assert reasons["dropout/rngs/key"] == "nnx.RngKey"
+        assert [path for path, reason in reasons.items() if reason is None] == ["linear/kernel"]
+    parts = {"w": np.ones((2, 2), np.float32), "act": jax.nn.relu, "name": "same", "rate": 0.5}
+    masks = {"w": np.eye(2, dtype=bool), "act": True, "name": True, "rate": True}
+    pruned = parts | {"w": np.eye(2, dtype=np.float32)}
+    for some in (masks, masks | {"act": None, "rate": None}, {"w": masks["w"]}):
+        assert reports.summarize(pruned, some).total[2:6] == (4, 2, 16, 2)
+    dense, sparse = reports.checkpoint_bytes(parts, masks)
+    assert dense > sparse > 0
+
+
+def test_shapes_alone_are_not_counted():
+    params = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    with pytest.raises(ValueError, match=r"shapes instead of values(.|\n)*w"):
+        reports.summarize(params)
+    assert reports.summarize(params, {"w": np.eye(2, dtype=bool)}).total.nonzeros == 2
 
 
 def test_scalar_masks_stand_for_whole_leaves():
     params = {"a": np.ones((2, 3), np.float32), "b": np.ones(400, np.float32)}
     masks = {"a": np.array(True), "b": False}
     summary = reports.summarize(params, masks)
-    assert [row.nonzeros for row in summary.rows] == [6, 0]
+    assert [row.kept for row in summary.rows] == [6, 0]
+    assert [row.masked_nonzeros for row in summary.rows] == [0, 400]
     dense, sparse = reports.checkpoint_bytes(params, masks)
     assert dense - sparse == pytest.approx(4 * 400, abs=20)
 
@@ -89,7 +205,7 @@ def test_nnx_state_has_paths_without_value():
 
     params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
     masks = jax.tree.map(lambda leaf: leaf > 0, params)
-    summary = reports.summarize(params, masks)
+    summary = reports.summarize(jaxprune.apply_masks(params, masks), masks)
     assert {row.path for row in summary.rows} == {
         "blocks/0/kernel",
         "blocks/0/bias",
@@ -104,15 +220,16 @@ def test_sharded_leaves_count_once():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     leaf = jax.device_put(np.eye(16, dtype=np.float32), sharding)
-    assert reports.summarize([leaf]).total[2:] == (256, 16, 1024)
+    assert reports.summarize([leaf]).total[2:5] == (256, 16, 1024)
 
 
 def test_table_and_dictionary_agree():
     params, masks = _network()
-    summary = reports.summarize(params, masks)
+    summary = reports.summarize(jaxprune.apply_masks(params, masks), masks)
     lines = str(summary).splitlines()
     kept = int(masks["conv"]["kernel"].sum())
-    assert lines[0].split() == ["path", "shape", "parameters", "nonzeros", "sparsity", "bytes"]
+    wanted = ["path", "shape", "parameters", "nonzeros", "kept", "sparsity", "bytes"]
+    assert lines[0].split() == wanted
     assert lines[-1].split()[:3] == ["total", "1,168", f"{kept + 16:,}"]
     assert lines[-2] == lines[1]
     assert len({len(line) for line in lines}) == 1
@@ -289,7 +406,7 @@ def test_plot_retraining_draws_each_method_in_both_panels(tmp_path, monkeypatch)
 def test_plot_densities_draws_a_bar_a_kernel(tmp_path, monkeypatch):
     figures = _recorded(monkeypatch)
     params, masks = _network()
-    summary = reports.summarize(params, masks)
+    summary = reports.summarize(jaxprune.apply_masks(params, masks), masks)
     reports.plot_densities(summary, tmp_path / "one.png")
     reports.plot_densities({"a": summary, "b": reports.summarize(params)}, tmp_path / "two.png")
     assert min(_ink(tmp_path / "one.png"), _ink(tmp_path / "two.png")) > 0.01

@@ -573,7 +573,7 @@ def test_leaves_that_are_not_numbers_are_named(tmp_path):
     params = {
         "key": jax.random.key(0),
         "long": np.ones(2, np.longdouble),
-        "name": "text",
+        "object": np.array([None]),
         "spec": jax.ShapeDtypeStruct((2,), jnp.float32),
         "when": np.array(["2020-01-01"], "datetime64[D]"),
         "w": jnp.ones(2),
@@ -582,8 +582,71 @@ def test_leaves_that_are_not_numbers_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"`params` .*`jax\.random\.key_data`") as caught:
         storage.save(tmp_path / "file", params)
     named = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
-    assert named == ["key", "long", "name", "spec", "when"]
+    assert named == ["key", "long", "object", "spec", "when"]
     assert os.listdir(tmp_path) == []
+
+
+# ---- whole modules
+
+
+def _module():
+    """Leaves as a module of Equinox has them: arrays, functions, strings and settings."""
+    leaves = {"act": jax.nn.relu, "mode": "same", "rate": 0.5, "train": False, "width": 2}
+    return leaves | {"weight": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "bias": jnp.zeros(2)}
+
+
+def _masks_of(module):
+    return jax.tree.map(lambda _: True, module) | {"weight": module["weight"] != 0}
+
+
+def _is_same(a, b):
+    return type(a) is type(b) and (bool((a == b).all()) if hasattr(a, "shape") else a == b)
+
+
+@pytest.mark.parametrize("masks", [None, "whole", "arrays"])
+def test_a_whole_module_comes_back(masks):
+    module = _module()
+    whole = _masks_of(module)
+    arrays = {key: mask if hasattr(module[key], "shape") else None for key, mask in whole.items()}
+    content = _dumped(module, {None: None, "whole": whole, "arrays": arrays}[masks])
+    restored, kept = _loaded(content, module)
+    assert all(_is_same(restored[key], module[key]) for key in module)
+    assert {key: bool(np.all(mask)) for key, mask in kept.items()} == {
+        key: key != "weight" for key in module
+    }
+    # Without `like` there is nothing that functions and strings could come from.
+    assert set(_loaded(content)[0]) == set(module) - {"act", "mode"}
+    # Only the arrays, as `equinox.filter` gives them.
+    only = {key: leaf if hasattr(leaf, "shape") else None for key, leaf in module.items()}
+    restored, kept = _loaded(content, only)
+    assert jax.tree.structure(restored) == jax.tree.structure(kept) == jax.tree.structure(only)
+    _assert_same_bits(restored, only)
+    _assert_same_bits(
+        _loaded(_dumped(only), module | {"rate": None, "train": None} | {"width": None})[0][
+            "weight"
+        ],
+        module["weight"],
+    )
+
+
+def test_a_whole_module_as_sparse_matrices():
+    module = _module()
+    tree = storage.to_bcoo(module, _masks_of(module))
+    assert tree["weight"].nse == 2 and tree["act"] is module["act"] and tree["rate"] == 0.5
+    assert all(_is_same(storage.from_bcoo(tree)[key], module[key]) for key in module)
+
+
+def test_files_of_a_whole_equinox_module():
+    eqx = pytest.importorskip("equinox")
+    module = eqx.nn.Sequential(
+        [eqx.nn.MLP(3, 4, 8, 2, key=jax.random.key(0)), eqx.nn.Dropout(0.25)]
+    )
+    pruned, masks = jaxprune.prune(module, 0.5)
+    restored, kept = _loaded(_dumped(pruned, masks), module)
+    x = jnp.arange(3.0)
+    assert (restored(x, key=jax.random.key(1)) == pruned(x, key=jax.random.key(1))).all()
+    assert jax.tree.structure(restored) == jax.tree.structure(module)
+    assert sum(int((~mask).sum()) for mask in jax.tree.leaves(kept)) == (3 * 8 + 8 * 8 + 8 * 4) // 2
 
 
 # ---- sparse matrices

@@ -1,13 +1,14 @@
 """Paths are the same for every kind of tree, and an error names the argument and every leaf."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 
 from jaxprune import trees
 
@@ -127,9 +128,270 @@ def test_default_rule_on_nnx():
     assert _chosen(nnx.state(Net(nnx.Rngs(0)), nnx.Param)) == ["blocks/0/kernel"]
 
 
-def test_default_rule_reads_the_last_key_only():
+def test_a_module_named_bias_may_hold_a_kernel():
     params = {"bias": {"kernel": jnp.zeros((2, 2))}, "my_bias": jnp.zeros((2, 2))}
-    assert _chosen(params) == ["bias/kernel", "my_bias"]
+    assert _chosen(params) == ["bias/kernel"]
+
+
+# Leaves of a stack of 12 layers, with the two dimensions that a matrix has, and their reasons.
+STACK = {
+    # Flax
+    "layers/Dense_0/bias": "bias",
+    "layers/LayerNorm_0/scale": "named scale",
+    "layers/attention/query_norm/scale": "named scale",
+    "batch_stats/layers/BatchNorm_0/mean": "batch_stats",
+    "layers/bn/mean": "named mean",
+    "layers/bn/var": "named var",
+    # Equinox
+    "layers/norm1/weight": "norm",
+    "layers/norm1/bias": "bias",
+    "layers/layernorm/weight": "norm",
+    "layers/rnn/bias_n": "bias",
+    # Haiku
+    "__layer_stack_no_per_layer/block/layer_norm/offset": "named offset",
+    "batch_norm/~/mean_ema/hidden": "running average",
+    # as others write them
+    "blocks/ln_1/w": "norm",
+    "blocks/attn_norm": "norm",
+    "blocks/RMSNorm_0/weight": "norm",
+    "blocks/gamma": "named gamma",
+    "blocks/norms/0/weight": "norm",
+    "blocks/layer_scale/gamma": "named gamma",
+    "blocks/beta": "named beta",
+    "mixer/A_log": "named A_log",
+    "mixer/dt_bias": "bias",
+    # no layers, but two or more dimensions all the same
+    "pos_embedding": "positions",
+    "encoder/posembed_input/pos_embedding": "positions",
+    "position_embeddings/embedding": "positions",
+    "wpe/weight": "positions",
+    "relpos_bias/rel_embedding": "positions",
+    "attention/relative_position_bias_table": "bias",
+    "cls": "named cls",
+    "cls_token": "named cls_token",
+    "class_embedding": "named class_embedding",
+    "mask_token": "named mask_token",
+}
+WEIGHTS = [
+    "layers/kernel",
+    "layers/query/weight",
+    "layers/rnn/weight_ih",
+    "layers/l/linear/w",
+    "token_embedding/embedding",
+    "wte/embedding",
+    "embed/embeddings",
+    "adaln_norm1/linear/kernel",
+    "norm_proj/weight",
+    "pos_proj/kernel",
+    "position_mlp/weight",
+    "lora_a",
+    "lora_b",
+    "a",
+    "b",
+    "w1",
+    "D",
+    "beta_net/kernel",
+    "blocks/3",
+    "weight_mean",
+    "normal/kernel",
+]
+
+
+@pytest.mark.parametrize("path", STACK)
+def test_default_rule_knows_what_is_no_weight(path):
+    leaf = jax.ShapeDtypeStruct((12, 64), jnp.float32)
+    assert trees.why_not_pruned(path, leaf) == STACK[path]
+    assert _chosen({path: jnp.zeros((12, 64)), "w": jnp.zeros((2, 2))}) == ["w"]
+
+
+@pytest.mark.parametrize("path", WEIGHTS)
+def test_default_rule_takes_weights(path):
+    assert trees.why_not_pruned(path, jax.ShapeDtypeStruct((12, 64), jnp.float32)) is None
+    # Where `stacked` says that the first axis numbers layers, it is a vector, whatever its name.
+    leaf = jax.ShapeDtypeStruct((12, 64), jnp.float32)
+    assert trees.why_not_pruned(path, leaf, axes=(0,)) == "1 dimension"
+
+
+def test_a_bias_is_known_by_the_weight_beside_it():
+    shapes = {"w": (3, 8, 8), "b": (3, 8)}
+    stack = {"linear": shapes, "gru": {"w_i": (3, 8, 24), "w_h": (3, 8, 24), "b": (3, 24)}}
+    stack |= {"mlp": {"w1": (3, 8, 8), "b1": (3, 8), "W_q": (3, 8, 8), "b_q": (3, 8)}}
+    params = jax.tree.map(jnp.zeros, stack, is_leaf=lambda x: isinstance(x, tuple))
+    assert _chosen(params) == ["gru/w_h", "gru/w_i", "linear/w", "mlp/W_q", "mlp/w1"]
+    assert trees.reasons(params)["linear/b"] == "bias"
+    # Two matrices of one low-rank factor, or of a plain network, are none the other's bias.
+    low_rank = {"a": jnp.zeros((8, 2)), "b": jnp.zeros((2, 8)), "w": jnp.zeros((8, 8))}
+    assert _chosen(low_rank) == ["a", "b", "w"]
+
+
+def test_a_state_space_layer():
+    params = {"A_log": (3, 16, 4), "D": (3, 16), "dt_bias": (3, 16), "in_proj": (3, 8, 16)}
+    params = {name: jnp.zeros(shape) for name, shape in params.items()}
+    assert trees.reasons(params) == {
+        "A_log": "named A_log",
+        "D": "named D",
+        "dt_bias": "bias",
+        "in_proj": None,
+    }
+
+
+def test_default_rule_without_the_stacked_axes():
+    leaf = jnp.zeros((12, 64))
+    params = {"layers": {"mix": leaf, "kernel": jnp.zeros((12, 8, 8))}, "head": leaf}
+
+    def stacked(path, leaf):
+        return 0 if path.startswith("layers/") else None
+
+    assert _chosen(params) == ["head", "layers/kernel", "layers/mix"]
+    flags = trees.prunable_flags(params, stacked=stacked)
+    assert flags == (True, True, False)
+    experts = {"experts": jnp.zeros((12, 4, 8)), "w": jnp.zeros((2, 2))}
+    assert trees.prunable_flags(experts, stacked=lambda p, x: (0, 1) if x.ndim > 2 else ()) == (
+        False,
+        True,
+    )
+
+
+def test_default_rule_on_a_whole_nnx_model():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.average = nnx.BatchStat(jnp.zeros((4, 4)))
+            self.cache = nnx.Cache(jnp.zeros((4, 4)))
+            self.seen = nnx.Intermediate(jnp.zeros((4, 4)))
+            self.nudge = nnx.Perturbation(jnp.zeros((4, 4)))
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    model = nnx.split_rngs(splits=3)(nnx.vmap(Block))(nnx.Rngs(0))
+    for whole in (nnx.state(model), model):
+        reasons = trees.reasons(whole)
+        assert [path for path, reason in reasons.items() if reason is None] == ["linear/kernel"]
+        assert _chosen(whole) == ["linear/kernel"]
+        assert reasons["average"] == "nnx.BatchStat"
+        assert reasons["cache"] == "nnx.Cache"
+        assert reasons["seen"] == "nnx.Intermediate"
+        assert reasons["nudge"] == "nnx.Perturbation"
+        assert reasons["dropout/rngs/key"] == "nnx.RngKey"
+        assert reasons["norm/mean"] == "nnx.BatchStat"
+    # An optimizer of NNX shows plain arrays at updates: names must lead to the same flags.
+    params = nnx.state(model, nnx.Param)
+    plain = nnx.to_pure_dict(params)
+    assert trees.prunable_flags(params) == trees.prunable_flags(plain)
+
+
+def test_complex_kernels_are_an_error_and_other_complex_leaves_are_not():
+    params = {"fft": jnp.zeros((4, 4), jnp.complex64), "w": jnp.zeros((2, 2))}
+    with pytest.raises(ValueError, match="complex kernels.*real and imaginary parts") as error:
+        trees.prunable_flags(params)
+    assert str(error.value).splitlines()[1:] == ["  fft: shape (4, 4), dtype complex64"]
+    assert _chosen(params, lambda path, leaf: path == "w") == ["w"]
+    assert _chosen({"phase": jnp.zeros(4, jnp.complex64), "w": params["w"]}) == ["w"]
+    with pytest.raises(ValueError, match="fft: shape .*complex64"):
+        trees.prunable_flags(params, lambda path, leaf: True)
+
+
+# ---- trees that can be called
+
+
+@struct.dataclass
+class Callable:
+    kernel: Any
+    bias: Any
+
+    def __call__(self, *arguments):
+        raise AssertionError("a tree was called")
+
+
+@struct.dataclass
+class Above:
+    size: int  # a setting, and a leaf
+
+    def __call__(self, path, leaf):
+        return leaf.size > self.size
+
+
+class Static:
+    def __call__(self, path, leaf):
+        return leaf.size > 3
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda path, leaf: leaf.size > 3,
+        functools.partial(lambda size, path, leaf: leaf.size > size, 3),
+        functools.partial(lambda size, path, leaf: leaf.size > size, np.array(3)),
+        jax.tree_util.Partial(lambda size, path, leaf: leaf.size > size, jnp.array(3)),
+        Above(3),
+        Static(),
+        jax.jit(lambda path, leaf: True),
+        isinstance,
+        dict,
+    ],
+)
+def test_functions_are_rules(rule):
+    assert trees.is_rule(rule)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        None,
+        {},
+        {"kernel": True},
+        Callable(True, False),
+        Callable(np.True_, np.False_),
+        Callable(jnp.ones(2), None),
+        Callable(jax.ShapeDtypeStruct((2,), bool), jax.nn.relu),
+        nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+    ],
+)
+def test_trees_are_no_rules(tree):
+    assert not trees.is_rule(tree)
+
+
+def test_a_callable_tree_of_bools():
+    params = Callable(jnp.zeros((2, 2)), jnp.zeros(2))
+    for yes, no in ((True, False), (np.True_, np.False_), (jnp.array(True), jnp.array(False))):
+        assert _chosen(params, Callable(yes, no)) == ["kernel"]
+        assert _chosen(params, Callable(no, yes)) == ["bias"]
+    assert _chosen(params, Above(3)) == ["kernel"]
+    with pytest.raises(ValueError, match=r"module with arrays.*lambda(.|\n)*other: missing"):
+        trees.prunable_flags({"kernel": jnp.zeros(2), "other": jnp.zeros(2)}, Callable(True, None))
+
+
+# ---- leaves that are no arrays
+
+
+def test_what_is_no_array_is_never_pruned_and_no_predicate_sees_it():
+    params = {"kernel": jnp.zeros((2, 2)), "act": jax.nn.relu, "mode": "same", "rate": 0.5}
+    assert _chosen(params) == ["kernel"]
+    assert _chosen(params, lambda path, leaf: leaf.ndim > 1) == ["kernel"]
+    assert _chosen(params, lambda path, leaf: True) == ["kernel"]
+    assert _chosen(params, jax.tree.map(lambda _: True, params)) == ["kernel"]
+    assert _chosen(params, {"kernel": True}) == ["kernel"]
+    reasons = trees.reasons(params)
+    assert reasons == {"act": "no array", "kernel": None, "mode": "no array", "rate": "no array"}
+    with pytest.raises(ValueError, match=r"matches no leaf(.|\n)*act: custom_jvp"):
+        trees.prunable_flags({"act": jax.nn.relu, "rate": 0.5})
+
+
+def test_masks_fit_with_and_without_what_is_no_array():
+    whole = {"kernel": jnp.zeros((2, 2)), "act": jax.nn.relu, "rate": 0.5}
+    arrays = {"kernel": jnp.zeros((2, 2)), "act": None, "rate": None}
+    masks = {"kernel": jnp.ones((2, 2), bool), "act": True, "rate": jnp.array(True)}
+
+    def problems(masks, tree):
+        return trees.unmatched(trees.places(masks), trees.places(tree))
+
+    for some in (masks, masks | {"act": None, "rate": None}, masks | {"act": jax.nn.relu}):
+        assert problems(some, whole) == problems(some, arrays) == []
+    assert problems({"kernel": True}, arrays) == []
+    assert problems({"kernel": True}, whole) == ["rate: no mask"]
+    assert problems(masks | {"act": False}, arrays) == ["act: a mask without a leaf"]
+    assert problems(masks | {"new": True}, whole) == ["new: a mask without a leaf"]
+    assert problems(masks | {"kernel": jax.nn.relu}, whole) == ["kernel: no mask, but custom_jvp"]
 
 
 def test_predicate_sees_path_and_leaf():

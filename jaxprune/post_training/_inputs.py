@@ -94,6 +94,15 @@ def input_statistics(
         raise TypeError(
             "`batches` must be an iterable of batches, but is one array; pass `[batch]`."
         )
+    trees.raise_for(
+        [
+            f"{path}: {type(leaf).__name__}"
+            for path, leaf in trees.leaves_with_paths(params)
+            if not trees.is_numeric(leaf)
+        ],
+        "`params` must hold arrays only; take the rest out of the tree (`nnx.split`, "
+        "`equinox.partition`):",
+    )
     flags = trees.prunable_flags(params, prunable)
     capture = jax.jit(lambda params, batch: capture_batch(apply, params, batch, flags, statistic))
     found: dict[str, InputStatistics] = {}

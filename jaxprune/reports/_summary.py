@@ -1,4 +1,4 @@
-"""Parameters, non-zeros and bytes of a network, counted exactly."""
+"""Parameters, non-zeros and bytes of a network, counted exactly, and what would be pruned."""
 
 import io
 from typing import Any, NamedTuple
@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import storage
+from jaxprune import processes, stacks, storage, trees
 from jaxprune.reports._tables import table
-from jaxprune.trees import leaves_with_paths, raise_for
 
 
 class Row(NamedTuple):
-    """One leaf of a `Summary`, or its total (where `shape` is empty).
+    """One leaf of a `Summary`, or one copy of a stacked leaf, or the total (`shape` is empty).
 
     Example:
         >>> Row("head/kernel", (2, 3), parameters=6, nonzeros=3, bytes=24).sparsity
@@ -22,12 +21,15 @@ class Row(NamedTuple):
     path: str
     shape: tuple[int, ...]
     parameters: int
-    nonzeros: int
-    bytes: int
+    nonzeros: int  # counted from the values
+    bytes: int  # of the dense array
+    kept: int | None = None  # counted from the mask; None without masks
+    masked_nonzeros: int = 0  # weights that are masked and not 0: 0 if the masks hold
+    reason: str | None = None  # why `prunable` leaves it alone; None: it is pruned
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros, from 0 to 1."""
+        """Fraction of zeros, from 0 to 1, whatever the masks say."""
         return 1 - self.nonzeros / self.parameters if self.parameters else 0.0
 
     @property
@@ -43,6 +45,9 @@ class Row(NamedTuple):
 class Summary(NamedTuple):
     """Rows of all leaves; `str()` is an aligned table that ends with the total.
 
+    Without masks its last column says what would be pruned, and why the rest would not. With masks
+    a column has what they keep, and a line below the table says so if masked weights are not 0.
+
     Example:
         >>> import numpy as np
         >>> summary = summarize({"kernel": np.eye(4), "bias": np.ones(4)})
@@ -57,71 +62,133 @@ class Summary(NamedTuple):
     @property
     def total(self) -> Row:
         """Sums over all leaves."""
-        parameters, nonzeros, size = (
-            sum(getattr(row, field) for row in self.rows)
-            for field in ("parameters", "nonzeros", "bytes")
-        )
-        return Row("total", (), parameters, nonzeros, size)
+
+        def summed(field: str) -> int:
+            return sum(getattr(row, field) for row in self.rows)
+
+        masked = any(row.kept is not None for row in self.rows)
+        fields = map(summed, ("parameters", "nonzeros", "bytes"))
+        lost = summed("masked_nonzeros")
+        return Row("total", (), *fields, summed("kept") if masked else None, lost)
 
     def to_dict(self) -> dict[str, Any]:
         """`{"leaves": [...], "total": {...}}` of plain Python values."""
         return {"leaves": [row.to_dict() for row in self.rows], "total": self.total.to_dict()}
 
     def __str__(self) -> str:
+        total = self.total
         cells = [
             row.to_dict()
             | {"shape": "x".join(map(str, row.shape)), "sparsity": f"{row.sparsity:.2%}"}
-            for row in (*self.rows, self.total)
+            | {"pruned": f"no: {row.reason}" if row.reason else "yes"}
+            for row in self.rows
         ]
-        lines = table(cells, ("path", "shape", *Row._fields[2:4], "sparsity", "bytes")).split("\n")
-        return "\n".join([*lines[:-1], lines[1], lines[-1]])
+        parts = [row.parameters for row in self.rows if row.reason is None]
+        sums = {"shape": "", "sparsity": f"{total.sparsity:.2%}", "pruned": f"{sum(parts):,}"}
+        columns = ["path", "shape", "parameters", "nonzeros", "kept", "sparsity", "bytes", "pruned"]
+        columns.remove("kept" if total.kept is None else "pruned")
+        lines = table([*cells, total.to_dict() | sums], columns).split("\n")
+        lines = [*lines[:-1], lines[1], lines[-1]]
+        if total.masked_nonzeros:
+            lines += [
+                f"{total.masked_nonzeros:,} weights are masked and not 0. These are not parameters "
+                "that the masks hold for, such as an",
+                "average, or something follows pruning in the chain: see `jaxprune.check`, or call "
+                "`jaxprune.apply_masks(params, masks)`.",
+            ]
+        return "\n".join(lines)
 
 
-def summarize(params: Any, masks: Any = None) -> Summary:
-    """Counts parameters, non-zeros and bytes per leaf and in total.
+def summarize(
+    params: Any,
+    masks: Any = None,
+    *,
+    prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
+) -> Summary:
+    """Counts parameters, non-zeros and bytes per leaf and in total, and says what is pruned.
 
-    A weight counts as zero when its mask is False or, without `masks`, when its value is 0. Counts
-    are exact at any size. Bytes are those of the dense arrays.
+    Called before training, it shows what a transformation with this `prunable` would prune, what
+    not, and why. Non-zeros are counted from the values, what is kept from the masks, both exactly
+    at any size. Bytes are those of the dense arrays. Leaves that are no arrays do not count.
 
     Args:
-        params: Any pytree of arrays: Linen dicts, `nnx.State`, lists.
+        params: Any pytree of arrays: Linen dicts, `nnx.State`, modules, lists.
         masks: Bools of the same tree, True where kept, as `jaxprune.get_masks` gives them: of the
-            shapes of the leaves, or scalars. With masks, `params` may hold `jax.ShapeDtypeStruct`.
+            shapes of the leaves, or scalars. With masks, `params` may hold `jax.ShapeDtypeStruct`,
+            whose non-zeros are what is kept.
+        prunable: As in the transformations, see `trees.prunable_flags`; None is the default rule.
+        stacked: Function `(path, leaf) -> axes` that number copies of a layer, see
+            `jaxprune.stacks`: each copy gets a row of its own, such as `layers/kernel[3]`.
 
     Returns:
         A `Summary`: print it, or use its `rows`, `total` and `to_dict()`.
 
     Raises:
-        ValueError: If `params` has no leaves, or `masks` does not match it (names every leaf).
+        ValueError: If `params` has no arrays, or shapes only and no masks; if `masks` does not
+            match it (names every leaf); if `prunable` or `stacked` matches nothing.
 
     Example:
         >>> import numpy as np
-        >>> params = {"bias": np.ones(2, "f4"), "conv": {"kernel": np.ones((2, 2), "f4")}}
+        >>> params = {"bias": np.ones(2, "f4"), "conv": {"kernel": np.eye(2, dtype="f4")}}
+        >>> print(summarize(params))
+        path         shape  parameters  nonzeros  sparsity  bytes           pruned
+        -----------  -----  ----------  --------  --------  -----  ---------------
+        bias             2           2         2     0.00%      8  no: 1 dimension
+        conv/kernel    2x2           4         2    50.00%     16              yes
+        -----------  -----  ----------  --------  --------  -----  ---------------
+        total                        6         4    33.33%     24                4
         >>> masks = {"bias": np.ones(2, bool), "conv": {"kernel": np.eye(2, dtype=bool)}}
         >>> print(summarize(params, masks))
-        path         shape  parameters  nonzeros  sparsity  bytes
-        -----------  -----  ----------  --------  --------  -----
-        bias             2           2         2     0.00%      8
-        conv/kernel    2x2           4         2    50.00%     16
-        -----------  -----  ----------  --------  --------  -----
-        total                        6         4    33.33%     24
+        path         shape  parameters  nonzeros  kept  sparsity  bytes
+        -----------  -----  ----------  --------  ----  --------  -----
+        bias             2           2         2     2     0.00%      8
+        conv/kernel    2x2           4         2     2    50.00%     16
+        -----------  -----  ----------  --------  ----  --------  -----
+        total                        6         4     4    33.33%     24
     """
+    leaves = _leaves(params)
     kept = None if masks is None else _checked(params, masks)
-    rows = []
-    for path, leaf in _leaves(params):
-        leaf = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
-        counted = np.asarray(leaf) != 0 if kept is None else kept[path]
-        size = int(np.prod(leaf.shape, dtype=object))
-        rows.append(
-            Row(
-                path=path,
-                shape=tuple(int(length) for length in leaf.shape),
-                parameters=size,
-                nonzeros=int(np.count_nonzero(counted)),
-                bytes=size * leaf.dtype.itemsize,
-            )
+    axes = stacks.axes_of(params, stacked)
+    reasons = trees.reasons(params, axes)
+    if prunable is not None:
+        flags = trees.prunable_flags(params, prunable, stacked)
+        chosen = dict(zip(trees.leaf_by_path(params), flags, strict=True))
+        reasons = {path: None if flag else "not in `prunable`" for path, flag in chosen.items()}
+    shapes = [path for path, leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    if masks is None:
+        trees.raise_for(
+            shapes, "`params` has shapes instead of values; without `masks` give arrays:"
         )
+    rows: list[Row] = []
+    for path, leaf in leaves:
+        mask = None if kept is None else kept[path]
+        values = mask if isinstance(leaf, jax.ShapeDtypeStruct) else nonzero(leaf)
+        counts = {"nonzeros": values, "kept": mask}
+        if mask is not None:
+            counts["masked_nonzeros"] = values & ~mask
+        rows += _rows(path, leaf, axes[path], counts, reasons[path])
     return Summary(tuple(rows))
+
+
+def _rows(
+    path: str, leaf: Any, axes: tuple[int, ...], bits: dict[str, Any], reason: str | None
+) -> list[Row]:
+    """A row for each copy in a leaf; `bits` are bools like the leaf, or None."""
+    shape = tuple(int(size) for axis, size in enumerate(leaf.shape) if axis not in axes)
+    size = int(np.prod(shape, dtype=object))
+    others = tuple(axis for axis in range(len(leaf.shape)) if axis not in axes)
+    counts = {
+        name: np.count_nonzero(array, axis=others)
+        for name, array in bits.items()
+        if array is not None
+    }
+    rows = []
+    for copy in np.ndindex(*(leaf.shape[axis] for axis in axes)):
+        own = {name: int(np.asarray(count)[copy]) for name, count in counts.items()}
+        name = f"{path}[{','.join(map(str, copy))}]" if axes else path
+        rows.append(Row(name, shape, size, bytes=size * leaf.dtype.itemsize, reason=reason, **own))
+    return rows
 
 
 def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
@@ -149,10 +216,12 @@ def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
         (True, True)
     """
     kept = _checked(params, masks)
-    leaves = [(np.asarray(leaf), kept[path]) for path, leaf in _leaves(params)]
-    build = jax.tree.structure(params).unflatten
-    pruned = build([np.where(mask, leaf, np.zeros((), leaf.dtype)) for leaf, mask in leaves])
-    everything = build([True] * len(leaves))
+    pruned = [
+        np.where(kept[path], np.asarray(leaf), np.zeros((), leaf.dtype)) if path in kept else leaf
+        for path, leaf in trees.leaves_with_paths(params)
+    ]
+    pruned = jax.tree.structure(params).unflatten(pruned)
+    everything = jax.tree.map(lambda _: True, params)
     return _file_bytes(params, everything), _file_bytes(pruned, masks)
 
 
@@ -163,32 +232,46 @@ def _file_bytes(params: Any, masks: Any) -> int:
     return file.tell()
 
 
+def nonzero(leaf: Any) -> np.ndarray:
+    """Where an array is not 0, on the host; random keys are nowhere 0."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return np.ones(leaf.shape, bool)
+    with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
+        return processes.on_host(leaf) != 0
+
+
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    """Path and leaf of every leaf; there must be one."""
-    leaves = leaves_with_paths(params)
+    """Path and leaf of every array; there must be one."""
+    leaves = [named for named in trees.leaves_with_paths(params) if trees.is_array(named[1])]
     if not leaves:
-        raise ValueError("`params` must hold at least one array, but it has no leaves")
+        raise ValueError("`params` must hold at least one array, but it has no leaves that are one")
     return leaves
 
 
 def _checked(params: Any, masks: Any) -> dict[str, np.ndarray]:
     """Masks on the host by path; every mismatch with the parameters is named in one error."""
-    leaves = _leaves(params)
-    given = {path: np.asarray(mask) for path, mask in leaves_with_paths(masks)}
-    bad = []
+    leaves, places = _leaves(params), trees.places(params)
+    given = trees.places(masks)
+    full, bad = {}, []
     for path, leaf in leaves:
-        mask = given.get(path)
-        if mask is None:
+        mask = given.get(path, False)
+        mask = np.array(True) if mask is None else mask
+        if path not in given or not trees.is_numeric(mask):
             bad.append(f"{path}: has no mask")
-        elif mask.dtype != bool:
+            continue
+        mask = processes.on_host(mask)
+        if mask.dtype != bool:
             bad.append(f"{path}: its mask has dtype {mask.dtype}")
-        elif mask.shape not in ((), np.shape(leaf)):
-            bad.append(f"{path}: has shape {np.shape(leaf)}, its mask {mask.shape}")
+        elif mask.shape not in ((), leaf.shape):
+            bad.append(f"{path}: has shape {leaf.shape}, its mask {mask.shape}")
         else:
-            given[path] = np.broadcast_to(mask, np.shape(leaf))
-    known = {path for path, _ in leaves}
-    bad += [f"{path}: a mask without a parameter" for path in given if path not in known]
-    raise_for(
+            full[path] = np.broadcast_to(mask, leaf.shape)
+    bad += [
+        f"{path}: a mask without a parameter"
+        for path, mask in given.items()
+        if path not in places or (places[path] is None and not trees.keeps_leaf(mask))
+    ]
+    trees.raise_for(
         bad, "`masks` must be a tree of bools like `params`, as `jaxprune.get_masks` gives it"
     )
-    return given
+    return full

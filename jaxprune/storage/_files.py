@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.storage._leaves import jax_array, masked_leaves, pack_mask, unpack_mask
+from jaxprune.storage._leaves import is_stored, jax_array, masked_leaves, pack_mask, unpack_mask
 
 _FORMAT = "jaxprune.storage"
 _VERSION = 1
@@ -40,7 +40,8 @@ def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False)
 
     Args:
         path: a path, or a binary file open for writing (then nothing is moved).
-        params: any pytree of arrays of numbers or bools; 8-bit floats and 4-bit integers too.
+        params: any pytree of arrays of numbers or bools; 8-bit floats and 4-bit integers too. The
+            functions and strings of a module are left out; numbers are stored.
         masks: tree of bools with the same paths, True where a weight is kept. Each has the shape
             of its leaf or is a scalar; True stands for a dense leaf and False for a mask full of
             False. None: in floating-point leaves of two or more dimensions zeros count as
@@ -88,7 +89,8 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
         path: a path, or a binary file open for reading.
         like: tree of arrays or `jax.ShapeDtypeStruct` that says how the result is nested. None:
             dicts, nested at the slashes of the paths; lists, modules and integer keys become
-            dicts with keys such as `"0"`, and empty containers are lost.
+            dicts with keys such as `"0"`, and empty containers are lost. A module gives its
+            functions and strings to the result; where it has None, the file is not read.
 
     Returns:
         Parameters and masks, with the dtypes that were saved, on the default device. Dense leaves
@@ -119,9 +121,9 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
             raise ValueError(f"`path` {name} cannot be read: {reason}") from error
     if like is not None:
         _check_like(leaves, like, name)
-        order = [leaves[key] for key in trees.leaf_by_path(like)]
         build = jax.tree.structure(like).unflatten
-        return build([jax_array(v) for v, _ in order]), build([jax_array(m) for _, m in order])
+        order = [_restored(leaves.get(path), old) for path, old in trees.leaf_by_path(like).items()]
+        return build([values for values, _ in order]), build([mask for _, mask in order])
     return (
         _nested({key: jax_array(values) for key, (values, _) in leaves.items()}, name),
         _nested({key: jax_array(mask) for key, (_, mask) in leaves.items()}, name),
@@ -199,6 +201,15 @@ def _pays(values: np.ndarray, mask: np.ndarray) -> bool:
     return lost * values.itemsize > -(-values.size // 8)
 
 
+def _restored(saved: tuple[np.ndarray, np.ndarray] | None, like: Any) -> tuple[Any, Any]:
+    """Values and mask of a leaf, of the kind that `like` has: an array, a number, a function."""
+    if saved is None:
+        return like, jax_array(np.array(True))
+    values, mask = saved
+    is_number = not trees.is_array(like)
+    return type(like)(values.item()) if is_number else jax_array(values), jax_array(mask)
+
+
 def _check_like(leaves: dict[str, tuple[np.ndarray, np.ndarray]], like: Any, name: str) -> None:
     """Raises unless the leaves are those of `like`."""
 
@@ -206,8 +217,10 @@ def _check_like(leaves: dict[str, tuple[np.ndarray, np.ndarray]], like: Any, nam
         leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         return f"{leaf.dtype.name}{list(leaf.shape)}"
 
-    wanted = {path: kind(leaf) for path, leaf in trees.leaf_by_path(like).items()}
-    seen = {path: kind(values) for path, (values, _) in leaves.items()}
+    places = trees.places(like)
+    stored = {path: leaf for path, leaf in trees.leaf_by_path(like).items() if is_stored(leaf)}
+    wanted = {path: kind(leaf) for path, leaf in stored.items()}
+    seen = {path: kind(v) for path, (v, _) in leaves.items() if places.get(path, ...) is not None}
     bad = [f"{path}: missing in the file" for path in wanted if path not in seen]
     bad += [f"{path}: only in the file" for path in seen if path not in wanted]
     bad += [

@@ -60,8 +60,11 @@ def unpack_mask(bits: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Values and mask of each leaf on the host; a mask has the shape of its leaf or is True."""
-    leaves = trees.leaf_by_path(params)
+    """Values and mask of each leaf on the host; a mask has the shape of its leaf or is True.
+
+    Functions and strings, which modules have among their leaves, are left out.
+    """
+    leaves = {path: leaf for path, leaf in trees.leaf_by_path(params).items() if is_stored(leaf)}
     values = {path: _host_array(leaf) for path, leaf in leaves.items()}
     trees.raise_for(
         [
@@ -74,7 +77,7 @@ def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.nda
     )
     if masks is None:
         return {path: (leaf, _mask_of_zeros(leaf)) for path, leaf in values.items()}
-    kept = _checked_masks(masks, values)
+    kept = _checked_masks(masks, values, trees.places(params))
     lost = {path: np.count_nonzero(_nonzero(leaf) & ~kept[path]) for path, leaf in values.items()}
     trees.raise_for(
         [f"{path}: {count} of {values[path].size}" for path, count in lost.items() if count],
@@ -82,6 +85,11 @@ def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.nda
         "Masked weights that are not 0:",
     )
     return {path: (leaf, kept[path]) for path, leaf in values.items()}
+
+
+def is_stored(leaf: Any) -> bool:
+    """Whether a leaf belongs into a file: all but the functions and strings of a module."""
+    return trees.is_array(leaf) or not (callable(leaf) or isinstance(leaf, (str, bytes)))
 
 
 def jax_array(values: np.ndarray) -> Any:
@@ -116,11 +124,22 @@ def _mask_of_zeros(values: np.ndarray) -> np.ndarray:
     return _nonzero(values) | raw.any(axis=1).reshape(values.shape)
 
 
-def _checked_masks(masks: Any, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _checked_masks(
+    masks: Any, values: dict[str, np.ndarray], places: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """Masks on the host by path; a scalar False gets the shape of its leaf."""
-    given = {path: np.asarray(mask) for path, mask in trees.leaf_by_path(masks).items()}
+    own = trees.places(masks)
+    given = {
+        path: np.asarray(True if mask is None else mask)
+        for path, mask in own.items()
+        if path in values and (mask is None or trees.is_numeric(mask))
+    }
     bad = [f"{path}: has no mask" for path in values if path not in given]
-    bad += [f"{path}: a mask without a parameter" for path in given if path not in values]
+    bad += [
+        f"{path}: a mask without a parameter"
+        for path, mask in own.items()
+        if path not in values and (path not in places or not trees.keeps_leaf(mask))
+    ]
     for path, leaf in values.items():
         mask = given.get(path, np.array(True))
         if mask.dtype != bool:

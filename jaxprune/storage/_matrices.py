@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse
 
+from jaxprune import trees
 from jaxprune.storage._leaves import jax_array, masked_leaves
 
 
@@ -34,13 +35,13 @@ def to_bcoo(params: Any, masks: Any = None) -> Any:
         [2.0, 30.0]
     """
     masked = masked_leaves(params, masks)
-    old, structure = jax.tree.flatten(params)
-    return structure.unflatten(
-        [
-            leaf if mask.all() or not values.ndim else _bcoo(values, mask)
-            for leaf, (values, mask) in zip(old, masked.values(), strict=True)
-        ]
-    )
+    pruned = {
+        path: _bcoo(values, mask)
+        for path, (values, mask) in masked.items()
+        if values.ndim and not mask.all()
+    }
+    leaves = trees.leaf_by_path(params).items()
+    return jax.tree.structure(params).unflatten([pruned.get(path, leaf) for path, leaf in leaves])
 
 
 def from_bcoo(tree: Any) -> Any:

@@ -110,8 +110,7 @@ def agip_transform(
             `(path, leaf) -> pattern`.
         regrow: fraction of the kept weights that moves at `start`, in [0, 1).
         rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
-        prunable: None for floating-point leaves of two or more dimensions that are not named
-            `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools.
+        prunable: which leaves are pruned, see `trees.prunable_flags`; None is the default rule.
         stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
         groups: of channels, from `structure.find_groups`; None prunes weights. `sparsity` is
             then the fraction of the channels that are off; `pattern`, `rate`, `prunable`, `stacked`

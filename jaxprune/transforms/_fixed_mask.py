@@ -70,22 +70,21 @@ def fixed_mask_transform(
             return FixedMaskState(params)  # how Optax asks which parts mirror the parameters
         if masks is None:
             flags = trees.prunable_flags(params, prunable)
-            kept = [jnp.ones(jnp.shape(leaf), bool) for leaf in trees.pick(params, flags)]
+            kept = [jnp.ones(leaf.shape, bool) for leaf in trees.pick(params, flags)]
             return FixedMaskState(put_masks(params, flags, kept))
-        by_path = trees.leaf_by_path(masks)
-        leaf_of = trees.leaf_by_path(params)
-        problems = trees.unmatched(by_path, leaf_of)
+        by_path, leaf_of = trees.places(masks), trees.leaf_by_path(params)
+        problems = trees.unmatched(by_path, trees.places(params))
         problems += [
-            f"{path}: {_described(by_path[path])}, but the parameter has shape {jnp.shape(leaf)}"
+            f"{path}: {_described(by_path[path])}, but the parameter has shape "
+            f"{trees.shape_of(leaf)}"
             for path, leaf in leaf_of.items()
-            if path in by_path and not _fits(by_path[path], leaf)
+            if trees.is_numeric(by_path.get(path)) and not _fits(by_path[path], leaf)
         ]
         trees.raise_for(problems, "`masks` must be bools with the paths and shapes of `params`:")
-        own = [by_path[path] for path in leaf_of]
+        own = [by_path.get(path) for path in leaf_of]
         flags = tuple(not _keeps_all(mask) for mask in own)
-        return FixedMaskState(
-            put_masks(params, flags, [jnp.array(m) for m in trees.pick(own, flags)])
-        )
+        kept = [jnp.array(mask) for mask, flag in zip(own, flags, strict=True) if flag]
+        return FixedMaskState(put_masks(params, flags, kept))
 
     def update_fn(
         updates: optax.Updates,
@@ -110,13 +109,17 @@ def _fits(mask: Any, leaf: Any) -> bool:
     """Whether a mask is a bool array of the leaf's shape, or the scalar True."""
     if jnp.result_type(mask) != jnp.bool_:
         return False
-    if jnp.ndim(mask) == 0 and jnp.ndim(leaf) > 0:
+    if jnp.ndim(mask) == 0 and trees.shape_of(leaf) != ():
         return bool(mask)
-    return jnp.shape(mask) == jnp.shape(leaf)
+    if not trees.is_numeric(leaf) and not trees.keeps_leaf(mask):
+        return False
+    return jnp.shape(mask) == trees.shape_of(leaf)
 
 
 def _keeps_all(mask: Any) -> bool:
     """Whether a mask is known to be True everywhere; such a mask would cost time at each step."""
+    if not trees.is_numeric(mask):
+        return True
     # NumPy, because inside of `jit` JAX would make a traced array of it.
     return not isinstance(mask, Tracer) and bool(np.all(np.asarray(mask)))
 

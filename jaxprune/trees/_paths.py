@@ -1,38 +1,12 @@
-"""Leaf paths, the rule that says which leaves are pruned, and errors that name every bad leaf."""
+"""Leaf paths, trees beside each other, and errors that name every bad leaf."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-
-__all__ = [
-    "Prunable",
-    "Stacked",
-    "check_same_structure",
-    "is_absent",
-    "is_rule",
-    "leaf_by_path",
-    "leaves_like",
-    "leaves_with_paths",
-    "path_string",
-    "pick",
-    "prunable_flags",
-    "put",
-    "raise_for",
-    "stacked_axes",
-    "state_fields",
-    "unmatched",
-]
-
-Prunable = Callable[[str, Any], bool] | Any | None
-# (path, leaf) -> the axes that number independent copies of a layer, or None
-Stacked = Callable[[str, Any], int | tuple[int, ...] | None] | None
-
-# Stacked (scanned or vmapped) layers give biases and norm parameters two dimensions.
-_NEVER_BY_DEFAULT = ("bias", "scale")
+from jax.core import Tracer
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -111,6 +85,7 @@ def state_fields(state: Any, name: str) -> list[Any]:
         List of values, in flattening order.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> state = optax.sgd(0.1, momentum=0.9).init({"trace": jnp.zeros(2)})
         >>> state_fields(state, "trace")
         [{'trace': Array([0., 0.], dtype=float32)}]
@@ -146,12 +121,109 @@ def raise_for(problems: list[str], summary: str) -> None:
         raise ValueError("\n  ".join([summary, *problems]))
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one: it has a shape and a dtype.
+
+    Modules of some frameworks have functions, strings and settings such as the rate of a dropout
+    among their leaves. They are no parameters and are left alone.
+
+    Args:
+        leaf: a leaf of a tree.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [is_array(leaf) for leaf in (jnp.zeros(2), np.True_, 0.5, "same", jax.nn.relu)]
+        [True, True, False, False, False]
+    """
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_numeric(leaf: Any) -> bool:
+    """Whether a leaf is an array or one of the numbers that JAX takes for arrays.
+
+    Args:
+        leaf: a leaf of a tree.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> [is_numeric(leaf) for leaf in (np.zeros(2), 0.5, True, "same", None)]
+        [True, True, True, False, False]
+    """
+    return is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """The shape of a leaf; () of everything that is no array.
+
+    Args:
+        leaf: a leaf of a tree.
+
+    Returns:
+        Tuple of ints.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> shape_of(jnp.zeros((2, 3))), shape_of(0.5), shape_of(jax.nn.relu)
+        ((2, 3), (), ())
+    """
+    return tuple(leaf.shape) if is_array(leaf) else ()
+
+
+def places(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, where None is a leaf as well.
+
+    `equinox.partition` and `equinox.filter` leave None where they take a leaf out.
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        Dict from path to leaf or None.
+
+    Example:
+        >>> places({"activation": None, "kernel": 1})
+        {'activation': None, 'kernel': 1}
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is None)
+    return {path_string(path): leaf for path, leaf in found}
+
+
+def keeps_leaf(mask: Any) -> bool:
+    """Whether a mask is known to leave a whole leaf alone without holding its shape.
+
+    Args:
+        mask: the scalar True; or None or anything else that is no mask, as a module has it in
+            the places of its functions.
+
+    Returns:
+        A bool; False for a traced mask, whose value is not known.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [keeps_leaf(mask) for mask in (True, jnp.array(True), None, False, jnp.ones(2, bool))]
+        [True, True, True, False, False]
+    """
+    if isinstance(mask, bool):
+        return mask
+    if not is_array(mask):
+        return not is_numeric(mask)
+    return mask.shape == () and not isinstance(mask, Tracer) and bool(np.asarray(mask))
+
+
 def unmatched(masks: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
     """The paths that only masks have, or only leaves.
 
+    A leaf that is no array or number needs no mask, and where a tree has None, its partner may
+    have the scalar True or nothing: masks of a whole module fit its arrays alone, and the reverse.
+
     Args:
-        masks: by path.
-        leaves: by path, what the masks are for.
+        masks: by path, see `places`.
+        leaves: by path, what the masks are for, see `places`.
 
     Returns:
         A line for each, for `raise_for`.
@@ -159,13 +231,31 @@ def unmatched(masks: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
     Example:
         >>> unmatched({"a": True, "b": True}, {"b": 1.0, "c": 2.0})
         ['c: no mask', 'a: a mask without a leaf']
+        >>> unmatched({"kernel": True, "activation": True}, {"kernel": 1.0, "activation": None})
+        []
     """
-    problems = [f"{path}: no mask" for path in leaves if path not in masks]
-    return problems + [f"{path}: a mask without a leaf" for path in masks if path not in leaves]
+    problems = [
+        f"{path}: no mask"
+        for path, leaf in leaves.items()
+        if is_numeric(leaf) and path not in masks
+    ]
+    problems += [
+        f"{path}: no mask, but {type(masks[path]).__name__}"
+        for path, leaf in leaves.items()
+        if is_array(leaf) and not is_numeric(masks.get(path, True)) and masks[path] is not None
+    ]
+    return problems + [
+        f"{path}: a mask without a leaf"
+        for path, mask in masks.items()
+        if mask is not None
+        and (path not in leaves or (leaves[path] is None and not keeps_leaf(mask)))
+    ]
 
 
 def check_same_structure(name: str, tree: Any, params: Any) -> None:
     """Raises unless a tree has the paths and shapes of the parameters.
+
+    What is no array in the parameters may be missing.
 
     Args:
         name: how the caller calls `tree`, for the error.
@@ -176,16 +266,18 @@ def check_same_structure(name: str, tree: Any, params: Any) -> None:
         ValueError: lists every leaf that is missing, unknown or of another shape.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> check_same_structure("updates", [jnp.zeros(2)], [jnp.zeros(3)])
         Traceback (most recent call last):
         ...
         ValueError: `updates` must have the paths and shapes of the parameters:
           0: shape (2,), but the parameter has (3,)
     """
-    wanted = {path: jnp.shape(leaf) for path, leaf in leaf_by_path(params).items()}
-    seen = {path: jnp.shape(leaf) for path, leaf in leaf_by_path(tree).items()}
+    leaves, others = leaf_by_path(params), leaf_by_path(tree)
+    wanted = {path: shape_of(leaf) for path, leaf in leaves.items() if is_array(leaf)}
+    seen = {path: shape_of(leaf) for path, leaf in others.items()}
     problems = [f"{path}: missing" for path in wanted if path not in seen]
-    problems += [f"{path}: not a parameter" for path in seen if path not in wanted]
+    problems += [f"{path}: not a parameter" for path in seen if path not in leaves]
     problems += [
         f"{path}: shape {seen[path]}, but the parameter has {shape}"
         for path, shape in wanted.items()
@@ -214,59 +306,6 @@ def leaves_like(params: Any, tree: Any) -> list[Any] | None:
     by_path = leaf_by_path(tree)
     paths = list(leaf_by_path(params))
     return [by_path[path] for path in paths] if all(path in by_path for path in paths) else None
-
-
-def prunable_flags(
-    params: Any, prunable: Prunable = None, stacked: Stacked = None
-) -> tuple[bool, ...]:
-    """Decides for each leaf whether it is pruned.
-
-    Args:
-        params: tree of arrays.
-        prunable: `None` for every floating-point leaf of two or more dimensions that is not
-            named `bias` or `scale`; or a predicate `(path, leaf) -> bool`; or a tree of bools
-            like `params`.
-        stacked: which axes number copies, see `stacked_axes`; they do not count as dimensions.
-
-    Returns:
-        One bool for each leaf, in flattening order.
-
-    Raises:
-        ValueError: if the rule matches no leaf, matches leaves that are not floating point or
-            are empty, or if the tree of bools has other leaves than `params`.
-
-    Example:
-        >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
-        >>> prunable_flags(params)
-        (False, True)
-        >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
-        (True, False)
-    """
-    named = leaves_with_paths(params)
-    if not named:
-        # optax.tree_map_params initialises with a tree that has no leaves.
-        return ()
-    if prunable is None:
-        flags = tuple(
-            _default_rule(path, leaf, stacked_axes(path, leaf, stacked)) for path, leaf in named
-        )
-    elif callable(prunable):
-        flags = tuple(bool(prunable(path, leaf)) for path, leaf in named)
-    else:
-        flags = _flags_from_tree(named, prunable)
-    if not any(flags):
-        seen = [f"{path}: shape {jnp.shape(leaf)}" for path, leaf in named[:8]]
-        raise_for(seen, "`prunable` matches no leaf; change the rule. The first leaves are:")
-    raise_for(
-        [
-            f"{path}: shape {jnp.shape(leaf)}, dtype {jnp.result_type(leaf)}"
-            for (path, leaf), flag in zip(named, flags, strict=True)
-            if flag and not _can_be_pruned(leaf)
-        ],
-        "`prunable` must select floating-point leaves with at least one element; "
-        "exclude these from the rule:",
-    )
-    return flags
 
 
 def pick(tree: Any, flags: tuple[bool, ...]) -> list[Any]:
@@ -327,90 +366,3 @@ def is_absent(node: Any) -> bool:
         (True, False)
     """
     return isinstance(node, optax.MaskedNode)
-
-
-def is_rule(x: Any) -> bool:
-    """Whether an argument is a function to call, and not a tree.
-
-    Modules of Equinox and other frameworks are both: trees of arrays that can be called. What has
-    an array or a number among its leaves is a tree.
-
-    Args:
-        x: a function, or a tree of arrays, bools or numbers.
-
-    Returns:
-        A bool.
-
-    Example:
-        >>> is_rule(lambda path, leaf: True), is_rule({"kernel": True})
-        (True, False)
-    """
-    if not callable(x):
-        return False
-    if isinstance(x, jax.tree_util.Partial):  # a function that carries arrays
-        return True
-    return not any(
-        hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
-        for leaf in jax.tree.leaves(x)
-    )
-
-
-def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ...]:
-    """The axes of a leaf that number independent copies of a layer.
-
-    Layers that are scanned or mapped, and the experts of a mixture, keep the weights of all
-    copies in one array. Each copy then counts as a leaf of its own.
-
-    Args:
-        path: of the leaf.
-        leaf: anything with a shape.
-        stacked: function `(path, leaf) -> axis, tuple of axes, or None`; None: nothing is stacked.
-
-    Returns:
-        Rising tuple of axes, none negative; empty for a single layer.
-
-    Raises:
-        ValueError: if an axis does not exist, is named twice, or is no integer.
-
-    Example:
-        >>> stacked_axes("layers/kernel", jnp.zeros((12, 64, 256)), lambda path, leaf: 0)
-        (0,)
-    """
-    found = None if stacked is None else stacked(path, leaf)
-    axes = () if found is None else found if isinstance(found, (tuple, list)) else (found,)
-    dimensions = jnp.ndim(leaf)
-    ok = all(
-        isinstance(axis, (int, np.integer))
-        and not isinstance(axis, bool)
-        and -dimensions <= axis < dimensions
-        for axis in axes
-    )
-    own = sorted({int(axis) % dimensions for axis in axes}) if ok else []
-    if len(own) != len(axes):
-        raise ValueError(
-            f"`stacked` must return axes of the leaf, each once, or None, but returned {found!r} "
-            f"for {path} of shape {jnp.shape(leaf)}."
-        )
-    return tuple(own)
-
-
-def _can_be_pruned(leaf: Any) -> bool:
-    """Floating point and not empty."""
-    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) and jnp.size(leaf) > 0
-
-
-def _default_rule(path: str, leaf: Any, stacked: tuple[int, ...]) -> bool:
-    """Kernels and embeddings, not biases and norm parameters."""
-    name = path.rsplit("/", 1)[-1]
-    dimensions = jnp.ndim(leaf) - len(stacked)
-    return dimensions >= 2 and name not in _NEVER_BY_DEFAULT and _can_be_pruned(leaf)
-
-
-def _flags_from_tree(named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
-    """Matches a tree of bools with the parameters, path by path."""
-    flags = leaf_by_path(tree)
-    paths = [path for path, _ in named]
-    missing = [f"{path}: missing in `prunable`" for path in paths if path not in flags]
-    extra = [f"{path}: not a parameter" for path in flags if path not in set(paths)]
-    raise_for(missing + extra, "`prunable` as a tree must have the leaves of the parameters:")
-    return tuple(bool(flags[path]) for path in paths)

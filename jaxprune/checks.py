@@ -1,0 +1,214 @@
+"""Whether the masks of an optimizer state hold for parameters, and what to do where they do not."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune import masks, processes, stacks, trees
+
+__all__ = ["Finding", "Report", "check"]
+
+_NO_MASK = (
+    "The state belongs to another model or to a part of this one. Initialise the optimizer with "
+    "these parameters, or check the part that it sees."
+)
+_NOT_BOOL = (
+    "Something around the pruning transformation computes with its state, as an average of states "
+    "does. Put pruning inside of it, last in the chain of the inner optimizer."
+)
+_NOT_ZERO = (
+    "Put the pruning transformation last in the chain and nothing around it that changes updates "
+    "or parameters (averages, look-ahead, schedule-free). For parameters that come from elsewhere, "
+    "such as an average, call `jaxprune.apply_masks(params, jaxprune.get_masks(opt_state))`."
+)
+_NOTHING_KEPT = (
+    "Lower `sparsity`, give a budget with a larger floor, such as `budgets.global_budget(0.5)` or "
+    "`budgets.uniform`, or leave it out with `prunable`."
+)
+_EMPTY_COPIES = (
+    "Give the transformation `stacked=` (`jaxprune.stacks`), so that each copy has a budget and a "
+    "floor of its own."
+)
+_EMPTY_ROWS = (
+    "A row that is never seen has no gradient and is pruned first. Leave the embedding out with "
+    "`prunable`, or rank it by `scores.magnitude`."
+)
+_NEVER_MOVED = (
+    "Its gradient has always been 0, so nothing is known about its weights: it is frozen, behind "
+    "a factor that starts at 0, or never used. Leave it out with `prunable`, or start pruning "
+    "(`start=`) once it moves."
+)
+
+
+class Finding(NamedTuple):
+    """One fault of one leaf.
+
+    Example:
+        >>> Finding("head/kernel", "keeps nothing", "Lower `sparsity`.").path
+        'head/kernel'
+    """
+
+    path: str
+    problem: str
+    fix: str
+
+
+class Report(NamedTuple):
+    """What `check` found; `str()` has a line for each finding, and each fix once.
+
+    Example:
+        >>> print(Report(findings=(), leaves=2, weights=768, pruned=576))
+        masks hold: 576 of 768 weights in 2 leaves are pruned
+    """
+
+    findings: tuple[Finding, ...]
+    leaves: int  # with a mask
+    weights: int  # in these leaves
+    pruned: int  # of these weights
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for `json.dumps`."""
+        findings = [finding._asdict() for finding in self.findings]
+        return self._asdict() | {"ok": self.ok, "findings": findings}
+
+    def __str__(self) -> str:
+        counts = f"{self.pruned:,} of {self.weights:,} weights in {self.leaves} leaves are pruned"
+        if self.ok:
+            return f"masks hold: {counts}"
+        lines = [f"{len(self.findings)} findings; {counts}"]
+        for fix in dict.fromkeys(finding.fix for finding in self.findings):
+            own = [finding for finding in self.findings if finding.fix == fix]
+            lines += [f"  {finding.path}: {finding.problem}" for finding in own]
+            lines.append(f"    {fix}")
+        return "\n".join(lines)
+
+
+def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Report:
+    """Tells whether the masks in an optimizer state hold for parameters, and what is wrong if not.
+
+    For each leaf: masked weights that are not 0; a mask that is missing, of another shape or no
+    longer bool; nothing kept in a leaf, in a copy of a stack, or in a row of an embedding; an
+    average of AGIP that is 0 throughout although steps were made, for a leaf, a copy or a row.
+
+    It runs on the host, between steps, and brings one array at a time there. With several processes
+    all of them must call it.
+
+    Args:
+        params: tree of arrays, on any devices: those that are trained, or an average of them.
+        opt_state: state of any Optax optimizer that contains a pruning transformation.
+        stacked: function `(path, leaf) -> axes` that number copies of a layer, see
+            `jaxprune.stacks`.
+
+    Returns:
+        A `Report`: print it, or ask for `ok` and `findings`.
+
+    Raises:
+        ValueError: if there is no pruning transformation in the state, or `stacked` matches no
+            leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxprune
+        >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]])}
+        >>> pruned, masks = jaxprune.prune(params, 0.5)
+        >>> state = jaxprune.fixed_mask_transform(masks).init(params)
+        >>> check(pruned, state).ok
+        True
+        >>> check(params, state).findings[0].problem
+        '2 of 2 masked weights are not 0'
+    """
+    held = masks.get_masks(opt_state)
+    by_path, axes = trees.places(held), stacks.axes_of(params, stacked)
+    problems = trees.unmatched(by_path, trees.places(params))
+    findings = [Finding(*problem.split(": ", 1), _NO_MASK) for problem in problems]
+    leaves = weights = pruned = 0
+    for path, leaf in trees.leaf_by_path(params).items():
+        mask = by_path.get(path)
+        if not trees.is_array(leaf) or not trees.is_array(mask) or mask.shape == ():
+            continue
+        if mask.shape != leaf.shape:
+            problem = f"its mask has shape {mask.shape}, the leaf {leaf.shape}"
+            findings.append(Finding(path, problem, _NO_MASK))
+            continue
+        kept = processes.on_host(mask) != 0
+        leaves, weights = leaves + 1, weights + kept.size
+        pruned += kept.size - int(np.count_nonzero(kept))
+        if mask.dtype != bool:
+            findings.append(Finding(path, f"its mask has dtype {mask.dtype}", _NOT_BOOL))
+        findings += _zeros(path, leaf, kept) + _emptied(path, kept, axes[path])
+    findings += _never_moved(opt_state, axes)
+    return Report(tuple(findings), leaves, weights, pruned)
+
+
+def _zeros(path: str, leaf: Any, kept: np.ndarray) -> list[Finding]:
+    """Masked weights that are not 0."""
+    with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
+        lost = int(np.count_nonzero((processes.on_host(leaf) != 0) & ~kept))
+    total = kept.size - int(np.count_nonzero(kept))
+    problem = f"{lost:,} of {total:,} masked weights are not 0"
+    return [Finding(path, problem, _NOT_ZERO)] if lost else []
+
+
+def _emptied(path: str, kept: np.ndarray, axes: tuple[int, ...]) -> list[Finding]:
+    """A leaf, copies or rows that keep nothing."""
+    if not kept.any():
+        return [Finding(path, "keeps nothing", _NOTHING_KEPT)] if kept.size else []
+    findings = []
+    if copies := _empty_copies(kept, axes):
+        findings.append(Finding(path, f"{copies} nothing is kept", _EMPTY_COPIES))
+    if rows := _empty_rows(path, kept, axes):
+        findings.append(Finding(path, f"{rows:,} rows keep nothing", _EMPTY_ROWS))
+    return findings
+
+
+def _never_moved(opt_state: Any, axes: dict[str, tuple[int, ...]]) -> list[Finding]:
+    """Leaves, copies or rows whose average has stayed 0 although steps were made."""
+    findings = []
+    for state in jax.tree.leaves(opt_state, is_leaf=_has_average):
+        if not _has_average(state) or not any(map(np.any, jax.tree.leaves(state.prune_step))):
+            continue
+        for path, average in trees.leaf_by_path(state.gradient_average).items():
+            moved, own = processes.on_host(average) != 0, axes.get(path, ())
+            if not moved.any():
+                findings.append(Finding(path, "its average is 0 throughout", _NEVER_MOVED))
+                continue
+            if copies := _empty_copies(moved, own):
+                findings.append(Finding(path, f"{copies} the average is 0", _NEVER_MOVED))
+            if rows := _empty_rows(path, moved, own):
+                problem = f"{rows:,} rows were never seen: their average is 0"
+                findings.append(Finding(path, problem, _EMPTY_ROWS))
+    return findings
+
+
+def _has_average(node: Any) -> bool:
+    """Whether a node of an optimizer state is that of AGIP on weights."""
+    return "gradient_average" in getattr(node, "_fields", ())
+
+
+def _empty_copies(bits: np.ndarray, axes: tuple[int, ...]) -> str:
+    """The copies of a stack in which all is False; empty if there are none."""
+    if not axes:
+        return ""
+    empty = np.argwhere(~bits.any(axis=_others(bits, axes))).tolist()
+    names = [",".join(map(str, copy)) for copy in empty]
+    return f"copies {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}:" if names else ""
+
+
+def _empty_rows(path: str, bits: np.ndarray, axes: tuple[int, ...]) -> int:
+    """How many rows of an embedding are False; 0 for leaves that are none."""
+    # The same in Flax, Haiku and Equinox: a table `[entries, features]` in a module so named.
+    others = _others(bits, axes)
+    if len(others) != 2 or "embed" not in "/".join(path.lower().split("/")[-2:]):
+        return 0
+    return int(np.count_nonzero(~bits.any(axis=others[1])))
+
+
+def _others(bits: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes within one copy."""
+    return tuple(axis for axis in range(bits.ndim) if axis not in axes)

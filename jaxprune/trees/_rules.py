@@ -1,0 +1,186 @@
+"""Which leaves are pruned, which axes number copies of a layer, and what is called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.trees import _defaults
+from jaxprune.trees._paths import (
+    is_array,
+    leaf_by_path,
+    leaves_with_paths,
+    places,
+    raise_for,
+    shape_of,
+)
+
+Prunable = Callable[[str, Any], bool] | Any | None
+# (path, leaf) -> the axes that number independent copies of a layer, or None
+Stacked = Callable[[str, Any], int | tuple[int, ...] | None] | None
+
+
+def prunable_flags(
+    params: Any, prunable: Prunable = None, stacked: Stacked = None
+) -> tuple[bool, ...]:
+    """Decides for each leaf whether it is pruned.
+
+    Args:
+        params: tree of arrays. What is no array is never pruned, whatever the rule says.
+        prunable: `None` for the default rule: floating-point leaves of two or more dimensions
+            that are no norm parameters, biases or other things known by name, see
+            `why_not_pruned`; or a predicate `(path, leaf) -> bool`; or a tree of bools like
+            `params`.
+        stacked: function `(path, leaf) -> axes` that number copies of a layer, see
+            `stacked_axes`; the default rule does not count them as dimensions.
+
+    Returns:
+        One bool for each leaf, in flattening order.
+
+    Raises:
+        ValueError: if the rule matches no leaf, matches leaves that are not floating point or
+            are empty, or if the tree of bools has other leaves than `params`; if the default rule
+            meets complex kernels.
+
+    Example:
+        >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
+        >>> prunable_flags(params)
+        (False, True)
+        >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
+        (True, False)
+    """
+    named = leaves_with_paths(params)
+    if not named:
+        # optax.tree_map_params initialises with a tree that has no leaves.
+        return ()
+    if prunable is None:
+        flags = _default_flags(params, named, stacked)
+    elif is_rule(prunable):
+        flags = tuple(is_array(leaf) and bool(prunable(path, leaf)) for path, leaf in named)
+    else:
+        flags = _flags_from_tree(params, named, prunable)
+    if not any(flags):
+        seen = [f"{path}: shape {shape_of(leaf)}" for path, leaf in named if is_array(leaf)][:8]
+        seen = seen or [f"{path}: {type(leaf).__name__}" for path, leaf in named[:8]]
+        raise_for(seen, "`prunable` matches no leaf; change the rule. The first leaves are:")
+    raise_for(
+        [
+            f"{path}: shape {shape_of(leaf)}, dtype {leaf.dtype}"
+            for (path, leaf), flag in zip(named, flags, strict=True)
+            if flag and not _can_be_pruned(leaf)
+        ],
+        "`prunable` must select floating-point leaves with at least one element; "
+        "exclude these from the rule:",
+    )
+    return flags
+
+
+def is_rule(x: Any) -> bool:
+    """Whether an argument is a function to call, and not a tree.
+
+    Modules of Equinox and other frameworks are both: trees of arrays that can be called. What has
+    an array or a bool among its leaves is a tree; only what has none is called. Numbers decide
+    nothing: a rule written as a dataclass of JAX has its settings for leaves.
+
+    Args:
+        x: a function, or a tree of arrays or bools.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_rule(lambda path, leaf: True), is_rule({"kernel": True})
+        (True, False)
+    """
+    if not callable(x):
+        return False
+    if isinstance(x, jax.tree_util.Partial):  # a function that carries arrays
+        return True
+    return not any(isinstance(leaf, bool) or is_array(leaf) for leaf in jax.tree.leaves(x))
+
+
+def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ...]:
+    """The axes of a leaf that number independent copies of a layer.
+
+    Layers that are scanned or mapped, and the experts of a mixture, keep the weights of all
+    copies in one array. Each copy then counts as a leaf of its own. `jaxprune.stacks` makes such
+    functions.
+
+    Args:
+        path: of the leaf.
+        leaf: anything; what is no array has no axes and is not asked about.
+        stacked: function `(path, leaf) -> axis, tuple of axes, or None`; None: nothing is stacked.
+
+    Returns:
+        Rising tuple of axes, none negative; empty for a single layer.
+
+    Raises:
+        ValueError: if an axis does not exist, is named twice, or is no integer.
+
+    Example:
+        >>> stacked_axes("layers/kernel", jnp.zeros((12, 64, 256)), lambda path, leaf: 0)
+        (0,)
+    """
+    found = stacked(path, leaf) if stacked is not None and is_array(leaf) else None
+    axes = () if found is None else found if isinstance(found, (tuple, list)) else (found,)
+    dimensions = len(shape_of(leaf))
+    ok = all(
+        isinstance(axis, (int, np.integer))
+        and not isinstance(axis, bool)
+        and -dimensions <= axis < dimensions
+        for axis in axes
+    )
+    own = sorted({int(axis) % dimensions for axis in axes}) if ok else []
+    if len(own) != len(axes):
+        raise ValueError(
+            f"`stacked` must return axes of the leaf, each once, or None, but returned {found!r} "
+            f"for {path} of shape {shape_of(leaf)}."
+        )
+    return tuple(own)
+
+
+def _can_be_pruned(leaf: Any) -> bool:
+    """Floating point and not empty."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and 0 not in leaf.shape
+
+
+def _default_flags(params: Any, named: list[tuple[str, Any]], stacked: Stacked) -> tuple[bool, ...]:
+    """The default rule; complex kernels are refused, because nobody would see that they stay."""
+    axes = {path: stacked_axes(path, leaf, stacked) for path, leaf in named}
+
+    def as_real(leaf: Any) -> Any:
+        is_complex = _defaults.is_complex(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if is_complex else leaf
+
+    found = _defaults.reasons(jax.tree.map(as_real, params), axes)
+    raise_for(
+        [
+            f"{path}: shape {leaf.shape}, dtype {leaf.dtype}"
+            for path, leaf in named
+            if _defaults.is_complex(leaf) and found[path] is None
+        ],
+        "`params` has complex kernels, which cannot be pruned. Keep their real and imaginary parts "
+        "as two real leaves, or leave them out with `prunable`:",
+    )
+    return tuple(reason is None for reason in found.values())
+
+
+def _flags_from_tree(params: Any, named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
+    """Matches a tree of bools with the parameters, path by path."""
+    flags, known = leaf_by_path(tree), places(params)
+    missing = [
+        f"{path}: missing in `prunable`"
+        for path, leaf in named
+        if path not in flags and is_array(leaf)
+    ]
+    extra = [f"{path}: not a parameter" for path in flags if path not in known]
+    kind = "as a tree"
+    if callable(tree):
+        kind = (
+            "is a module with arrays or bools among its leaves, which counts as a tree of flags "
+            "(to have it called, wrap it in a `lambda path, leaf:`) and"
+        )
+    raise_for(missing + extra, f"`prunable` {kind} must have the leaves of the parameters:")
+    return tuple(is_array(leaf) and bool(flags[path]) for path, leaf in named)
