@@ -59,7 +59,7 @@ def test_statistics_are_those_of_the_layer_inputs_in_order_of_use():
     for path, rows, end in [("z_first", x, (1, 4, 3)), ("a_last", hidden, (1, 3, 5))]:
         np.testing.assert_allclose(found[path].value[0], rows.T @ rows, rtol=1e-5)
         assert found[path].rows == 7
-        assert found[path].layout.end == end
+        assert found[path].arrangement.end == end
         assert found[path].value.dtype == jnp.float32
 
 
@@ -104,7 +104,7 @@ def test_convolution_inputs_are_the_explicit_patches(strides, padding, dilation)
     np.testing.assert_allclose(found.value[0], rows.T @ rows, rtol=1e-4, atol=1e-4)
     assert found.rows == len(rows)
     # Features are in the order of the rows of this matrix, and of the patches.
-    np.testing.assert_array_equal(to_matrices(kernel, found.layout)[0], kernel.reshape(18, 4))
+    np.testing.assert_array_equal(to_matrices(kernel, found.arrangement)[0], kernel.reshape(18, 4))
     outputs = np.asarray(apply({"k": kernel}, image)).reshape(-1, 4)
     np.testing.assert_allclose(outputs, rows @ kernel.reshape(18, 4), rtol=1e-4, atol=1e-4)
 
@@ -134,6 +134,12 @@ USES = {
     "w @ x": ((3, 4), lambda w, x: (w @ x.T).T, X, (1, 4, 3)),
     "x @ w.T": ((3, 4), lambda w, x: x @ w.T, X, (1, 4, 3)),
     "cast": ((4, 3), lambda w, x: x @ w.astype(jnp.float16).astype(jnp.float32), X, (1, 4, 3)),
+    "transposing reshape": (
+        (2, 3, 2),
+        lambda w, x: x @ jax.lax.reshape(w, (4, 3), (0, 2, 1)),
+        X,
+        (1, 4, 3),
+    ),
     "reshaped": ((2, 2, 3), lambda w, x: x @ w.reshape(4, 3), X, (1, 4, 3)),
     "new axes": ((4, 3), lambda w, x: x @ jnp.squeeze(w[None, :, None], (0, 2)), X, (1, 4, 3)),
     "vector": ((4,), lambda w, x: (x @ w)[:, None], X, (1, 4, 1)),
@@ -209,12 +215,12 @@ def test_every_kind_of_product_has_the_energy_of_its_output(name):
     kernel = _normal(7, *shape).astype(np.float16).astype(np.float32)
     rule = {"w": True}
     found = input_statistics(lambda p, x: use(p["w"], x), {"w": kernel}, [x], prunable=rule)["w"]
-    assert found.layout.end == end
-    matrices = to_matrices(kernel, found.layout)
+    assert found.arrangement.end == end
+    matrices = to_matrices(kernel, found.arrangement)
     energy = np.einsum("gfo,gfh,gho->go", matrices, found.value, matrices)
     output = np.asarray(use(jnp.asarray(kernel), x)).reshape(-1, end[0] * end[2])
     np.testing.assert_allclose(energy.reshape(-1), (output**2).sum(axis=0), rtol=2e-3)
-    np.testing.assert_array_equal(from_matrices(matrices, found.layout), kernel)
+    np.testing.assert_array_equal(from_matrices(matrices, found.arrangement), kernel)
     assert found.rows == len(output)
 
 
@@ -227,7 +233,7 @@ def test_output_channels_come_in_the_order_of_height_width_input_for_every_layou
                 x, params, (1, 1), "SAME", dimension_numbers=("NHWC", specification, "NHWC")
             )
 
-        return input_statistics(apply, jnp.zeros(shape), [IMAGE])[""].layout
+        return input_statistics(apply, jnp.zeros(shape), [IMAGE])[""].arrangement
 
     for order, specification in [((3, 2, 0, 1), "OIHW"), ((2, 3, 0, 1), "IOHW")]:
         moved = kernel.transpose(order)
@@ -297,7 +303,7 @@ def test_features_are_in_the_order_of_the_axes_of_the_kernel():
     def apply(kernel, x):
         return jax.lax.dot_general(x, kernel, (((2, 1), (1, 0)), ((), ())))
 
-    layout = input_statistics(apply, jnp.asarray(kernel), [_normal(1, 2, 5, 6)])[""].layout
+    layout = input_statistics(apply, jnp.asarray(kernel), [_normal(1, 2, 5, 6)])[""].arrangement
     np.testing.assert_array_equal(to_matrices(kernel, layout)[0], kernel.reshape(30, 3))
 
 
@@ -559,16 +565,28 @@ def test_dtypes_stay_and_zeros_are_exact_in_bfloat16(method):
 W = jnp.asarray(_normal(0, 4, 4))
 
 
-def _scanned(params, x):
-    return jax.lax.scan(lambda h, _: (h @ params["w"], None), x, None, length=2)[0]
+def _changed(w):
+    return jax.lax.scan(lambda w, _: (w * 0.5, None), w, None, length=2)[0]
+
+
+def _handed_on(w, x):
+    hidden, copies = jax.lax.scan(lambda h, _: (h @ w, w.T), x, None, length=2)
+    return hidden @ copies[0]
+
+
+def _while(w, x):
+    return jax.lax.while_loop(lambda h: h.sum() < 0, lambda h: h @ w, x)
 
 
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
         (lambda p, x: p["w"][jnp.array([0, 1])], "used by `gather`"),
-        (_scanned, "used by `scan`"),
-        (lambda p, x: x @ jax.lax.reshape(p["w"], (4, 4), (1, 0)), "used by `reshape`"),
+        (lambda p, x: x @ _changed(p["w"]), "changed by `scan`"),
+        (lambda p, x: _handed_on(p["w"], x), "returned by `scan`"),
+        (lambda p, x: _while(p["w"], x), "used by `while`"),
+        (lambda p, x: x @ p["w"][:2].repeat(2, 0), "used by `slice`"),
+        (lambda p, x: p["w"].reshape(8, 2)[:, 0] @ x.reshape(8, 2), "used by `slice`"),
         (lambda p, x: jax.debug.callback(lambda w: None, p["w"]), "used by `debug_callback`"),
         (lambda p, x: x @ (p["w"] * 2), "used by `mul`"),
         (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "used by `concatenate`"),
@@ -576,7 +594,7 @@ def _scanned(params, x):
         (lambda p, x: x @ p["w"].astype(jnp.int32), "used by `convert_element_type`"),
         (lambda p, x: x @ p["w"] + p["w"].sum(), "used by `reduce_sum`"),
         (lambda p, x: x @ p["w"] + x @ p["w"].T, "used twice, with different input features"),
-        (lambda p, x: p["w"] @ p["w"], "multiplied by another leaf to prune"),
+        (lambda p, x: p["w"] @ p["w"], "multiplied by another leaf"),
         (lambda p, x: x, "`apply` never multiplies it"),
         (
             lambda p, x: _conv(p["w"][None, None], jnp.ones((1, 1, 2, 2)), (1, 1), "SAME"),
