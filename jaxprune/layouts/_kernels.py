@@ -1,4 +1,4 @@
-"""Products and convolutions: which dimensions of a kernel are inputs, outputs, positions, copies."""
+"""Products and convolutions: what the dimensions of their kernels are."""
 
 import math
 from dataclasses import dataclass

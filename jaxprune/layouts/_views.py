@@ -4,7 +4,6 @@ Every dimension of a view is a row-major product of *atoms*: whole axes of the l
 one where a reshape has split it. Transpositions move atoms, reshapes split and merge them.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp

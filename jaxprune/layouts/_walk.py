@@ -165,8 +165,7 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             part.clear()
         carries = [value._replace(array=x) for value, x in zip(starts, carry, strict=True)]
         parts = [
-            Value(x, view, value.data)
-            for x, view, value in zip(slices, members, over, strict=True)
+            Value(x, view, value.data) for x, view, value in zip(slices, members, over, strict=True)
         ]
         results = walk(body, closed.consts, [*fixed, *carries, *parts], inner)
         ends_views[:] = [value.view for value in results]

@@ -168,9 +168,7 @@ def prunable_kernels(
     )
 
 
-def _check_stacked(
-    params: Any, stacked: trees.Stacked, found: dict[str, InputStatistics]
-) -> None:
+def _check_stacked(params: Any, stacked: trees.Stacked, found: dict[str, InputStatistics]) -> None:
     """Raises for leaves whose copies are others than those that the products show."""
     problems = []
     for path, leaf in trees.leaf_by_path(params).items() if stacked else ():
@@ -178,7 +176,9 @@ def _check_stacked(
             shown = getattr(found[path].arrangement.layout, "copies", ())
             said = trees.stacked_axes(path, leaf, stacked)
             if not set(said) <= set(shown):
-                problems.append(f"{path}: axes {said}, but the copies that `apply` uses are {shown}")
+                problems.append(
+                    f"{path}: axes {said}, but the copies that `apply` uses are {shown}"
+                )
     trees.raise_for(
         problems,
         "`stacked` must name axes that number copies of a kernel; change it, or leave it out, "

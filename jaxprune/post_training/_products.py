@@ -1,4 +1,4 @@
-"""What arrives at a kernel: the other operand of its product or convolution, as rows of features."""
+"""The inputs of a kernel: the other operand of its product, as rows of features."""
 
 import math
 from typing import Any
@@ -68,4 +68,3 @@ def _patches(image: jax.Array, window: tuple[int, ...], parameters: dict[str, An
         begin, end = (0, *start, 0), (image.shape[0], *(start + spans), image.shape[-1])
         taps.append(jax.lax.slice(image, begin, end, (1, *strides, 1)))
     return jnp.stack(taps, axis=-2)
-
