@@ -116,16 +116,23 @@ def as_kernel(equation: Any, views: list[View | None], data: list[bool]) -> list
     name, outputs = equation.primitive.name, [v.aval for v in equation.outvars]
     view = next(view for view in views if view)
     shape = equation.invars[views.index(view)].aval.shape
-    alike = all(
-        other == view if other else atom.aval.shape in ((), shape)
-        for atom, other in zip(equation.invars, views, strict=True)
-    )
-    if name == "rev" or name in _ELEMENTWISE and alike and not any(data):
+    if name == "rev":
         return [view]
+    if name in _ELEMENTWISE and outputs[0].shape == shape and not any(data):
+        alike = (
+            other == view if other else _broadcasts(atom.aval.shape, shape)
+            for atom, other in zip(equation.invars, views, strict=True)
+        )
+        return [view] if all(alike) else None
     if name in ("slice", "dynamic_slice", "split") and views[0] is view:
         results = [_sliced(view.dims, shape, output.shape) for output in outputs]
         return None if None in results else [view._replace(dims=dims) for dims in results]
     return None
+
+
+def _broadcasts(shape: Shape, to: Shape) -> bool:
+    """Whether an operand has one entry for each entry of another, or for a row of them."""
+    return not shape or all(size in (1, n) for size, n in zip(shape, to, strict=True))
 
 
 def _sliced(dims: tuple[tuple[Atom, ...], ...], before: Shape, after: Shape) -> tuple | None:

@@ -15,11 +15,11 @@ def check_one_way(
 ) -> None:
     """Raises unless exactly one of `axis` and `layouts` says where inputs or outputs are."""
     if (axis is None) == (layouts is None):
-        seen = "neither" if axis is None else "both"
+        seen = "neither is" if axis is None else "both are"
         comma = "" if call.endswith("(") else ", "
         raise ValueError(
             f"either `axis` or `layouts` must say which axis of each leaf holds its {wanted}, but "
-            f"{seen} is given: write `{call}{comma}axis={example})` if all kernels are [..., in, "
+            f"{seen} given: write `{call}{comma}axis={example})` if all kernels are [..., in, "
             f"out], or `{call}{comma}layouts=jaxprune.layouts.find(function, params, *args))` to "
             "have it found."
         )
