@@ -3,6 +3,7 @@
 from jaxprune import (
     at_init,
     budgets,
+    layouts,
     masks,
     patterns,
     plans,
@@ -44,6 +45,7 @@ __all__ = [
     "chain",
     "fixed_mask_transform",
     "get_masks",
+    "layouts",
     "magnitude_transform",
     "masks",
     "patterns",

@@ -271,6 +271,13 @@ def test_layouts_are_found_for_any_order_of_axes(sizes, parts, shuffled, merge):
         assert all(axis in getattr(found, part) for axis, part in enumerate(parts))
 
 
+def test_a_row_that_data_look_up_is_the_input_of_the_next_kernel():
+    params = {"table": jnp.zeros((9, 4)), "w": jnp.zeros((4, 3))}
+    found = layouts.find(lambda p, token: p["table"][token] @ p["w"], params, jnp.array(2))
+    assert dict(found) == {"w": DENSE}
+    assert found.reason("table") == "looked up by its index"
+
+
 def test_mappings_are_immutable_and_name_the_closest_path():
     tree = {"net": {"w": jnp.zeros((4, 3)), "step": jnp.zeros((), int)}, "name": "net"}
     found = layouts.find(lambda p, x: x @ p["net"]["w"], tree, X)

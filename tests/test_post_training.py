@@ -692,3 +692,124 @@ def test_bad_arguments_of_sparsegpt(arguments):
     amount = {} if "n_m" in arguments else {"sparsity": 0.5}
     with pytest.raises(ValueError, match="`block`|`damping`"):
         sparsegpt(_linear, {"kernel": W}, [X], **amount, **arguments)
+
+
+# --- stacked layers
+
+
+def _scanned(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])[0]
+
+
+def _unrolled(params, x):
+    for i in range(len(params)):
+        x = jnp.tanh(x @ params[f"{i}"])
+    return x
+
+
+@pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"n_m": (2, 4)}])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_each_layer_of_a_stack_is_pruned_as_a_layer_of_its_own(method, axis, amount):
+    layers, x = _normal(0, 3, 8, 8), [_correlated(1, 40, 8), _correlated(2, 20, 8)]
+    params = {"layers": jnp.moveaxis(layers, 0, axis)}
+
+    def apply(params, x):
+        return _scanned({"layers": jnp.moveaxis(params["layers"], axis, 0)}, x)
+
+    single = {f"{i}": jnp.asarray(layer) for i, layer in enumerate(layers)}
+    pruned, masks = method(apply, params, x, stacked=lambda path, leaf: axis, **amount)
+    alone, wanted = method(_unrolled, single, x, **amount)
+    for i in range(3):
+        np.testing.assert_array_equal(jnp.take(masks["layers"], i, axis), wanted[f"{i}"])
+        got = jnp.take(pruned["layers"], i, axis)
+        np.testing.assert_allclose(got, alone[f"{i}"], rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_stacks_shared_weights_and_scans_in_scans():
+    x = _normal(0, 5, 4)
+    params = {"all": _normal(1, 2, 3, 4, 4), "shared": _normal(2, 4, 4)}
+
+    def apply(params, x):
+        def outer(h, layers):
+            h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, layers, reverse=True)
+            return h @ params["shared"], None
+
+        return jax.lax.scan(outer, x, params["all"])[0]
+
+    found = input_statistics(apply, jax.tree.map(jnp.asarray, params), [x])
+    expected, shared, h = np.zeros((6, 4, 4)), np.zeros((4, 4)), x
+    for i in range(2):
+        for j in reversed(range(3)):
+            expected[3 * i + j] = h.T @ h
+            h = np.tanh(h @ params["all"][i, j])
+        shared += h.T @ h
+        h = h @ params["shared"]
+    assert found["all"].arrangement.end == (6, 4, 4)
+    np.testing.assert_allclose(found["all"].value, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["shared"].value[0], shared, rtol=1e-3, atol=1e-4)
+    assert found["all"].rows == 5 and found["shared"].rows == 10
+
+
+def test_weights_used_at_every_step_of_a_sequence_add_up_their_uses():
+    w, x = _normal(0, 4, 4), _normal(1, 6, 3, 4)
+
+    def apply(params, x):
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ params["w"]), h), x[0], x)[1]
+
+    found = input_statistics(apply, {"w": jnp.asarray(w)}, [x])["w"]
+    hidden = np.asarray(apply({"w": w}, x))
+    wanted = np.einsum("tbi,tbj->ij", hidden, hidden)
+    np.testing.assert_allclose(found.value[0], wanted, rtol=1e-4)
+    assert found.rows == 18
+
+
+def test_a_stacked_linen_network_with_convolutions():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Conv(4, (3, 3), name="conv")(x)), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+            x, _ = nn.scan(Block, **options)(name="layers")(x, None)
+            return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+    net = Net()
+    params = net.init(jax.random.key(0), IMAGE)["params"]
+    _, masks = wanda(lambda p, x: net.apply({"params": p}, x), params, [IMAGE], n_m=(2, 4))
+    kernel = np.asarray(masks["layers"]["conv"]["kernel"])
+    assert kernel.shape == (2, 3, 3, 4, 4) and (kernel.sum(axis=3) == 2).all()
+    assert np.asarray(masks["layers"]["conv"]["bias"]).all()
+
+
+def test_stacked_vectors_are_no_kernels_and_stacks_are_compared_with_what_is_found():
+    params = {"layers": jnp.ones((3, 4, 4)), "offsets": jnp.ones((3, 4)), "w": jnp.ones((4, 4))}
+
+    def apply(params, x):
+        def layer(x, p):
+            w, offset = p
+            return x @ w + offset[None], None
+
+        return jax.lax.scan(layer, x, (params["layers"], params["offsets"]))[0] @ params["w"]
+
+    with pytest.raises(ValueError, match=r"\n  offsets: used by `add`(\n|$)"):
+        wanda(apply, params, [X], 0.5)
+    of_stack = lambda path, leaf: None if path == "w" else 0  # noqa: E731
+    _, masks = wanda(apply, params, [X], 0.5, stacked=of_stack)
+    assert masks["offsets"].all() and masks["layers"].sum(axis=1).tolist() == [[2] * 4] * 3
+    with pytest.raises(ValueError, match="`stacked` must name axes that number copies") as error:
+        wanda(
+            apply,
+            params,
+            [X],
+            0.5,
+            prunable=lambda p, x: p in ("w", "layers"),
+            stacked=lambda p, x: 1,
+        )
+    assert str(error.value).splitlines()[1:] == [
+        "  layers: axes (1,), but the copies that `apply` uses are (0,)",
+        "  w: axes (1,), but the copies that `apply` uses are ()",
+    ]

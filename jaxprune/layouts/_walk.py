@@ -104,10 +104,15 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
             return None
     if name not in _PRODUCTS:
         found.problems.extend((view.path, f"used by `{name}`") for view in touched)
-    elif len(touched) == 2:
-        found.problems.extend((view.path, "multiplied by another leaf") for view in touched)
-    else:
+    elif len(touched) == 1:
         _record(equation, operands, 0 if views[0] else 1, found)
+    elif operands[0].data != operands[1].data:
+        # An entry of a table, looked up by what depends on data, is the input of the other leaf.
+        table = 0 if operands[0].data else 1
+        found.problems.append((touched[table].path, "looked up by its index"))
+        _record(equation, operands, 1 - table, found)
+    else:
+        found.problems.extend((view.path, "multiplied by another leaf") for view in touched)
     return None
 
 

@@ -60,7 +60,8 @@ def sparsegpt(
         block: input features that are compared with each other, and swept before the rest is
             updated. A multiple of m.
         damping: share of the mean of the Hessian's diagonal that is added to it, above 0.
-        sequential: whether each layer sees the inputs of the model as pruned so far.
+        sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
+            a stack are one leaf, and see each other as they were.
 
     Returns:
         The pruned and corrected parameters and the masks, a tree of bools like `params`.

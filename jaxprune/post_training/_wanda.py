@@ -50,7 +50,8 @@ def wanda(
         n_m: in place of `sparsity`: (n, m) keeps n of every m consecutive input features of each
             output. For convolutions these are input channels
             of one window position, where m divides their number.
-        sequential: whether each layer sees the inputs of the model as pruned so far.
+        sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
+            a stack are one leaf, and see each other as they were.
 
     Returns:
         The pruned parameters and the masks, a tree of bools like `params`.
