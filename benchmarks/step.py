@@ -94,7 +94,7 @@ def optimizers() -> dict[str, tuple[float | None, optax.GradientTransformation]]
 
 def two_of_four_where_it_fits(path: str, leaf: Any) -> patterns.Pattern:
     """2:4 along the input channels, single weights in the first convolution."""
-    return patterns.n_m(2, 4) if leaf.shape[-2] % 4 == 0 else None
+    return patterns.n_m(2, 4, axis=-2) if leaf.shape[-2] % 4 == 0 else None
 
 
 def tree_bytes(tree: Any) -> int:

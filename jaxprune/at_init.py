@@ -32,7 +32,7 @@ __all__ = ["grasp", "snip", "synflow"]
 _GRASP_EPSILON = 1e-10
 
 
-def snip(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
+def snip(loss: Callable[..., Any], params: Any, *batch: Any, stacked: trees.Stacked = None) -> Any:
     """SNIP: `|g * w|`, how much the loss depends on whether a weight is there.
 
     With a mask `m` of ones on the weights, `dL(m * w)/dm = g * w` where `g = dL/dw`. The score is
@@ -46,6 +46,8 @@ def snip(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
         loss: function `(params, *batch) -> scalar`, the mean over the batch.
         params: tree of arrays, new and dense.
         *batch: what the loss takes beside the parameters.
+        stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
+            copies of a layer, as after a scan. Scores are the same; each copy is warned of alone.
 
     Returns:
         Tree of float32 arrays like `params`, not negative, sum 1.
@@ -55,7 +57,8 @@ def snip(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
             unless traced, if scores are not finite (each such leaf is named) or all are 0.
 
     Warns:
-        UserWarning: unless traced, if all scores of a kernel are 0 although its weights are not.
+        UserWarning: unless traced, if all scores of a kernel, or of one copy of it, are 0
+            although its weights are not.
 
     References:
         Lee, Ajanthan, Torr. SNIP: Single-shot network pruning based on connection sensitivity.
@@ -71,10 +74,10 @@ def snip(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
     weights = trees.pick(params, flags)
     gradients = jax.grad(_of_weights(loss, params, flags, batch))(weights)
     products = [jnp.abs(_product(w, g)) for w, g in zip(weights, gradients, strict=True)]
-    return _as_scores(params, flags, products, "the gradients of `loss`")
+    return _as_scores(params, flags, products, stacked, "the gradients of `loss`")
 
 
-def grasp(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
+def grasp(loss: Callable[..., Any], params: Any, *batch: Any, stacked: trees.Stacked = None) -> Any:
     """GraSP: `w * (H g)`, how much of the gradient's size is lost with a weight.
 
     `g` is the gradient of the loss and `H` its Hessian. Shrinking a weight by a share `e` changes
@@ -96,6 +99,8 @@ def grasp(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
         loss: function `(params, *batch) -> scalar`, the mean over the batch.
         params: tree of arrays, new and dense.
         *batch: what the loss takes beside the parameters.
+        stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
+            copies of a layer, as after a scan. Scores are the same; each copy is warned of alone.
 
     Returns:
         Tree of float32 arrays like `params`, of both signs; the sizes have the sum 1.
@@ -106,7 +111,8 @@ def grasp(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
             for a loss that is linear in the parameters.
 
     Warns:
-        UserWarning: unless traced, if all scores of a kernel are 0 although its weights are not.
+        UserWarning: unless traced, if all scores of a kernel, or of one copy of it, are 0
+            although its weights are not.
 
     References:
         Wang, Zhang, Grosse. Picking winning tickets before training by preserving gradient flow.
@@ -122,12 +128,17 @@ def grasp(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
     gradient = jax.grad(_of_weights(loss, params, flags, batch))
     _, curved = jax.jvp(gradient, (weights,), (gradient(weights),))
     products = [_product(w, h) for w, h in zip(weights, curved, strict=True)]
-    return _as_scores(
-        params, flags, products, "the gradients of `loss` or their derivatives", _GRASP_EPSILON
-    )
+    source = "the gradients of `loss` or their derivatives"
+    return _as_scores(params, flags, products, stacked, source, _GRASP_EPSILON)
 
 
-def synflow(apply: Callable[[Any, Any], Any], params: Any, shape_or_input: Any) -> Any:
+def synflow(
+    apply: Callable[[Any, Any], Any],
+    params: Any,
+    shape_or_input: Any,
+    *,
+    stacked: trees.Stacked = None,
+) -> Any:
     """SynFlow: how much of the signal through the network passes through a weight. No data.
 
     With all parameters replaced by their absolute values and an input of ones,
@@ -155,6 +166,8 @@ def synflow(apply: Callable[[Any, Any], Any], params: Any, shape_or_input: Any) 
         shape_or_input: shape of the input with a batch dimension of 1, such as `(1, 32, 32, 3)`;
             or an array, a `jax.ShapeDtypeStruct` or a tree of these, of which only shape and
             dtype are used. The dtype is that of the parameters if none or no floating one is given.
+        stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
+            copies of a layer, as after a scan. Scores are the same; each copy is warned of alone.
 
     Returns:
         Tree of float32 arrays like `params`; the sizes have the sum 1.
@@ -166,7 +179,8 @@ def synflow(apply: Callable[[Any, Any], Any], params: Any, shape_or_input: Any) 
             all scores are NaN), a score is not finite, or all are 0.
 
     Warns:
-        UserWarning: unless traced, if all scores of a kernel are 0 although its weights are not.
+        UserWarning: unless traced, if all scores of a kernel, or of one copy of it, are 0
+            although its weights are not.
 
     References:
         Tanaka, Kunin, Yamins, Ganguli. Pruning neural networks without any data by iteratively
@@ -194,7 +208,7 @@ def synflow(apply: Callable[[Any, Any], Any], params: Any, shape_or_input: Any) 
     # The derivative of log R: its backward pass is in range where the forward pass is.
     (slopes,) = pull(jnp.where((size >= low) & (size <= high), 1 / size, jnp.nan))
     products = [_product(w, slope) for w, slope in zip(weights, slopes, strict=True)]
-    return _as_scores(params, flags, products, "the derivatives of `apply`")
+    return _as_scores(params, flags, products, stacked, "the derivatives of `apply`")
 
 
 def _floating(params: Any) -> tuple[bool, ...]:
@@ -249,6 +263,7 @@ def _as_scores(
     params: Any,
     flags: tuple[bool, ...],
     products: Sequence[jax.Array],
+    stacked: trees.Stacked,
     source: str,
     epsilon: float = 0.0,
 ) -> Any:
@@ -258,7 +273,8 @@ def _as_scores(
     scores = [(x / total).astype(jnp.float32) for x in products]
     if not any(isinstance(x, jax.core.Tracer) for x in scores):
         named = trees.leaves_with_paths(params)
-        _check_scores([pair for pair, flag in zip(named, flags) if flag], scores, source)
+        own = [pair for pair, flag in zip(named, flags) if flag]
+        _check_scores(own, scores, [trees.stacked_axes(*pair, stacked) for pair in own], source)
     leaves, treedef = jax.tree.flatten(params)
     new = iter(scores)
     return treedef.unflatten(
@@ -267,13 +283,22 @@ def _as_scores(
     )
 
 
-def _check_scores(named: list[tuple[str, Any]], scores: list[jax.Array], source: str) -> None:
+def _check_scores(
+    named: list[tuple[str, Any]],
+    scores: list[jax.Array],
+    copies: list[tuple[int, ...]],
+    source: str,
+) -> None:
     """Raises for scores that are not finite or all 0; warns of kernels that have no other."""
+    rest = [
+        tuple(axis for axis in range(score.ndim) if axis not in axes)
+        for score, axes in zip(scores, copies, strict=True)
+    ]
     bad, seen, alive = jax.device_get(
         [
             [jnp.sum(~jnp.isfinite(score)) for score in scores],
-            [jnp.any(score != 0) for score in scores],
-            [jnp.any(jnp.asarray(leaf) != 0) for _, leaf in named],
+            [jnp.any(score != 0, axis=axes) for score, axes in zip(scores, rest)],
+            [jnp.any(jnp.asarray(leaf) != 0, axis=axes) for (_, leaf), axes in zip(named, rest)],
         ]
     )
     trees.raise_for(
@@ -281,15 +306,16 @@ def _check_scores(named: list[tuple[str, Any]], scores: list[jax.Array], source:
         f"scores must be finite, but {source} are not, or overflow float32 with the weights; look "
         "for NaN in the input and scale down what is too large. Scores that are not finite:",
     )
-    if not any(seen):
+    if not any(np.any(found) for found in seen):
         raise ValueError(
             f"scores rank nothing: all are 0, as {source} are 0 or underflow wherever a weight is "
             "not 0. Look for a layer that passes nothing on, or scale up what is too small."
         )
     silent = [
-        path
-        for (path, leaf), has_score, has_weight in zip(named, seen, alive)
-        if jnp.ndim(leaf) >= 2 and has_weight and not has_score
+        f"{path}[{', '.join(map(str, copy))}]" if copy else path
+        for (path, _), axes, has_score, has_weight in zip(named, rest, seen, alive)
+        for copy in np.argwhere(has_weight & ~has_score).tolist()
+        if len(axes) >= 2
     ]
     if silent:
         warnings.warn(

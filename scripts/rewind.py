@@ -315,7 +315,7 @@ def driver(
     own: dict[str, Any] = {"iterative": not options.one_shot}
     rule: dict[str, Any] = {"budget": budgets.global_budget(0)}
     if options.pattern == "channels":
-        rule["pattern"] = patterns.channels()
+        rule["pattern"] = patterns.channels(axis=-1)
     if method == "random_masks":
         rule["score"] = scores.random(seed)
     if method != "retrain_dense":

@@ -295,11 +295,11 @@ def budget_of(config: Config) -> budgets.BudgetRule | None:
 def pattern_of(config: Config) -> patterns.PatternRule:
     """Which weights of a kernel [..., inputs, outputs] fall together."""
     if config.pattern == "filters":
-        return patterns.channels()
+        return patterns.channels(axis=-1)
     # Weights of layers that do not fit, such as the first one, go one by one.
     if ":" in config.pattern:
         n, m = map(int, config.pattern.split(":"))
-        return lambda path, leaf: patterns.n_m(n, m) if leaf.shape[-2] % m == 0 else None
+        return lambda path, leaf: patterns.n_m(n, m, axis=-2) if leaf.shape[-2] % m == 0 else None
     size = tuple(map(int, config.pattern.split("x")))
 
     def blocks(path: str, leaf: Any) -> patterns.Pattern:

@@ -470,6 +470,38 @@ def test_a_kernel_without_scores_is_named_in_a_warning(name):
     assert len(seen) == 1 and seen[0].filename == __file__
 
 
+def test_a_dead_copy_in_a_stack_is_named_in_a_warning():
+    weights = jnp.ones((3, 2, 2))
+    alive = jnp.array([1.0, 0.0, 1.0])[:, None, None]
+
+    def loss(params):
+        return jnp.sum(params["layers"] ** 2 * alive) + jnp.sum(params["offsets"] ** 2)
+
+    params = {"layers": weights, "offsets": jnp.zeros((3, 2))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = at_init.snip(loss, params)  # as one kernel it has scores
+    for method in (at_init.snip, at_init.grasp):
+        with pytest.warns(UserWarning, match=r"all scores are 0 in layers\[1\]: ") as seen:
+            scores = method(loss, params, stacked=lambda path, leaf: 0)
+        assert len(seen) == 1 and seen[0].filename == __file__
+    np.testing.assert_array_equal(scores["layers"], whole["layers"])
+
+    def apply(params, x):
+        return jnp.einsum("bi,leij,le->bj", x, params, jnp.array([[1.0, 0.0], [1.0, 1.0]]))
+
+    with pytest.warns(UserWarning, match=r"all scores are 0 in \[0, 1\]: "):
+        at_init.synflow(apply, jnp.ones((2, 2, 3, 2)), (1, 3), stacked=lambda path, leaf: (0, 1))
+    # Vectors that are stacked are no kernels.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        at_init.snip(
+            lambda p: jnp.sum(p["a"] ** 2),
+            {"a": jnp.ones((3, 2, 2)), "b": jnp.ones((3, 2))},
+            stacked=lambda path, leaf: 0,
+        )
+
+
 def test_input_and_output_of_synflow_must_make_sense():
     with pytest.raises(ValueError, match="must be a shape .*\n  image: str"):
         at_init.synflow(lambda p, x: p, jnp.ones(2), {"image": "8x8"})

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import erdos_renyi_densities, keep_count, largest_remainder, water_levels
 
-from jaxprune import budgets
+from jaxprune import budgets, layouts
 
 SIZES = st.integers(1, 10**8)
 SPARSITIES = st.floats(0, 1, exclude_max=True)
@@ -16,9 +16,17 @@ SHAPES = st.lists(st.lists(st.integers(1, 12), max_size=4).map(tuple), min_size=
     lambda shapes: named(*shapes)
 )
 
-MATRICES = st.lists(
-    st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6
-).map(lambda shapes: named(*shapes))
+SIDE = st.integers(1, 12)
+MATRIX = st.tuples(SIDE, SIDE)
+# A window comes first and nothing else can be one.
+CONVOLUTION = st.builds(
+    lambda side, n_in, n_out: (side, side, n_in, n_out), SIDE, st.integers(2, 12), st.just(32)
+)
+MATRICES = st.lists(MATRIX | CONVOLUTION, min_size=1, max_size=6).map(lambda s: named(*s))
+# What Erdos-Renyi takes without layouts.
+KNOWN = st.lists(MATRIX | CONVOLUTION | st.tuples(SIDE) | st.just(()), min_size=1, max_size=6).map(
+    lambda shapes: named(*shapes)
+)
 ERDOS_RENYI = pytest.mark.parametrize(
     "rule", [budgets.erdos_renyi, budgets.erdos_renyi_kernel], ids=["er", "erk"]
 )
@@ -135,7 +143,7 @@ def test_densities_are_those_of_the_papers(rule, shapes, sparsity):
 
 
 @ERDOS_RENYI
-@given(shapes=SHAPES, sparsity=SPARSITIES)
+@given(shapes=KNOWN, sparsity=SPARSITIES)
 def test_erdos_renyi_is_exact_and_empties_no_leaf(rule, shapes, sparsity):
     sizes = sizes_of(shapes)
     total = keep_count(sum(sizes), sparsity)
@@ -182,6 +190,119 @@ def test_vectors_have_one_input_in_erdos_renyi():
     assert budgets.erdos_renyi_kernel(wide, 0.99) == (101, (33, 68))
     assert budgets.erdos_renyi(named((), (10, 10)), 0.9).floors[0] == 1
     assert budgets.erdos_renyi_kernel(named((), (10, 10)), 0.9).floors[0] == 1
+
+
+LAYOUTS = {
+    "linen": layouts.Layout(inputs=(2,), outputs=(3,), positions=(0, 1)),
+    "oihw": layouts.Layout(inputs=(1,), outputs=(0,), positions=(2, 3)),
+    "query": layouts.Layout(inputs=(0,), outputs=(1, 2)),
+    "out": layouts.Layout(inputs=(0, 1), outputs=(2,)),
+    "layers": layouts.Layout(inputs=(1,), outputs=(2,), copies=(0,)),
+    "middle": layouts.Layout(inputs=(0,), outputs=(2,), copies=(1,)),
+    "weight": layouts.Layout(inputs=(1,), outputs=(0,)),
+}
+
+
+def test_inputs_of_equinox_convolutions_are_no_window():
+    # Taken for [..., in, out], the first would have the rate 512 * 1024 * (3 + 3).
+    oihw, hwio = named((1024, 512, 3, 3), (512, 512)), named((3, 3, 512, 1024), (512, 512))
+    for rule in (budgets.erdos_renyi, budgets.erdos_renyi_kernel):
+        assert rule(oihw, 0.9) == rule(hwio, 0.9)
+    # Rates 9 * (512 + 1024) and 512 + 512, of 498,074 weights.
+    assert budgets.erdos_renyi(oihw, 0.9) == (498_074, (463_724, 34_350))
+
+
+@ERDOS_RENYI
+def test_layouts_that_would_be_guessed_are_an_error_with_both_ways_out(rule):
+    shapes = {
+        "attention": (64, 4, 16),
+        "layers": (12, 64, 256),
+        "experts": (12, 8, 64, 256),
+        "volume": (3, 3, 3, 64, 64),
+        "matrix": (64, 4),
+    }
+    with pytest.raises(ValueError) as error:
+        rule(shapes, 0.5)
+    first, *lines = str(error.value).splitlines()
+    assert f"`{rule.__name__}` has to know" in first and "`stacked=`" in first
+    assert f"by_layout(budgets.{rule.__name__}, layouts.find(function, params, *args))" in first
+    assert lines == [f"  {path}: shape {shapes[path]}" for path in list(shapes)[:-1]]
+
+
+def test_a_window_at_both_ends_matters_to_erdos_renyi_only():
+    shapes = named((3, 3, 16, 16), (20, 30))
+    budgets.erdos_renyi_kernel(shapes, 0.5)
+    with pytest.raises(ValueError, match=r"Not known for:\n  0: shape \(3, 3, 16, 16\)$"):
+        budgets.erdos_renyi(shapes, 0.5)
+    assert budgets.erdos_renyi(named((5, 5, 5, 5), (20, 30)), 0.5).total == 612
+    linen = {"0": LAYOUTS["linen"]}
+    budget = budgets.by_layout(budgets.erdos_renyi, linen)(shapes, 0.5)
+    # Rates 9 * (16 + 16) and 20 + 30.
+    assert budget == (1452, (1237, 215))
+
+
+def test_layouts_multiply_several_inputs_or_outputs_into_one():
+    shapes = {"query": (64, 4, 16), "out": (4, 16, 64), "weight": (64, 64)}
+    for rule in (budgets.erdos_renyi, budgets.erdos_renyi_kernel):
+        known = budgets.by_layout(rule, LAYOUTS)
+        assert known(shapes, 0.75).floors == (1024, 1024, 1024)
+    seen = {}
+
+    def spy(shapes, sparsity):
+        seen.update(shapes)
+        return budgets.uniform(shapes, sparsity)
+
+    shapes |= {"linen": (3, 3, 5, 7), "oihw": (7, 5, 3, 2), "table": (9, 4), "vector": (4,)}
+    shapes |= {"layers[3]": (8, 6), "middle[0]": (8, 6)}
+    budgets.by_layout(spy, LAYOUTS)(shapes, 0.5)
+    assert seen == {
+        "query": (64, 64),
+        "out": (64, 64),
+        "weight": (64, 64),
+        "linen": (3, 3, 5, 7),
+        "oihw": (3, 2, 5, 7),
+        "table": (9, 4),
+        "vector": (4,),
+        "layers[3]": (8, 6),
+        "middle[0]": (8, 6),
+    }
+    assert list(seen) == list(shapes)
+
+
+def test_leaves_that_do_not_fit_their_layouts_are_all_named():
+    shapes = {"layers": (12, 64, 256), "query": (64, 64), "other": (2, 3, 4), "weight": (3, 4)}
+    with pytest.raises(ValueError, match="`layouts` must say") as error:
+        budgets.by_layout(budgets.erdos_renyi_kernel, LAYOUTS)(shapes, 0.5)
+    assert "stacked=layouts.stacked" in str(error.value)
+    assert str(error.value).splitlines()[1:] == [
+        "  layers: shape (12, 64, 256), but one copy has 2 dimensions, and axes (0,) of the leaf "
+        "number copies",
+        "  query: shape (64, 64), but one copy has 3 dimensions",
+        "  other: shape (2, 3, 4), no layout was found: not in `layouts`",
+    ]
+
+
+@given(
+    sides=st.tuples(*[st.integers(1, 6)] * 2),
+    ins=st.lists(st.integers(2, 5), min_size=1, max_size=2),
+    outs=st.lists(st.integers(2, 5), min_size=1, max_size=2),
+    order=st.permutations(range(6)),
+    sparsity=st.floats(0, 0.8),
+)
+def test_the_order_of_the_axes_does_not_matter(sides, ins, outs, order, sparsity):
+    parts = [*((n, "positions") for n in sides), *((n, "inputs") for n in ins)]
+    parts += [(n, "outputs") for n in outs]
+    stored = [parts[i] for i in order if i < len(parts)]
+    axes = {
+        name: tuple(axis for axis, (_, part) in enumerate(stored) if part == name)
+        for name in ("positions", "inputs", "outputs")
+    }
+    shapes = {"kernel": tuple(size for size, _ in stored), "other": (7, 9)}
+    plain = {"kernel": (*sides, math.prod(ins), math.prod(outs)), "other": (7, 9)}
+    last = {"kernel": layouts.Layout((2,), (3,), (0, 1))}
+    for rule in (budgets.erdos_renyi, budgets.erdos_renyi_kernel):
+        known = budgets.by_layout(rule, {"kernel": layouts.Layout(**axes)})
+        assert known(shapes, sparsity) == budgets.by_layout(rule, last)(plain, sparsity)
 
 
 def resnet50():
@@ -321,7 +442,7 @@ def test_custom_keeps_its_own_copy_of_the_sparsities():
 
 
 @pytest.mark.parametrize("name", ["uniform", "er", "erk", "custom"])
-@given(shapes=SHAPES, own=OWN, low=SPARSITIES, high=SPARSITIES)
+@given(shapes=KNOWN, own=OWN, low=SPARSITIES, high=SPARSITIES)
 def test_floors_fall_with_sparsity_up_to_one_weight(name, shapes, own, low, high):
     rule = {
         "uniform": budgets.uniform,

@@ -227,7 +227,7 @@ def test_groups_of_another_model():
 
 def test_options_of_weights_are_refused():
     with pytest.raises(ValueError, match="`pattern` is of weights and must be None with `groups`"):
-        agip(pattern=jaxprune.patterns.channels())
+        agip(pattern=jaxprune.patterns.channels(axis=-1))
 
 
 def test_every_group_keeps_a_channel():

@@ -111,8 +111,8 @@ def test_the_average_of_parameters(experiment, config):
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
-        ("filters", (3, 3, 16, 16), patterns.channels()),
-        ("2:4", (3, 3, 16, 16), patterns.n_m(2, 4)),
+        ("filters", (3, 3, 16, 16), patterns.channels(axis=-1)),
+        ("2:4", (3, 3, 16, 16), patterns.n_m(2, 4, axis=-2)),
         ("1:4", (3, 3, 1, 16), None),  # the first layer has one input
         ("4x4", (3, 3, 16, 16), patterns.blocks((None, None, 4, 4))),
         ("4x4", (3, 3, 1, 16), None),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import patterns
+import jaxprune
+from jaxprune import layouts, patterns
 
 N_M_MASK = jax.jit(patterns.n_m_mask, static_argnums=(2, 3))
 
@@ -80,10 +81,9 @@ def test_n_m_keeps_exactly_n_of_every_m_along_any_axis(n, more, groups, sides, p
         assert (by_group.sum(axis=1) == n).all()
 
 
-def test_n_m_ties_keep_the_lower_index_and_the_default_axis_is_the_input():
-    mask = patterns.n_m_mask(jnp.zeros((8, 2)), 1, 4)
+def test_n_m_ties_keep_the_lower_index():
+    mask = patterns.n_m_mask(jnp.zeros((8, 2)), 1, 4, axis=-2)
     assert mask.tolist() == [[row in (0, 4)] * 2 for row in range(8)]
-    assert patterns.n_m(1, 4).axis == patterns.channels().axis - 1 == -2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -118,7 +118,7 @@ def test_narrow_scores_are_compared_and_pooled_in_float32(dtype):
 def test_traced_n_needs_one_trace_and_is_clipped():
     chex.clear_trace_counter()
     scores = _scores("ties", 0, (8, 3))
-    select = jax.jit(chex.assert_max_traces(lambda x, n: patterns.n_m_mask(x, n, 4), n=1))
+    select = jax.jit(chex.assert_max_traces(lambda x, n: patterns.n_m_mask(x, n, 4, axis=-2), n=1))
     for n in (-300, -3, 0, 1, 3, 4, 5, 130, 257):
         wanted = reference.n_m_mask(scores, min(max(n, 0), 4), 4, 0)
         np.testing.assert_array_equal(select(scores, jnp.int32(n)), wanted)
@@ -137,7 +137,7 @@ def test_n_m_eager_jit_and_vmap_agree(kind):
 
 
 def test_n_m_never_sorts():
-    program = str(jax.make_jaxpr(lambda x: patterns.n_m_mask(x, 2, 4))(jnp.zeros((8, 2))))
+    program = str(jax.make_jaxpr(lambda x: patterns.n_m_mask(x, 2, 4, axis=-2))(jnp.zeros((8, 2))))
     assert "sort" not in program and " ge " in program
 
 
@@ -238,7 +238,7 @@ def test_channels_of_leaves_of_any_number_of_dimensions(axis):
         others = tuple(i for i in range(len(shape)) if i != axis % len(shape))
         pooled = patterns.pool(patterns.channels(axis), scores)
         np.testing.assert_allclose(pooled, np.mean(scores, others, keepdims=True), rtol=1e-5)
-    assert patterns.unit_shape(patterns.channels(), (7,)) == (7,)
+    assert patterns.unit_shape(patterns.channels(axis=-1), (7,)) == (7,)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_whole_blocks_stay_on_their_devices(name, shape):
 
 def test_sharded_channels_exchange_their_sums_only():
     scores, placed = _placed(ON_DEVICES["both"])
-    pool = functools.partial(patterns.pool, patterns.channels())
+    pool = functools.partial(patterns.pool, patterns.channels(axis=-1))
     np.testing.assert_allclose(jax.jit(pool)(placed), pool(scores), atol=1e-6)
     assert _moves(pool, placed) == {"all-reduce"}
 
@@ -362,7 +362,7 @@ def _lines(leaves, rule):
 
 
 def test_n_m_faults_are_all_named():
-    assert _lines(LEAVES, patterns.n_m(2, 4)) == [
+    assert _lines(LEAVES, patterns.n_m(2, 4, axis=-2)) == [
         "  stem/kernel: shape (3, 3, 3, 16), axis -2 has 3 entries, not a multiple of m = 4",
         "  head/bias: shape (10,), there is no axis -2",
     ]
@@ -388,7 +388,7 @@ def test_channel_faults_are_all_named():
         "  head/kernel: shape (16, 10), there is no axis 2",
         "  head/bias: shape (10,), there is no axis 2",
     ]
-    assert _lines({"a": jnp.zeros(())}, patterns.channels()) == [
+    assert _lines({"a": jnp.zeros(())}, patterns.channels(axis=-1)) == [
         "  a: shape (), there is no axis -1"
     ]
 
@@ -415,20 +415,138 @@ def test_rule_must_be_a_pattern_or_a_function():
         patterns.patterns_of(LEAVES, "2:4")
 
 
+# ---- layouts
+
+PARAMS = {
+    "attention": jnp.zeros((8, 3, 4)),  # d, heads, width
+    "out": jnp.zeros((3, 4, 8)),
+    "equinox": jnp.zeros((6, 8)),  # out, in
+    "conv": jnp.zeros((3, 3, 8, 4)),
+    "oihw": jnp.zeros((4, 8, 3, 3)),
+    "transposed": jnp.zeros((2, 2, 6, 8)),  # out, in, as `transpose_kernel=True` wants it
+    "layers": jnp.zeros((3, 8, 8)),
+    "middle": jnp.zeros((8, 3, 8)),  # in, layers, out
+    "table": jnp.zeros((5, 8)),
+}
+
+
+def _network(params, x, image):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    heads = jnp.einsum("nd,dhw->nhw", x, params["attention"])
+    outputs = [jnp.einsum("nhw,hwd->nd", heads, params["out"]), params["table"][jnp.array([1])]]
+    outputs += [
+        x @ params["equinox"].T,
+        jax.lax.conv_general_dilated(
+            image, params["conv"], (1, 1), "SAME", dimension_numbers=dimensions
+        ),
+        jax.lax.conv_general_dilated(image.transpose(0, 3, 1, 2), params["oihw"], (1, 1), "SAME"),
+        jax.lax.conv_transpose(
+            image,
+            params["transposed"],
+            (2, 2),
+            "SAME",
+            dimension_numbers=dimensions,
+            transpose_kernel=True,
+        ),
+    ]
+    for layers in (params["layers"], jnp.moveaxis(params["middle"], 1, 0)):
+        outputs.append(jax.lax.scan(lambda x, w: (x @ w, None), x, layers)[0])
+    return outputs
+
+
+FOUND = layouts.find(_network, PARAMS, jnp.zeros((1, 8)), jnp.zeros((1, 5, 5, 8)))
+KERNELS = {path: leaf for path, leaf in PARAMS.items() if path != "table"}
+
+
+def test_n_m_groups_lie_along_the_inputs_of_every_layout():
+    found = patterns.patterns_of(KERNELS, patterns.n_m(2, 4, layouts=FOUND))
+    inputs = {path: pattern.axis % KERNELS[path].ndim for path, pattern in zip(KERNELS, found)}
+    assert inputs == {
+        "attention": 0,
+        "out": 1,
+        "equinox": 1,
+        "conv": 2,
+        "oihw": 1,
+        "transposed": 3,
+        "layers": 1,
+        "middle": 0,
+    }
+    assert {pattern[:2] for pattern in found} == {(2, 4)}
+    # Equal to what the user would state, so that leaves of one kind share a program.
+    assert found[3] == found[6] == patterns.n_m(2, 4, axis=-2)
+    assert found[2] == patterns.n_m(2, 4, axis=-1)
+
+
+def test_pruned_groups_lie_along_inputs():
+    params = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in KERNELS.items()}
+    _, masks = jaxprune.prune(params, 0.5, pattern=patterns.n_m(2, 4, layouts=FOUND))
+    for path, axis in [("attention", 0), ("out", 1), ("equinox", 1), ("transposed", 3)]:
+        groups = np.moveaxis(np.asarray(masks[path]), axis, -1).reshape(-1, 4)
+        assert (groups.sum(axis=1) == 2).all(), path
+
+
+def test_channels_are_the_outputs_of_every_layout_and_of_every_copy():
+    rule = patterns.channels(layouts=FOUND, pool="max")
+    found = dict(zip(KERNELS, patterns.patterns_of(KERNELS, rule)))
+    assert found == {
+        "attention": patterns.blocks((None, 1, 1), "max"),
+        "out": patterns.channels(-1, "max"),
+        "equinox": patterns.channels(-2, "max"),
+        "conv": patterns.channels(-1, "max"),
+        "oihw": patterns.channels(-4, "max"),
+        "transposed": patterns.channels(-2, "max"),
+        "layers": patterns.blocks((1, None, 1), "max"),
+        "middle": patterns.blocks((None, 1, 1), "max"),
+    }
+    units = {path: patterns.unit_shape(found[path], KERNELS[path].shape) for path in KERNELS}
+    assert units["attention"] == (1, 3, 4) and units["layers"] == (3, 1, 8)
+
+
+@pytest.mark.parametrize("make", [lambda **k: patterns.n_m(2, 4, **k), patterns.channels])
+def test_leaves_without_layout_are_named_with_the_reason(make):
+    leaves = {"table": PARAMS["table"], "equinox": PARAMS["equinox"], "quinox": jnp.zeros((6, 8))}
+    assert _lines(leaves, make(layouts=FOUND)) == [
+        "  table: shape (5, 8), no layout was found: used by `gather`",
+        "  quinox: shape (6, 8), no layout was found: there is no such leaf among the parameters "
+        "whose layouts were found; did you mean equinox?",
+    ]
+    plain = {"equinox": layouts.Layout(outputs=(0, 1))}
+    assert _lines({"a": jnp.zeros((2, 2))}, make(layouts=plain)) == [
+        "  a: shape (2, 2), no layout was found: it is not in `layouts`"
+    ]
+
+
+def test_inputs_that_a_layout_lacks_are_an_error():
+    plain = {"a": layouts.Layout(outputs=(0, 1))}
+    (line,) = _lines({"a": jnp.zeros((4, 4))}, patterns.n_m(2, 4, layouts=plain))
+    assert line.startswith("  a: shape (4, 4), its layout has no inputs: Layout(")
+
+
+def test_an_axis_that_would_be_guessed_is_an_error_with_both_ways_out():
+    for call, wanted, axis in [("n_m(2, 4, ", "inputs", -2), ("channels(", "outputs", -1)]:
+        make = patterns.channels if "channels" in call else lambda **k: patterns.n_m(2, 4, **k)
+        with pytest.raises(ValueError, match=f"holds its {wanted}, but neither is given") as error:
+            make()
+        assert f"`{call}axis={axis})`" in str(error.value)
+        assert f"`{call}layouts=jaxprune.layouts.find(" in str(error.value)
+        with pytest.raises(ValueError, match="but both are given"):
+            make(axis=0, layouts=FOUND)
+
+
 # ---- arguments
 
 
 @pytest.mark.parametrize("n, m", [(5, 4), (0, 4), (-1, 4), (1, 33), (2.0, 4), (2, 4.0), (True, 4)])
 def test_n_m_numbers_are_checked(n, m):
     with pytest.raises(ValueError) as error:
-        patterns.n_m(n, m)
+        patterns.n_m(n, m, axis=-2)
     assert str(error.value) == (
         f"`n` and `m` must be integers with 1 <= n <= m <= 32, but are {n!r} and {m!r}."
     )
 
 
 @pytest.mark.parametrize("make", [lambda axis: patterns.n_m(2, 4, axis), patterns.channels])
-@pytest.mark.parametrize("axis", [None, 1.0, "in", False])
+@pytest.mark.parametrize("axis", [1.0, "in", False])
 def test_axis_must_be_an_integer(make, axis):
     with pytest.raises(ValueError, match=rf"^`axis` must be an integer, but is {axis!r}\.$"):
         make(axis)
@@ -453,12 +571,12 @@ def test_pool_names_are_checked(make):
 
 def test_limits_of_valid_arguments():
     assert patterns.n_m(32, 32, 0) == (32, 32, 0)
-    assert patterns.n_m(np.int64(1), np.int64(1)) == patterns.NM(1, 1, -2)
+    assert patterns.n_m(np.int64(1), np.int64(1), axis=-2) == patterns.NM(1, 1, -2)
     assert patterns.blocks([None, 1]) == patterns.Blocks((None, 1), "mean")
 
 
 def test_n_m_has_no_units():
-    pattern, ones = patterns.n_m(2, 4), jnp.ones((8, 2))
+    pattern, ones = patterns.n_m(2, 4, axis=-2), jnp.ones((8, 2))
     calls = [
         lambda: patterns.pool(pattern, ones),
         lambda: patterns.any_kept(pattern, ones > 0),
@@ -489,7 +607,9 @@ def test_unit_mask_must_have_the_shape_of_the_units():
         patterns.expand(patterns.blocks((2, 2)), jnp.ones((2, 1), bool), (3, 4))
 
 
-@pytest.mark.parametrize("select", [lambda x: patterns.pool(None, x), lambda x: N_M_MASK(x, 1, 2)])
+@pytest.mark.parametrize(
+    "select", [lambda x: patterns.pool(None, x), lambda x: N_M_MASK(x, 1, 2, 0)]
+)
 def test_scores_must_be_floating_point(select):
     with pytest.raises(ValueError, match="`scores` must be floating point, but are int32"):
         select(jnp.zeros((2, 2), int))
@@ -512,4 +632,4 @@ def test_scores_must_be_floating_point(select):
 )
 def test_arguments_of_n_m_mask_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
-        patterns.n_m_mask(jnp.zeros((8, 2)), **arguments)
+        patterns.n_m_mask(jnp.zeros((8, 2)), **{"axis": -2, **arguments})

@@ -75,7 +75,7 @@ def test_drop_and_grow_conserves_each_leaf_under_a_fixed_budget(seed):
             budgets.global_budget(0.9),
         ]
     ),
-    pattern=st.sampled_from([None, patterns.blocks((2, 2)), patterns.channels()]),
+    pattern=st.sampled_from([None, patterns.blocks((2, 2)), patterns.channels(axis=-1)]),
     seed=st.integers(0, 3),
 )
 def test_any_masks_lead_to_exactly_the_total(before, after, fraction, budget, pattern, seed):
@@ -109,7 +109,11 @@ def test_without_growth_nothing_comes_back():
 
 
 def test_leaves_of_different_patterns_have_their_own_budgets():
-    kinds = {"a": patterns.n_m(2, 4), "b": patterns.blocks((2, 2)), "c": patterns.channels()}
+    kinds = {
+        "a": patterns.n_m(2, 4, axis=-2),
+        "b": patterns.blocks((2, 2)),
+        "c": patterns.channels(axis=-1),
+    }
     shapes = {"a": (8, 6), "b": (4, 4, 4), "c": (10, 4)}
     plan = plans.make_plan(
         leaves(shapes), [0, 1], [0.25, 0.5], pattern=lambda path, leaf: kinds[path]
@@ -125,7 +129,7 @@ def test_leaves_of_different_patterns_have_their_own_budgets():
 def test_n_m_falls_with_the_ramp_and_moves_within_its_groups():
     plan = plans.make_plan(
         leaves({"a": (16, 3)}), range(4), [0.0, 0.2, 0.5, 0.5], moved=[0, 0, 0, 0.5],
-        pattern=patterns.n_m(2, 4),
+        pattern=patterns.n_m(2, 4, axis=-2),
     )  # fmt: skip
     scores, growth = (list(map(jnp.asarray, draw(seed, {"a": (16, 3)}))) for seed in (0, 1))
     masks, moved = [jnp.ones((16, 3), bool)], []
@@ -136,7 +140,7 @@ def test_n_m_falls_with_the_ramp_and_moves_within_its_groups():
         masks = new
     assert moved == [0, 0, 0, 12]  # one of the two in each of twelve groups
     grown = plans.make_plan(
-        leaves({"a": (16, 3)}), [0], [0.25], pattern=lambda *_: patterns.n_m(3, 4)
+        leaves({"a": (16, 3)}), [0], [0.25], pattern=lambda *_: patterns.n_m(3, 4, axis=-2)
     )
     (more,) = plans.renew(grown, 0, masks, scores, growth)
     np.testing.assert_array_equal(np.asarray(more).reshape(4, 4, 3).sum(1), 3)
@@ -167,14 +171,14 @@ def test_a_falling_sparsity_and_moves_grow():
 )
 def test_n_m_must_be_what_the_sparsity_leads_to(sparsity, part):
     with pytest.raises(ValueError) as error:
-        plans.make_plan(leaves({"a": (8, 4)}), [0], [sparsity], pattern=patterns.n_m(2, 4))
+        plans.make_plan(leaves({"a": (8, 4)}), [0], [sparsity], pattern=patterns.n_m(2, 4, axis=-2))
     assert str(error.value) == part
 
 
 def test_another_leaf_may_be_sparser_than_an_n_m_pattern():
     plan = plans.make_plan(
         leaves({"a": (8, 4), "b": (8, 4)}), [0], [0.75],
-        pattern=lambda path, leaf: patterns.n_m(2, 4) if path == "a" else None,
+        pattern=lambda path, leaf: patterns.n_m(2, 4, axis=-2) if path == "a" else None,
     )  # fmt: skip
     masks = plans.select(plan, 0, list(map(jnp.asarray, draw(0, {"a": (8, 4), "b": (8, 4)}))))
     assert counts(masks) == [16, 8]
@@ -182,7 +186,7 @@ def test_another_leaf_may_be_sparser_than_an_n_m_pattern():
 
 def test_all_leaves_that_do_not_fit_a_pattern_are_listed():
     with pytest.raises(ValueError) as error:
-        plans.make_plan(leaves(), [0], [0.5], pattern=patterns.n_m(1, 3))
+        plans.make_plan(leaves(), [0], [0.5], pattern=patterns.n_m(1, 3, axis=-2))
     text = str(error.value)
     assert "b: " in text and "c: " in text and "(4, 4, 4)" in text and "\n  a: " not in text
 

@@ -59,7 +59,7 @@ def test_statistics_are_those_of_the_layer_inputs_in_order_of_use():
     for path, rows, end in [("z_first", x, (1, 4, 3)), ("a_last", hidden, (1, 3, 5))]:
         np.testing.assert_allclose(found[path].value[0], rows.T @ rows, rtol=1e-5)
         assert found[path].rows == 7
-        assert found[path].layout.end == end
+        assert found[path].arrangement.end == end
         assert found[path].value.dtype == jnp.float32
 
 
@@ -104,7 +104,7 @@ def test_convolution_inputs_are_the_explicit_patches(strides, padding, dilation)
     np.testing.assert_allclose(found.value[0], rows.T @ rows, rtol=1e-4, atol=1e-4)
     assert found.rows == len(rows)
     # Features are in the order of the rows of this matrix, and of the patches.
-    np.testing.assert_array_equal(to_matrices(kernel, found.layout)[0], kernel.reshape(18, 4))
+    np.testing.assert_array_equal(to_matrices(kernel, found.arrangement)[0], kernel.reshape(18, 4))
     outputs = np.asarray(apply({"k": kernel}, image)).reshape(-1, 4)
     np.testing.assert_allclose(outputs, rows @ kernel.reshape(18, 4), rtol=1e-4, atol=1e-4)
 
@@ -134,6 +134,12 @@ USES = {
     "w @ x": ((3, 4), lambda w, x: (w @ x.T).T, X, (1, 4, 3)),
     "x @ w.T": ((3, 4), lambda w, x: x @ w.T, X, (1, 4, 3)),
     "cast": ((4, 3), lambda w, x: x @ w.astype(jnp.float16).astype(jnp.float32), X, (1, 4, 3)),
+    "transposing reshape": (
+        (2, 3, 2),
+        lambda w, x: x @ jax.lax.reshape(w, (4, 3), (0, 2, 1)),
+        X,
+        (1, 4, 3),
+    ),
     "reshaped": ((2, 2, 3), lambda w, x: x @ w.reshape(4, 3), X, (1, 4, 3)),
     "new axes": ((4, 3), lambda w, x: x @ jnp.squeeze(w[None, :, None], (0, 2)), X, (1, 4, 3)),
     "vector": ((4,), lambda w, x: (x @ w)[:, None], X, (1, 4, 1)),
@@ -209,12 +215,12 @@ def test_every_kind_of_product_has_the_energy_of_its_output(name):
     kernel = _normal(7, *shape).astype(np.float16).astype(np.float32)
     rule = {"w": True}
     found = input_statistics(lambda p, x: use(p["w"], x), {"w": kernel}, [x], prunable=rule)["w"]
-    assert found.layout.end == end
-    matrices = to_matrices(kernel, found.layout)
+    assert found.arrangement.end == end
+    matrices = to_matrices(kernel, found.arrangement)
     energy = np.einsum("gfo,gfh,gho->go", matrices, found.value, matrices)
     output = np.asarray(use(jnp.asarray(kernel), x)).reshape(-1, end[0] * end[2])
     np.testing.assert_allclose(energy.reshape(-1), (output**2).sum(axis=0), rtol=2e-3)
-    np.testing.assert_array_equal(from_matrices(matrices, found.layout), kernel)
+    np.testing.assert_array_equal(from_matrices(matrices, found.arrangement), kernel)
     assert found.rows == len(output)
 
 
@@ -227,7 +233,7 @@ def test_output_channels_come_in_the_order_of_height_width_input_for_every_layou
                 x, params, (1, 1), "SAME", dimension_numbers=("NHWC", specification, "NHWC")
             )
 
-        return input_statistics(apply, jnp.zeros(shape), [IMAGE])[""].layout
+        return input_statistics(apply, jnp.zeros(shape), [IMAGE])[""].arrangement
 
     for order, specification in [((3, 2, 0, 1), "OIHW"), ((2, 3, 0, 1), "IOHW")]:
         moved = kernel.transpose(order)
@@ -297,7 +303,7 @@ def test_features_are_in_the_order_of_the_axes_of_the_kernel():
     def apply(kernel, x):
         return jax.lax.dot_general(x, kernel, (((2, 1), (1, 0)), ((), ())))
 
-    layout = input_statistics(apply, jnp.asarray(kernel), [_normal(1, 2, 5, 6)])[""].layout
+    layout = input_statistics(apply, jnp.asarray(kernel), [_normal(1, 2, 5, 6)])[""].arrangement
     np.testing.assert_array_equal(to_matrices(kernel, layout)[0], kernel.reshape(30, 3))
 
 
@@ -559,16 +565,28 @@ def test_dtypes_stay_and_zeros_are_exact_in_bfloat16(method):
 W = jnp.asarray(_normal(0, 4, 4))
 
 
-def _scanned(params, x):
-    return jax.lax.scan(lambda h, _: (h @ params["w"], None), x, None, length=2)[0]
+def _changed(w):
+    return jax.lax.scan(lambda w, _: (w * 0.5, None), w, None, length=2)[0]
+
+
+def _handed_on(w, x):
+    hidden, copies = jax.lax.scan(lambda h, _: (h @ w, w.T), x, None, length=2)
+    return hidden @ copies[0]
+
+
+def _while(w, x):
+    return jax.lax.while_loop(lambda h: h.sum() < 0, lambda h: h @ w, x)
 
 
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
         (lambda p, x: p["w"][jnp.array([0, 1])], "used by `gather`"),
-        (_scanned, "used by `scan`"),
-        (lambda p, x: x @ jax.lax.reshape(p["w"], (4, 4), (1, 0)), "used by `reshape`"),
+        (lambda p, x: x @ _changed(p["w"]), "changed by `scan`"),
+        (lambda p, x: _handed_on(p["w"], x), "returned by `scan`"),
+        (lambda p, x: _while(p["w"], x), "used by `while`"),
+        (lambda p, x: x @ p["w"][:2].repeat(2, 0), "used by `slice`"),
+        (lambda p, x: p["w"].reshape(8, 2)[:, 0] @ x.reshape(8, 2), "used by `slice`"),
         (lambda p, x: jax.debug.callback(lambda w: None, p["w"]), "used by `debug_callback`"),
         (lambda p, x: x @ (p["w"] * 2), "used by `mul`"),
         (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "used by `concatenate`"),
@@ -576,7 +594,7 @@ def _scanned(params, x):
         (lambda p, x: x @ p["w"].astype(jnp.int32), "used by `convert_element_type`"),
         (lambda p, x: x @ p["w"] + p["w"].sum(), "used by `reduce_sum`"),
         (lambda p, x: x @ p["w"] + x @ p["w"].T, "used twice, with different input features"),
-        (lambda p, x: p["w"] @ p["w"], "multiplied by another leaf to prune"),
+        (lambda p, x: p["w"] @ p["w"], "multiplied by another leaf"),
         (lambda p, x: x, "`apply` never multiplies it"),
         (
             lambda p, x: _conv(p["w"][None, None], jnp.ones((1, 1, 2, 2)), (1, 1), "SAME"),
@@ -676,8 +694,127 @@ def test_bad_arguments_of_sparsegpt(arguments):
         sparsegpt(_linear, {"kernel": W}, [X], **amount, **arguments)
 
 
-@pytest.mark.parametrize("function", [post_training.wanda, post_training.sparsegpt])
+@pytest.mark.parametrize("function", [wanda, sparsegpt])
 def test_a_whole_module_is_refused_with_the_fix(function):
     params = {"kernel": jnp.ones((2, 2)), "activation": jax.nn.relu}
     with pytest.raises(ValueError, match=r"equinox\.partition(.|\n)*activation: custom_jvp"):
         function(lambda p, x: x @ p["kernel"], params, [jnp.ones((1, 2))], 0.5)
+# --- stacked layers
+
+
+def _scanned(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])[0]
+
+
+def _unrolled(params, x):
+    for i in range(len(params)):
+        x = jnp.tanh(x @ params[f"{i}"])
+    return x
+
+
+@pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"n_m": (2, 4)}])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_each_layer_of_a_stack_is_pruned_as_a_layer_of_its_own(method, axis, amount):
+    layers, x = _normal(0, 3, 8, 8), [_correlated(1, 40, 8), _correlated(2, 20, 8)]
+    params = {"layers": jnp.moveaxis(layers, 0, axis)}
+
+    def apply(params, x):
+        return _scanned({"layers": jnp.moveaxis(params["layers"], axis, 0)}, x)
+
+    single = {f"{i}": jnp.asarray(layer) for i, layer in enumerate(layers)}
+    pruned, masks = method(apply, params, x, stacked=lambda path, leaf: axis, **amount)
+    alone, wanted = method(_unrolled, single, x, **amount)
+    for i in range(3):
+        np.testing.assert_array_equal(jnp.take(masks["layers"], i, axis), wanted[f"{i}"])
+        got = jnp.take(pruned["layers"], i, axis)
+        np.testing.assert_allclose(got, alone[f"{i}"], rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_of_stacks_shared_weights_and_scans_in_scans():
+    x = _normal(0, 5, 4)
+    params = {"all": _normal(1, 2, 3, 4, 4), "shared": _normal(2, 4, 4)}
+
+    def apply(params, x):
+        def outer(h, layers):
+            h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, layers, reverse=True)
+            return h @ params["shared"], None
+
+        return jax.lax.scan(outer, x, params["all"])[0]
+
+    found = input_statistics(apply, jax.tree.map(jnp.asarray, params), [x])
+    expected, shared, h = np.zeros((6, 4, 4)), np.zeros((4, 4)), x
+    for i in range(2):
+        for j in reversed(range(3)):
+            expected[3 * i + j] = h.T @ h
+            h = np.tanh(h @ params["all"][i, j])
+        shared += h.T @ h
+        h = h @ params["shared"]
+    assert found["all"].arrangement.end == (6, 4, 4)
+    np.testing.assert_allclose(found["all"].value, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["shared"].value[0], shared, rtol=1e-3, atol=1e-4)
+    assert found["all"].rows == 5 and found["shared"].rows == 10
+
+
+def test_weights_used_at_every_step_of_a_sequence_add_up_their_uses():
+    w, x = _normal(0, 4, 4), _normal(1, 6, 3, 4)
+
+    def apply(params, x):
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ params["w"]), h), x[0], x)[1]
+
+    found = input_statistics(apply, {"w": jnp.asarray(w)}, [x])["w"]
+    hidden = np.asarray(apply({"w": w}, x))
+    wanted = np.einsum("tbi,tbj->ij", hidden, hidden)
+    np.testing.assert_allclose(found.value[0], wanted, rtol=1e-4)
+    assert found.rows == 18
+
+
+def test_a_stacked_linen_network_with_convolutions():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Conv(4, (3, 3), name="conv")(x)), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+            x, _ = nn.scan(Block, **options)(name="layers")(x, None)
+            return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+    net = Net()
+    params = net.init(jax.random.key(0), IMAGE)["params"]
+    _, masks = wanda(lambda p, x: net.apply({"params": p}, x), params, [IMAGE], n_m=(2, 4))
+    kernel = np.asarray(masks["layers"]["conv"]["kernel"])
+    assert kernel.shape == (2, 3, 3, 4, 4) and (kernel.sum(axis=3) == 2).all()
+    assert np.asarray(masks["layers"]["conv"]["bias"]).all()
+
+
+def test_stacked_vectors_are_no_kernels_and_stacks_are_compared_with_what_is_found():
+    params = {"layers": jnp.ones((3, 4, 4)), "offsets": jnp.ones((3, 4)), "w": jnp.ones((4, 4))}
+
+    def apply(params, x):
+        def layer(x, p):
+            w, offset = p
+            return x @ w + offset[None], None
+
+        return jax.lax.scan(layer, x, (params["layers"], params["offsets"]))[0] @ params["w"]
+
+    with pytest.raises(ValueError, match=r"\n  offsets: used by `add`(\n|$)"):
+        wanda(apply, params, [X], 0.5)
+    of_stack = lambda path, leaf: None if path == "w" else 0  # noqa: E731
+    _, masks = wanda(apply, params, [X], 0.5, stacked=of_stack)
+    assert masks["offsets"].all() and masks["layers"].sum(axis=1).tolist() == [[2] * 4] * 3
+    with pytest.raises(ValueError, match="`stacked` must name axes that number copies") as error:
+        wanda(
+            apply,
+            params,
+            [X],
+            0.5,
+            prunable=lambda p, x: p in ("w", "layers"),
+            stacked=lambda p, x: 1,
+        )
+    assert str(error.value).splitlines()[1:] == [
+        "  layers: axes (1,), but the copies that `apply` uses are (0,)",
+        "  w: axes (1,), but the copies that `apply` uses are ()",
+    ]

@@ -396,8 +396,8 @@ def test_random_masks_follow_their_seed(tmp_path):
     [
         {"budget": budgets.uniform},
         {"score": scores.random(3), "budget": budgets.erdos_renyi_kernel},
-        {"pattern": patterns.channels(), "budget": budgets.global_budget(0)},
-        {"pattern": patterns.n_m(1, 2), "prunable": None},
+        {"pattern": patterns.channels(axis=-1), "budget": budgets.global_budget(0)},
+        {"pattern": patterns.n_m(1, 2, axis=-2), "prunable": None},
     ],
     ids=["uniform", "random ERK", "channels", "1:2 of one leaf"],
 )

@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "agip, regrowth": ("agip", {"regrow": 0.3}),
     "agip, no average": ("agip", {"decay": None}),
     "magnitude": ("magnitude", {}),
-    "magnitude, 2:4": ("magnitude", {"pattern": patterns.n_m(2, 4), "budget": None}),
+    "magnitude, 2:4": ("magnitude", {"pattern": patterns.n_m(2, 4, axis=-2), "budget": None}),
     "magnitude, blocks": ("magnitude", {"pattern": patterns.blocks((4, 2))}),
     "saliency": ("saliency", {}),
     "random": ("random", {}),

@@ -343,7 +343,7 @@ def test_patterns_hold_for_every_method(name, pattern):
     rule = {
         "2:5": patterns.n_m(2, 5, axis=0),
         "blocks": patterns.blocks((2, 2)),
-        "channels": patterns.channels(),
+        "channels": patterns.channels(axis=-1),
     }[pattern]
     leaf = (lambda path, leaf: path == "b") if pattern == "2:5" else None
     sparsity = 0.6 if pattern == "2:5" else 0.5
@@ -403,7 +403,7 @@ def test_missing_parameters_are_named(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_patterns_that_do_not_fit_are_listed_when_the_optimizer_is_made(name):
-    tx = getattr(jaxprune, name)(0.5, stop=4, pattern=patterns.n_m(3, 7))
+    tx = getattr(jaxprune, name)(0.5, stop=4, pattern=patterns.n_m(3, 7, axis=-2))
     with pytest.raises(ValueError, match=r"(?s)a: .*\n  b: "):
         tx.init(draw(0))
 

@@ -1,13 +1,14 @@
 """What a pattern is, and whether it fits a leaf."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
+from jaxprune.patterns._by_layout import Unfit, axes_of, check_one_way
 
 Shape = tuple[int, ...]
 
@@ -71,29 +72,54 @@ Pattern = NM | Blocks | Channels | None
 PatternRule = Pattern | Callable[[str, Any], Pattern]
 
 
-def n_m(n: int, m: int, axis: int = -2) -> NM:
-    """N:M sparsity: of every `m` consecutive weights along `axis`, `n` are kept.
+@overload
+def n_m(n: int, m: int, axis: int) -> NM: ...
+@overload
+def n_m(n: int, m: int, *, layouts: Mapping[str, Any]) -> Callable[[str, Any], Any]: ...
+def n_m(
+    n: int, m: int, axis: int | None = None, *, layouts: Mapping[str, Any] | None = None
+) -> NM | Callable[[str, Any], Any]:
+    """N:M sparsity: of every `m` consecutive weights along an axis, `n` are kept.
+
+    Hardware with 2:4 sparsity wants groups along the inputs of a kernel, and frameworks store
+    inputs in different places, so there is no default: pass `axis` or `layouts`.
 
     Args:
         n: weights kept in each group, from 1 to `m`.
         m: size of a group, at most 32.
-        axis: of the leaf. -2 is the input of dense and convolution kernels in Flax, along
-            which hardware with 2:4 sparsity wants its groups.
+        axis: of every leaf. -2 is the input of kernels `[..., in, out]`, -1 of `[out, in]`.
+        layouts: from `jaxprune.layouts.find`: groups lie along the last input axis of each leaf.
 
     Returns:
-        A pattern.
+        A pattern for `axis`; for `layouts` a function `(path, leaf) -> pattern`.
 
     Raises:
-        ValueError: if the numbers are out of range or not integers.
+        ValueError: if the numbers are out of range or not integers, or unless one of `axis` and
+            `layouts` is given.
 
     References:
         Mishra et al., Accelerating sparse deep neural networks, arXiv:2104.08378.
 
     Example:
-        >>> n_m(2, 4)
+        >>> n_m(2, 4, axis=-2)
         NM(n=2, m=4, axis=-2)
+        >>> from jaxprune import layouts
+        >>> params = {"weight": jnp.ones((3, 8))}  # [out, in]
+        >>> found = layouts.find(lambda p, x: x @ p["weight"].T, params, jnp.ones(8))
+        >>> n_m(2, 4, layouts=found)("weight", params["weight"])
+        NM(n=2, m=4, axis=-1)
     """
-    return _checked(NM(n, m, axis))
+    check_one_way("n_m(2, 4", "inputs", "-2", axis, layouts)
+    if axis is not None:
+        return _checked(NM(n, m, axis))
+    assert layouts is not None
+    _checked(NM(n, m, -1))
+
+    def rule(path: str, leaf: Any) -> NM | Unfit:
+        inputs = axes_of(layouts, path, "inputs")
+        return inputs if isinstance(inputs, Unfit) else NM(n, m, inputs[-1] - len(leaf.shape))
+
+    return rule
 
 
 def blocks(shape: tuple[int | None, ...], pool: str = "mean") -> Blocks:
@@ -119,25 +145,58 @@ def blocks(shape: tuple[int | None, ...], pool: str = "mean") -> Blocks:
     return _checked(Blocks(tuple(shape) if isinstance(shape, list) else shape, pool))
 
 
-def channels(axis: int = -1, pool: str = "mean") -> Channels:
+@overload
+def channels(axis: int, pool: str = "mean") -> Channels: ...
+@overload
+def channels(*, pool: str = "mean", layouts: Mapping[str, Any]) -> Callable[[str, Any], Any]: ...
+def channels(
+    axis: int | None = None, pool: str = "mean", *, layouts: Mapping[str, Any] | None = None
+) -> Channels | Callable[[str, Any], Any]:
     """Whole slices of a leaf, of any number of dimensions, that fall together.
 
     Args:
-        axis: one slice for each index along this axis: -1 is the output channels of dense and
-            convolution kernels in Flax, -2 their input channels.
+        axis: one slice for each index along this axis of every leaf: -1 is the output channels
+            of kernels `[..., in, out]`, -2 their input channels. There is no default, because
+            frameworks store outputs in different places: pass `axis` or `layouts`.
         pool: how the scores of a slice become one: `"mean"`, `"max"` or `"sum"`.
+        layouts: from `jaxprune.layouts.find`: the slices are the output channels of each leaf.
+            With several output axes, one slice for each of their entries; with copies of a layer,
+            one for each output of each copy.
 
     Returns:
-        A pattern.
+        A pattern for `axis`; for `layouts` a function `(path, leaf) -> pattern`.
 
     Raises:
-        ValueError: if `axis` is not an integer, or `pool` is unknown.
+        ValueError: if `axis` is not an integer, `pool` is unknown, or unless one of `axis` and
+            `layouts` is given.
 
     Example:
-        >>> channels()
+        >>> channels(axis=-1)
         Channels(axis=-1, pool='mean')
+        >>> from jaxprune import layouts
+        >>> params = {"query": jnp.ones((8, 2, 4))}  # [inputs, heads, width]
+        >>> def apply(params, x):
+        ...     return jnp.einsum("nd,dhw->nhw", x, params["query"])
+        >>> found = layouts.find(apply, params, jnp.ones((1, 8)))
+        >>> channels(layouts=found)("query", params["query"])
+        Blocks(shape=(None, 1, 1), pool='mean')
     """
-    return _checked(Channels(axis, pool))
+    check_one_way("channels(", "outputs", "-1", axis, layouts)
+    if axis is not None:
+        return _checked(Channels(axis, pool))
+    assert layouts is not None
+    _checked(Channels(-1, pool))
+
+    def rule(path: str, leaf: Any) -> Channels | Blocks | Unfit:
+        outputs = axes_of(layouts, path, "outputs")
+        if isinstance(outputs, Unfit):
+            return outputs
+        own, dimensions = {*outputs, *layouts[path].copies}, len(leaf.shape)
+        if len(own) == 1:
+            return Channels(outputs[0] - dimensions, pool)
+        return Blocks(tuple(1 if axis in own else None for axis in range(dimensions)), pool)
+
+    return rule
 
 
 def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
@@ -155,9 +214,9 @@ def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
 
     Example:
         >>> leaves = {"stem/kernel": jnp.zeros((3, 8)), "head/kernel": jnp.zeros((8, 2))}
-        >>> patterns_of(leaves, lambda path, leaf: n_m(2, 4) if "head" in path else None)
+        >>> patterns_of(leaves, lambda path, leaf: n_m(2, 4, axis=-2) if "head" in path else None)
         [None, NM(n=2, m=4, axis=-2)]
-        >>> patterns_of(leaves, n_m(2, 4))
+        >>> patterns_of(leaves, n_m(2, 4, axis=-2))
         Traceback (most recent call last):
         ...
         ValueError: each leaf must fit its pattern; exclude a leaf with `prunable`, or ...
@@ -201,9 +260,9 @@ def unit_shape(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) ->
         ValueError: if the pattern does not fit the shape.
 
     Example:
-        >>> unit_shape(blocks((4, 4)), (3, 10, 8)), unit_shape(channels(), (3, 3, 16, 32))
+        >>> unit_shape(blocks((4, 4)), (3, 10, 8)), unit_shape(channels(axis=-1), (3, 3, 16, 32))
         ((3, 3, 2), (1, 1, 1, 32))
-        >>> unit_shape(n_m(2, 4), (8, 5)), unit_shape(None, (8, 5))
+        >>> unit_shape(n_m(2, 4, axis=-2), (8, 5)), unit_shape(None, (8, 5))
         ((2, 5), (8, 5))
         >>> unit_shape(channels(), (12, 16, 32), stacked=(0,))
         (12, 1, 32)
@@ -243,6 +302,8 @@ def _argument_fault(pattern: Any) -> str:
                 )
         case Channels():
             pass
+        case Unfit(reason):
+            return reason
         case _:
             return f"the pattern must be {_WANTED}, but is {pattern!r}"
     if not isinstance(pattern, Blocks) and not is_int(pattern.axis):

@@ -16,7 +16,7 @@ def n_m_mask(
     scores: jax.Array,
     n: int | jax.Array,
     m: int,
-    axis: int = -2,
+    axis: int,
     among: jax.Array | None = None,
 ) -> jax.Array:
     """Keeps the `n` largest scores of every `m` consecutive ones along an axis.

@@ -4,15 +4,18 @@
 found in its jaxpr, so models need no hooks: Linen, NNX, Equinox and plain functions work alike.
 """
 
-from jaxprune.post_training._inputs import gram, input_statistics, squared_norms
-from jaxprune.post_training._interpreter import InputStatistics
-from jaxprune.post_training._layouts import Layout, from_matrices, to_matrices
+from jaxprune.post_training._inputs import (
+    InputStatistics,
+    gram,
+    input_statistics,
+    squared_norms,
+)
+from jaxprune.post_training._matrices import from_matrices, to_matrices
 from jaxprune.post_training._sparsegpt import sparsegpt
 from jaxprune.post_training._wanda import wanda
 
 __all__ = [
     "InputStatistics",
-    "Layout",
     "from_matrices",
     "gram",
     "input_statistics",

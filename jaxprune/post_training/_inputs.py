@@ -2,15 +2,46 @@
 
 import collections
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune import trees
-from jaxprune.post_training._interpreter import Apply, InputStatistics, capture_batch
+from jaxprune import layouts, trees
+from jaxprune.post_training._products import rows_of_features
 
-__all__ = ["gram", "input_statistics", "not_finite", "squared_norms"]
+__all__ = [
+    "Apply",
+    "InputStatistics",
+    "gram",
+    "input_statistics",
+    "not_finite",
+    "prunable_kernels",
+    "squared_norms",
+]
+
+Apply = Callable[[Any, Any], Any]
+
+
+class InputStatistics(NamedTuple):
+    """What the calibration data say about the inputs of one kernel.
+
+    Args:
+        value: sum over all rows of the statistic: float32 [groups, features, features] for
+            `gram`, [groups, features] for `squared_norms`.
+        rows: number of rows: examples, times positions in sequences and images.
+        arrangement: how the kernel becomes [groups, features, outputs].
+
+    Example:
+        >>> params, x = {"kernel": jnp.ones((5, 2))}, jnp.ones((3, 2))
+        >>> found = input_statistics(lambda p, x: x @ p["kernel"].T, params, [x])["kernel"]
+        >>> found.rows, found.arrangement.end
+        (3, (1, 2, 5))
+    """
+
+    value: jax.Array
+    rows: int
+    arrangement: layouts.Arrangement
 
 
 def gram(inputs: jax.Array) -> jax.Array:
@@ -52,15 +83,17 @@ def input_statistics(
     *,
     statistic: Callable[[jax.Array], jax.Array] = gram,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
 ) -> dict[str, InputStatistics]:
     """Runs calibration data through a model and sums a statistic of the inputs of every kernel.
 
     Supported are the kernels of `dot_general` (any contracting and batch dimensions) and
     `conv_general_dilated` (any strides, padding, dilation and groups), behind casts,
-    transpositions and reshapes, also inside `jit`, `remat` and custom derivatives. Features are
-    in the order of `kernel.reshape(features, outputs)` for kernels (in, out) and (height, width,
-    in, out); kernels stored in another order are brought into this one by `layout`. The uses of a
-    leaf that is used more than once add up.
+    transpositions and reshapes, also inside `jit`, `remat`, custom derivatives and scans. Features
+    are in the order of `kernel.reshape(features, outputs)` for kernels (in, out) and (height,
+    width, in, out); kernels stored in another order are brought into this one by `arrangement`.
+    Stacked layers that a scan runs over are groups, each with the inputs of its own layer. The
+    uses of a leaf that is used more than once add up.
 
     Memory: a convolution writes its patches, height x width times its input, for one batch at a
     time; make batches smaller if that is too much.
@@ -73,14 +106,18 @@ def input_statistics(
         statistic: function of one layer's inputs, float32 [groups, rows, features], to an array
             that is summed over batches: `gram` or `squared_norms`.
         prunable: which leaves to capture, see `trees.prunable_flags`.
+        stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
+            copies of a layer. They are found without it; given, it is compared with what is found,
+            and its axes do not count as dimensions when `prunable` is None.
 
     Returns:
         Dict from leaf path to `InputStatistics`, in the order in which `apply` uses the leaves.
 
     Raises:
         TypeError: if `batches` is a single array.
-        ValueError: lists every leaf that `apply` uses in another way or never, and every leaf
-            whose inputs are not finite; or if there is no batch.
+        ValueError: lists every leaf that `apply` uses in another way or never, every leaf whose
+            `stacked` axes are no copies, and every leaf whose inputs are not finite; or if there
+            is no batch.
 
     Example:
         >>> def apply(params, x):
@@ -103,8 +140,8 @@ def input_statistics(
         "`params` must hold arrays only; take the rest out of the tree (`nnx.split`, "
         "`equinox.partition`):",
     )
-    flags = trees.prunable_flags(params, prunable)
-    capture = jax.jit(lambda params, batch: capture_batch(apply, params, batch, flags, statistic))
+    flags = prunable_kernels(params, prunable, stacked)
+    capture = jax.jit(lambda params, batch: _capture_batch(apply, params, batch, flags, statistic))
     found: dict[str, InputStatistics] = {}
     values: dict[str, jax.Array] = {}
     rows = collections.Counter()  # on the host, where it cannot overflow
@@ -115,21 +152,90 @@ def input_statistics(
         rows.update({path: int(inputs.rows) for path, inputs in found.items()})
     if not found:
         raise ValueError("`batches` is empty; pass at least one batch of calibration data.")
+    _check_stacked(params, stacked, found)
     trees.raise_for(
         not_finite(values),
         "`batches`: the inputs of these leaves are not finite, or their squares overflow; check "
         "the calibration data and the parameters:",
     )
     return {
-        path: InputStatistics(values[path], rows[path], inputs.layout)
+        path: InputStatistics(values[path], rows[path], inputs.arrangement)
         for path, inputs in found.items()
     }
+
+
+def prunable_kernels(
+    params: Any, prunable: trees.Prunable, stacked: trees.Stacked
+) -> tuple[bool, ...]:
+    """Decides for each leaf whether it is pruned; by default, not vectors that are stacked."""
+    flags = trees.prunable_flags(params, prunable)
+    if prunable is not None:
+        return flags
+    return tuple(
+        flag and jnp.ndim(leaf) - len(trees.stacked_axes(path, leaf, stacked)) >= 2
+        for (path, leaf), flag in zip(trees.leaves_with_paths(params), flags, strict=True)
+    )
+
+
+def _check_stacked(params: Any, stacked: trees.Stacked, found: dict[str, InputStatistics]) -> None:
+    """Raises for leaves whose copies are others than those that the products show."""
+    problems = []
+    for path, leaf in trees.leaf_by_path(params).items() if stacked else ():
+        if path in found:
+            shown = getattr(found[path].arrangement.layout, "copies", ())
+            said = trees.stacked_axes(path, leaf, stacked)
+            if not set(said) <= set(shown):
+                problems.append(
+                    f"{path}: axes {said}, but the copies that `apply` uses are {shown}"
+                )
+    trees.raise_for(
+        problems,
+        "`stacked` must name axes that number copies of a kernel; change it, or leave it out, "
+        "since they are found without it:",
+    )
 
 
 def not_finite(leaves: dict[str, Any]) -> list[str]:
     """The paths of arrays that hold NaN or infinities."""
     finite = jax.device_get(_finite(leaves))
     return [path for path in leaves if not finite[path]]
+
+
+def _capture_batch(
+    apply: Apply,
+    params: Any,
+    batch: Any,
+    flags: tuple[bool, ...],
+    statistic: Callable[[jax.Array], jax.Array],
+) -> dict[str, InputStatistics]:
+    """The statistics of one batch, in the order of use; can be traced."""
+
+    def take(
+        equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
+    ) -> tuple[jax.Array, int]:
+        inputs = rows_of_features(equation, other, shape, side)
+        return statistic(inputs), inputs.shape[1]
+
+    leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
+
+    def call(leaves: dict[str, Any], batch: Any) -> Any:
+        return apply(treedef.unflatten(list(leaves.values())), batch)
+
+    wanted = [path for path, flag in zip(leaves, flags, strict=True) if flag]
+    found = layouts.capture(call, leaves, batch, wanted, take)
+    bad = {path for path, _ in found.problems}
+    unused = [path for path in wanted if path not in found.uses and path not in bad]
+    reasons = {f"{path}: {reason}" for path, reason in found.problems}
+    trees.raise_for(
+        sorted(reasons | {f"{path}: `apply` never multiplies it" for path in unused}),
+        "each pruned leaf must be the kernel of products or convolutions and nothing else; exclude "
+        "these with `prunable`:",
+    )
+    # An OrderedDict: `jit` returns a plain dict sorted.
+    return collections.OrderedDict(
+        (path, InputStatistics(*found.sums[path], arrangement))
+        for path, arrangement in found.uses.items()
+    )
 
 
 # One compilation for all leaves.

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import patterns, trees
-from jaxprune.post_training._inputs import input_statistics, not_finite
-from jaxprune.post_training._interpreter import Apply, InputStatistics
+from jaxprune.post_training._inputs import (
+    Apply,
+    InputStatistics,
+    input_statistics,
+    not_finite,
+)
 
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
@@ -27,6 +31,7 @@ def prune_layers(
     statistic: Callable[[jax.Array], jax.Array],
     n_m: NM | None,
     prunable: trees.Prunable,
+    stacked: trees.Stacked,
     sequential: bool,
 ) -> tuple[Any, Any]:
     """Prunes every prunable leaf from the statistic of its inputs: parameters and masks."""
@@ -34,7 +39,12 @@ def prune_layers(
     batches = batches if isinstance(batches, jax.Array | np.ndarray) else list(batches)
     # Nothing is computed here: which leaves, in which order, in which layout.
     plan = input_statistics(
-        apply, params, batches[:1], statistic=lambda inputs: jnp.zeros(()), prunable=prunable
+        apply,
+        params,
+        batches[:1],
+        statistic=lambda inputs: jnp.zeros(len(inputs)),
+        prunable=prunable,
+        stacked=stacked,
     )
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
     masks = {path: jnp.asarray(np.ones(jnp.shape(leaf), bool)) for path, leaf in leaves.items()}
@@ -77,7 +87,7 @@ def check_amount(sparsity: float | None, n_m: NM | None) -> None:
     if n_m is not None:
         if not isinstance(n_m, tuple) or len(n_m) != 2:
             raise ValueError(f"`n_m` must be a tuple (n, m), but is {n_m!r}.")
-        patterns.n_m(*n_m)  # raises if the numbers are out of range
+        patterns.n_m(*n_m, axis=-2)  # raises if the numbers are out of range
 
 
 def _check_leaves(leaves: dict[str, Any], plan: dict[str, InputStatistics], n_m: NM | None) -> None:
@@ -86,7 +96,7 @@ def _check_leaves(leaves: dict[str, Any], plan: dict[str, InputStatistics], n_m:
         not_finite({path: leaves[path] for path in plan}),
         "`params`: these leaves are not finite:",
     )
-    features = {path: inputs.layout.end[1] for path, inputs in plan.items()}
+    features = {path: inputs.arrangement.end[1] for path, inputs in plan.items()}
     if n_m is not None:
         trees.raise_for(
             [f"{path}: {size} features" for path, size in features.items() if size % n_m[1]],

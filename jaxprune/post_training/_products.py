@@ -1,10 +1,4 @@
-"""Products and convolutions as rows of input features times a matrix, in the layout of both.
-
-Each reader takes the parameters of an equation, the operand that is not the kernel, the shape of
-the kernel and its side (0 left, 1 right). It returns the steps that bring the kernel into
-matrices [groups, features, outputs] and the inputs as [groups, rows, features]; or the reason why
-it cannot.
-"""
+"""The inputs of a kernel: the other operand of its product, as rows of features."""
 
 import math
 from typing import Any
@@ -13,53 +7,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["READERS"]
+__all__ = ["rows_of_features"]
 
-Step = tuple[tuple[int, ...], tuple[int, ...]]  # permutation, then shape
-Reading = tuple[list[Step], jax.Array]
+
+def rows_of_features(
+    equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
+) -> jax.Array:
+    """The inputs of a kernel, float32 [groups, rows, features], in the order of its matrices.
+
+    `shape` is that of the kernel in the equation and `side` its place: 0 left, 1 right.
+    """
+    kind = {"dot_general": _product, "conv_general_dilated": _convolution}
+    inputs = kind[equation.primitive.name](equation.params, other, shape, side)
+    return inputs.astype(jnp.float32)
 
 
 def _product(
     parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...], side: int
-) -> Reading | str:
-    """`dot_general`: contracting axes are features, batch axes groups, what is left outputs."""
+) -> jax.Array:
+    """`dot_general`: contracting axes are features, batch axes groups, what is left rows."""
     contracting, batch = parameters["dimension_numbers"]
     # Features in the order of the kernel's axes, whatever the order in the equation.
-    pairs = sorted(zip(contracting[side], contracting[1 - side], strict=True))
-    features, other_features = [a for a, _ in pairs], [a for _, a in pairs]
-    groups, other_groups = list(batch[side]), list(batch[1 - side])
-    outputs = [a for a in range(len(shape)) if a not in (*features, *groups)]
-    rows = [a for a in range(other.ndim) if a not in (*other_features, *other_groups)]
-
-    sizes = tuple(math.prod(shape[a] for a in axes) for axes in (groups, features, outputs))
-    count = math.prod(other.shape[a] for a in rows)
-    inputs = other.transpose(*other_groups, *rows, *other_features)
-    steps = [((*groups, *features, *outputs), sizes)]
-    return steps, inputs.reshape(sizes[0], count, sizes[1]).astype(jnp.float32)
+    features = [a for _, a in sorted(zip(contracting[side], contracting[1 - side], strict=True))]
+    groups = list(batch[1 - side])
+    rows = [a for a in range(other.ndim) if a not in (*features, *groups)]
+    sizes = [math.prod(other.shape[a] for a in axes) for axes in (groups, rows, features)]
+    return other.transpose(*groups, *rows, *features).reshape(sizes)
 
 
 def _convolution(
     parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...], side: int
-) -> Reading | str:
+) -> jax.Array:
     """`conv_general_dilated`: features are window positions, row-major, times input channels."""
-    if side == 0:
-        return "is the image of a convolution, not its kernel"
-    if parameters["batch_group_count"] != 1:
-        return "is the kernel of a convolution with `batch_group_count`"
+    del side
     image, kernel, _ = parameters["dimension_numbers"]  # each: batch or output, channels, spatial
     groups = parameters["feature_group_count"]
     window = tuple(shape[axis] for axis in kernel[2:])
-    channels, outputs = shape[kernel[1]], shape[kernel[0]] // groups
-    features = math.prod(window) * channels
-
+    channels = shape[kernel[1]]
     patches = _patches(other.transpose(image[0], *image[2:], image[1]), window, parameters)
     patches = patches.reshape(-1, math.prod(window), groups, channels).transpose(2, 0, 1, 3)
-    # The groups are consecutive runs of the output channels.
-    steps = [
-        ((*kernel[2:], kernel[1], kernel[0]), (features, groups, outputs)),
-        ((1, 0, 2), (groups, features, outputs)),
-    ]
-    return steps, patches.reshape(groups, -1, features).astype(jnp.float32)
+    return patches.reshape(groups, -1, math.prod(window) * channels)
 
 
 def _patches(image: jax.Array, window: tuple[int, ...], parameters: dict[str, Any]) -> jax.Array:
@@ -81,6 +68,3 @@ def _patches(image: jax.Array, window: tuple[int, ...], parameters: dict[str, An
         begin, end = (0, *start, 0), (image.shape[0], *(start + spans), image.shape[-1])
         taps.append(jax.lax.slice(image, begin, end, (1, *strides, 1)))
     return jnp.stack(taps, axis=-2)
-
-
-READERS = {"dot_general": _product, "conv_general_dilated": _convolution}

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import budgets, patterns, trees
-from jaxprune.post_training._inputs import gram
-from jaxprune.post_training._interpreter import Apply, InputStatistics
+from jaxprune.post_training._inputs import Apply, InputStatistics, gram
 from jaxprune.post_training._layers import NM, check_amount, largest, prune_layers
-from jaxprune.post_training._layouts import from_matrices, to_matrices
+from jaxprune.post_training._matrices import from_matrices, to_matrices
 
 __all__ = ["sparsegpt"]
 
@@ -23,6 +22,7 @@ def sparsegpt(
     sparsity: float | None = None,
     *,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
     n_m: NM | None = None,
     block: int = 128,
     damping: float = 0.01,
@@ -52,13 +52,16 @@ def sparsegpt(
         sparsity: fraction of the weights of each block to set to zero, in [0, 1).
         prunable: which leaves are pruned, see `trees.prunable_flags`. Each must be the kernel of
             products or convolutions; embeddings that are looked up are not.
+        stacked: see `input_statistics`. Each copy of a stacked layer is pruned as a layer of its
+            own, with the inputs that it sees, whether this is given or not.
         n_m: in place of `sparsity`: (n, m) keeps n of every m consecutive input features of each
             output, chosen when the sweep reaches them. For convolutions these are input channels
             of one window position, where m divides their number.
         block: input features that are compared with each other, and swept before the rest is
             updated. A multiple of m.
         damping: share of the mean of the Hessian's diagonal that is added to it, above 0.
-        sequential: whether each layer sees the inputs of the model as pruned so far.
+        sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
+            a stack are one leaf, and see each other as they were.
 
     Returns:
         The pruned and corrected parameters and the masks, a tree of bools like `params`.
@@ -96,6 +99,7 @@ def sparsegpt(
         statistic=gram,
         n_m=n_m,
         prunable=prunable,
+        stacked=stacked,
         sequential=sequential,
     )
 
@@ -118,10 +122,10 @@ def _prune(
         factor = _factor(hessian + jnp.diag(dead.astype(hessian.dtype)), damping)
         return _sweep(matrix, factor, sparsity=sparsity, n_m=n_m, block=block)
 
-    matrices = to_matrices(leaf, inputs.layout).astype(jnp.float32)
+    matrices = to_matrices(leaf, inputs.arrangement).astype(jnp.float32)
     pruned, masks = jax.vmap(one)(matrices, 2 / inputs.rows * inputs.value)
-    pruned = from_matrices(pruned, inputs.layout).astype(leaf.dtype)
-    return pruned, from_matrices(masks, inputs.layout)
+    pruned = from_matrices(pruned, inputs.arrangement).astype(leaf.dtype)
+    return pruned, from_matrices(masks, inputs.arrangement)
 
 
 def _factor(hessian: jax.Array, damping: jax.Array | float) -> jax.Array:

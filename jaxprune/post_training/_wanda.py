@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import budgets, patterns, trees
-from jaxprune.post_training._inputs import squared_norms
-from jaxprune.post_training._interpreter import Apply, InputStatistics
+from jaxprune.post_training._inputs import Apply, InputStatistics, squared_norms
 from jaxprune.post_training._layers import NM, check_amount, largest, prune_layers
-from jaxprune.post_training._layouts import from_matrices, to_matrices
+from jaxprune.post_training._matrices import from_matrices, to_matrices
 
 __all__ = ["wanda"]
 
@@ -23,6 +22,7 @@ def wanda(
     sparsity: float | None = None,
     *,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
     n_m: NM | None = None,
     sequential: bool = False,
 ) -> tuple[Any, Any]:
@@ -45,10 +45,13 @@ def wanda(
         sparsity: fraction of the weights of each output to set to zero, in [0, 1).
         prunable: which leaves are pruned, see `trees.prunable_flags`. Each must be the kernel of
             products or convolutions; embeddings that are looked up are not.
+        stacked: see `input_statistics`. Each copy of a stacked layer is pruned as a layer of its
+            own, with the inputs that it sees, whether this is given or not.
         n_m: in place of `sparsity`: (n, m) keeps n of every m consecutive input features of each
             output. For convolutions these are input channels
             of one window position, where m divides their number.
-        sequential: whether each layer sees the inputs of the model as pruned so far.
+        sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
+            a stack are one leaf, and see each other as they were.
 
     Returns:
         The pruned parameters and the masks, a tree of bools like `params`.
@@ -79,6 +82,7 @@ def wanda(
         statistic=squared_norms,
         n_m=n_m,
         prunable=prunable,
+        stacked=stacked,
         sequential=sequential,
     )
 
@@ -88,7 +92,7 @@ def _prune(
     leaf: jax.Array, inputs: InputStatistics, *, sparsity: float | None, n_m: NM | None
 ) -> tuple[jax.Array, jax.Array]:
     """One leaf and its mask."""
-    matrices = to_matrices(leaf, inputs.layout).astype(jnp.float32)
+    matrices = to_matrices(leaf, inputs.arrangement).astype(jnp.float32)
     scores = jnp.abs(matrices) * jnp.sqrt(inputs.value)[:, :, None]
     if n_m is None:
         keep = budgets.keep_count(matrices.shape[1], sparsity or 0.0)
@@ -96,5 +100,5 @@ def _prune(
         masks = jax.vmap(of_outputs)(scores)
     else:
         masks = patterns.n_m_mask(scores, *n_m, axis=-2)
-    mask = from_matrices(masks, inputs.layout)
+    mask = from_matrices(masks, inputs.arrangement)
     return jnp.where(mask, leaf, jnp.zeros_like(leaf)), mask

@@ -13,8 +13,6 @@ __all__ = [
     "Budget",
     "BudgetRule",
     "custom",
-    "erdos_renyi",
-    "erdos_renyi_kernel",
     "global_budget",
     "keep_count",
     "uniform",
@@ -106,13 +104,13 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
         raise ValueError(f"`floor` must lie in [0, 1], but is {floor!r}.")
 
     def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-        sizes = _sizes(shapes)
+        sizes = sizes_of(shapes)
         everything = sum(sizes.values())
         total = keep_count(everything, sparsity)
         floors = tuple(max(1, math.floor(floor * total * n / everything)) for n in sizes.values())
         if sum(floors) > total:
             trees.raise_for(
-                _smallest(sizes),
+                smallest(sizes),
                 f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than the "
                 f"{sum(floors)} that the floors of {len(sizes)} leaves need. Lower `sparsity` or "
                 "`floor`, or exclude small leaves with `prunable`. The smallest are:",
@@ -120,72 +118,6 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
         return Budget(total, floors)
 
     return rule
-
-
-def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """The Erdos-Renyi distribution: the more inputs and outputs a layer has, the sparser it is.
-
-    The density of a leaf is proportional to `(n_in + n_out) / (n_in * n_out)`, with the last
-    two dimensions as `n_in` and `n_out`. Leaves whose density would exceed 1 stay dense, and
-    the others share what is left. The counts are exact: a count that is not an integer is
-    rounded by largest remainder, ties to the earlier leaf, and every leaf keeps at least one
-    weight. A vector counts as `n_in = 1`, a scalar as `n_in = n_out = 1`.
-
-    Args:
-        shapes: shapes of the pruned leaves by path, in flattening order.
-        sparsity: fraction to prune, in [0, 1).
-
-    Returns:
-        A `Budget` whose floors add up to its total.
-
-    Raises:
-        ValueError: if not even one weight can stay in each leaf.
-
-    Example:
-        >>> erdos_renyi({"a": (100, 100), "b": (100, 10), "c": (10, 10)}, 0.5)
-        Budget(total=5550, floors=(4450, 1000, 100))
-
-    References:
-        D. C. Mocanu, E. Mocanu, P. Stone, P. H. Nguyen, M. Gibescu, A. Liotta, Scalable Training
-        of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by Network
-        Science, arXiv:1707.04780.
-    """
-
-    def rate(shape: Shape) -> int:
-        n_in, n_out = (1, 1, *shape)[-2:]
-        return math.prod(shape[:-2]) * (n_in + n_out)
-
-    return _in_proportion([rate(shape) for shape in shapes.values()], shapes, sparsity)
-
-
-def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """The Erdos-Renyi-kernel distribution: `erdos_renyi` with the size of the kernel counted in.
-
-    The density of a leaf is proportional to the sum of its dimensions divided by their product:
-    `(n_in + n_out + width + height) / (n_in * n_out * width * height)` for a convolution.
-    Everything else is as in `erdos_renyi`; matrices get the same as there if there is nothing
-    but matrices. A scalar counts as a vector of one weight.
-
-    Args:
-        shapes: shapes of the pruned leaves by path, in flattening order.
-        sparsity: fraction to prune, in [0, 1).
-
-    Returns:
-        A `Budget` whose floors add up to its total.
-
-    Raises:
-        ValueError: if not even one weight can stay in each leaf.
-
-    Example:
-        >>> erdos_renyi_kernel({"1x1": (1, 1, 64, 64), "3x3": (3, 3, 64, 64)}, 0.9)
-        Budget(total=4096, floors=(2017, 2079))
-
-    References:
-        U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, Rigging the Lottery: Making All
-        Tickets Winners, arXiv:1911.11134.
-    """
-    rates = [sum(shape) if shape else 1 for shape in shapes.values()]
-    return _in_proportion(rates, shapes, sparsity)
 
 
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
@@ -228,7 +160,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         own = _of_copies(given, shapes)
         _check_paths(own, shapes)
-        sizes = _sizes(shapes)
+        sizes = sizes_of(shapes)
         most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
         pruned = sum(sizes.values()) - keep_count(sum(sizes.values()), sparsity)
         if pruned and len(own) == len(sizes) and _is_mean(sparsity, own, sizes):
@@ -236,7 +168,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         elif pruned > sum(most):
             _raise_unreachable(sparsity, own, sizes, sum(most))
         else:
-            gone = _round(_fill(list(sizes.values()), [0] * len(most), most, pruned), pruned)
+            gone = rounded(fill(list(sizes.values()), [0] * len(most), most, pruned), pruned)
         floors = tuple(n - k for n, k in zip(sizes.values(), gone, strict=True))
         return Budget(sum(floors), floors)
 
@@ -259,34 +191,18 @@ def _decimal(sparsity: float) -> Fraction:
     return Fraction(str(float(sparsity)))
 
 
-def _sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
+def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Number of weights of each leaf, by path."""
     return {path: math.prod(shape) for path, shape in shapes.items()}
 
 
-def _smallest(sizes: Mapping[str, int], count: int = 8) -> list[str]:
+def smallest(sizes: Mapping[str, int], count: int = 8) -> list[str]:
     """The lines of an error that name the smallest leaves."""
     first = sorted(sizes, key=lambda path: sizes[path])[:count]
     return [f"{path}: size {sizes[path]}" for path in first]
 
 
-def _in_proportion(rates: list[int], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """Kept counts proportional to `rates`, between one weight and all of a leaf."""
-    sizes = _sizes(shapes)
-    everything = sum(sizes.values())
-    total = keep_count(everything, sparsity)
-    if total < len(sizes):
-        trees.raise_for(
-            _smallest(sizes),
-            f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than one for "
-            f"each of {len(sizes)} leaves. Lower `sparsity`, or exclude small leaves with "
-            "`prunable`. The smallest are:",
-        )
-    shares = _fill(rates, [1] * len(sizes), list(sizes.values()), total)
-    return Budget(total, tuple(_round(shares, total)))
-
-
-def _fill(
+def fill(
     rates: Sequence[int], least: Sequence[int], most: Sequence[int], total: int
 ) -> list[Fraction]:
     """Solves `sum(clip(level * rates, least, most)) = total`, and returns the summands.
@@ -315,7 +231,7 @@ def _fill(
     return [Fraction(part, level.denominator) for part in scaled(level)]
 
 
-def _round(shares: Sequence[Fraction], total: int) -> list[int]:
+def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
     """Integers that add up to `total`, by largest remainder, ties to the lower index."""
     counts = [math.floor(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
@@ -349,7 +265,7 @@ def _raise_unreachable(
     highest = math.floor(Fraction(most * 10**4, everything)) / 10**4
     capped = [f"{path}: {own[path]} of {sizes[path]} weights" for path in own]
     trees.raise_for(
-        capped or _smallest(sizes),
+        capped or smallest(sizes),
         f"`sparsity` {sparsity} cannot be reached: with these sparsities of single leaves it is "
         f"at most {highest}. Lower `sparsity`, raise them, or leave leaves out of `sparsities`:",
     )

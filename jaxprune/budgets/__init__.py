@@ -1,0 +1,23 @@
+"""How many weights stay: in all, and at least in each leaf. Exact integers, on the host."""
+
+from jaxprune.budgets._erdos_renyi import by_layout, erdos_renyi, erdos_renyi_kernel
+from jaxprune.budgets._rules import (
+    Budget,
+    BudgetRule,
+    custom,
+    global_budget,
+    keep_count,
+    uniform,
+)
+
+__all__ = [
+    "Budget",
+    "BudgetRule",
+    "by_layout",
+    "custom",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    "global_budget",
+    "keep_count",
+    "uniform",
+]

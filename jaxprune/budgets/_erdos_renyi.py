@@ -1,0 +1,203 @@
+"""Erdos-Renyi budgets, which depend on what the dimensions of a kernel are."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxprune import trees
+from jaxprune.budgets._rules import (
+    Budget,
+    BudgetRule,
+    Shape,
+    fill,
+    keep_count,
+    rounded,
+    sizes_of,
+    smallest,
+)
+
+__all__ = ["by_layout", "erdos_renyi", "erdos_renyi_kernel"]
+
+# The largest window of a convolution that is recognised by its shape.
+_MAX_WINDOW = 31
+
+
+def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """The Erdos-Renyi distribution: the more inputs and outputs a layer has, the sparser it is.
+
+    The density of a leaf is proportional to `(n_in + n_out) / (n_in * n_out)`. Leaves whose density
+    would exceed 1 stay dense, and the others share what is left. The counts are exact: a count
+    that is not an integer is rounded by largest remainder, ties to the earlier leaf, and every leaf
+    keeps at least one weight.
+
+    A matrix has its dimensions as `n_in` and `n_out`, in either order. A vector counts as
+    `n_in = 1`, a scalar as `n_in = n_out = 1`. A leaf of four dimensions is the kernel of a
+    convolution, its window first or last, if only one of these ends can be one: two equal sizes,
+    or two of which one is 1, up to 31. `by_layout` says what all other leaves are.
+
+    Args:
+        shapes: shapes of the pruned leaves by path, in flattening order.
+        sparsity: fraction to prune, in [0, 1).
+
+    Returns:
+        A `Budget` whose floors add up to its total.
+
+    Raises:
+        ValueError: if not even one weight can stay in each leaf; lists every leaf whose inputs and
+            outputs would have to be guessed.
+
+    Example:
+        >>> erdos_renyi({"a": (100, 100), "b": (100, 10), "c": (10, 10)}, 0.5)
+        Budget(total=5550, floors=(4450, 1000, 100))
+
+    References:
+        D. C. Mocanu, E. Mocanu, P. Stone, P. H. Nguyen, M. Gibescu, A. Liotta, Scalable Training
+        of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by Network
+        Science, arXiv:1707.04780.
+    """
+
+    def rate(kernel: Shape) -> int:
+        n_in, n_out = (1, 1, *kernel)[-2:]
+        return math.prod(kernel[:-2]) * (n_in + n_out)
+
+    return _in_proportion(_rates(rate, shapes, "erdos_renyi"), shapes, sparsity)
+
+
+def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """The Erdos-Renyi-kernel distribution: `erdos_renyi` with the size of the kernel counted in.
+
+    The density of a leaf is proportional to the sum of its dimensions divided by their product:
+    `(n_in + n_out + width + height) / (n_in * n_out * width * height)` for a convolution.
+    Everything else is as in `erdos_renyi`, but for convolutions either end may be the window;
+    matrices get the same as there if there is nothing but matrices. A scalar counts as a vector of
+    one weight.
+
+    Args:
+        shapes: shapes of the pruned leaves by path, in flattening order.
+        sparsity: fraction to prune, in [0, 1).
+
+    Returns:
+        A `Budget` whose floors add up to its total.
+
+    Raises:
+        ValueError: if not even one weight can stay in each leaf; lists every leaf whose dimensions
+            would have to be guessed.
+
+    Example:
+        >>> erdos_renyi_kernel({"1x1": (1, 1, 64, 64), "3x3": (3, 3, 64, 64)}, 0.9)
+        Budget(total=4096, floors=(2017, 2079))
+
+    References:
+        U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, Rigging the Lottery: Making All
+        Tickets Winners, arXiv:1911.11134.
+    """
+
+    def rate(kernel: Shape) -> int:
+        return sum(kernel) if kernel else 1
+
+    return _in_proportion(_rates(rate, shapes, "erdos_renyi_kernel"), shapes, sparsity)
+
+
+def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
+    """A budget rule that sees every leaf as `(*positions, inputs, outputs)`.
+
+    Several input or output axes, such as heads and width of attention, count as one of their
+    product. Layouts are those of whole leaves: copies of stacked layers, whose paths end in their
+    number, are looked up by the path of their stack. A leaf of two dimensions at most that has no
+    layout, such as a table that is looked up, keeps its shape.
+
+    Args:
+        rule: `erdos_renyi`, `erdos_renyi_kernel` or another function `(shapes, sparsity) ->
+            Budget`.
+        layouts: from `jaxprune.layouts.find`.
+
+    Returns:
+        A function `(shapes, sparsity) -> Budget`.
+
+    Raises:
+        ValueError: from the returned function, lists every leaf of three dimensions or more
+            without a layout, and every leaf with another number of dimensions than its layout has
+            for one copy.
+
+    Example:
+        >>> from jaxprune.layouts import Layout
+        >>> layouts = {"query": Layout(inputs=(0,), outputs=(1, 2))}
+        >>> shapes = {"query": (64, 4, 16), "out": (64, 64)}
+        >>> by_layout(erdos_renyi_kernel, layouts)(shapes, 0.5)
+        Budget(total=4096, floors=(2048, 2048))
+    """
+
+    def of_kernels(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+        kernels = {path: _kernel(path, shape, layouts) for path, shape in shapes.items()}
+        problems = [
+            f"{p}: shape {shapes[p]}, {k}" for p, k in kernels.items() if isinstance(k, str)
+        ]
+        trees.raise_for(
+            problems,
+            "`layouts` must say what the dimensions of each leaf are; find layouts from the tree "
+            "that is pruned, name the axes of copies with `stacked=layouts.stacked`, or exclude "
+            "these leaves with `prunable`:",
+        )
+        return rule({path: k for path, k in kernels.items() if not isinstance(k, str)}, sparsity)
+
+    return of_kernels
+
+
+class _Kernel(tuple[int, ...]):
+    """A shape that is known to be `(*positions, inputs, outputs)`."""
+
+
+def _kernel(path: str, shape: Shape, layouts: Mapping[str, Any]) -> Shape | str:
+    """The shape of one copy of a leaf as that of a kernel, or why it is not known."""
+    whole = path if path in layouts else re.sub(r"\[[\d, ]+\]$", "", path)
+    if whole not in layouts:
+        reason = getattr(layouts, "reason", lambda path: "not in `layouts`")(whole)
+        return shape if len(shape) <= 2 else f"no layout was found: {reason}"
+    layout = layouts[whole]
+    left = [axis for axis in range(sum(map(len, layout))) if axis not in layout.copies]
+    if len(left) != len(shape):
+        copies = f", and axes {layout.copies} of the leaf number copies" if layout.copies else ""
+        return f"but one copy has {len(left)} dimensions{copies}"
+    size = dict(zip(left, shape, strict=True))
+    inputs, outputs = (math.prod(size[a] for a in part) for part in layout[:2])
+    return _Kernel((*(size[axis] for axis in layout.positions), inputs, outputs))
+
+
+def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str) -> list[int]:
+    """The rate of each leaf; raises where it depends on which dimensions are inputs and outputs."""
+
+    def is_window(pair: Shape) -> bool:
+        return max(pair) <= _MAX_WINDOW and (pair[0] == pair[1] or 1 in pair)
+
+    def possible(shape: Shape) -> set[int]:
+        if len(shape) <= 2 or isinstance(shape, _Kernel):
+            return {rate(shape)}
+        turned = (shape, (*shape[2:], *shape[:2])) if len(shape) == 4 else ()
+        return {rate(kernel) for kernel in turned if is_window(kernel[:2])}
+
+    rates = {path: possible(shape) for path, shape in shapes.items()}
+    trees.raise_for(
+        [f"{path}: shape {shapes[path]}" for path, found in rates.items() if len(found) != 1],
+        f"`{name}` has to know which dimensions of each leaf are inputs and outputs. Name the axes "
+        "of stacked layers with `stacked=`, and let the others be found: "
+        f"`budget=budgets.by_layout(budgets.{name}, layouts.find(function, params, *args))`. Not "
+        "known for:",
+    )
+    return [rate for (rate,) in rates.values()]
+
+
+def _in_proportion(rates: list[int], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """Kept counts proportional to `rates`, between one weight and all of a leaf."""
+    sizes = sizes_of(shapes)
+    everything = sum(sizes.values())
+    total = keep_count(everything, sparsity)
+    if total < len(sizes):
+        trees.raise_for(
+            smallest(sizes),
+            f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than one for "
+            f"each of {len(sizes)} leaves. Lower `sparsity`, or exclude small leaves with "
+            "`prunable`. The smallest are:",
+        )
+    shares = fill(rates, [1] * len(sizes), list(sizes.values()), total)
+    return Budget(total, tuple(rounded(shares, total)))

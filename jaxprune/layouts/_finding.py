@@ -1,0 +1,193 @@
+"""From a function and its parameters to the layout of each leaf."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import trees
+from jaxprune.layouts._kernels import Layout
+from jaxprune.layouts._views import view_of
+from jaxprune.layouts._walk import Found, Take, Value, walk
+
+__all__ = ["Layouts", "capture", "find"]
+
+
+class Layouts(Mapping[str, Layout]):
+    """The layouts of the leaves that are kernels, by path; made by `find`, never changed.
+
+    Args:
+        layouts: layout by path, in the order of the parameters.
+        reasons: why the other leaves have none, by path.
+
+    Example:
+        >>> layouts = Layouts({"kernel": Layout((0,), (1,))}, {"table": "used by `gather`"})
+        >>> layouts["kernel"].inputs, layouts.reason("table"), "table" in layouts
+        ((0,), 'used by `gather`', False)
+        >>> layouts.reason("kernl")
+        'there is no such leaf among the parameters whose layouts were found; did you mean kernel?'
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout], reasons: Mapping[str, str]) -> None:
+        self._layouts = MappingProxyType(dict(layouts))
+        self.reasons = MappingProxyType(dict(reasons))
+
+    def __getitem__(self, path: str) -> Layout:
+        return self._layouts[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layouts)
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def __repr__(self) -> str:
+        return f"Layouts({dict(self._layouts)}, {dict(self.reasons)})"
+
+    def reason(self, path: str) -> str:
+        """Why a leaf has no layout."""
+        if path in self.reasons:
+            return self.reasons[path]
+        known = [*self._layouts, *self.reasons]
+        ends = [other for other in known if path and other.endswith(f"/{path}")]
+        close = ends or difflib.get_close_matches(path, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"there is no such leaf among the parameters whose layouts were found{hint}"
+
+    def stacked(self, path: str, leaf: Any) -> tuple[int, ...] | None:
+        """The axes of a leaf that number copies, for the argument `stacked` of other functions."""
+        del leaf
+        return self[path].copies or None if path in self else None
+
+
+def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
+    """Finds which axes of each leaf are inputs, outputs, window positions and copies.
+
+    The function is traced, never run. A leaf has a layout if the trace proves that it is the
+    kernel of products (`dot_general`) or convolutions (`conv_general_dilated`) and in all of them
+    each of its axes plays the same part. On the way it may be cast, transposed, reshaped, sliced,
+    reversed, masked or scaled element by element by what does not depend on `args`, scanned over
+    (`jax.lax.scan` over stacked layers), mapped (`jax.vmap`), or pass `jit`, `jax.checkpoint` and
+    custom derivatives. Beside these uses it may be reduced, as in a penalty. A leaf that is looked
+    up, multiplied by another leaf, or used in another way has none.
+
+    Args:
+        function: function `(params, *args) -> anything` of any framework, such as the loss or the
+            model.
+        params: tree of arrays, or of `jax.ShapeDtypeStruct`; the tree that is pruned, since
+            layouts are found again by path. Leaves that are no arrays stay as they are.
+        *args: what the function takes besides, with leaves of both kinds likewise.
+
+    Returns:
+        `Layouts`: an immutable mapping from path to `Layout`, whose `reason(path)` says why a leaf
+        has none and whose `stacked` is a rule for the argument of that name.
+
+    Raises:
+        ValueError: if two leaves have the same path.
+
+    Example:
+        >>> def apply(params, tokens):
+        ...     x = params["table"][tokens]
+        ...     heads = jnp.einsum("td,dhk->thk", x, params["query"])
+        ...     hidden, _ = jax.lax.scan(lambda x, w: (x @ w.T, None), x, params["layers"])
+        ...     return heads, hidden
+        >>> params = {"table": jnp.ones((9, 4)), "query": jnp.ones((4, 2, 2))}
+        >>> params["layers"] = jnp.ones((3, 4, 4))
+        >>> layouts = find(apply, params, jnp.zeros(5, int))
+        >>> layouts["query"]
+        Layout(inputs=(0,), outputs=(1, 2), positions=(), copies=())
+        >>> layouts["layers"]
+        Layout(inputs=(2,), outputs=(1,), positions=(), copies=(0,))
+        >>> layouts.reason("table")
+        'used by `gather`'
+    """
+    leaves, data = trees.leaf_by_path(params), jax.tree.leaves(args)
+    treedef, args_treedef = jax.tree.structure(params), jax.tree.structure(args)
+    arrays = {path: _abstract(leaf) for path, leaf in leaves.items() if _is_array(leaf)}
+    wanted = [path for path, leaf in arrays.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    found: list[Found] = []
+
+    def call(by_path: dict[str, Any], inputs: list[Any]) -> Any:
+        tree = treedef.unflatten([by_path.get(path, leaf) for path, leaf in leaves.items()])
+        rest = iter(inputs)
+        return function(
+            tree, *args_treedef.unflatten([next(rest) if _is_array(x) else x for x in data])
+        )
+
+    def trace(by_path: dict[str, Any], inputs: list[Any]) -> None:
+        found.append(capture(call, by_path, inputs, wanted))
+
+    jax.eval_shape(trace, arrays, [_abstract(leaf) for leaf in data if _is_array(leaf)])
+    reasons = {path: "is no array" for path in leaves if path not in arrays}
+    reasons |= {p: f"has dtype {x.dtype}" for p, x in arrays.items() if p not in wanted}
+    for path, reason in found[0].problems:
+        reasons.setdefault(path, reason)
+    known: dict[str, Layout] = {}
+    for path in leaves:
+        if path not in reasons:
+            use = found[0].uses.get(path)
+            layout = use.layout if use else "the function never multiplies it"
+            if isinstance(layout, str):
+                reasons[path] = layout
+            else:
+                known[path] = layout
+    return Layouts(known, {path: reasons[path] for path in leaves if path in reasons})
+
+
+def capture(
+    function: Callable[[Any, Any], Any],
+    leaves: Mapping[str, Any],
+    inputs: Any,
+    wanted: Sequence[str],
+    take: Take | None = None,
+) -> Found:
+    """Follows leaves through a function to the products that they are kernels of.
+
+    Args:
+        function: function `(leaves, inputs) -> anything`.
+        leaves: arrays by path; may be traced.
+        inputs: tree of arrays; may be traced.
+        wanted: paths of the leaves to follow.
+        take: None; or function `(equation, other operand, shape of the kernel, its side) ->
+            (statistic, rows)`, called at each product. Then leaves have to be used as they are: no
+            slices, nothing elementwise.
+
+    Returns:
+        `Found`: by path, the `uses` and the sums of statistic and rows over them, and `problems`,
+        pairs of path and reason.
+
+    Example:
+        >>> leaves = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+        >>> found = capture(lambda p, x: x @ p["w"] + p["b"], leaves, jnp.ones(2), ["w", "b"])
+        >>> found.uses["w"].layout, found.problems
+        (Layout(inputs=(0,), outputs=(1,), positions=(), copies=()), [('b', 'used by `add`')])
+    """
+    leaves = dict(leaves)
+
+    def outputs(arrays: list[Any], inputs: Any) -> list[Any]:
+        result = function(dict(zip(leaves, arrays, strict=True)), inputs)
+        return [x for x in jax.tree.leaves(result) if _is_array(x)]
+
+    # As a list: a dict would come out of the trace sorted.
+    closed = jax.make_jaxpr(outputs)(list(leaves.values()), inputs)
+    values = [
+        Value(leaf, view_of(path, jnp.shape(leaf)) if path in wanted else None)
+        for path, leaf in leaves.items()
+    ]
+    values += [Value(leaf, data=True) for leaf in jax.tree.leaves(inputs)]
+    found = Found(take, {}, {}, [])
+    walk(closed.jaxpr, closed.consts, values, found)
+    return found
+
+
+def _is_array(leaf: Any) -> bool:
+    """An array of JAX or NumPy, or its shape."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,0 +1,151 @@
+"""Products and convolutions: what the dimensions of their kernels are."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune.layouts._views import Atom, Shape, View, reshaped
+
+__all__ = ["Arrangement", "Layout", "agree", "arrange"]
+
+
+class Layout(NamedTuple):
+    """What each axis of a leaf is where the leaf is used as a kernel.
+
+    Each axis is in exactly one of the four; of all four, those with several axes list them rising.
+
+    Args:
+        inputs: axes that are summed over in a product, and the input channels of a convolution.
+        outputs: axes that the result of the product has, and output channels.
+        positions: window of a convolution.
+        copies: axes that number independent kernels: stacked layers, experts, ensembles.
+
+    Example:
+        >>> Layout(inputs=(2,), outputs=(3,), positions=(0, 1), copies=())  # Flax, convolution
+        Layout(inputs=(2,), outputs=(3,), positions=(0, 1), copies=())
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Arrangement:
+    """How a parameter leaf becomes matrices that multiply rows of input features.
+
+    A dense layer is one group. The kernels of a grouped convolution, of a product with batch
+    dimensions (experts) or of a scan over layers are one matrix for each group. Features are
+    window positions times inputs. Each field but the first lists factors of the leaf's axes.
+
+    Args:
+        shape: shape of the leaf.
+        groups: factors that number the matrices, as triples of axis, stride and size.
+        positions: window positions, row-major.
+        inputs: input features or channels.
+        outputs: output features or channels.
+
+    Example:
+        >>> dense = Arrangement((4, 3), (), (), (Atom(0, 1, 4),), (Atom(1, 1, 3),))
+        >>> dense.end, dense.layout.inputs
+        ((1, 4, 3), (0,))
+    """
+
+    shape: Shape
+    groups: tuple[Atom, ...]
+    positions: tuple[Atom, ...]
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Atom, ...]
+
+    @property
+    def parts(self) -> tuple[tuple[Atom, ...], ...]:
+        """The factors of groups, features and outputs."""
+        return self.groups, (*self.positions, *self.inputs), self.outputs
+
+    @property
+    def end(self) -> tuple[int, int, int]:
+        """The shape (groups, features, outputs)."""
+        groups, features, outputs = (math.prod(size for _, _, size in part) for part in self.parts)
+        return groups, features, outputs
+
+    @property
+    def layout(self) -> Layout | str:
+        """The part that each axis plays, or why one plays two."""
+        groups, outputs = self.groups, self.outputs
+        if groups and self.positions and not outputs:
+            # A convolution for each channel: one input, and the channels are the outputs.
+            groups, outputs = groups[:-1], groups[-1:]
+        axes = {
+            "inputs": {axis for axis, _, _ in self.inputs},
+            "outputs": {axis for axis, _, _ in outputs},
+            "positions": {axis for axis, _, _ in self.positions},
+        }
+        # The output channels of a grouped convolution are groups times outputs.
+        axes["copies"] = {axis for axis, _, _ in groups} - axes["outputs"]
+        for axis, size in enumerate(self.shape):
+            found = [name for name, members in axes.items() if axis in members]
+            if not found:  # taken away by an index; one of size 1 is a window of one position
+                axes["positions" if size == 1 else "copies"].add(axis)
+            elif len(found) > 1:
+                return f"axis {axis} is in part {' and in part '.join(found)}"
+        return Layout(**{name: tuple(sorted(members)) for name, members in axes.items()})
+
+
+def arrange(equation: Any, view: View, side: int) -> Arrangement | str:
+    """What the dimensions of a view are in a product or convolution, or why it is no kernel.
+
+    `side` is the place of the view among the operands: 0 left, 1 right.
+    """
+    kind = {"dot_general": _product, "conv_general_dilated": _convolution}
+    return kind[equation.primitive.name](equation.params, view, side)
+
+
+def _product(parameters: dict[str, Any], view: View, side: int) -> Arrangement:
+    """`dot_general`: contracting axes are inputs, batch axes groups, the rest outputs."""
+    contracting, batch = (axes[side] for axes in parameters["dimension_numbers"])
+    free = [a for a in range(len(view.dims)) if a not in (*contracting, *batch)]
+    # Features in the order of the kernel's axes, whatever the order in the equation.
+    groups, inputs, outputs = (_atoms(view, axes) for axes in (batch, sorted(contracting), free))
+    return Arrangement(view.shape, view.copies + groups, (), inputs, outputs)
+
+
+def _convolution(parameters: dict[str, Any], view: View, side: int) -> Arrangement | str:
+    """`conv_general_dilated`: groups are consecutive runs of the output channels."""
+    if side == 0:
+        return "is the image of a convolution, not its kernel"
+    if parameters["batch_group_count"] != 1:
+        return "is the kernel of a convolution with `batch_group_count`"
+    _, (output, channel, *window), _ = parameters["dimension_numbers"]
+    count = parameters["feature_group_count"]
+    channels = math.prod(atom.size for atom in view.dims[output])
+    split = reshaped((view.dims[output],), (count, channels // count))
+    if split is None:
+        return "is the kernel of a convolution whose groups cut across an axis"
+    positions, inputs = _atoms(view, window), _atoms(view, [channel])
+    return Arrangement(view.shape, view.copies + split[0], positions, inputs, split[1])
+
+
+def _atoms(view: View, axes: Any) -> tuple[Atom, ...]:
+    """The atoms of some dimensions of a view."""
+    return tuple(atom for axis in axes for atom in view.dims[axis])
+
+
+def agree(one: Arrangement, other: Arrangement) -> bool:
+    """Whether two arrangements of a leaf put every weight at the same place."""
+    return [_merged(part) for part in one.parts] == [_merged(part) for part in other.parts]
+
+
+def _merged(atoms: tuple[Atom, ...]) -> list[Atom]:
+    """The same order of entries with as few atoms as possible."""
+    result: list[Atom] = []
+    for atom in atoms:
+        last = result[-1] if result else None
+        if last and last.axis == atom.axis and last.stride == atom.stride * atom.size:
+            result[-1] = Atom(atom.axis, atom.stride, last.size * atom.size)
+        elif atom.size > 1:
+            result.append(atom)
+    return result

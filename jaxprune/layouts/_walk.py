@@ -1,0 +1,212 @@
+"""Follows the parameters of a model through its jaxpr, to the products that they are kernels of.
+
+An interpreter evaluates the jaxpr equation by equation. Beside every array it carries whether the
+array is a *view* of a parameter leaf. An equation that touches a view is one of
+
+* a cast, transposition or reshape: its result is a view too;
+* a call (`jit`, `remat`, a custom derivative): the interpreter goes inside;
+* a scan: the interpreter goes inside, where a leaf that the scan runs over is one of its copies;
+* a product or a convolution with the view as its kernel: a use of the leaf. The other operand is
+  the input of the layer; `take` makes a statistic of it on the spot, so that no input outlives its
+  equation;
+* anything else: the leaf is not understood, and the name of the primitive says why.
+
+Without `take` only the part that each axis plays is wanted. Then a view may also be sliced, or
+pass through elementwise functions.
+
+All of this is decided while tracing, from shapes alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxprune.layouts._kernels import Arrangement, agree, arrange
+from jaxprune.layouts._views import View, as_kernel, same_values
+
+__all__ = ["Found", "Take", "Value", "walk"]
+
+_CALLS = {"jit", "closed_call", "call", "remat2", "custom_jvp_call", "custom_vjp_call"}
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+# What becomes of a leaf beside its use as a kernel: penalties, norms, means.
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
+
+# (equation, other operand, shape of the kernel, its side) -> statistic [groups, ...] and its rows
+Take = Callable[[Any, jax.Array, tuple[int, ...], int], tuple[jax.Array, int]]
+
+
+class Value(NamedTuple):
+    """What the interpreter knows of a variable."""
+
+    array: Any
+    view: View | None = None  # None: not a parameter leaf that is followed
+    data: bool = False  # whether it may depend on the input of the model
+
+
+class Found(NamedTuple):
+    """What the interpreter has collected; the dicts are in the order of use."""
+
+    take: Take | None
+    uses: dict[str, Arrangement]
+    sums: dict[str, tuple[jax.Array, int]]  # statistic and rows, added up over the uses
+    problems: list[tuple[str, str]]  # path and reason
+
+
+def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -> list[Value]:
+    """Evaluates a jaxpr and records every product with a view."""
+    values = dict(zip(jaxpr.constvars, map(Value, consts), strict=True))
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Value:
+        return Value(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        name, touches = equation.primitive.name, any(operand.view for operand in operands)
+        if touches and name in _CALLS:
+            outputs = walk(*_body(equation.params), operands, found)
+        elif touches and name == "scan":
+            outputs = _scan(equation.params, operands, found)
+        else:
+            parameters = equation.primitive.get_bind_params(equation.params)
+            result = equation.primitive.bind(*(operand.array for operand in operands), **parameters)
+            results = result if equation.primitive.multiple_results else [result]
+            views = _follow(equation, operands, found) if touches else None
+            data = any(operand.data for operand in operands)
+            outputs = [
+                Value(array, view, data)
+                for array, view in zip(results, views or [None] * len(results), strict=True)
+            ]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _body(parameters: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr of a call and its constants."""
+    inner = parameters["call_jaxpr" if "call_jaxpr" in parameters else "jaxpr"]
+    return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
+
+
+def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | None:
+    """Records what an equation does with a view; the views among its results, if there are any."""
+    name = equation.primitive.name
+    views = [operand.view for operand in operands]
+    touched = [view for view in views if view]
+    if view := same_values(equation, touched[0]):
+        return [view]
+    if found.take is None:
+        if results := as_kernel(equation, views, [operand.data for operand in operands]):
+            return results
+        if name in _REDUCTIONS:
+            return None
+    if name not in _PRODUCTS:
+        found.problems.extend((view.path, f"used by `{name}`") for view in touched)
+    elif len(touched) == 1:
+        _record(equation, operands, 0 if views[0] else 1, found)
+    elif operands[0].data != operands[1].data:
+        # An entry of a table, looked up by what depends on data, is the input of the other leaf.
+        table = 0 if operands[0].data else 1
+        found.problems.append((touched[table].path, "looked up by its index"))
+        _record(equation, operands, 1 - table, found)
+    else:
+        found.problems.extend((view.path, "multiplied by another leaf") for view in touched)
+    return None
+
+
+def _record(equation: Any, operands: list[Value], side: int, found: Found) -> None:
+    """Takes the statistic of one use of a leaf."""
+    view, other = operands[side].view, operands[1 - side].array
+    assert view is not None
+    arrangement = arrange(equation, view, side)
+    if isinstance(arrangement, str):
+        found.problems.append((view.path, arrangement))
+    elif found.take is None:
+        _add(found, view.path, arrangement, None)
+    else:
+        taken = found.take(equation, other, operands[side].array.shape, side)
+        _add(found, view.path, arrangement, taken)
+
+
+def _add(
+    found: Found, path: str, arrangement: Arrangement, taken: tuple[jax.Array, int] | None
+) -> None:
+    """Adds one use of a leaf to those before; all must put its weights at the same places."""
+    before = found.uses.setdefault(path, arrangement)
+    if taken is None:
+        if before.layout != arrangement.layout:
+            found.problems.append((path, "used twice, with different inputs and outputs"))
+    elif not agree(before, arrangement):
+        found.problems.append((path, "used twice, with different input features"))
+    elif path in found.sums:
+        value, rows = found.sums[path]
+        found.sums[path] = value + taken[0], rows + taken[1]
+    else:
+        found.sums[path] = taken
+
+
+def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> list[Value]:
+    """Evaluates a scan, and records the products of its body for all of its steps."""
+    closed, length = parameters["jaxpr"], parameters["length"]
+    body, consts = closed.jaxpr, parameters["num_consts"]
+    ends = consts + parameters["num_carry"]
+    fixed, carried, over = operands[:consts], operands[consts:ends], operands[ends:]
+    # A value that each step hands on as it is stays a view.
+    starts = []
+    for value, new, old in zip(carried, body.outvars, body.invars[consts:ends]):
+        same = new is old
+        if value.view and not same:
+            found.problems.append((value.view.path, "changed by `scan`"))
+        starts.append(Value(value.array, value.view if same else None, data=True))
+    members = [value.view and value.view.one_of_stack() for value in over]
+    mapped = {value.view.path: len(value.view.copies) for value in over if value.view}
+    inner = Found(found.take, {}, {}, [])
+    ends_views: list[View | None] = []
+
+    def step(carry: Any, slices: Any) -> Any:
+        for part in inner[1:]:  # JAX may trace this more than once
+            part.clear()
+        carries = [value._replace(array=x) for value, x in zip(starts, carry, strict=True)]
+        parts = [
+            Value(x, view, value.data) for x, view, value in zip(slices, members, over, strict=True)
+        ]
+        results = walk(body, closed.consts, [*fixed, *carries, *parts], inner)
+        ends_views[:] = [value.view for value in results]
+        arrays = [value.array for value in results]
+        sums = {path: value for path, (value, _) in inner.sums.items()}
+        return arrays[: len(carry)], arrays[len(carry) :], sums
+
+    first = [value.array for value in carried]
+    slices = [value.array for value in over]
+    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in slices]
+    _, _, shapes = jax.eval_shape(step, first, one)
+    # What all steps share is summed on the way: its statistics for every step need not fit.
+    totals = {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items() if p not in mapped}
+
+    def summed(state: Any, slices: Any) -> Any:
+        carry, totals = state
+        carry, outputs, sums = step(carry, slices)
+        totals = {path: total + sums[path] for path, total in totals.items()}
+        return (carry, totals), (outputs, {p: x for p, x in sums.items() if p in mapped})
+
+    options = {name: parameters[name] for name in ("length", "reverse", "unroll")}
+    (last, totals), (outputs, stacks) = jax.lax.scan(summed, (first, totals), slices, **options)
+    found.problems.extend(inner.problems)
+    for path, arrangement in inner.uses.items():
+        taken = None
+        if path in stacks:
+            stack = stacks[path]
+            taken = stack.reshape(-1, *stack.shape[2:]), inner.sums[path][1]
+        elif path in totals:
+            taken = totals[path], inner.sums[path][1] * length
+        if found.take is None or taken is not None:
+            _add(found, path, arrangement, taken)
+    results = [value._replace(array=x) for value, x in zip(starts, last, strict=True)]
+    for array, view in zip(outputs, ends_views[len(last) :], strict=True):
+        stacked = view and view.path in mapped and view.stack(mapped[view.path])
+        if view and not stacked:
+            found.problems.append((view.path, "returned by `scan`"))
+        results.append(Value(array, stacked or None, data=True))
+    return results

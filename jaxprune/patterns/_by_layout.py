@@ -1,0 +1,34 @@
+"""What patterns take from layouts: where the inputs and outputs of a leaf are."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Unfit(NamedTuple):
+    """What a rule returns for a leaf that its pattern cannot be made for; `patterns_of` raises."""
+
+    reason: str
+
+
+def check_one_way(
+    call: str, wanted: str, example: str, axis: int | None, layouts: Mapping[str, Any] | None
+) -> None:
+    """Raises unless exactly one of `axis` and `layouts` says where inputs or outputs are."""
+    if (axis is None) == (layouts is None):
+        seen = "neither is" if axis is None else "both are"
+        comma = "" if call.endswith("(") else ", "
+        raise ValueError(
+            f"either `axis` or `layouts` must say which axis of each leaf holds its {wanted}, but "
+            f"{seen} given: write `{call}{comma}axis={example})` if all kernels are [..., in, "
+            f"out], or `{call}{comma}layouts=jaxprune.layouts.find(function, params, *args))` to "
+            "have it found."
+        )
+
+
+def axes_of(layouts: Mapping[str, Any], path: str, part: str) -> tuple[int, ...] | Unfit:
+    """The input or output axes of a leaf, or why they are not known."""
+    if path not in layouts:
+        reason = getattr(layouts, "reason", lambda path: "it is not in `layouts`")(path)
+        return Unfit(f"no layout was found: {reason}")
+    axes = getattr(layouts[path], part)
+    return axes or Unfit(f"its layout has no {part}: {layouts[path]}")
