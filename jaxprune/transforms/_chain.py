@@ -1,6 +1,7 @@
 """A chain whose members also see the raw gradient and what the members before them track."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,10 +36,10 @@ def chain(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.chain` that hands on what a pruning transformation at its end needs.
 
-    Last in a chain, a transformation sees updates, not gradients. This chain passes each
-    member two extra arguments: `grad`, the gradient as it entered the chain, and
-    `inner_state`, the new states of the members before it. Members that do not accept these
-    arguments do not receive them. The state is that of `optax.chain`.
+    Last in a chain, a transformation sees updates, not gradients. This chain passes each member
+    the extra argument `grad`, the gradient as it entered the chain, and those that prune
+    `inner_state`, the new states of the members before them. Members that do not accept an
+    argument do not receive it. The state is that of `optax.chain`.
 
     The members before pruning see the sparse network: where a weight is pruned, its gradient and
     its value are 0, and its moments (whatever they keep in the shape of a weight: momentum,
@@ -103,8 +104,9 @@ def chain(
         seen = params
         if params is not None and any(_hides(s, inner) for s in pruning_states(state)):
             # Masks first: reading old and new masks in one step would force a copy.
+            known = extra | {"inner_state": (*earlier, *state)}
             learned = tuple(
-                member.update(updates, own, params, **extra, inner_state=(*earlier, *state))[1]
+                member.update(updates, own, params, **_accepted(member, known))[1]
                 for member, own in zip(members[first:], state[first:], strict=True)
             )
             masks = masks_like(params, [s for s in pruning_states(learned) if _hides(s, inner)])
@@ -118,8 +120,8 @@ def chain(
             before = extra | {"grad": _kept_gradient(extra["grad"], gradients, masks)}
         new_state: tuple[Any, ...] = ()
         for member, own in zip(members[:first], state[:first], strict=True):
-            known = (*earlier, *new_state)
-            updates, own = member.update(updates, own, seen, **before, inner_state=known)
+            # Line searches refuse arguments that they do not know, so no `inner_state` here.
+            updates, own = member.update(updates, own, seen, **_accepted(member, before))
             new_state = (*new_state, own)
         moves = updates
         if jax.tree.leaves(masks) and _is_masks_alone(state[first:]):
@@ -128,13 +130,12 @@ def chain(
             new_state = (*new_state, *learned)
         else:
             for member, own in zip(members[first:], state[first:], strict=True):
-                known = (*earlier, *new_state)
-                updates, own = member.update(updates, own, params, **extra, inner_state=known)
+                known = {"inner_state": (*earlier, *new_state)}
+                arguments = _accepted(member, extra | known)
+                updates, own = member.update(updates, own, params, **arguments)
                 new_state = (*new_state, own)
-        if has_line_search(new_state) and first < len(members):
-            # A line search beside pruning in one member may have moved to any point.
-            changed = has_line_search(new_state[first:]) or differs(updates, moves)
-            new_state = forget_values(new_state, changed)
+        if first < len(members) and has_line_search(new_state[:first]):
+            new_state = forget_values(new_state, differs(updates, moves))
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -148,6 +149,14 @@ def _hides(state: Any, inner: _Inner) -> bool:
 def _is_masks_alone(states: Sequence[Any]) -> bool:
     """Whether the pruning members are one transformation whose masks say all, in no wrapper."""
     return len(states) == 1 and isinstance(states[0], _MASKS_ONLY)
+
+
+def _accepted(member: Any, extra_args: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The extra arguments that a member takes; SAM in opaque mode refuses all but its own."""
+    parameters = inspect.signature(member.update).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return extra_args
+    return {name: value for name, value in extra_args.items() if name in parameters}
 
 
 def _kept_gradient(grad: Any, updates: Any, masks: Any) -> Any:

@@ -1,7 +1,7 @@
 """What the members before a pruning transformation see of the network, and keep of it."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,8 +52,9 @@ def project_all(updates: Any, masks: Any, params: Any) -> Any:
 def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
     """The state of a transformation, with what its `init` gives in place of pruned weights.
 
-    This concerns each leaf that mirrors a parameter and has its shape, or its shape behind an
-    axis of history. Not every optimizer starts at 0: Adagrad, Rprop and COCOB do not.
+    This concerns each array that mirrors a parameter: its path ends with that of the parameter,
+    and it has the parameter's shape, perhaps behind an axis of history. Not every optimizer
+    starts at 0: Adagrad, Rprop and COCOB do not.
 
     Args:
         member: the transformation.
@@ -64,30 +65,18 @@ def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
     Returns:
         State of the same structure, shapes and dtypes.
     """
-
-    def mark(moment: Any, mask: Any) -> Any:
-        if trees.is_absent(moment):
-            return moment
-        if trees.is_absent(mask) or not mask.ndim:
-            return True
-        # Adafactor's sums over rows have other shapes than their weights.
-        return mask if jnp.shape(moment)[-mask.ndim :] == mask.shape else True
-
-    marks = optax.tree_utils.tree_map_params(
-        member, mark, state, masks, transform_non_params=lambda _: True, is_leaf=trees.is_absent
+    mask_of = trees.leaf_by_path(masks)
+    moments = jax.tree.map(
+        lambda node: jax.tree.map(lambda _: 0, node) if _holds_no_moments(node) else node,
+        state,
+        is_leaf=_holds_no_moments,
     )
-    # A pruning state in a nested chain is no moment.
-    marks = jax.tree.map(
-        lambda node: jax.tree.map(lambda _: True, node) if holds_masks(node) else node,
-        marks,
-        is_leaf=holds_masks,
-    )
-    own = jax.tree.leaves(marks)
-    if all(mask is True for mask in own):
+    own = [_mask_of(path, leaf, mask_of) for path, leaf in trees.leaves_with_paths(moments)]
+    if all(mask is None for mask in own):
         return state
 
     def restart(old: Any, new: Any, mask: Any) -> Any:
-        if mask is True:
+        if mask is None:
             return old
         mask = mask.reshape((1,) * (jnp.ndim(old) - mask.ndim) + mask.shape)
         return jnp.where(mask, old, jnp.asarray(new, old.dtype))
@@ -153,6 +142,23 @@ def order_problems(state: Any, where: str = "") -> list[str]:
     for name, child in children.items():
         problems += order_problems(child, name)
     return problems
+
+
+def _holds_no_moments(node: Any) -> bool:
+    """Whether a node of a state has no entry of its own for each weight."""
+    # GaLore's moments are of a projection that may have the shape of the weight.
+    return holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
+
+
+def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:
+    """The mask of the parameter that an array of a state mirrors, or None."""
+    parts = path.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts) + 1))
+    mask = next((masks[end] for end in ends if end in masks), None)
+    if mask is None or not mask.ndim:
+        return None
+    # Adafactor's sums over rows have other shapes than their weights.
+    return mask if jnp.shape(moment)[-mask.ndim :] == mask.shape else None
 
 
 def _keeps_value(node: Any) -> bool:
