@@ -334,7 +334,8 @@ def _merge(*masks: Any) -> Any:
     seen = [mask for mask in masks if not trees.is_absent(mask)]
     if not seen:
         return jnp.array(True)
-    merged = seen[0]
+    # Wrappers that mix states make integers of bools, and ~1 is -2.
+    merged = jnp.asarray(seen[0], bool)
     for mask in seen[1:]:
-        merged = merged & mask
+        merged = merged & jnp.asarray(mask, bool)
     return merged

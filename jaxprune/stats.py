@@ -1,9 +1,11 @@
 """Gradients -> running statistics: how large each weight's gradient has been lately."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxprune import trees
 
@@ -91,25 +93,53 @@ def rescaled(statistics: Any) -> Any:
     return treedef.unflatten([leaf * factor.astype(leaf.dtype) for leaf in leaves])
 
 
-def first_moment(inner_state: Any) -> Any | None:
-    """The momentum that an optimizer already keeps: SGD's `trace`, Adam's or Lion's `mu`.
+def first_moment(inner_state: Any, paths: Sequence[str]) -> list[jax.Array]:
+    """The momentum that optimizers already keep: SGD's `trace`, Adam's or Lion's `mu`.
 
     Args:
-        inner_state: states of the transformations before the pruning transformation.
+        inner_state: states of the transformations before the pruning transformation. Each may
+            hold the momentum of some of the parameters, as in `optax.partition`.
+        paths: of parameters, as in `trees.leaf_by_path`.
 
     Returns:
-        Tree like the parameters, or `None` if there is not exactly one such tree.
+        An array for each path, in that order.
+
+    Raises:
+        ValueError: if a parameter has no momentum or more than one, listing every such leaf.
 
     Example:
-        >>> import optax
         >>> state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
-        >>> first_moment(state)["w"].tolist()
+        >>> first_moment(state, ["w"])[0].tolist()
         [0.0, 0.0]
-        >>> first_moment(optax.sgd(0.1).init({"w": jnp.ones(2)})) is None
-        True
     """
-    found = [m for name in ("trace", "mu") for m in trees.state_fields(inner_state, name)]
-    return found[0] if len(found) == 1 else None
+    found: dict[str, dict[str, Any]] = {}  # by path of the parameter, then by place in the state
+    for name in ("trace", "mu"):
+        for place, tree in _fields_with_places(inner_state, name):
+            for path, leaf in trees.leaf_by_path(tree).items():
+                found.setdefault(path, {})[place] = leaf
+    held = [found.get(path, {}) for path in paths]
+    trees.raise_for(
+        [
+            f"{path}: " + (f"momenta in {' and '.join(own)}" if own else "no momentum")
+            for path, own in zip(paths, held, strict=True)
+            if len(own) != 1
+        ],
+        "`decay=None` takes the momentum of the optimizer, so each pruned leaf must have exactly "
+        "one. Let `agip_transform` keep its own average, such as `decay=0.99`, or put an optimizer "
+        "with one `trace` or `mu` before it:",
+    )
+    return [next(iter(own.values())) for own in held]
+
+
+def _fields_with_places(state: Any, name: str) -> list[tuple[str, Any]]:
+    """Fields of that name in the NamedTuples of an optimizer state, with where they are."""
+
+    def is_field(path: tuple[Any, ...], value: Any) -> bool:
+        del value
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    found = optax.tree.get_all_with_path(state, name, filtering=is_field)
+    return [(jax.tree_util.keystr(path), value) for path, value in found]
 
 
 def faults(x: jax.Array) -> jax.Array:

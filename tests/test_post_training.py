@@ -699,6 +699,8 @@ def test_a_whole_module_is_refused_with_the_fix(function):
     params = {"kernel": jnp.ones((2, 2)), "activation": jax.nn.relu}
     with pytest.raises(ValueError, match=r"equinox\.partition(.|\n)*activation: custom_jvp"):
         function(lambda p, x: x @ p["kernel"], params, [jnp.ones((1, 2))], 0.5)
+
+
 # --- stacked layers
 
 

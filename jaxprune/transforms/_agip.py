@@ -10,6 +10,7 @@ import optax
 from jaxprune import budgets, counting, patterns, plans, rates, schedules, scores, stats, trees
 from jaxprune.transforms._channels import channel_transform
 from jaxprune.transforms._masking import (
+    check_line_search,
     check_window,
     plan_once,
     project,
@@ -94,9 +95,9 @@ def agip_transform(
         every: steps between mask updates.
         start: step (counted in optimizer updates, from 0) of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
-        decay: of the average, in [0, 1). None keeps no average: `S` is the momentum of the
-            optimizer before this transformation (SGD's `trace`, Adam's or Lion's `mu`) if
-            `jaxprune.chain` hands it on, else the incoming update, and costs no state.
+        decay: of the average, in [0, 1). None keeps no average and costs no state: `S` is the
+            momentum of the optimizer before this transformation (SGD's `trace`, Adam's or Lion's
+            `mu`, exactly one for each leaf) in a `jaxprune.chain`, the incoming update elsewhere.
         dtype: of the average; bfloat16 only for a `decay` up to 0.99, beyond which its steps
             are too small for bfloat16 to register.
         score: function `(params, statistics) -> scores`, see `jaxprune.scores`; None is
@@ -123,7 +124,8 @@ def agip_transform(
 
     Raises:
         ValueError: if an argument is out of range; from `init`, if `prunable` matches nothing or
-            a budget cannot be met; from `update`, if `params` is missing or of another structure.
+            a budget cannot be met; from `update`, if `params` is missing or of another structure,
+            or `decay=None` meets a leaf with no momentum or with two.
 
     References:
         Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878 (the ramp).
@@ -190,15 +192,17 @@ def agip_transform(
         inner_state: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
+        check_line_search(extra_args, inner_state)
         flags, weights, moves, masks = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, flags)
 
         # Gradients -> statistics.
         gradients, faults = [], []
         if decay is None:
-            moment = trees.leaves_like(params, stats.first_moment(inner_state))
-            average, statistics = (), moves if moment is None else trees.pick(moment, flags)
+            average, statistics = (), moves
+            if inner_state is not None:
+                paths = trees.pick(list(trees.leaf_by_path(params)), flags)
+                statistics = stats.first_moment(inner_state, paths)
         else:
             raw = raw_gradients(grad, params, flags)
             if raw is None:

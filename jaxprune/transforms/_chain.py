@@ -1,35 +1,70 @@
 """A chain whose members also see the raw gradient and what the members before them track."""
 
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import jax
 import optax
 
-from jaxprune.transforms._masking import (
-    DynamicState,
+from jaxprune import trees
+from jaxprune.transforms._agip import AgipState
+from jaxprune.transforms._channels import ChannelState
+from jaxprune.transforms._fixed_mask import FixedMaskState
+from jaxprune.transforms._inner import (
+    differs,
+    forget_values,
+    has_line_search,
     keep_unpruned,
+    masks_like,
+    order_problems,
     project_all,
+    pruning_states,
     restart_moments,
 )
+from jaxprune.transforms._masking import DynamicState, MaskState
+from jaxprune.transforms._straight_through import StraightThroughState
+
+_Inner = Literal["sparse", "dense"] | None
+
+# States of methods that read nothing of pruned weights from the members before them.
+_MASKS_ONLY = (MaskState, DynamicState, FixedMaskState)
 
 
-def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def chain(
+    *transforms: optax.GradientTransformation, inner: _Inner = None
+) -> optax.GradientTransformationExtraArgs:
     """`optax.chain` that hands on what a pruning transformation at its end needs.
 
-    Last in a chain, a transformation sees updates, not gradients. This chain passes each
-    member two extra arguments: `grad`, the gradient as it entered the chain, and
-    `inner_state`, the new states of the members before it. Members that do not know these
-    arguments are not troubled. The state is that of `optax.chain`.
+    Last in a chain, a transformation sees updates, not gradients. This chain passes each member
+    the extra argument `grad`, the gradient as it entered the chain, and those that prune
+    `inner_state`, the new states of the members before them. Members that do not accept an
+    argument do not receive it. The state is that of `optax.chain`.
 
-    The members before `set_transform`, `rigl_transform` or `acdc_transform` see the sparse
-    network: where a weight is pruned, its gradient, its value and its moments (whatever they keep
-    in the shape of a weight: momentum, Adam's `mu` and `nu`) are 0, so that a weight that comes
-    back starts without a past.
+    The members before pruning see the sparse network: where a weight is pruned, its gradient and
+    its value are 0, and its moments (whatever they keep in the shape of a weight: momentum,
+    Adam's `mu` and `nu`) are what `init` gives. So norms count kept weights only, and a weight
+    that comes back starts without a past. AGIP and `straight_through_transform` learn from the
+    gradients of pruned weights, so before them the members see the dense network unless
+    `inner="sparse"` says otherwise.
+
+    Where a line search keeps value and gradient for the next step (`optax.lbfgs`) and pruning
+    changes the point, the value becomes infinite, and `optax.value_and_grad_from_state`
+    evaluates again. docs/optimizers.md says what else optimizers need.
 
     Args:
-        *transforms: gradient transformations, applied in order.
+        *transforms: gradient transformations, applied in order. Those that prune come last, alone
+            or inside of `optax.masked`, `optax.partition`, `optax.named_chain` and the like.
+        inner: what the members before pruning see: "sparse" or "dense"; None is "sparse" before
+            every method but AGIP and straight-through.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: if `inner` is something else; from `init` and `update`, if a member follows a
+            pruning transformation, or a wrapper around one cannot keep zeros, or `inner="sparse"`
+            hides what the method needs, listing all such members.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,10 +77,14 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
         >>> f"{updates['kernel'][0, 0]:.3f}"
         '-0.100'
     """
+    if inner not in (None, "sparse", "dense"):
+        raise ValueError(f'`inner` must be None, "sparse" or "dense", but is {inner!r}.')
     members = tuple(optax.with_extra_args_support(transform) for transform in transforms)
 
     def init_fn(params: Any) -> tuple[Any, ...]:
-        return tuple(member.init(params) for member in members)
+        state = tuple(member.init(params) for member in members)
+        _check(state, inner)
+        return state
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -56,28 +95,98 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
                 f"of this chain, but has {len(state)}. Use the state that this chain's `init` "
                 "returned."
             )
-        extra_args = {"grad": updates} | extra_args
-        dynamic = [i for i, s in enumerate(state) if isinstance(s, DynamicState)]
-        last, masks, seen = None, None, params
-        if dynamic and params is not None:
-            # Its masks come first: the old ones, read besides the new, would be copied each step.
-            last = dynamic[-1]
-            pruned: Any = members[last].update(updates, state[last], params, **extra_args)[1]
-            masks = pruned.masks
-            before = zip(members[:last], state[:last], strict=True)
-            restarted = [restart_moments(*member, masks) for member in before]
-            state = (*restarted, pruned, *state[last + 1 :])
-            seen, updates = keep_unpruned(params, masks), keep_unpruned(updates, masks)
-        new_state: tuple[Any, ...] = ()
-        for i, (member, member_state) in enumerate(zip(members, state, strict=True)):
-            if i == last:
-                updates, seen = project_all(updates, masks, params), params
-                new_state = (*new_state, member_state)
-                continue
-            updates, member_state = member.update(
-                updates, member_state, seen, **(extra_args | {"inner_state": new_state})
+        _check(state, inner)
+        first = next((i for i, s in enumerate(state) if pruning_states(s)), len(members))
+        extra = {"grad": updates} | extra_args
+        earlier = extra.pop("inner_state", ())  # of a chain around this one
+        before = extra
+        masks = learned = None
+        seen = params
+        if params is not None and any(_hides(s, inner) for s in pruning_states(state)):
+            # Masks first: reading old and new masks in one step would force a copy.
+            known = extra | {"inner_state": (*earlier, *state)}
+            learned = tuple(
+                member.update(updates, own, params, **_accepted(member, known))[1]
+                for member, own in zip(members[first:], state[first:], strict=True)
             )
-            new_state = (*new_state, member_state)
+            masks = masks_like(params, [s for s in pruning_states(learned) if _hides(s, inner)])
+        if jax.tree.leaves(masks):
+            seen, gradients = keep_unpruned(params, masks), updates
+            updates = keep_unpruned(updates, masks)
+            state = tuple(
+                restart_moments(member, own, masks, seen)
+                for member, own in zip(members, state, strict=True)
+            )
+            before = extra | {"grad": _kept_gradient(extra["grad"], gradients, masks)}
+        new_state: tuple[Any, ...] = ()
+        for member, own in zip(members[:first], state[:first], strict=True):
+            # Line searches refuse arguments that they do not know, so no `inner_state` here.
+            updates, own = member.update(updates, own, seen, **_accepted(member, before))
+            new_state = (*new_state, own)
+        moves = updates
+        if jax.tree.leaves(masks) and _is_masks_alone(state[first:]):
+            # Masks are all that such a member has to say. Its branch runs once.
+            updates = project_all(updates, masks, params)
+            new_state = (*new_state, *learned)
+        else:
+            for member, own in zip(members[first:], state[first:], strict=True):
+                known = {"inner_state": (*earlier, *new_state)}
+                arguments = _accepted(member, extra | known)
+                updates, own = member.update(updates, own, params, **arguments)
+                new_state = (*new_state, own)
+        if first < len(members) and has_line_search(new_state[:first]):
+            new_state = forget_values(new_state, differs(updates, moves))
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _hides(state: Any, inner: _Inner) -> bool:
+    """Whether the members before a pruning transformation see the sparse network."""
+    return inner == "sparse" or (inner is None and isinstance(state, _MASKS_ONLY))
+
+
+def _is_masks_alone(states: Sequence[Any]) -> bool:
+    """Whether the pruning members are one transformation whose masks say all, in no wrapper."""
+    return len(states) == 1 and isinstance(states[0], _MASKS_ONLY)
+
+
+def _accepted(member: Any, extra_args: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The extra arguments that a member takes; SAM in opaque mode refuses all but its own."""
+    parameters = inspect.signature(member.update).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return extra_args
+    return {name: value for name, value in extra_args.items() if name in parameters}
+
+
+def _kept_gradient(grad: Any, updates: Any, masks: Any) -> Any:
+    """The argument `grad` for the members before pruning."""
+    # Inside of optax.masked the caller's `grad` has more leaves than this chain sees.
+    same = jax.tree.structure(grad) == jax.tree.structure(updates)
+    return keep_unpruned(grad, masks) if same else grad
+
+
+def _check(state: Any, inner: _Inner) -> None:
+    """Raises for members that would break the zeros or find nothing to prune by."""
+    trees.raise_for(
+        order_problems(state),
+        "pruning must have the last word in a jaxprune.chain, or the zeros do not hold. Move these "
+        "before it (docs/optimizers.md has a recipe for each):",
+    )
+    if inner != "sparse":
+        return
+    blind = [type(s).__name__ for s in pruning_states(state) if _needs_dense(s)]
+    trees.raise_for(
+        blind,
+        '`inner="sparse"` hides the gradients of pruned weights, or the momentum of this step, '
+        "which these methods rank by. Leave it out, or give `agip_transform` a `decay`:",
+    )
+
+
+def _needs_dense(state: Any) -> bool:
+    """Whether a method reads what the members before it make of pruned weights."""
+    if isinstance(state, AgipState):
+        return state.gradient_average == ()
+    if isinstance(state, ChannelState):
+        return state.channel_average == {}
+    return isinstance(state, StraightThroughState)

@@ -9,7 +9,14 @@ import numpy as np
 import optax
 
 from jaxprune import budgets, plans, schedules, scores, stats, trees
-from jaxprune.transforms._masking import project, put_masks, update_masks, zero_counters
+from jaxprune.transforms._masking import (
+    check_bools,
+    check_line_search,
+    project,
+    put_masks,
+    update_masks,
+    zero_counters,
+)
 
 
 class ChannelState(NamedTuple):
@@ -121,17 +128,22 @@ def channel_transform(
         inner_state: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
+        check_line_search(extra_args, inner_state)
         if params is None:
             raise ValueError(
                 "`params` is missing: pruning needs the parameters. Call "
                 "`optimizer.update(gradients, state, params)`."
             )
         trees.check_same_structure("updates", updates, params)
+        check_bools(state.channels)
         gates = gates_of(params)
         weights, moves = jax.tree.leaves(params), jax.tree.leaves(updates)
-        source = stats.first_moment(inner_state) if decay is None else grad
-        signal = trees.leaves_like(params, source) or moves
+        signal = trees.leaves_like(params, None if decay is None else grad) or moves
+        if decay is None and inner_state is not None:
+            paths = list(trees.leaf_by_path(params))
+            at = sorted({gate.leaf for own in gates.values() for gate in own})
+            momenta = stats.first_moment(inner_state, [paths[i] for i in at])
+            signal = dict(zip(at, momenta, strict=True))
 
         # Gradients -> statistics: vectors, so that nothing here costs anything.
         def summed(own: list[_Gate], size: int, entry: Callable[..., jax.Array]) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 
 from jaxprune import trees
-from jaxprune.transforms._masking import project, put_masks, split
+from jaxprune.transforms._masking import check_line_search, project, put_masks, split
 
 
 class FixedMaskState(NamedTuple):
@@ -92,7 +92,7 @@ def fixed_mask_transform(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
+        check_line_search(extra_args)
         if not jax.tree.leaves(state.masks):
             return updates, state
         has_mask = jax.tree.map(

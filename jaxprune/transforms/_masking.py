@@ -14,7 +14,9 @@ from jaxprune import budgets, patterns, plans, stats, trees
 
 
 class MaskState(NamedTuple):
-    """State of the transformations that keep nothing but masks.
+    """State of the transformations that keep nothing but masks and bring no weight back.
+
+    Where it meets one, `jaxprune.chain` shows the members before it the sparse network.
 
     Example:
         >>> import jaxprune
@@ -33,8 +35,8 @@ class MaskState(NamedTuple):
 class DynamicState(NamedTuple):
     """State of the transformations that bring weights back, with the fields of `MaskState`.
 
-    Where it meets one, `jaxprune.chain` shows the members before it the sparse network and
-    holds the moments of pruned weights at 0: a weight that comes back starts without a past.
+    As with `MaskState`, the members before it in a `jaxprune.chain` see the sparse network: a
+    weight that comes back starts without a past.
 
     Example:
         >>> import jaxprune
@@ -48,6 +50,11 @@ class DynamicState(NamedTuple):
     refused: jax.Array
     masks: Any
     plan_mark: jax.Array
+
+
+def holds_masks(node: Any) -> bool:
+    """Whether a node of an optimizer state is the state of a pruning transformation."""
+    return "masks" in getattr(node, "_fields", ())
 
 
 class Parts(NamedTuple):
@@ -79,6 +86,7 @@ def split(
     flags = trees.prunable_flags(params, prunable, stacked)
     _check_state(masks, params, flags)
     weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
+    check_bools(masks)
     return Parts(flags, weights, moves, jax.tree.leaves(masks))
 
 
@@ -101,6 +109,31 @@ def _check_state(masks: Any, params: Any, flags: tuple[bool, ...]) -> None:
     )
 
 
+def check_bools(masks: Any) -> None:
+    """Raises where a wrapper has computed with the masks of a state."""
+    bad = [
+        f"{path}: {jnp.result_type(mask)}"
+        for path, mask in trees.leaves_with_paths(masks)
+        if jnp.result_type(mask) != jnp.bool_
+    ]
+    trees.raise_for(
+        bad,
+        "`state` must hold masks of bools, but a wrapper around the pruning transformation mixes "
+        "states of several steps (optax.contrib.sam, optax.lookahead with `reset_state`). Put it "
+        "before pruning in a jaxprune.chain, SAM with `opaque_mode=True`; see docs/optimizers.md:",
+    )
+
+
+def check_line_search(extra_args: Any, inner_state: Any = None) -> None:
+    """Raises where a line search would keep value and gradient of the point before the mask."""
+    if "value_fn" in extra_args and extra_args.get("inner_state", inner_state) is None:
+        raise ValueError(
+            "`value_fn` is passed to a pruning transformation outside of jaxprune.chain: the line "
+            "search keeps the value and the gradient of the point before the mask for the next "
+            "step. Write `jaxprune.chain(optax.lbfgs(), pruning)`; see docs/optimizers.md."
+        )
+
+
 def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array] | None:
     """The raw gradients of the pruned leaves, or None if the chain does not hand them on."""
     leaves = trees.leaves_like(params, grad)
@@ -109,9 +142,25 @@ def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.A
 
 def put_masks(params: Any, flags: tuple[bool, ...], masks: Sequence[jax.Array]) -> Any:
     """Masks in the places of the pruned leaves, nothing at all in the others."""
+    check_one_copy(params)
     # Masks of leaves that are never pruned would be passed in and out of every step.
     rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
     return trees.put(params, flags, list(masks), rest)
+
+
+def check_one_copy(params: Any) -> None:
+    """Raises where fast and slow weights would be ranked together, as if of one network."""
+
+    def is_pair(node: Any) -> bool:
+        return isinstance(node, optax.LookaheadParams)
+
+    if any(map(is_pair, jax.tree.leaves(params, is_leaf=is_pair))):
+        raise ValueError(
+            "`params` are LookaheadParams, two copies of one network: pruning would rank fast and "
+            "slow weights together. Put the chain inside, `optax.lookahead(jaxprune.chain("
+            "optimizer, pruning), ...)`, and apply the masks to both copies after each step; see "
+            "docs/optimizers.md."
+        )
 
 
 def update_masks(
@@ -176,36 +225,6 @@ def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
     dtype = jnp.promote_types(update.dtype, weight.dtype)
     return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
-
-
-def keep_unpruned(tree: Any, masks: Any) -> Any:
-    """Zeros in place of what is pruned, in a tree like the parameters."""
-
-    def keep(mask: Any, leaf: Any) -> Any:
-        return leaf if trees.is_absent(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.map(keep, masks, tree, is_leaf=trees.is_absent)
-
-
-def project_all(updates: Any, masks: Any, params: Any) -> Any:
-    """`project` for a whole tree."""
-
-    def one(mask: Any, update: Any, weight: Any) -> Any:
-        return update if trees.is_absent(mask) else project(update, mask, weight)
-
-    return jax.tree.map(one, masks, updates, params, is_leaf=trees.is_absent)
-
-
-def restart_moments(member: Any, state: Any, masks: Any) -> Any:
-    """The state of a transformation, with 0 in place of each moment of a pruned weight."""
-
-    def keep(moment: Any, mask: Any) -> Any:
-        # Adafactor's sums over rows have other shapes than their weights.
-        if trees.is_absent(moment) or trees.is_absent(mask) or jnp.shape(mask) != jnp.shape(moment):
-            return moment
-        return jnp.where(mask, moment, jnp.zeros_like(moment))
-
-    return optax.tree_utils.tree_map_params(member, keep, state, masks, is_leaf=trees.is_absent)
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
@@ -319,7 +338,7 @@ def masking_transform(
         grad: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
+        check_line_search(extra_args)
         parts = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, parts.flags)
         gradients = None

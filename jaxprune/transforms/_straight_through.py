@@ -8,6 +8,7 @@ import optax
 
 from jaxprune import budgets, patterns, plans, schedules, scores, trees
 from jaxprune.transforms._masking import (
+    check_line_search,
     check_window,
     plan_once,
     put_masks,
@@ -120,7 +121,7 @@ def straight_through_transform(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del extra_args
+        check_line_search(extra_args)
         parts = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, parts.flags)
         values = jax.tree.leaves(state.dense)

@@ -1,0 +1,182 @@
+"""What the members before a pruning transformation see of the network, and keep of it."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import trees
+from jaxprune.transforms._masking import holds_masks, project
+
+
+def pruning_states(state: Any) -> list[Any]:
+    """All states of pruning transformations in an optimizer state, in flattening order."""
+    return [node for node in jax.tree.leaves(state, is_leaf=holds_masks) if holds_masks(node)]
+
+
+def masks_like(params: Any, states: Sequence[Any]) -> Any:
+    """The masks of pruning states in a tree like the parameters, `MaskedNode` where there is none.
+
+    Matched by path, because `optax.masked` and `optax.partition` hide leaves or whole branches.
+    """
+    found: dict[str, Any] = {}
+    for state in states:
+        for path, mask in trees.leaf_by_path(state.masks).items():
+            found[path] = found[path] & mask if path in found else mask
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: found.get(trees.path_string(path), optax.MaskedNode()), params
+    )
+
+
+def keep_unpruned(tree: Any, masks: Any) -> Any:
+    """Zeros in place of what is pruned, in a tree like the parameters."""
+
+    def keep(mask: Any, leaf: Any) -> Any:
+        return leaf if trees.is_absent(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(keep, masks, tree, is_leaf=trees.is_absent)
+
+
+def project_all(updates: Any, masks: Any, params: Any) -> Any:
+    """`project` for a whole tree."""
+
+    def one(mask: Any, update: Any, weight: Any) -> Any:
+        return update if trees.is_absent(mask) else project(update, mask, weight)
+
+    return jax.tree.map(one, masks, updates, params, is_leaf=trees.is_absent)
+
+
+def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
+    """The state of a transformation, with what its `init` gives in place of pruned weights.
+
+    This concerns each array that mirrors a parameter: its path ends with that of the parameter,
+    and it has the parameter's shape, perhaps behind an axis of history. Not every optimizer
+    starts at 0: Adagrad, Rprop and COCOB do not.
+
+    Args:
+        member: the transformation.
+        state: its state.
+        masks: tree like the parameters, bool or `MaskedNode`.
+        params: what `init` gets, with zeros where weights are pruned.
+
+    Returns:
+        State of the same structure, shapes and dtypes.
+    """
+    mask_of = trees.leaf_by_path(masks)
+    moments = jax.tree.map(
+        lambda node: jax.tree.map(lambda _: 0, node) if _holds_no_moments(node) else node,
+        state,
+        is_leaf=_holds_no_moments,
+    )
+    own = [_mask_of(path, leaf, mask_of) for path, leaf in trees.leaves_with_paths(moments)]
+    if all(mask is None for mask in own):
+        return state
+
+    def restart(old: Any, new: Any, mask: Any) -> Any:
+        if mask is None:
+            return old
+        mask = mask.reshape((1,) * (jnp.ndim(old) - mask.ndim) + mask.shape)
+        return jnp.where(mask, old, jnp.asarray(new, old.dtype))
+
+    leaves, structure = jax.tree.flatten(state)
+    fresh = jax.tree.leaves(member.init(params))
+    return structure.unflatten([restart(*three) for three in zip(leaves, fresh, own, strict=True)])
+
+
+def has_line_search(state: Any) -> bool:
+    """Whether an optimizer state keeps a value and a gradient for the next step."""
+    return any(map(_keeps_value, jax.tree.leaves(state, is_leaf=_keeps_value)))
+
+
+def forget_values(state: Any, changed: Any) -> Any:
+    """Makes `optax.value_and_grad_from_state` evaluate again where the point has changed.
+
+    Args:
+        state: of any optimizer.
+        changed: bool [], whether a line search kept value and gradient of another point.
+
+    Returns:
+        The state, with an infinite value in each line search.
+    """
+
+    def forget(node: Any) -> Any:
+        if not _keeps_value(node):
+            return node
+        value = jnp.asarray(node.value)
+        return node._replace(value=jnp.where(changed, jnp.full_like(value, jnp.inf), value))
+
+    return jax.tree.map(forget, state, is_leaf=_keeps_value)
+
+
+def differs(updates: Any, others: Any) -> jax.Array:
+    """Whether two trees differ in any entry, bool []."""
+    flags = jax.tree.map(lambda a, b: jnp.any(a != b), updates, others)
+    return jnp.any(jnp.stack(jax.tree.leaves(flags)))
+
+
+def order_problems(state: Any, where: str = "") -> list[str]:
+    """What follows a pruning transformation or wraps it so that zeros cannot hold, a line each."""
+    if not pruning_states(state) or holds_masks(state):
+        return []
+    if type(state) is tuple or isinstance(state, list):
+        children = {f"{where}[{i}]": child for i, child in enumerate(state)}
+    elif isinstance(state, dict):
+        children = {f"{where}[{key!r}]": child for key, child in state.items()}
+    else:
+        fields = getattr(state, "_fields", ())
+        children = {f"{where}.{name}": getattr(state, name) for name in fields}
+    problems = []
+    if type(state) is tuple or isinstance(state, OrderedDict):
+        last = None
+        for name, child in children.items():
+            if pruning_states(child):
+                last = name
+            elif last is not None and _is_state(child):
+                problems.append(f"`state{name}` follows the pruning of `state{last}`")
+    if _mixes_copies(state):
+        kind = type(state).__name__.removesuffix("State")
+        problems.append(f"`state{where}`: {kind} mixes parameters of several steps around pruning")
+    for name, child in children.items():
+        problems += order_problems(child, name)
+    return problems
+
+
+def _holds_no_moments(node: Any) -> bool:
+    """Whether a node of a state has no entry of its own for each weight."""
+    # GaLore's moments are of a projection that may have the shape of the weight.
+    return holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
+
+
+def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:
+    """The mask of the parameter that an array of a state mirrors, or None."""
+    parts = path.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts) + 1))
+    mask = next((masks[end] for end in ends if end in masks), None)
+    if mask is None or not mask.ndim:
+        return None
+    # Adafactor's sums over rows have other shapes than their weights.
+    return mask if jnp.shape(moment)[-mask.ndim :] == mask.shape else None
+
+
+def _keeps_value(node: Any) -> bool:
+    """Whether a node is the state of a line search, by the fields that Optax itself looks for."""
+    return {"value", "grad"} <= set(getattr(node, "_fields", ()))
+
+
+def _is_state(node: Any) -> bool:
+    """Whether a node may be the state of a transformation; a counter beside a state is none."""
+    return isinstance(node, (tuple, dict))
+
+
+def _mixes_copies(state: Any) -> bool:
+    """Whether the updates of what is inside a state are mixed with parameters kept elsewhere."""
+    kinds = (
+        optax.LookaheadState,
+        optax.contrib.ScheduleFreeState,
+        optax.contrib.MechanicState,
+    )
+    transparent = isinstance(state, optax.contrib.SAMState) and state.cache is not None
+    return isinstance(state, kinds) or transparent
