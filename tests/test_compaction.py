@@ -25,7 +25,7 @@ def apply(variables, x):
 GROUPS = structure.find_groups(
     apply, VARIABLES, X, parameters=lambda path, leaf: path.startswith("params")
 )
-NORMED = "params/a/kernel:1"
+NORMED = "params/b/kernel:1"
 
 
 def make_optimizer(groups):
