@@ -183,13 +183,11 @@ def prune(
     if not weights:
         raise ValueError("`params` must have a leaf that can be pruned, but has no leaves at all.")
     if statistics is not None:
-        trees.check_same_structure("statistics", statistics, params)
-        statistics = trees.pick(statistics, flags)
+        statistics = trees.pick(_in_order("statistics", statistics, params), flags)
     if callable(score):
         ranked = score(weights, statistics)
     else:
-        trees.check_same_structure("score", score, params)
-        ranked = trees.pick(score, flags)
+        ranked = trees.pick(_in_order("score", score, params), flags)
     among = None if masks is None else trees.pick(_full_masks(masks, params), flags)
     plan = plans.make_plan(
         dict(zip(paths, weights, strict=True)), [0], [sparsity], budget=budget, pattern=pattern
@@ -255,6 +253,15 @@ def _selected(kinds: Any, tables: Any, ranked: list[jax.Array], among: Any) -> l
     groups = [plans.Group(*kind, *counts) for kind, counts in zip(kinds, tables, strict=True)]
     plan = plans.Plan(np.zeros(1, np.int32), tuple(groups))
     return plans.select(plan, 0, ranked) if among is None else plans.renew(plan, 0, among, ranked)
+
+
+def _in_order(name: str, tree: Any, params: Any) -> Any:
+    """The leaves of a tree in the order of the parameters, matched by path.
+
+    Text keys, as in a file, sort "10" before "2"; lists and keys that are numbers do not.
+    """
+    trees.check_same_structure(name, tree, params)
+    return trees.leaves_like(params, tree)
 
 
 def _full_masks(masks: Any, params: Any) -> list[jax.Array]:

@@ -61,6 +61,7 @@ def largest(scores: Any, keep: Any, *, floors: Any = None, among: Any = None) ->
     _check(scores, floors.shape)
     if among is not None:
         trees.check_same_structure("among", among, scores)
+        among = trees.leaves_like(scores, among)  # text keys sort "10" before "2", numbers do not
     allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     keys = [_keys(score, mask) for score, mask in zip(leaves, allowed, strict=True)]
 
