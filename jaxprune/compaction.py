@@ -113,7 +113,7 @@ def masked_channels(groups: structure.Groups, opt_state: Any) -> dict[str, np.nd
         if len(channels.get(name, ())) != sizes.get(name, 0)
     ]
     trees.raise_for(problems, "`groups` must be those of the transformation:")
-    return channels
+    return {name: channels[name] for name in groups}  # `jit` returns the state sorted by name
 
 
 def pays(

@@ -71,6 +71,7 @@ def largest(
     _check(scores)
     if among is not None:
         trees.check_same_structure("among", among, scores)
+        among = trees.leaves_like(scores, among)  # text keys sort "10" before "2", numbers do not
     allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     with counting.exact(leaves):
         width = counting.width_of(leaves)

@@ -169,6 +169,19 @@ def test_bounds_hold_and_the_best_of_what_they_allow_stays(sizes, density, bound
                 assert worst > best or (worst == best and i <= j), "an exchange would be better"
 
 
+def test_ties_follow_the_groups_and_not_the_order_of_the_scores():
+    """Scores that a jitted function returns are sorted by name."""
+    names = ["b", "a"]
+    groups = Groups(None, [Group(name, 2, (), ()) for name in names], [], {})
+    scores = jax.jit(lambda: {name: jnp.ones(2) for name in names})()
+    assert list(scores) == ["a", "b"]
+    keep = structure.keep_global(groups, jax.tree.map(np.asarray, scores), 0.75)
+    assert {name: own.tolist() for name, own in keep.items()} == {
+        "b": [True, True],
+        "a": [True, False],
+    }
+
+
 def test_ignored_groups_stay_whole_and_out_of_the_ranking():
     groups = made(4, 4, 4)
     scores = {name: np.arange(4.0) + 10 * int(name[1]) for name in groups}

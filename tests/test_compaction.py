@@ -25,7 +25,7 @@ def apply(variables, x):
 GROUPS = structure.find_groups(
     apply, VARIABLES, X, parameters=lambda path, leaf: path.startswith("params")
 )
-NORMED = "params/a/kernel:1"
+NORMED = "params/b/kernel:1"
 
 
 def make_optimizer(groups):
@@ -58,6 +58,7 @@ def test_two_switches_train_as_masks_do():
         small, state = step(small, state)
         if number in (4, 10):  # in the middle of the ramp, and after it
             keep = compaction.masked_channels(network.groups, state)
+            assert list(keep) == list(GROUPS) != sorted(GROUPS), "the state is sorted by name"
             switch = compaction.shrink(
                 network, keep, {apply: (X,)}, make_optimizer, small, state, multiple=2
             )

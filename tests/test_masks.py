@@ -379,6 +379,18 @@ def test_prune_an_nnx_state():
     np.testing.assert_array_equal(masks["kernel"].get_value(), wanted)
 
 
+@pytest.mark.parametrize("kind", ["score", "statistics"])
+def test_scores_are_matched_by_path(kind):
+    """Text keys sort "10" before "2": the tree of a file has another order than a list."""
+    params = [jnp.full((2, 2), 1.0) for _ in range(12)]
+    ranked = {str(number): jnp.full((2, 2), 12.0 - number) for number in range(12)}
+    options = {"score": ranked} if kind == "score" else {"statistics": ranked}
+    options = {"score": scores.gradient} | options
+    _, masks = jaxprune.prune(params, 0.5, budget=budgets.global_budget(0.0), **options)
+    # Each leaf keeps one weight at least, so the best four and a half are whole.
+    assert [i for i, mask in enumerate(masks) if mask.all()] == [0, 1, 2, 3]
+
+
 def test_prune_under_jit():
     pruned, masks = jax.jit(lambda params: jaxprune.prune(params, 0.6))(PARAMS)
     eager = jaxprune.prune(PARAMS, 0.6)

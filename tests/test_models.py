@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -15,7 +16,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import models, structure, trees
+import jaxprune
+from jaxprune import models, patterns, structure, trees
 from jaxprune.models import ResNet, Widths, default_widths
 
 THIN = Widths(4, ((3, 4), (5, 8), (6, 12)))  # resnet8, all widths different
@@ -537,6 +539,105 @@ def test_unknown_names_list_the_known_ones():
 def test_bad_images_are_named(error, batch, text):
     with pytest.raises(error, match=text):
         nnx.eval_shape(lambda model: model(batch), abstract("resnet8", widths=THIN))
+
+
+# ------------------------------------------------------------------------------------- pruning
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile
+NETWORKS = (
+    "resnet8 resnet20 resnet32 resnet56 resnet110 resnet18 resnet34 resnet50 resnet101".split()
+)
+
+
+def narrow(name: str) -> Widths:
+    """Streams of 8, 12, 16 and 20 channels, 4 or 8 inside of blocks: 2:4 and blocks fit them."""
+    streams = sorted({block[-1] for block in default_widths(name).blocks})
+
+    def block(index: int, width: tuple[int, ...]) -> tuple[int, ...]:
+        inner = tuple(4 * (1 + (index + i) % 2) for i in range(len(width) - 1))
+        return (*inner, 8 + 4 * streams.index(width[-1]))
+
+    return Widths(8, tuple(map(block, *zip(*enumerate(default_widths(name).blocks)))))
+
+
+def gate_scores(group, params, grads) -> np.ndarray:
+    """|sum of w g| over the gates of each channel, in float64."""
+    total = np.zeros(group.size)
+    for gate in group.gates:
+        path = gate.path.removeprefix("params/")
+        product = np.asarray(params[path], float) * np.asarray(grads[path], float)
+        rows = np.moveaxis(product, gate.dimension, 0).reshape(len(gate.channels), -1).sum(1)
+        np.add.at(total, gate.channels[gate.channels >= 0], rows[gate.channels >= 0])
+    return np.abs(total)
+
+
+def third_by_third(path: str, leaf) -> patterns.Pattern:
+    """Single weights, 2:4 and blocks of 4x4, each in a third of the leaves."""
+    fits = leaf.shape[-2] % 4 == 0  # not the images
+    block = patterns.blocks((None,) * (leaf.ndim - 2) + (4, 4))
+    return (None, patterns.n_m(2, 4), block)[sum(map(ord, path)) % 3] if fits else None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_trains_a_step_of_every_granularity(name):
+    """Weights, 2:4, blocks and channels, with a mask update in the first step."""
+    graphdef, *states = filled(name, widths=narrow(name), num_classes=10)
+    params, stats = map(nnx.to_pure_dict, states)
+    side = 8 if name in NETWORKS[:5] else 32
+    x, labels = images(2, side, side, 3), np.array([3, 7])
+
+    def train(variables, x):
+        model = nnx.merge(graphdef, variables["params"], variables["stats"])
+        model.train()
+        logits = model(x)
+        return logits, {"stats": nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))}
+
+    def loss(params, stats, x):
+        logits = jax.nn.log_softmax(train({"params": params, "stats": stats}, x)[0])
+        return -jnp.take_along_axis(logits, labels[:, None], axis=1).mean()
+
+    trace = structure.Trace(train, (x,), lambda output: output[1])
+    groups = structure.find_groups([trace], {"params": params, "stats": stats})
+    # Selection is compiled for each leaf: of a deep network twelve are enough.
+    few = [path for path in trees.leaf_by_path(params) if path.endswith("kernel")][:12]
+    options = {
+        "weights": {"pattern": third_by_third, "prunable": lambda path, leaf: path in few},
+        "channels": {"groups": groups},
+    }
+    optimizers = {
+        kind: jaxprune.chain(
+            optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.5, start=0, stop=0, **own)
+        )
+        for kind, own in options.items()
+    }
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def step(params, stats, states, x):
+        grads, done = jax.grad(loss)(params, stats, x), {}
+        for kind, optimizer in optimizers.items():
+            updates, state = optimizer.update(grads, states[kind], params)
+            done[kind] = optax.apply_updates(params, updates), state
+        return grads, done
+
+    states = {kind: optimizer.init(params) for kind, optimizer in optimizers.items()}
+    grads, done = step(params, stats, states, x)
+    for kind, (new, state) in done.items():
+        masks, leaves = trees.leaf_by_path(jaxprune.get_masks(state)), trees.leaf_by_path(new)
+        assert all(np.isfinite(leaf).all() for leaf in leaves.values()), kind
+        masked = {path: mask for path, mask in masks.items() if jnp.ndim(mask)}
+        assert all((leaves[path] == 0)[~mask].all() for path, mask in masked.items()), kind
+        kept = sum(int(mask.sum()) for mask in masked.values())
+        total = sum(mask.size for mask in masked.values())
+        assert 0.4 * total <= kept <= 0.6 * total, kind
+    (channels,) = trees.state_fields(done["channels"][1], "channels")
+    flat_params, flat_grads = trees.leaf_by_path(params), trees.leaf_by_path(grads)
+    assert sorted(channels) == sorted(groups) and (len(groups) > 6 or name == "resnet8")
+    for group in groups.values():
+        own = gate_scores(group, flat_params, flat_grads)
+        on = np.asarray(channels[group.name])
+        assert on.sum() == group.size - group.size // 2
+        assert own[on].min() >= own[~on].max() * (1 - 1e-4), group.name
+    assert list(groups) != sorted(groups), "order and sorted order must differ to be told apart"
 
 
 # ------------------------------------------------------------------------- widths of parameters

@@ -469,6 +469,14 @@ def test_floors_need_one_entry_for_each_leaf(floors):
         selection.largest([jnp.ones(2), jnp.ones(3)], 1, floors=floors)
 
 
+def test_among_is_matched_by_path():
+    """Text keys sort "10" before "2": the tree of a file has another order than a list."""
+    scores = [jnp.full(2, float(number)) for number in range(12)]
+    among = {str(number): jnp.full(2, number < 6) for number in range(12)}
+    kept = selection.largest(scores, 8, among=among)
+    assert [i for i, mask in enumerate(kept) if mask.all()] == [2, 3, 4, 5]
+
+
 def test_among_needs_the_paths_and_shapes_of_the_scores():
     with pytest.raises(ValueError, match=r"`among` must have(.|\n)*1: missing"):
         selection.largest([jnp.ones(2), jnp.ones(3)], 1, among=[jnp.ones(2, bool)])

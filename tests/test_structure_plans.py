@@ -1,5 +1,7 @@
 """What can be asked of groups and plans beyond removing channels of a plain network."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from structure_checks import draw, halves
 
+import jaxprune
 from jaxprune import models, structure
 from jaxprune.structure import Trace
 
@@ -326,6 +329,48 @@ def test_leaves_are_found_by_their_paths():
     assert list(text) != sorted(text)
     x = draw(2, 5)
     np.testing.assert_array_equal(plan.wrap(net)(text, x), plan.wrap(net)(small, x))
+
+
+def test_a_plan_whose_keys_were_sorted_is_the_same():
+    """As `json.dumps(..., sort_keys=True)` does, and a trip through a JAX transformation."""
+    layers = {number: draw(5, 5, seed=number) / 3 for number in range(12)}
+
+    def net(w, x):
+        for number in range(12):
+            x = jax.nn.relu(x @ w[number])
+        return x
+
+    groups, x = structure.find_groups(net, layers, draw(2, 5)), draw(2, 5)
+    plan = groups.plan(halves(groups))
+    text = json.dumps(plan.to_dict(), sort_keys=True)
+    found = structure.plan_of(json.loads(text))
+    assert list(found.kept) == list(plan.kept) and found.model == plan.model
+    small = plan.compact(layers)
+    np.testing.assert_array_equal(found.wrap(net)(small, x), plan.wrap(net)(small, x))
+    shuffled = plan._replace(kept={path: plan.kept[path] for path in sorted(plan.kept)})
+    np.testing.assert_array_equal(shuffled.wrap(net)(small, x), plan.wrap(net)(small, x))
+
+
+def test_each_group_loses_its_own_channels_in_the_optimizer_state():
+    """The name of one group is the end of the other one's, and both have six channels."""
+    params = {"kernel": draw(3, 6), "a": {"kernel": draw(6, 6)}, "z": draw(6, 2)}
+
+    def net(w, x):
+        return jax.nn.relu(jax.nn.relu(x @ w["kernel"]) @ w["a"]["kernel"]) @ w["z"]
+
+    groups = structure.find_groups(net, params, draw(2, 3))
+    assert list(groups) == ["kernel:1", "a/kernel:1"]
+    first = np.arange(6) < 3
+    plan = groups.plan({"kernel:1": first, "a/kernel:1": ~first})
+
+    def agip(groups):
+        return jaxprune.agip_transform(0.5, stop=0, groups=groups)
+
+    averages = {"kernel:1": jnp.arange(6.0), "a/kernel:1": 10 + jnp.arange(6.0)}
+    state = agip(groups).init(params)._replace(channel_average=averages)
+    done = structure.compact_state(plan, agip(groups.compact(plan)), state, params, groups=groups)
+    left = {name: own.tolist() for name, own in done.state.channel_average.items()}
+    assert left == {"kernel:1": [0, 1, 2], "a/kernel:1": [13, 14, 15]}
 
 
 def test_groups_of_what_a_plan_leaves():

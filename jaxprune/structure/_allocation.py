@@ -210,7 +210,9 @@ def _bounds(
         raise ValueError("`scores` must name at least one group, but is empty.")
     if not 0 < density <= 1:
         raise ValueError(f"`density` must lie in (0, 1], but is {density}.")
-    ranked = [name for name in scores if ignore is None or not ignore(groups[name])]
+    # In the order of the groups, which decides ties: `scores` may be sorted, as `jit` returns them.
+    named = [name for name in groups if name in scores]
+    ranked = [name for name in named if ignore is None or not ignore(groups[name])]
     if ignore is not None and len(ranked) in (0, len(scores)):
         matches = "none" if ranked else "all"
         raise ValueError(f"`ignore` must match some groups and not others, but matches {matches}.")

@@ -82,7 +82,9 @@ def compact_state(
     named = trees.leaves_with_paths(state)
     for (path, leaf), (_, fresh) in zip(named, trees.leaves_with_paths(new), strict=True):
         owner = _owner(path, jnp.shape(leaf), dense)
-        group = next((name for name in channels if f"/{path}".endswith(f"/{name}")), None)
+        # The longest name: a path that ends with that of `a/kernel:1` also does with `kernel:1`.
+        ends = [name for name in channels if f"/{path}".endswith(f"/{name}")]
+        group = max(ends, key=len, default=None)
         if owner is not None:
             leaves.append(plan.take(prefix + owner, leaf))
         elif group is not None and jnp.shape(leaf) == channels[group].shape:

@@ -210,10 +210,10 @@ class Plan(NamedTuple):
         kept, problems = np.ones(analysis.nodes.count, bool), []
         dimensions = [
             (index, path, dimension, flags, analysis.root(leaf.nodes[dimension]))
-            for index, ((path, own), leaf) in enumerate(
-                zip(self.kept.items(), analysis.leaves, strict=True)
+            for index, (path, leaf) in enumerate(
+                zip(self.model.shapes, analysis.leaves, strict=True)
             )
-            for dimension, flags in enumerate(own)
+            for dimension, flags in enumerate(self.kept[path])
         ]
         for index, path, dimension, flags, roots in dimensions:
             if (roots[~flags] == FROZEN).any():
@@ -286,6 +286,7 @@ class Plan(NamedTuple):
         """Plain Python values, ready for `json.dumps`; `plan_of` reads them."""
         return {
             "version": _VERSION,
+            "order": list(self.model.shapes),  # what sorts the keys of `leaves` does not sort this
             "parameters": sorted(self.model.parameters),
             "consumers": sorted(self.model.consumers),
             "caches": sorted(self.model.caches),
@@ -335,7 +336,8 @@ def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
         raise ValueError(f"{where} is not a plan of jaxprune: {error}") from error
     if version != _VERSION:
         raise ValueError(f"{where} is a plan of version {version}; this jaxprune reads {_VERSION}")
-    shapes = {name: tuple(leaf["shape"]) for name, leaf in content["leaves"].items()}
+    order = content.get("order", list(content["leaves"]))  # consumers and factors count in it
+    shapes = {name: tuple(content["leaves"][name]["shape"]) for name in order}
     model = Model(
         shapes,
         frozenset(content["parameters"]),
@@ -344,9 +346,9 @@ def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
         tuple((Split(node, tuple(sizes)), factor) for node, sizes, factor in content["factors"]),
     )
     kept = {}
-    for name, leaf in content["leaves"].items():
-        kept[name] = [np.ones(size, bool) for size in shapes[name]]
-        for own, removed in zip(kept[name], leaf["removed"], strict=True):
+    for name, shape in shapes.items():
+        kept[name] = [np.ones(size, bool) for size in shape]
+        for own, removed in zip(kept[name], content["leaves"][name]["removed"], strict=True):
             own[removed] = False
     return Plan(model, kept)
 

@@ -1,6 +1,7 @@
 """AGIP on channels: masks at the gates of groups, and one statistic for each channel."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxprune import budgets, plans, schedules, scores, stats, trees
+from jaxprune.transforms import _gates
 from jaxprune.transforms._masking import (
     check_bools,
     check_line_search,
@@ -22,9 +24,11 @@ from jaxprune.transforms._masking import (
 class ChannelState(NamedTuple):
     """State of `agip_transform` with `groups`.
 
+    `jax.jit` returns the dicts with sorted keys, whatever the order of the groups.
+
     Example:
-        >>> ChannelState._fields[3:]
-        ('masks', 'plan_mark', 'channels', 'channel_average', 'channel_age', 'channel_growth')
+        >>> ChannelState._fields[3:6]
+        ('masks', 'plan_mark', 'channels')
     """
 
     prune_step: jax.Array  # int32 [], optimizer updates seen
@@ -36,14 +40,7 @@ class ChannelState(NamedTuple):
     channel_average: dict[str, jax.Array]  # float32 [channels]; {} without an own average
     channel_age: dict[str, jax.Array]  # int32 [channels], steps since it is on; {} likewise
     channel_growth: dict[str, jax.Array]  # float32 [channels]; {} without regrowth
-
-
-class _Gate(NamedTuple):
-    """Where zeros switch channels off: an axis of a leaf."""
-
-    leaf: int  # position among the parameters
-    axis: int
-    channels: np.ndarray  # int [entries along the axis]: which channel each is; -1: none
+    unranked: jax.Array  # int32 [], groups whose scores were all 0 at the last mask update
 
 
 def channel_transform(
@@ -87,10 +84,13 @@ def channel_transform(
         budget=_at_least_one(budgets.uniform if budget is None else budget),
     )
     grows = plans.ever_grows(plan)
-    gates_of = _gates_once(groups)
+    gates_of = _gates.gates_once(groups)
+    # Lists hold a vector for each of these, in this order, as the plan does. A dict that went
+    # through `jit`, `cond` or `scan` is sorted by its keys and is read by name only.
+    names = list(groups)
 
     def zeros(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-        return {name: jnp.zeros(group.size, dtype) for name, group in groups.items()}
+        return {name: jnp.zeros(groups[name].size, dtype) for name in names}
 
     def put(params: Any, channels: Mapping[str, jax.Array]) -> tuple[Any, dict[int, jax.Array]]:
         """Masks of the gates, as a tree and by position."""
@@ -98,18 +98,20 @@ def channel_transform(
         leaves = jax.tree.leaves(params)
         for name, gates in gates_of(params).items():
             for gate in gates:
+                shape = jnp.shape(leaves[gate.leaf])
                 kept = jnp.where(gate.channels < 0, True, channels[name][gate.channels])
-                shape = np.ones(leaves[gate.leaf].ndim, int)
-                shape[gate.axis] = len(gate.channels)
-                mask = jnp.broadcast_to(kept.reshape(shape), leaves[gate.leaf].shape)
+                mask = jnp.broadcast_to(_gates.along(gate, len(shape), kept), shape)
                 masks[gate.leaf] = masks.get(gate.leaf, True) & mask
         flags = tuple(index in masks for index in range(len(leaves)))
         return put_masks(params, flags, [masks[index] for index in sorted(masks)]), masks
 
     def init_fn(params: optax.Params) -> ChannelState:
-        everything = {name: jnp.ones(group.size, bool) for name, group in groups.items()}
+        everything = {name: jnp.ones(groups[name].size, bool) for name in names}
+        masks = params
         # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
-        masks = put(params, everything)[0] if jax.tree.leaves(params) else params
+        if leaves := jax.tree.leaves(params):
+            masks = put(params, everything)[0]
+            _warn_of_zeros(gates_of(params), leaves)
         return ChannelState(
             **zero_counters(),
             masks=masks,
@@ -117,6 +119,7 @@ def channel_transform(
             channel_average={} if decay is None else zeros(),
             channel_age={} if decay is None else zeros(jnp.int32),
             channel_growth=zeros() if grows and decay is not None else {},
+            unranked=jnp.zeros([], jnp.int32),
         )
 
     def update_fn(
@@ -144,48 +147,39 @@ def channel_transform(
             at = sorted({gate.leaf for own in gates.values() for gate in own})
             momenta = stats.first_moment(inner_state, [paths[i] for i in at])
             signal = dict(zip(at, momenta, strict=True))
+        seen = _measure(gates, groups, weights, signal)
 
         # Gradients -> statistics: vectors, so that nothing here costs anything.
-        def summed(own: list[_Gate], size: int, entry: Callable[..., jax.Array]) -> jax.Array:
-            total = jnp.zeros(size)
-            for gate in own:
-                total += _per_channel(gate, size, entry(weights[gate.leaf], signal[gate.leaf]))
-            return total
-
-        products = {n: summed(own, groups[n].size, _product) ** 2 for n, own in gates.items()}
-        norms = {n: jnp.sqrt(summed(own, groups[n].size, _square)) for n, own in gates.items()}
-        slopes = {n: summed(own, groups[n].size, _slope) for n, own in gates.items() if grows}
+        on = [state.channels[name] for name in names]
         average, age, growth = state.channel_average, state.channel_age, state.channel_growth
         if decay is None:
-            statistics, lately = products, slopes
+            statistics, lately = seen.products, seen.slopes
         else:
-            # Of the steps since a channel came back only: it has no past to be judged by.
-            on = state.channels
-            average = jax.tree.map(jnp.multiply, stats.update_average(average, products, decay), on)
-            age = jax.tree.map(lambda age, on: (age + 1) * on, age, on)
-            growth = lately = stats.update_average(growth, slopes, decay)
-            seen = jax.tree.map(lambda age: jnp.maximum(age, 1), age)
-            statistics = {n: stats.unbias(own, decay, seen[n]) for n, own in average.items()}
+            # Only of the steps since a channel came back: it has no past to be judged by.
+            ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
+            past = [
+                _gates.root_mean_square(average[name], new, decay) * kept
+                for name, new, kept in zip(names, seen.products, on, strict=True)
+            ]
+            statistics = [_unbiased(*pair, decay) for pair in zip(past, ages, strict=True)]
+            lately = seen.slopes
+            if grows:
+                pairs = zip(names, seen.slopes, strict=True)
+                lately = [_gates.root_mean_square(growth[n], new, decay) for n, new in pairs]
+                growth = dict(zip(names, lately, strict=True))
+            average, age = (dict(zip(names, own, strict=True)) for own in (past, ages))
 
         # Statistics -> masks, at a mask update.
-        def renew(index: jax.Array, channels: Any, buffers: Any) -> Any:
-            statistics, lately, lengths = (list(part.values()) for part in buffers[:3])
-            ranked = statistics if score is None else score(lengths, statistics)
+        def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
+            (channels, _), (statistics, lately, seen) = carry, buffers
+            ranked = statistics if score is None else score(seen.norms, statistics)
+            ranked, unranked = _never_worthless(ranked, channels, (lately, seen.norms))
             kept = plans.renew(plan, index, channels, ranked, lately if grows else None)
-            return list(kept)
+            return list(kept), unranked
 
-        names = list(gates)
-        kept, counters = update_masks(
-            plan,
-            state,
-            [state.channels[name] for name in names],
-            (
-                {name: statistics[name] for name in names},
-                {name: lately[name] for name in names if grows},
-                {name: norms[name] for name in names},
-                products,
-            ),
-            renew,
+        carry = on, state.unranked
+        (kept, unranked), counters = update_masks(
+            plan, state, carry, (statistics, lately, seen), renew
         )
         channels = dict(zip(names, kept, strict=True))
 
@@ -200,30 +194,113 @@ def channel_transform(
             channel_average=average,
             channel_age=age,
             channel_growth=growth,
+            unranked=unranked,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _product(weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    return weight.astype(jnp.float32) * gradient.astype(jnp.float32)
+class _Seen(NamedTuple):
+    """What one step shows of each group: lists of float32 [channels], in the order of groups."""
+
+    products: list[jax.Array]  # |sum of w g| over the gates of each channel
+    norms: list[jax.Array]  # of its weights
+    slopes: list[jax.Array]  # norms of their gradients
 
 
-def _square(weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    return weight.astype(jnp.float32) ** 2
+def _measure(
+    gates: _gates.Gates,
+    groups: Mapping[str, Any],
+    weights: Sequence[jax.Array],
+    signal: Sequence[jax.Array],
+) -> _Seen:
+    """Takes the numbers of this step; none is squared, as squares of small numbers underflow."""
+    seen = _Seen([], [], [])
+    for name, group in groups.items():
+        own, size = gates[name], group.size
+        mine = [weights[gate.leaf].astype(jnp.float32) for gate in own]
+        slopes = [signal[gate.leaf].astype(jnp.float32) for gate in own]
+        products = [w * g for w, g in zip(mine, slopes, strict=True)]
+        seen.products.append(jnp.abs(_gates.sums(own, size, products)))
+        seen.norms.append(_gates.lengths(own, size, mine))
+        seen.slopes.append(_gates.lengths(own, size, slopes))
+    return seen
 
 
-def _slope(weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    return gradient.astype(jnp.float32) ** 2
+def _unbiased(average: jax.Array, age: jax.Array, decay: float) -> jax.Array:
+    """The root mean square of the steps that were seen: the average started at 0."""
+    steps = jnp.maximum(age, 1).astype(jnp.float32)
+    return average / jnp.sqrt(1 - decay**steps)
 
 
-def _per_channel(gate: _Gate, size: int, entries: jax.Array) -> jax.Array:
-    """Sums of the entries of each channel."""
-    rows = entries.sum([axis for axis in range(entries.ndim) if axis != gate.axis])
-    if np.array_equal(gate.channels, np.arange(size)):
-        return rows
-    ours = gate.channels >= 0
-    return jnp.zeros(size).at[gate.channels[ours]].add(rows[ours])
+def _never_worthless(
+    ranked: Sequence[jax.Array],
+    channels: Sequence[jax.Array],
+    instead: Sequence[Sequence[jax.Array]],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Gives groups whose scores are all 0 other scores, with the mean of all other groups.
+
+    A score of 0 in the whole group says that the gates have not moved from 0, or that no gradient
+    has reached them, and not that the channels are worth nothing.
+
+    Args:
+        ranked: scores, [channels] of each group.
+        channels: bool, which are on.
+        instead: scores to take instead, the first of them that are not all 0.
+
+    Returns:
+        Scores like `ranked`, and the number of such groups, int32 [].
+    """
+
+    def of_kept(values: Sequence[jax.Array]) -> list[jax.Array]:
+        values = [jnp.abs(jnp.asarray(own, jnp.float32)) for own in values]
+        return [jnp.where(on, own, 0) for own, on in zip(values, channels, strict=True)]
+
+    def mean(own: jax.Array, on: jax.Array) -> jax.Array:
+        return jnp.sum(own) / jnp.maximum(jnp.sum(on), 1)
+
+    if not ranked:
+        return [], jnp.zeros([], jnp.int32)
+    sizes = of_kept(ranked)
+    known = [jnp.any(own > 0) for own in sizes]
+    largest = jnp.max(jnp.stack([jnp.max(own) for own in sizes]))
+    unit = jnp.where(largest > 0, largest, 1)  # keeps sums from underflow and overflow
+    counted = [on & flag for on, flag in zip(channels, known, strict=True)]
+    count = jnp.maximum(sum(jnp.sum(own, dtype=jnp.int32) for own in counted), 1)
+    total = sum(jnp.sum(own / unit) for own in sizes)
+    typical = jnp.where(total > 0, unit * (total / count), 1)
+
+    new = []
+    substitutes = [of_kept(own) for own in instead]
+    for position, (score, on) in enumerate(zip(ranked, channels, strict=True)):
+        other = on.astype(jnp.float32)
+        for own in reversed(substitutes):
+            other = jnp.where(jnp.any(own[position] > 0), own[position], other)
+        other = other / jnp.maximum(jnp.max(other), jnp.finfo(jnp.float32).tiny)
+        new.append(jnp.where(known[position], score, typical * (other / mean(other, on))))
+    return new, sum(jnp.where(flag, 0, 1) for flag in known).astype(jnp.int32)
+
+
+def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
+    """Names groups whose gates are all 0, unless traced."""
+    if not all(
+        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
+        for leaf in leaves
+    ):
+        return
+    alive = {
+        name: [jnp.any(_gates.entries(gate, leaves[gate.leaf]) != 0) for gate in own]
+        for name, own in gates.items()
+    }
+    alive = jax.device_get(alive)
+    silent = [name for name in gates if not any(alive[name])]
+    if silent:
+        warnings.warn(
+            f"the gates of {', '.join(silent)} are all 0, so their statistics are 0 until they have "
+            "moved. Until then these channels are ranked by their gradients. Choose a `start` by "
+            "which they have moved.",
+            stacklevel=2,
+        )
 
 
 def _at_least_one(rule: budgets.BudgetRule) -> budgets.BudgetRule:
@@ -235,42 +312,3 @@ def _at_least_one(rule: budgets.BudgetRule) -> budgets.BudgetRule:
         return budgets.Budget(max(budget.total, sum(floors)), floors)
 
     return floored
-
-
-def _gates_once(groups: Mapping[str, Any]) -> Callable[[Any], dict[str, list[_Gate]]]:
-    """The gates of each group among given parameters; remembers the last ones."""
-    known: dict[tuple, dict[str, list[_Gate]]] = {}
-
-    def gates_of(params: Any) -> dict[str, list[_Gate]]:
-        shapes = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
-        key = tuple(shapes.items())
-        if key not in known:
-            known.clear()
-            known[key] = _find_gates(groups, shapes)
-        return known[key]
-
-    return gates_of
-
-
-def _find_gates(
-    groups: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[_Gate]]:
-    """Looks the gates up; those of the variables may have a longer path, such as `params/...`."""
-    wanted = [member.path for group in groups.values() for member in group.gates]
-    ends = {path: [own for own in shapes if f"/{path}".endswith(f"/{own}")] for path in wanted}
-    folders = [path.removesuffix(own) for path, found in ends.items() for own in found]
-    under = max(folders, key=folders.count, default="")
-    position = {path: index for index, path in enumerate(shapes)}
-    gates: dict[str, list[_Gate]] = {}
-    problems = []
-    for name, group in groups.items():
-        gates[name] = []
-        for path, axis, channels, _ in group.gates:
-            shape = shapes.get(path.removeprefix(under))
-            if shape is None or axis >= len(shape) or shape[axis] != len(channels):
-                found = "missing" if shape is None else f"shape {shape}"
-                problems.append(f"{path}: {found}, must have {len(channels)} along axis {axis}")
-            else:
-                gates[name].append(_Gate(position[path.removeprefix(under)], axis, channels))
-    trees.raise_for(problems, "`groups` must be of the model whose `params` are updated:")
-    return gates
