@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import models, structure, trees
-from tests import zoo
+from tests import zoo, zoo_nnx
 from tests.structure_checks import X, between, difference, draw, halves
 from tests.test_structure import SHRINK
 
@@ -122,6 +122,36 @@ def test_a_width_of_the_mean_alone_does_not_fit():
     assert not fit and fit.difference == pytest.approx(1 - 0.5**0.5, rel=1e-3)
     (reason,) = fit.reasons
     assert "`div` at" in reason and "has 8.0, in the dense network 16.0" in reason
+
+
+def test_what_differs_in_a_loop_is_found_in_it():
+    def looped(w, x):
+        def body(h, _):
+            return h * jnp.mean(h**2, -1, keepdims=True), None
+
+        return jax.lax.scan(body, x @ w["in"], None, length=2)[0] @ w["out"]
+
+    fit = planned(looped, MLP, X).fits(looped, MLP, X)
+    (reason,) = fit.reasons
+    assert not fit and "`div` at" in reason and "has 8.0, in the dense network 16.0" in reason
+
+
+def test_the_parts_of_a_language_model():
+    case = zoo_nnx.language_model()
+    groups = structure.find_groups(list(case.traces.values()), case.variables)
+    trace = case.traces["prefill"]
+    found = {}
+    for name, keep in halves(groups).items():
+        plan = groups.plan({name: keep})
+        found[name] = plan.fits(trace.function, case.variables, *trace.args)
+    heads, width, hidden = (
+        [fit for name, fit in found.items() if part in name]
+        for part in ("/k/kernel", "/out/kernel", "/gate/kernel")
+    )
+    assert all(fit.proven for fit in hidden) and hidden
+    # The module knows the number of its heads, and its norms divide by the width.
+    assert all("it raises TypeError: cannot reshape" in fit.reasons[0] for fit in heads) and heads
+    assert all(not fit and fit.difference > 0.1 for fit in width) and width
 
 
 def test_rotary_pairs_do_not_fit():

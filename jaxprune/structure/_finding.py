@@ -1,6 +1,6 @@
 """From the traces of a function to its groups."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,13 +81,12 @@ def find_groups(
     )
     tried: dict[Split, int] = {}
     passes: list[tuple[Traced, Analysis, Graph]] = []
-    refined, vectors, known, number = None, None, frozenset(), 0
-    while refined != model or vectors != known:
-        model, known = (model, known) if refined is None else (refined, vectors)
-        passes = [(each, *analyze(model, each, vectors=known)) for each in traced]
-        refined = _refine(model, passes, tried, choose=number < _CHOICES)
-        vectors = _vectors(analysis for _, analysis, _ in passes)
-        number += 1
+    vectors, number, settled = frozenset[int](), 0, False
+    while not settled:
+        passes = [(each, *analyze(model, each, vectors=vectors)) for each in traced]
+        found = _refine(model, passes, tried, choose=number < _CHOICES), _vectors(passes)
+        settled = found == (model, vectors)
+        (model, vectors), number = found, number + 1
     return join(model, [analysis for _, analysis, _ in passes])
 
 
@@ -124,11 +123,10 @@ def _refine(
     )
 
 
-def _vectors(analyses: Iterable[Analysis]) -> frozenset[int]:
+def _vectors(passes: Sequence[tuple[Traced, Analysis, Graph]]) -> frozenset[int]:
     """Leaves that meet data only entry by entry, along one dimension."""
-    analyses = list(analyses)
-    plain = set().union(*[analysis.vectors for analysis in analyses])
-    return frozenset(plain.difference(*[analysis.tables for analysis in analyses]))
+    plain = set[int]().union(*[analysis.vectors for _, analysis, _ in passes])
+    return frozenset(plain.difference(*[analysis.tables for _, analysis, _ in passes]))
 
 
 def _default_parameters(traced: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:

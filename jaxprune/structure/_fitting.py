@@ -1,4 +1,4 @@
-"""Whether a function that reads its widths from the arrays may run on the smaller arrays as it is."""
+"""Whether a function that reads widths from its arrays may run on the smaller arrays as it is."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core, source_info_util
 
 from jaxprune.structure._traces import abstract
@@ -16,6 +17,7 @@ _INLINED = frozenset(
 )
 _SAME_SHAPE = {"broadcast_in_dim", "reshape", "convert_element_type", "copy", "copy_p", "squeeze"}
 _MOST = 8  # reasons that are listed
+_LONGEST = 60  # letters of a parameter in a reason
 
 
 class Fit(NamedTuple):
@@ -61,7 +63,7 @@ def compare(
         >>> fit = compare(mean, lambda w, x: (x @ w).sum() / 4, jnp.ones((2, 2)),
         ...     (jnp.ones((1, 2)),), 1e-4)
         >>> fit.fits, fit.difference
-        (False, 0.5)
+        (False, 1.0)
     """
     shapes = jax.tree.map(abstract, (small, args))
     planned, outputs = jax.make_jaxpr(wrapped, return_shape=True)(shapes[0], *shapes[1])
@@ -142,13 +144,14 @@ class _Numbering:
     def program(self, closed: Any) -> tuple[list[int], dict[int, _Expression]]:
         """Numbers of the outputs, and all expressions by number, in order."""
         seen: dict[int, _Expression] = {}
-        return self._follow(closed.jaxpr, closed.consts, self._inputs(closed.jaxpr), seen), seen
+        return self._follow(closed.jaxpr, closed.consts, self.inputs(closed.jaxpr), seen), seen
 
-    def _inputs(self, jaxpr: Any) -> list[int]:
+    def inputs(self, jaxpr: Any) -> list[int]:
+        """Numbers of what goes into a program."""
         return [self.number("input", i, str(v.aval)) for i, v in enumerate(jaxpr.invars)]
 
     def constant(self, array: Any) -> int:
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             return self.number("tracer", id(array))
         if jnp.issubdtype(jax.typeof(array).dtype, jax.dtypes.extended):
             array = jax.random.key_data(array)
@@ -207,48 +210,49 @@ def _differences(found: Any, planned: Any) -> tuple[str, ...] | None:
     if own_outs == outs:
         return None
     # The first operations that differ: what they compute from is the same in both.
-    shared = {
-        numbering.number("result", key, i) for key in own.keys() & theirs.keys() for i in range(9)
-    }
-    shared |= set(numbering._inputs(found.jaxpr))
-    reasons = []
+    shared = set(numbering.inputs(found.jaxpr))
+    for key in own.keys() & theirs.keys():
+        results = range(len(own[key].equation.outvars))
+        shared.update(numbering.number("result", key, index) for index in results)
+    reasons: list[str] = []
     for key, expression in own.items():
-        if key not in theirs and _inputs_of(expression) <= shared:
-            partner = next(
-                (
-                    other.equation
-                    for number, other in theirs.items()
-                    if number not in own
-                    and other.equation.primitive is expression.equation.primitive
-                    and _inputs_of(other) == _inputs_of(expression)
-                ),
-                None,
-            )
-            reasons.append(_describe(expression.equation, partner))
+        if key not in theirs and _operands(expression) <= shared:
+            others = (other for number, other in theirs.items() if number not in own)
+            partner = next((other for other in others if _is_partner(expression, other)), None)
+            reasons += _describe(expression.equation, partner and partner.equation)
     return tuple(dict.fromkeys(reasons))[:_MOST] or ("it does other operations",)
 
 
-def _inputs_of(expression: _Expression) -> set[int]:
+def _operands(expression: _Expression) -> set[int]:
     """Numbers of the operands that are no constants of the program."""
     atoms = zip(expression.equation.invars, expression.ins, strict=True)
     return {number for atom, number in atoms if not isinstance(atom, core.Literal)}
 
 
-def _describe(equation: Any, partner: Any) -> str:
-    where = source_info_util.summarize(equation.source_info)
-    text = f"`{equation.primitive.name}` at {where}"
+def _is_partner(one: _Expression, other: _Expression) -> bool:
+    """Whether both do the same to the same operands, with other constants."""
+    same = one.equation.primitive is other.equation.primitive
+    return same and _operands(one) == _operands(other)
+
+
+def _describe(equation: Any, partner: Any) -> list[str]:
+    text = f"`{equation.primitive.name}` at {source_info_util.summarize(equation.source_info)}"
     if partner is None:
-        return f"{text} has no counterpart in the compacted function"
+        return [f"{text} has no counterpart in the compacted function"]
     pairs = [
         (str(a.val), str(b.val))
         for a, b in zip(equation.invars, partner.invars, strict=True)
         if isinstance(a, core.Literal) and isinstance(b, core.Literal)
     ]
-    pairs += [
-        (f"{name}={value}", f"{name}={partner.params.get(name)}")
-        for name, value in equation.params.items()
-    ]
-    for a, b in pairs:
-        if a != b:
-            return f"{text} has {a}, in the dense network {b}"
-    return f"{text} meets other constants"
+    for name, value in equation.params.items():
+        other = partner.params.get(name)
+        if isinstance(value, core.ClosedJaxpr) and isinstance(other, core.ClosedJaxpr):
+            inner = _differences(value, other)
+            if inner is not None:
+                return list(inner)
+        elif not callable(value):
+            pairs.append((f"{name}={value}"[:_LONGEST], f"{name}={other}"[:_LONGEST]))
+    unlike = [pair for pair in pairs if pair[0] != pair[1]]
+    if unlike:
+        return [f"{text} has {unlike[0][0]}, in the dense network {unlike[0][1]}"]
+    return [f"{text} meets other constants"]

@@ -45,17 +45,22 @@ def _reduce(analysis: Any, op: Op) -> None:
 
 def _collect(analysis: Any, op: Op) -> bool | None:
     axes = op.params["axes"]
-    if op.name == "psum" and not any(isinstance(axis, int) for axis in axes):
+    if op.name == "psum" and not any(map(_is_number, axes)):
         return identity(analysis, op)  # over devices
-    if len(op.ins) > 1 or not all(isinstance(axis, int) for axis in axes):
+    if len(op.ins) > 1 or not all(map(_is_number, axes)):
         return False
     return _reduce(analysis, op)
+
+
+def _is_number(axis: Any) -> bool:
+    """Whether an axis is no name."""
+    return isinstance(axis, int | np.integer)
 
 
 def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     value, array, name = op.ins[0], arrays[0], _COLLECTIVES.get(op.name, op.name)
     for axis in op.params["axes"]:
-        removed = len(value.nodes[axis]) - array.shape[axis] if isinstance(axis, int) else 0
+        removed = len(value.nodes[axis]) - array.shape[axis] if _is_number(axis) else 0
         if not removed or (name == "reduce_sum" and run.is_zero(value, axis)):
             continue
         gone = run.removed(value, axis)
