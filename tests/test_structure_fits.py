@@ -189,11 +189,19 @@ def test_what_cannot_run_or_returns_another_shape_says_so():
         return mlp(w, x) + 0 * w["in"].reshape(6, 4, 4).sum()
 
     def wide(w, x):
-        return jnp.zeros((len(x), w["in"].shape[1])) + mlp(w, x).sum()
+        return {"wide": jnp.zeros((len(x), w["in"].shape[1])) + mlp(w, x).sum(), "narrow": x}
+
+    def other(w, x):
+        return {"narrow": x} if w["in"].shape[1] < 16 else x
 
     plan = planned(mlp, MLP, X)
     (reason,) = plan.fits(wide, MLP, X).reasons
-    assert reason == "it returns float32[5, 8], not float32[5, 16]"
+    assert reason == "output wide: float32[5, 8], must be float32[5, 16]"
+    reasons = plan.fits(other, MLP, X).reasons
+    assert reasons == (
+        "output narrow: float32[5, 6], must be nothing",
+        "output : nothing, must be float32[5, 6]",
+    )
     plan = planned(fixed, MLP, X)
     (reason,) = plan.fits(fixed, MLP, X).reasons
     assert reason.startswith("it raises TypeError: ")

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
+from jaxprune import trees
 from jaxprune.structure._traces import abstract
 
 _INLINED = frozenset(
@@ -72,8 +73,9 @@ def compare(
     except Exception as error:  # whatever the user's code raises for shapes that it does not expect
         message = str(error).strip().splitlines() or [""]
         return Fit(False, False, None, (f"it raises {type(error).__name__}: {message[0]}",))
-    if _forms(own) != _forms(outputs):
-        return Fit(False, False, None, (f"it returns {_forms(own)}, not {_forms(outputs)}",))
+    unlike = _unlike(_forms(own), _forms(outputs))
+    if unlike:
+        return Fit(False, False, None, unlike[:_MOST])
     reasons = _differences(found, planned)
     if reasons is None:
         return Fit(True, True, None, ())
@@ -108,8 +110,18 @@ def relative_gap(a: Any, b: Any) -> float:
     return float(jnp.max(jnp.abs(a - b), initial=0.0) / scale)
 
 
-def _forms(outputs: Any) -> str:
-    return str(jax.tree.map(lambda out: f"{out.dtype}{list(out.shape)}", outputs))
+def _forms(outputs: Any) -> dict[str, str]:
+    named = trees.leaf_by_path(outputs)
+    return {path: f"{out.dtype}{list(out.shape)}" for path, out in named.items()}
+
+
+def _unlike(own: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
+    """Outputs of other types or shapes."""
+    return tuple(
+        f"output {path}: {own.get(path, 'nothing')}, must be {wanted.get(path, 'nothing')}"
+        for path in {**own, **wanted}
+        if own.get(path) != wanted.get(path)
+    )
 
 
 def _moved(variables: Any) -> Any:
