@@ -334,7 +334,7 @@ FAULTS = {
     ),
     "a maximum forgets the common value": Fault(
         "_reductions._run_reduce",
-        'if not removed or (op.name == "reduce_sum" and run.is_zero(value, axis)):',
+        'if not removed or (name == "reduce_sum" and run.is_zero(value, axis)):',
         "if not removed or run.is_zero(value, axis):",
         ("reduction",),
     ),
@@ -346,7 +346,7 @@ FAULTS = {
     ),
     "a product is a sum": Fault(
         "_reductions._reduce",
-        "if op.name not in _SUMMARIES:",
+        "if name not in _SUMMARIES:",
         "if False:",
         ("reduction", "product", "any above", "all above"),
     ),
@@ -446,6 +446,18 @@ FAULTS = {
     ),
     "every group has gates": Fault(
         "_analysis.Analysis.need", "self.ungated.append(", "str(", ("scale_and_shift",)
+    ),
+    "a product rests on any factor": Fault(
+        "_analysis.Analysis._support",
+        "if self._makes_zero(value, out)]",
+        "]",
+        ("scale_and_shift",),
+    ),
+    "a sum rests on one operand": Fault(
+        "_analysis.Analysis._support",
+        "return frozenset().union(*[value.support for value in op.ins])",
+        "return op.ins[0].support",
+        ("scale_and_shift",),
     ),
     "what is unknown is free": Fault(
         "_analysis.Analysis._follow",

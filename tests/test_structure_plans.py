@@ -269,7 +269,7 @@ def sigmoid_net(w, x):
 
 NETS = {
     relu_net: {"a", "bias"},  # what makes the channel
-    normed_net: {"bias", "scale", "shift"},  # vectors are enough
+    normed_net: {"scale", "shift"},  # vectors are enough, and not all of them are needed
     sigmoid_net: {"a", "bias", "b"},  # sigmoid(0) is not 0
 }
 

@@ -14,7 +14,9 @@ from jaxprune.structure._allocation import (
 )
 from jaxprune.structure._costs import byte_cost, count_macs, mac_cost
 from jaxprune.structure._finding import find_groups
+from jaxprune.structure._fitting import Fit
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
+from jaxprune.structure._nnx import FromNNX, from_nnx
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan, plan_of
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
@@ -22,6 +24,8 @@ from jaxprune.structure._traces import Model, Trace
 
 __all__ = [
     "CompactedState",
+    "Fit",
+    "FromNNX",
     "Frozen",
     "Group",
     "Groups",
@@ -36,6 +40,7 @@ __all__ = [
     "filter_norms",
     "find_groups",
     "fpgm",
+    "from_nnx",
     "keep_global",
     "keep_uniform",
     "keep_within",

@@ -24,6 +24,7 @@ from jaxprune.structure._values import (
     ALWAYS_ZERO,
     NOTHING,
     SAME,
+    SAME_GATE,
     UNGATED,
     ZERO,
     ZERO_GATE,
@@ -57,6 +58,7 @@ class Analysis:
     Args:
         consumers: `(leaf, dimension)` pairs that only consume a width, from an earlier pass.
         factors: which factor of a split dimension may shrink, see `split_factor`.
+        vectors: leaves that an earlier pass found in `vectors` and not in `tables`.
 
     Example:
         >>> analysis = Analysis()
@@ -69,6 +71,7 @@ class Analysis:
         self,
         consumers: frozenset[tuple[int, int]] = frozenset(),
         factors: Mapping[Split, int] | None = None,
+        vectors: frozenset[int] = frozenset(),
     ) -> None:
         """Knows no function yet."""
         self.nodes = Nodes()
@@ -86,6 +89,11 @@ class Analysis:
         self.freezes: list[tuple[list[tuple[int, int]], str]] = []  # dimensions hit, reason
         self.inexact: list[tuple[np.ndarray, str]] = []  # nodes, reason
         self.ungated: list[np.ndarray] = []  # nodes that zeroed vectors alone do not remove
+        self.rests: list[tuple[np.ndarray, frozenset[int]]] = []  # nodes these vectors do remove
+        self.known_vectors = vectors
+        self.vectors: set[int] = set()  # leaves that meet data entry by entry along one dimension
+        self.tables: set[int] = set()  # leaves that meet data in another way
+        self.scales: set[int] = set()  # vectors that multiply data, so that zeros switch it off
         self.unknown: dict[str, int] = {}
         self.op = Op("update", None, {}, [], [], "of a variable")  # what is being followed
         self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules that are being followed
@@ -96,6 +104,10 @@ class Analysis:
         """An array that shrinks: a parameter that is masked (`zeroed`), a cache, or other state."""
         index, value = len(self.leaves), Value(aval, of_params=not cached)
         value.leaf = index
+        is_vector = zeroed and (
+            index in self.known_vectors or sum(size > 1 for size in value.shape) <= 1
+        )
+        value.support = frozenset([index]) if is_vector else frozenset()
         for dimension, size in enumerate(value.shape):
             value.nodes.append(self.nodes.new(size, True) if size > 1 else frozen(size))
             if size > 1:
@@ -104,7 +116,7 @@ class Analysis:
                 self._leaf_nodes += size
             facts = NOTHING
             if zeroed or cached:
-                facts = ALWAYS_ZERO if zeroed and len(value.shape) == 1 else UNGATED
+                facts = ALWAYS_ZERO if is_vector else UNGATED
             if (index, dimension) in self.known_consumers:
                 facts = ZERO | SAME
             value.facts.append(np.full(size, facts, np.uint8))
@@ -223,7 +235,13 @@ class Analysis:
         unless = free & ~bad & (facts & fact * (ZERO_SOFT // ZERO) == 0)
         if unless.any():
             self.inexact.append((nodes[unless], reason))
-        self.ungated.append(nodes[free & ~bad & (facts & fact * (ZERO_GATE // ZERO) == 0)])
+        gated = facts & fact * (ZERO_GATE // ZERO) > 0
+        self.ungated.append(nodes[free & ~bad & ~gated])
+        self.rest(nodes[free & gated], *[value.support for value in self.op.ins])
+
+    def rest(self, nodes: np.ndarray, *supports: frozenset[int]) -> None:
+        """Notes the vectors whose zeros are enough to remove these nodes."""
+        self.rests.append((nodes, frozenset().union(*supports)))
 
     # ---- following a function
 
@@ -270,6 +288,8 @@ class Analysis:
             out.of_params, out.of_data, out.op = of_params, of_data, op
         if op.name not in _MOVES:
             self.use(op.ins)
+        if not of_params and op.name not in _control.RULES:
+            self._note_meeting(op)
         rule = RULES.get(op.name)
         if rule is None or rule.analyze(self, op) is False:
             if self.any_free(op.ins):
@@ -286,9 +306,51 @@ class Analysis:
                 out.facts = [facts | ALWAYS_SAME for facts in out.facts]
             if out.number == 0:
                 out.facts = [np.full(n, ALWAYS_ZERO, np.uint8) for n in out.shape]
+            out.support = out.support or self._support(op, out)
             if not of_params:  # dimensions of parameters that live on in data: they produce
                 self.producers.update(*out.origins)
                 out.origins = [frozenset()] * len(out.shape)
+
+    def _note_meeting(self, op: Op) -> None:
+        """Notes how parameters enter data."""
+        for value in op.ins:
+            leaves = {leaf for origins in value.origins for leaf, _ in origins}
+            if value.of_params and leaves:
+                spans = sum(
+                    size > 1 and bool(origins)
+                    for size, origins in zip(value.shape, value.origins, strict=True)
+                )
+                plain = op.name in _elementwise.NAMES and spans <= 1
+                (self.vectors if plain else self.tables).update(leaves)
+                if plain and op.name == "mul" and self._switches(value):
+                    self.scales |= value.support
+
+    def _switches(self, value: Value) -> bool:
+        """Whether zeros in vectors make all that may be removed of a value 0."""
+        return all(
+            (facts[self.is_free(nodes)] & ZERO_GATE > 0).all()
+            for nodes, facts, origins in zip(value.nodes, value.facts, value.origins, strict=True)
+            if origins
+        )
+
+    def _support(self, op: Op, out: Value) -> frozenset[int]:
+        """The vectors that the facts of a result rest on: of a product, those of one factor."""
+        if op.name == "mul":
+            enough = [value.support for value in op.ins if self._makes_zero(value, out)]
+            if enough:
+                return min(enough, key=len)
+        return frozenset().union(*[value.support for value in op.ins])
+
+    def _makes_zero(self, value: Value, out: Value) -> bool:
+        """Whether a factor alone makes all of a product 0 that is known to be."""
+        for dimension, nodes in enumerate(out.nodes):
+            known = out.facts[dimension] & (ZERO_GATE | SAME_GATE) > 0
+            known &= self.is_free(nodes)
+            if known.any():
+                spans = value.shape and value.shape[dimension] == len(nodes)
+                if not spans or not (value.facts[dimension][known] & ZERO_GATE > 0).all():
+                    return False
+        return True
 
 
 def frozen(size: int) -> np.ndarray:

@@ -33,8 +33,8 @@ def _blank(value: Value) -> Value:
 def _entering(value: Value) -> Value:
     """A value as the function inside sees it; what computed it stays outside."""
     facts = [zero_only(own) for own in value.facts]
-    inside = Value(value.aval, list(value.nodes), facts, list(value.origins), value.of_params)
-    inside.number = value.number
+    inside = Value(value.aval, list(value.nodes), facts, list(value.origins), value.support)
+    inside.of_params, inside.number = value.of_params, value.number
     return inside
 
 
@@ -97,6 +97,7 @@ def _custom_jvp(analysis: Any, op: Op) -> None:
             # A rule may pass on what the function multiplies with 0, as straight-through does.
             pairs = zip(out.facts, tangent.facts, strict=True)
             out.facts = [own & zero_only(moving) for own, moving in pairs]
+            out.support |= tangent.support
     op.inner |= {"jvp": graph, "constant": constant, "out_constant": out_constant}
 
 
@@ -165,6 +166,8 @@ def _custom_vjp(analysis: Any, op: Op) -> bool | None:
     for value, cotangent in pairs:
         _unite_all(analysis, value, cotangent)
     _trust(analysis, op, pairs)
+    for out in op.outs:
+        out.support = out.support.union(*[value.support for value in op.ins])
     op.inner |= {"forward": forward, "backward": graph, "residuals": count}
     op.inner |= {"given": list(given), "forwarded": forwarded}
     return None
@@ -224,21 +227,23 @@ def _loop(
 ) -> tuple[Any, list[list[np.ndarray]]]:
     """Follows the body until facts hold for every pass; returns those of what is carried too."""
     facts = [list(value.facts) for value in carry]
+    supports = [value.support for value in carry]
     while True:
         carried = [_blank(value) for value in carry]
-        for value, own in zip(carried, facts, strict=True):
-            value.facts = list(own)
+        for value, own, support in zip(carried, facts, supports, strict=True):
+            value.facts, value.support = list(own), support
         graph = analysis.graph(body.jaxpr, body.consts, [*consts, *carried, *rows])
         after = []
         for value, out, own in zip(carried, graph.outs, facts):
             _unite_all(analysis, value, out)
             after.append([a & zero_only(b) for a, b in zip(own, out.facts, strict=True)])
-        settled = all(
+        rests = [own | out.support for own, out in zip(supports, graph.outs)]
+        settled = rests == supports and all(
             np.array_equal(a, b)
             for old, new in zip(facts, after, strict=True)
             for a, b in zip(old, new, strict=True)
         )
-        facts = after
+        facts, supports = after, rests
         if settled:
             return graph, [list(map(zero_only, own)) for own in facts]
 
@@ -266,7 +271,8 @@ def _scan(analysis: Any, op: Op) -> None:
     rows = []
     for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
         analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")
-        row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.of_params)
+        row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.support)
+        row.of_params = value.of_params
         rows.append(row)
     graph, facts = _loop(analysis, closed, consts, carry, rows)
     _carried(op.outs[:count], graph, facts)
@@ -274,6 +280,7 @@ def _scan(analysis: Any, op: Op) -> None:
         length = out.shape[0]
         out.nodes = [np.zeros(length, np.int64), *inner.nodes]
         out.facts = [np.zeros(length, np.uint8), *map(zero_only, inner.facts)]
+        out.support = inner.support
     op.inner["call"] = graph
 
 
@@ -328,6 +335,7 @@ def _cond(analysis: Any, op: Op) -> None:
         for other in inner[1:]:
             _unite_all(analysis, out, other)
             out.facts = [a & zero_only(b) for a, b in zip(out.facts, other.facts, strict=True)]
+            out.support |= other.support
 
 
 def _run_cond(run: Any, op: Op, arrays: list[Any]) -> list[Any]:

@@ -108,7 +108,8 @@ def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     return nothing
 
 
-def _identity(analysis: Any, op: Op) -> bool | None:
+def identity(analysis: Any, op: Op) -> bool | None:
+    """Each output is the operand of its position."""
     if len(op.ins) != len(op.outs):
         return False
     for value, out in zip(op.ins, op.outs, strict=True):
@@ -117,4 +118,4 @@ def _identity(analysis: Any, op: Op) -> bool | None:
 
 
 RULES = {name: Rule(_analyze) for name in NAMES}
-RULES |= {name: Rule(_identity) for name in sorted(IDENTITIES)}
+RULES |= {name: Rule(identity) for name in sorted(IDENTITIES)}

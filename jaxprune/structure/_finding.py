@@ -1,6 +1,6 @@
 """From the traces of a function to its groups."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._joining import join
+from jaxprune.structure._state import find_state
 from jaxprune.structure._traces import (
     Model,
     Trace,
@@ -19,8 +20,6 @@ from jaxprune.structure._traces import (
 )
 from jaxprune.structure._values import Graph, Split
 
-# Parts of the path of a leaf that is state: it shrinks with the parameters but is never masked.
-_STATE = {"batch_stats", "mean", "var"}
 _CHOICES = 8  # passes over all traces in which factors of splits may still be tried
 
 
@@ -43,9 +42,11 @@ def find_groups(
         variables: tree of arrays or `jax.ShapeDtypeStruct`: parameters and other state.
         *args: arrays or `jax.ShapeDtypeStruct`; batch sizes may be others later.
         updates: see `Trace`.
-        parameters: `(path, leaf) -> bool`: what a mask may set to zero. Default floating-point
-            leaves that are no caches and whose path has no part such as `batch_stats`, `mean`
-            or `var`.
+        parameters: `(path, leaf) -> bool`: what a mask may set to zero. Default all floating-point
+            leaves but caches and state: what `updates` says, what no gradient reaches in a trace
+            that uses it, and, because a function in evaluation mode has a gradient for its running
+            statistics, what lies in a `batch_stats` or is called `mean` or `var`. Where statistics
+            have other names and no trace trains, say it here.
         caches: `(path, leaf) -> bool`: state that is 0 before it is first written, such as keys and
             values of earlier tokens. Default leaves with `cache` in a part of their path.
 
@@ -53,7 +54,8 @@ def find_groups(
         The groups.
 
     Raises:
-        ValueError: if `updates` returns something that is not in the variables.
+        ValueError: if `updates` returns something that is not in the variables, or all variables
+            are state.
 
     Example:
         >>> import jax
@@ -67,22 +69,24 @@ def find_groups(
     traces = [Trace(function, args, updates)] if callable(function) else list(function)
     leaves = trees.leaf_by_path(variables)
     is_cache = _is_cache if caches is None else caches
-    is_parameter = _is_parameter if parameters is None else parameters
-    names = {path for path, leaf in leaves.items() if is_parameter(path, leaf)}
+    traced = [trace_function(trace, variables) for trace in traces]
+    if parameters is None:
+        names = _default_parameters(traced, leaves)
+    else:
+        names = {path for path, leaf in leaves.items() if parameters(path, leaf)}
     model = Model(
         {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()},
         frozenset(names),
         caches=frozenset(path for path in leaves.keys() - names if is_cache(path, leaves[path])),
     )
-    traced = [trace_function(trace, variables) for trace in traces]
     tried: dict[Split, int] = {}
     passes: list[tuple[Traced, Analysis, Graph]] = []
-    refined, number = None, 0
-    while refined != model:
-        model = model if refined is None else refined
-        passes = [(each, *analyze(model, each)) for each in traced]
-        refined = _refine(model, passes, tried, choose=number < _CHOICES)
-        number += 1
+    vectors, number, settled = frozenset[int](), 0, False
+    while not settled:
+        passes = [(each, *analyze(model, each, vectors=vectors)) for each in traced]
+        found = _refine(model, passes, tried, choose=number < _CHOICES), _vectors(passes)
+        settled = found == (model, vectors)
+        (model, vectors), number = found, number + 1
     return join(model, [analysis for _, analysis, _ in passes])
 
 
@@ -119,9 +123,27 @@ def _refine(
     )
 
 
-def _is_parameter(path: str, leaf: Any) -> bool:
-    floating = bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-    return floating and not _STATE & set(path.split("/")) and not _is_cache(path, leaf)
+def _vectors(passes: Sequence[tuple[Traced, Analysis, Graph]]) -> frozenset[int]:
+    """Leaves that meet data only entry by entry, along one dimension."""
+    plain = set[int]().union(*[analysis.vectors for _, analysis, _ in passes])
+    return frozenset(plain.difference(*[analysis.tables for _, analysis, _ in passes]))
+
+
+def _default_parameters(traced: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:
+    """See `find_groups`."""
+    floating = {
+        path
+        for path, leaf in leaves.items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_cache(path, leaf)
+    }
+    state = find_state(traced, leaves)
+    if floating and floating <= state:
+        raise ValueError(
+            f"`variables` must hold parameters, but all of {', '.join(sorted(floating))} are "
+            "state: `updates` says so, or no gradient reaches them. Leave parameters out of "
+            "`updates`, or say what they are with `parameters=lambda path, leaf: ...`."
+        )
+    return floating - state
 
 
 def _is_cache(path: str, leaf: Any) -> bool:

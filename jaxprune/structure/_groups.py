@@ -41,6 +41,14 @@ class Group(NamedTuple):
     # What zeroing removes a channel's effect with the fewest entries: scales and biases of norms if
     # they suffice, or else what produces it, or else all members that are parameters.
     gates: tuple[Member, ...] = ()
+    filters: tuple[
+        Member, ...
+    ] = ()  # makers that are contracted, looked up, or have two dimensions
+    # Vectors that multiply a channel entry by entry, so that their zeros switch it off: the scales
+    # of norm layers, whatever they are called.
+    scales: tuple[Member, ...] = ()
+    # The scales and what is added behind them, which together switch off what reads the channel.
+    norms: tuple[Member, ...] = ()
     removed: int = 0  # channels that earlier plans took away, see `Groups.compact`
 
     @property
@@ -168,16 +176,10 @@ class Groups(Mapping[str, Group]):
                 own = member.channels[plan.kept[member.path][member.dimension]]
                 return member._replace(channels=np.where(own >= 0, number[own], -1))
 
-            members, gates = map(smaller, group.members), map(smaller, group.gates)
+            kinds = ("members", "gates", "filters", "scales", "norms")
+            less = {kind: tuple(map(smaller, getattr(group, kind))) for kind in kinds}
             size = int(left.sum())
-            groups.append(
-                group._replace(
-                    size=size,
-                    members=tuple(members),
-                    gates=tuple(gates),
-                    removed=group.full - size,
-                )
-            )
+            groups.append(group._replace(size=size, removed=group.full - size, **less))
         return Groups(model, groups, self.frozen, self.unknown)
 
     def __str__(self) -> str:

@@ -57,12 +57,19 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     ]
     inexact: dict[int, set[str]] = {}
     ungated: set[int] = set()
+    rests: dict[int, set[int]] = {}  # root -> leaves, see `Analysis.rests`
     for analysis in analyses:
         for nodes, reason in analysis.inexact:
             for root in joined.roots(analysis, nodes).tolist():
                 inexact.setdefault(root, set()).add(reason)
         for nodes in analysis.ungated:
             ungated.update(joined.roots(analysis, nodes).tolist())
+        for nodes, support in analysis.rests:
+            for root in joined.roots(analysis, nodes).tolist():
+                rests.setdefault(root, set()).update(support)
+    tables = set().union(*[analysis.tables for analysis in analyses])
+    plain = set().union(*[analysis.vectors for analysis in analyses]) - tables
+    scales = set().union(*[analysis.scales for analysis in analyses])
     groups: dict[str, Group] = {}
     grouped: set[int] = set()
     for places, roots in _classes(dimensions).items():
@@ -72,8 +79,29 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
             reasons = sorted(set().union(*[inexact.get(root, set()) for root in roots]))
             gated = not ungated & set(roots)
             name = _name(members, model, groups)
+            leaves = [dimensions[at].index for at in places]
+            enough = set().union(*[rests.get(root, set()) for root in roots])
+            makers = [
+                (leaf, member)
+                for leaf, member in zip(leaves, members, strict=True)
+                if member.produces
+            ]
+            resting = tuple(member for leaf, member in makers if leaf in enough)
+            multiply = tuple(member for leaf, member in makers if leaf in scales)
+            is_norm = any(leaf in enough & scales for leaf, _ in makers)
             groups[name] = Group(
-                name, len(roots), members, tuple(reasons), _gates(model, members, gated, reasons)
+                name,
+                len(roots),
+                members,
+                tuple(reasons),
+                _gates(model, members, resting if gated else (), reasons),
+                filters=tuple(
+                    member
+                    for leaf, member in makers
+                    if leaf not in plain and len(model.shapes[member.path]) > 1
+                ),
+                scales=multiply,
+                norms=resting if is_norm else multiply,
             )
     paths, reasons_of = list(model.shapes), _reasons(dimensions, analyses, joined.unused)
     frozen = [
@@ -131,14 +159,12 @@ def _members(
 
 
 def _gates(
-    model: Model, members: Sequence[Member], gated: bool, reasons: Sequence[str]
+    model: Model, members: Sequence[Member], enough: tuple[Member, ...], reasons: Sequence[str]
 ) -> tuple[Member, ...]:
-    """See `Group.gates`."""
+    """See `Group.gates`; vectors are `enough` if there are any."""
     if reasons:
         return tuple(member for member in members if member.path in model.parameters)
-    makers = [member for member in members if member.produces]
-    vectors = [member for member in makers if len(model.shapes[member.path]) == 1]
-    return tuple(vectors if gated else makers)
+    return enough or tuple(member for member in members if member.produces)
 
 
 def _reasons(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
+from jaxprune.structure._fitting import Fit, compare, relative_gap
 from jaxprune.structure._nodes import FROZEN
 from jaxprune.structure._slicing import take, uneven, zero
 from jaxprune.structure._traces import Model, Trace, Traced, abstract, analyze, trace_function
@@ -168,6 +169,42 @@ class Plan(NamedTuple):
 
         return compacted
 
+    def fits(
+        self,
+        function: Callable[..., Any],
+        variables: Any,
+        *args: Any,
+        tolerance: float = 1e-4,
+    ) -> Fit:
+        """Says whether a function may run on the smaller arrays as it is, without `wrap`.
+
+        Code that reads a width from its arrays, such as the divisor of a mean, computes something
+        else on smaller ones. Both are traced and compared, operation by operation and constant by
+        constant; where they differ and there are arrays, by their outputs.
+
+        Args:
+            function: see `wrap`.
+            variables: dense or compacted; arrays or `jax.ShapeDtypeStruct`.
+            *args: of the function, likewise.
+            tolerance: of the largest difference, relative to the largest entry of each output.
+
+        Returns:
+            A `Fit`, true if the function fits, with the reasons if it does not.
+
+        Raises:
+            ValueError: as the function of `wrap`.
+        """
+        shapes = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(variables).items()}
+        small = variables
+        if shapes == self.model.shapes:
+            is_array = all(hasattr(leaf, "__array__") for leaf in jax.tree.leaves(variables))
+            small = (
+                self.compact(variables)
+                if is_array
+                else self._map(lambda path, leaf: abstract(leaf, self.shape(path)), variables)
+            )
+        return compare(function, self.wrap(function), small, args, tolerance)
+
     def kept_outputs(self, function: Callable[..., Any], variables: Any, *args: Any) -> Any:
         """Which channels of a function's outputs are left, such as those of `Trace.shrinks`.
 
@@ -274,7 +311,7 @@ class Plan(NamedTuple):
                 f"outputs have the shapes {shapes[1]} instead of {shapes[0]}; if some are new "
                 "values of variables, say so with `updates`"
             )
-        worst = float(np.max([0.0, *map(_gap, *outs)]))  # NaN if one is
+        worst = float(np.max([0.0, *map(relative_gap, *outs)]))  # NaN if one is
         if not worst <= tolerance:
             raise ValueError(
                 f"the compacted function differs from the masked one by {worst:.3g}, more than "
@@ -379,11 +416,3 @@ def load_plan(path: str | Path) -> Plan:
     except ValueError as error:
         raise ValueError(f"{path} is not a plan of jaxprune: {error}") from error
     return plan_of(content, str(path))
-
-
-def _gap(a: Any, b: Any) -> float:
-    """The largest difference, relative to the largest entry."""
-    if not jnp.issubdtype(a.dtype, jnp.inexact):
-        return float(not np.array_equal(a, b))
-    scale = jnp.max(jnp.abs(a), initial=0.0) + 1e-30
-    return float(jnp.max(jnp.abs(a - b), initial=0.0) / scale)

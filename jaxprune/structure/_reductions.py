@@ -6,24 +6,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.structure._elementwise import zero_only
+from jaxprune.structure._elementwise import identity, zero_only
 from jaxprune.structure._values import SAME, ZERO, Op, Rule
 
 _SUMMARIES = {"reduce_sum", "reduce_max", "reduce_min"}
 _WINDOWS = "reduce_window_max reduce_window_sum reduce_window_min"
 
 
+# Under `vmap`, what collects over a named axis reduces over numbered ones.
+_COLLECTIVES = {"psum": "reduce_sum", "pmax": "reduce_max", "pmin": "reduce_min"}
+
+
 def _reduce(analysis: Any, op: Op) -> None:
-    value, out = op.ins[0], op.outs[0]
+    value, out, name = op.ins[0], op.outs[0], _COLLECTIVES.get(op.name, op.name)
     axes = set(op.params["axes"])
     corrected = None
     for axis in sorted(axes):
         nodes, facts = value.nodes[axis], value.facts[axis]
         free = analysis.is_free(nodes)
-        reason = f"`{op.name}` over it {op.where}"
-        if op.name not in _SUMMARIES:
+        reason = f"`{name}` over it {op.where}"
+        if name not in _SUMMARIES:
             analysis.freeze(nodes, reason)
-        elif op.name == "reduce_sum" and (facts[free] & ZERO).all():
+        elif name == "reduce_sum" and (facts[free] & ZERO).all():
             analysis.need(nodes, facts, ZERO, f"{reason}, and pruned entries would not add 0")
         elif free.any() and corrected is None:
             # What is known of pruned entries is added to the sum, or compared with the others.
@@ -35,24 +39,38 @@ def _reduce(analysis: Any, op: Op) -> None:
         if dimension not in axes:
             facts = zero_only(value.facts[dimension])
             out.nodes.append(value.nodes[dimension])
-            out.facts.append(facts if op.name in _SUMMARIES else np.zeros_like(facts))
+            out.facts.append(facts if name in _SUMMARIES else np.zeros_like(facts))
             out.origins.append(value.origins[dimension])
 
 
+def _collect(analysis: Any, op: Op) -> bool | None:
+    axes = op.params["axes"]
+    if op.name == "psum" and not any(map(_is_number, axes)):
+        return identity(analysis, op)  # over devices
+    if len(op.ins) > 1 or not all(map(_is_number, axes)):
+        return False
+    return _reduce(analysis, op)
+
+
+def _is_number(axis: Any) -> bool:
+    """Whether an axis is no name."""
+    return isinstance(axis, int | np.integer)
+
+
 def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
-    value, array = op.ins[0], arrays[0]
+    value, array, name = op.ins[0], arrays[0], _COLLECTIVES.get(op.name, op.name)
     for axis in op.params["axes"]:
-        removed = len(value.nodes[axis]) - array.shape[axis]
-        if not removed or (op.name == "reduce_sum" and run.is_zero(value, axis)):
+        removed = len(value.nodes[axis]) - array.shape[axis] if _is_number(axis) else 0
+        if not removed or (name == "reduce_sum" and run.is_zero(value, axis)):
             continue
         gone = run.removed(value, axis)
         alike = gone.shape[axis] == 1
-        if op.name != "reduce_sum":  # all of them: the gradient of a maximum is shared among equals
+        if name != "reduce_sum":  # all of them: the gradient of a maximum is shared among equals
             gone = jnp.repeat(gone, removed, axis) if alike else gone
         elif alike:
             gone = gone * jnp.asarray(removed, gone.dtype)
         array = lax.concatenate([array, gone], axis)
-    return [op.primitive.bind(array, **op.params)]
+    return run.bind(op, [array, *arrays[1:]])
 
 
 def _along(analysis: Any, op: Op) -> bool | None:
@@ -106,6 +124,7 @@ def _fft(analysis: Any, op: Op) -> None:
 
 
 RULES = {name: Rule(_reduce, _run_reduce) for name in sorted(_SUMMARIES)}
+RULES |= {name: Rule(_collect, _run_reduce) for name in _COLLECTIVES}
 RULES |= {
     name: Rule(_reduce)
     for name in "reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()

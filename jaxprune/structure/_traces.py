@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._slicing import is_explicit, named_sharding
-from jaxprune.structure._values import UNGATED, Graph, Split
+from jaxprune.structure._values import UNGATED, ZERO_GATE, Graph, Split
 
 
 class Trace(NamedTuple):
@@ -89,9 +89,14 @@ def trace_function(trace: Trace, variables: Any) -> Traced:
     return Traced(closed, shapes[0], box["structure"], updated, frozenset(shrinking))
 
 
-def analyze(model: Model, traced: Traced, outputs: bool = True) -> tuple[Analysis, Graph]:
-    """Follows a traced function; unless told, outputs that are no updates keep their shapes."""
-    analysis = Analysis(model.consumers, dict(model.factors))
+def analyze(
+    model: Model, traced: Traced, outputs: bool = True, vectors: frozenset[int] = frozenset()
+) -> tuple[Analysis, Graph]:
+    """Follows a traced function; unless told, outputs that are no updates keep their shapes.
+
+    Stacked `vectors` are known from an earlier pass; see `Analysis.vectors`.
+    """
+    analysis = Analysis(model.consumers, dict(model.factors), vectors)
     leaves = [
         analysis.leaf(aval, path in model.parameters, path in model.caches)
         for path, aval in zip(model.shapes, traced.avals, strict=True)
@@ -106,7 +111,10 @@ def analyze(model: Model, traced: Traced, outputs: bool = True) -> tuple[Analysi
         if path is not None and model.shapes[path] == out.shape:
             for nodes, own in zip(out.nodes, leaves[position[path]].nodes, strict=True):
                 analysis.unite(nodes, own)
-        elif outputs and index not in traced.shrinking:
+        elif index in traced.shrinking:
+            for nodes, facts in zip(out.nodes, out.facts, strict=True):
+                analysis.rest(nodes[facts & ZERO_GATE > 0], out.support)
+        elif outputs:
             for nodes in out.nodes:
                 analysis.freeze(nodes, "an output has it")
     return analysis, graph

@@ -35,6 +35,8 @@ class Value:
     facts: list[np.ndarray] = dataclasses.field(default_factory=list)  # uint8 [n] per dimension
     # Per dimension: the (leaf, dimension) of parameters that it comes from; of parameters only.
     origins: list[frozenset] = dataclasses.field(default_factory=list)
+    # Vectors among the leaves whose zeros the facts of GATE rest on: the others may be anything.
+    support: frozenset[int] = frozenset()
     of_params: bool = False  # a function of parameters and constants alone
     of_data: bool = False  # a function of inputs and constants alone: of nothing that is pruned
     number: Any = None  # the one number that all entries are, if that is known
@@ -51,6 +53,7 @@ class Value:
         """Takes over all that is known of another value of the same shape."""
         self.nodes, self.facts = list(other.nodes), list(other.facts)
         self.origins, self.number = list(other.origins), other.number
+        self.support = other.support
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,0 +1,109 @@
+"""A Flax NNX module as pure functions of its variables, and the way back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from jaxprune import trees
+from jaxprune.structure._plans import Plan
+from jaxprune.structure._traces import Trace
+
+
+class FromNNX(NamedTuple):
+    """What `from_nnx` makes of a module.
+
+    Example:
+        >>> FromNNX._fields
+        ('variables', 'evaluate', 'train', 'merge')
+    """
+
+    variables: dict[str, Any]  # "params", "cache" and "state", each a tree; only those that exist
+    evaluate: Callable[..., Any]  # (variables, *args) -> output
+    train: Callable[..., Any]  # (variables, *args) -> (output, new values of cache and state)
+    merge: Callable[[Any], Any]  # variables -> module, whether or not they fit
+
+    def traces(self, *args: Any) -> list[Trace]:
+        """Evaluation and training, for `find_groups`."""
+        return [Trace(self.evaluate, args), Trace(self.train, args, lambda output: output[1])]
+
+    def is_parameter(self, path: str, leaf: Any) -> bool:
+        """Whether a leaf of the variables is an `nnx.Param`, for `find_groups(parameters=)`."""
+        del leaf
+        return path.startswith("params/")
+
+    def module(self, plan: Plan, variables: Any, *args: Any) -> Any:
+        """The module with smaller arrays, if it computes what the plan's function does.
+
+        Its attributes, such as `out_features`, are still those of the dense module. Only
+        evaluation is compared: dropout draws other bits at another width.
+
+        Args:
+            plan: from the groups of `traces`.
+            variables: dense or compacted arrays.
+            *args: of the module.
+
+        Returns:
+            An NNX module in evaluation mode.
+
+        Raises:
+            ValueError: the module computes something else on the smaller arrays; it says where.
+        """
+        fit = plan.fits(self.evaluate, variables, *args)
+        trees.raise_for(
+            [] if fit else list(fit.reasons),
+            "the module must compute on smaller arrays what the dense one does with zeros, but "
+            "reads widths from them; keep to `plan.wrap(function)`. It differs here:",
+        )
+        dense = {path: leaf.shape for path, leaf in trees.leaf_by_path(variables).items()}
+        module = self.merge(plan.compact(variables) if dense == plan.model.shapes else variables)
+        module.eval()
+        return module
+
+
+def from_nnx(
+    module: Any, call: Callable[..., Any] = lambda module, *args: module(*args)
+) -> FromNNX:
+    """Splits a module into variables and pure functions, ready for `find_groups`.
+
+    Args:
+        module: an `nnx.Module`; it is not changed.
+        call: `call(module, *args)`: how it is used; give another for another method, with the same
+            variables.
+
+    Returns:
+        The variables, the functions, and the way back.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxprune.structure import find_groups
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> pure, x = from_nnx(model), jnp.ones((1, 3))
+        >>> groups = find_groups(pure.traces(x), pure.variables, parameters=pure.is_parameter)
+        >>> plan = groups.plan({"params/layers/0/kernel:1": jnp.arange(8) < 5})
+        >>> pure.module(plan, pure.variables, x).layers[0].kernel.shape
+        (3, 5)
+    """
+    graphdef, *states = nnx.split(module, nnx.Param, nnx.Cache, ...)
+    named = zip(("params", "cache", "state"), map(nnx.to_pure_dict, states), strict=True)
+    variables = {name: state for name, state in named if state}
+
+    def merge(variables: Any) -> Any:
+        parts = [variables.get(name, {}) for name in ("params", "cache", "state")]
+        return nnx.merge(graphdef, *parts)
+
+    def evaluate(variables: Any, *args: Any) -> Any:
+        own = merge(variables)
+        own.eval()
+        return call(own, *args)
+
+    def train(variables: Any, *args: Any) -> Any:
+        own = merge(variables)
+        own.train()
+        output = call(own, *args)
+        _, _, cache, state = nnx.split(own, nnx.Param, nnx.Cache, ...)
+        new = {"cache": nnx.to_pure_dict(cache), "state": nnx.to_pure_dict(state)}
+        return output, {name: own for name, own in new.items() if name in variables}
+
+    return FromNNX(variables, evaluate, train, merge)

@@ -1,0 +1,147 @@
+"""Tells state from parameters: what the traces update, and what no gradient reaches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxprune.structure._traces import Traced
+
+# A function traced in evaluation mode alone is differentiable in its running statistics, so nothing
+# tells them from parameters but the names that Flax gives them.
+_COLLECTION, _STATISTICS = "batch_stats", ("mean", "var")
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "xla_call", "remat2", "checkpoint", "remat"}
+# Their derivative is 0 or not defined.
+_FLAT = {"stop_gradient", "sign", "floor", "ceil", "round", "nextafter"}
+
+
+def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:
+    """Finds the variables that are no parameters.
+
+    Args:
+        traces: all traced functions.
+        leaves: the variables by path, in the order of the traces.
+
+    Returns:
+        Paths: new values come out as `updates`; or no gradient reaches them in a trace that uses
+        them; or Flax's names for running statistics.
+
+    Example:
+        >>> from jaxprune.structure._traces import Trace, trace_function
+        >>> variables = {"w": jnp.ones(2), "average": jnp.ones(2)}
+        >>> def train(variables, x):
+        ...     return variables["w"] * x, {"average": variables["average"] + x}
+        >>> trace = Trace(train, (jnp.ones(2),), updates=lambda output: output[1])
+        >>> find_state([trace_function(trace, variables)], variables)
+        {'average'}
+    """
+    paths = list(leaves)
+    named = {path for path in paths if _has_a_state_name(path)}
+    updated = {path for traced in traces for path in _changed(traced, paths)}
+    return named | updated | _without_gradient(traces, paths)
+
+
+def _has_a_state_name(path: str) -> bool:
+    parts = path.split("/")
+    return _COLLECTION in parts or parts[-1] in _STATISTICS
+
+
+def _changed(traced: Traced, paths: Sequence[str]) -> list[str]:
+    """Paths of updates that are not just the old value."""
+    jaxpr = traced.closed.jaxpr
+    source = _sources(jaxpr)
+    return [
+        path
+        for index, path in traced.updated.items()
+        if source(jaxpr.outvars[index]) is not jaxpr.invars[paths.index(path)]
+    ]
+
+
+def _sources(jaxpr: Any) -> Any:
+    """A function from a variable to the one that it is handed on from, through calls of `jit`."""
+    made_by = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
+
+    def source(atom: Any) -> Any:
+        if isinstance(atom, core.Literal) or atom not in made_by:
+            return atom
+        equation = made_by[atom]
+        if equation.primitive.name not in _CALLS:
+            return atom
+        inner = _inner(equation)
+        found = _sources(inner)(inner.outvars[equation.outvars.index(atom)])
+        if isinstance(found, core.Literal) or found not in inner.invars:
+            return atom
+        return source(equation.invars[inner.invars.index(found)])
+
+    return source
+
+
+def _without_gradient(traces: Sequence[Traced], paths: Sequence[str]) -> set[str]:
+    """Paths that some trace uses and that no derivative of any output reaches.
+
+    A trace without any derivative, such as one that returns tokens, proves nothing.
+    """
+    reached: set[int] = set()
+    used: set[int] = set()
+    for traced in traces:
+        jaxpr = traced.closed.jaxpr
+        wanted = [index not in traced.updated for index in range(len(jaxpr.outvars))]
+        smooth, rough = (
+            {index for index, hit in enumerate(_reach(jaxpr, wanted, flag)[: len(paths)]) if hit}
+            for flag in (True, False)
+        )
+        reached |= smooth or rough
+        used |= rough
+    return {paths[index] for index in used - reached}
+
+
+def _reach(jaxpr: Any, wanted: Sequence[bool], smooth: bool) -> list[bool]:
+    """Which inputs some wanted output depends on, if `smooth` in a way that has a derivative.
+
+    Says yes where it cannot know, such as inside custom derivative rules.
+    """
+    live: set[Any] = set()
+
+    def mark(atoms: Sequence[Any], hits: Sequence[bool]) -> None:
+        live.update(
+            atom
+            for atom, hit in zip(atoms, hits, strict=True)
+            if hit and not isinstance(atom, core.Literal) and (not smooth or _is_float(atom))
+        )
+
+    mark(jaxpr.outvars, wanted)
+    for equation in reversed(jaxpr.eqns):
+        hits = [var in live for var in equation.outvars]
+        if any(hits) and not (smooth and equation.primitive.name in _FLAT):
+            mark(equation.invars, _through(equation, hits, smooth))
+    return [var in live for var in jaxpr.invars]
+
+
+def _through(equation: Any, hits: list[bool], smooth: bool) -> list[bool]:
+    """Which operands of one operation are reached from its results."""
+    name, params = equation.primitive.name, equation.params
+    if name in _CALLS:
+        return _reach(_inner(equation), hits, smooth)
+    if name == "cond":
+        sides = [_reach(branch.jaxpr, hits, smooth) for branch in params["branches"]]
+        return [not smooth, *map(any, zip(*sides, strict=True))]
+    if name == "scan" and "num_consts" in params:
+        first, count = params["num_consts"], params["num_carry"]
+        while True:  # what is carried comes back as a result of the pass before
+            found = _reach(params["jaxpr"].jaxpr, hits, smooth)
+            carried = [a or b for a, b in zip(hits, found[first : first + count])]
+            if carried == hits[:count]:
+                return found
+            hits = [*carried, *hits[count:]]
+    return [True] * len(equation.invars)
+
+
+def _inner(equation: Any) -> Any:
+    """The jaxpr of a call."""
+    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return getattr(inner, "jaxpr", inner)
+
+
+def _is_float(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
