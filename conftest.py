@@ -35,6 +35,8 @@ def rewinding_example(request, tmp_path):
     def evaluate(state):
         return -float(jnp.abs(state["params"]["kernel"] - jnp.eye(10)).mean())
 
-    task = rewinding.Task(init, train, evaluate, schedule, steps=20)
+    task = rewinding.Task(
+        init, train, evaluate, schedule, steps=20, description={"data": "the identity"}
+    )
     names = request.getfixturevalue("doctest_namespace")
     names.update(task=task, workdir=tmp_path)

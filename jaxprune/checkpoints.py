@@ -6,6 +6,7 @@ a record of its leaves (shape, dtype, checksum), which `restore` checks before a
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -25,12 +26,14 @@ __all__ = [
     "check_config",
     "check_writable",
     "fields",
+    "fingerprint",
     "open_manager",
     "read_json",
     "read_record",
     "restore",
     "save",
     "stop_signals",
+    "sync_folder",
     "write_json",
     "write_text",
 ]
@@ -73,9 +76,27 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp makes it private
         os.replace(name, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes the names of files in a folder durable; nothing where the file system cannot.
+
+    Args:
+        folder: in which a file was made or renamed.
+
+    Example:
+        >>> sync_folder(tempfile.mkdtemp())
+    """
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -295,6 +316,31 @@ def read_record(manager: ocp.CheckpointManager, step: int | None = None) -> dict
         {'epoch': 1}
     """
     return _read_record(manager, step)[-1]
+
+
+def fingerprint(manager: ocp.CheckpointManager, step: int | None = None) -> str:
+    """Tells the states of checkpoints apart without reading them.
+
+    Args:
+        manager: from `open_manager`.
+        step: default the newest.
+
+    Returns:
+        A hash of the paths, shapes, dtypes and checksums of all leaves.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is corrupt.
+
+    Example:
+        >>> manager = open_manager(tempfile.mkdtemp())
+        >>> for step in (1, 2):
+        ...     save(manager, step, {"w": jnp.full(2, step)}, {})
+        >>> fingerprint(manager, 1) == fingerprint(manager)
+        False
+    """
+    leaves = _read_record(manager, step)[2]
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _read_record(

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxprune.checkpoints import write_text
 
-__all__ = ["MetricsLog", "show_progress"]
+__all__ = ["MetricsLog", "read_records", "show_progress"]
 
 # Label on screen -> (name of the metric, format).
 _SHOWN = {
@@ -23,6 +23,29 @@ _SHOWN = {
 }
 
 
+def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the whole lines of metrics.jsonl; a line that was cut short is left out.
+
+    A log may have lost lines. What a decision or a result rests on must not be read from it without
+    a count of what should be there, such as `records` of summary.json.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The records in order; empty where there is no such file.
+
+    Example:
+        >>> read_records("/nowhere/metrics.jsonl")
+        []
+    """
+    path = Path(path)
+    # Bytes: a cut may fall inside of a character, and does not damage the lines before it.
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    parsed = [_parse(line) for line in lines]
+    return [record for record in parsed if record]
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one run.
 
@@ -32,6 +55,8 @@ class MetricsLog:
     Args:
         workdir: existing folder; gets `metrics.jsonl` and `tensorboard/`.
         step: the step that the run starts from.
+        expected: how many records there were up to that step, `count` when its checkpoint was
+            saved. `lost` says how many of them the file does not have.
         write: False keeps records in memory only, as all but one of several processes do.
 
     Example:
@@ -42,23 +67,49 @@ class MetricsLog:
         [{'step': 5, 'train_loss': 0.25}]
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], step: int, *, write: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        step: int,
+        *,
+        expected: int = 0,
+        write: bool = True,
+    ) -> None:
         """Opens the files."""
         from tensorboardX import SummaryWriter
 
         self._file = self._board = None
         path = Path(workdir) / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [_parse(line) for line in lines]
+        records = read_records(path)
         self.records = [record for record in records if record.get("step", math.inf) <= step]
+        self.lost, self._start = max(0, expected - len(self.records)), step
         if not write:
             return
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
+    @property
+    def count(self) -> int:
+        """How many records the run has made, those that were lost among them."""
+        return len(self.records) + self.lost
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether there is a record of a step with a metric."""
+        return any(record["step"] == step and name in record for record in self.records)
+
+    def sync(self) -> None:
+        """Returns when all records are on disk, where the machine may fail. Call it before a save.
+
+        A record is with the operating system as soon as it is written, which outlives the process.
+        """
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one record, on disk at once."""
+        """Appends one record; the process may be killed from then on."""
+        if step <= self._start:  # measured again, because it was lost
+            self.lost = max(0, self.lost - 1)
         self.records.append({"step": step, **values})
         if self._file is None or self._board is None:
             return
@@ -73,6 +124,7 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         """Closes the files."""
+        self.sync()
         for opened in filter(None, (self._file, self._board)):
             opened.close()
 
@@ -140,9 +192,10 @@ def _time_left(steps: int, latest: Mapping[str, float]) -> list[str]:
     return [f"{seconds // 60}:{seconds % 60:02} left"]
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any]:
     """One line of metrics.jsonl; empty where a kill cut it short."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return {}
+    return record if isinstance(record, dict) else {}

@@ -14,13 +14,14 @@ budgets. results.jsonl, .md and .png always cover all that is there.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,8 @@ def record_command(
 def compare(options: argparse.Namespace, runs: Sequence[tuple[Path, Config]]) -> None:
     """Trains every cell that is not finished."""
     cells = {config.seed: cells_of(options, config.seed) for _, config in runs}
+    sources = {config.seed: source_of(path) for path, config in runs}
+    check_cells(options.workdir, cells, sources)
     folders = [options.workdir / name for own in cells.values() for name in own]
     done = ended = sum((folder / "summary.json").exists() for folder in folders)
     began = time.perf_counter()
@@ -167,7 +170,8 @@ def compare(options: argparse.Namespace, runs: Sequence[tuple[Path, Config]]) ->
                 if stopped or (options.workdir / name / "summary.json").exists():
                     continue
                 dense = dense or open_run(options, path, config)
-                record = run_cell(options, dense, name, score, budget, stopped)
+                source = sources[config.seed]
+                record = run_cell(options, dense, name, score, budget, stopped, source)
                 if record is None:
                     continue
                 write_results(options.workdir, [*SCORES])
@@ -185,6 +189,30 @@ def compare(options: argparse.Namespace, runs: Sequence[tuple[Path, Config]]) ->
         sys.exit(128 + stopped[0])
     write_results(options.workdir, [*SCORES])
     print(f"\n{(options.workdir / 'results.md').read_text()}\nwritten to {options.workdir}")
+
+
+def source_of(path: Path) -> str:
+    """Tells the trained networks of dense runs apart, whatever their folders are called."""
+    with contextlib.closing(checkpoints.open_manager(path / "checkpoints")) as manager:
+        return checkpoints.fingerprint(manager)
+
+
+def check_cells(
+    workdir: Path, cells: Mapping[int, Mapping[str, Any]], sources: Mapping[int, str]
+) -> None:
+    """Refuses finished networks that were made from other dense networks than those given now."""
+    problems = []
+    for seed, own in cells.items():
+        for name in own:
+            saved = checkpoints.read_json(workdir / name / "summary.json")
+            if saved is not None and saved.get("source") != sources[seed]:
+                problems.append(str(workdir / name))
+    if problems:
+        text = "\n  ".join(problems)
+        raise ValueError(
+            "networks were made from another training of the same configuration; use another "
+            f"--workdir, or delete these folders:\n  {text}"
+        )
 
 
 def cells_of(options: argparse.Namespace, seed: int) -> dict[str, tuple[str, float]]:
@@ -217,6 +245,7 @@ def run_cell(
     score: str,
     budget: float,
     stopped: Sequence[Any],
+    source: str,
 ) -> dict[str, Any] | None:
     """Makes a network smaller, trains it, writes its folder; None if it was told to stop."""
     began = time.perf_counter()
@@ -239,6 +268,7 @@ def run_cell(
         "score": score,
         "budget": budget,
         "seed": dense.config.seed,
+        "source": source,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "macs": experiment.macs(plan),
         "dense_macs": experiment.macs(whole),

@@ -14,9 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from jaxprune import reports
+from jaxprune import metrics, reports
 
 TRAIN = Path(__file__).with_name("train.py")
 CONFIG = "digits_resnet8"
@@ -76,7 +75,10 @@ def compare(folder: Path) -> str:
         label: json.loads((folder / name / "summary.json").read_text())
         for name, (label, _) in RUNS.items()
     }
-    histories = {label: read_metrics(folder / name) for name, (label, _) in RUNS.items()}
+    histories = {
+        label: metrics.read_records(folder / name / "metrics.jsonl")
+        for name, (label, _) in RUNS.items()
+    }
     reports.plot_training(histories, folder / "training.png")
     shutil.copyfile(folder / "agip" / "densities.png", folder / "densities.png")
     rows = [
@@ -98,11 +100,6 @@ def compare(folder: Path) -> str:
             f"Density of each layer:             {folder / 'densities.png'}",
         ]
     )
-
-
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 if __name__ == "__main__":

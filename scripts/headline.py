@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jobs
 import ray_jobs
 
-from jaxprune import checkpoints, reports
+from jaxprune import checkpoints, metrics, reports
 
 TRAIN = Path(__file__).with_name("train.py")
 GOALS = {"parameters": 0.28, "accuracy": 0.992, "seconds": 0.32, "bytes": 0.35}
@@ -205,6 +205,7 @@ def ready(options: argparse.Namespace) -> tuple[dict[str, list[str]], int]:
     commands, finished = {}, 0
     for seed in options.seeds:
         done = summaries(options.workdir, seed)
+        check_arms(options, seed, done)
         finished += len(done.keys() & options.chosen.keys())
         for name, arm in options.chosen.items():
             if name in done or not done.keys() >= set(arm.needs):
@@ -219,6 +220,26 @@ def ready(options: argparse.Namespace) -> tuple[dict[str, list[str]], int]:
     return commands, finished
 
 
+def check_arms(options: argparse.Namespace, seed: int, done: Summaries) -> None:
+    """Refuses finished runs whose options no longer follow from the runs that they build on."""
+    problems = []
+    for name, arm in options.chosen.items():
+        if name not in done or not done.keys() >= set(arm.needs):
+            continue
+        folder = options.workdir / folder_of(name, seed)
+        saved, words = checkpoints.read_json(folder / "config.json") or {}, arm.options(done)
+        for option, value in zip(words, words[1:], strict=False):
+            had = saved.get(option.removeprefix("--"))
+            if option in ("--widths", "--steps") and str(had) != value:
+                problems.append(f"{folder}: {option} {had} there, {value} now")
+    if problems:
+        text = "\n  ".join(problems)
+        raise ValueError(
+            "runs were made for other runs than those that are there now; delete their folders, "
+            f"and the same command trains them again:\n  {text}"
+        )
+
+
 def folder_of(arm: str, seed: int) -> str:
     """Of a run."""
     return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
@@ -226,13 +247,22 @@ def folder_of(arm: str, seed: int) -> str:
 
 def summaries(workdir: Path, seed: int) -> dict[str, Any]:
     """Arm -> summary of its run, if finished, with its seconds before the first step."""
-    found = {}
+    found, problems = {}, []
     for name in arms(levers=True):
         folder = workdir / folder_of(name, seed)
         summary = checkpoints.read_json(folder / "summary.json")
         if summary is not None:
-            seconds = startup(read_metrics(folder / "metrics.jsonl"), clock_of(summary))
-            found[name] = summary | {"startup": seconds}
+            records = metrics.read_records(folder / "metrics.jsonl")
+            if lost := summary.get("records", 0) - len(records):
+                problems.append(f"{folder}: {lost} records")
+                continue
+            found[name] = summary | {"startup": startup(records, clock_of(summary))}
+    if problems:
+        text = "\n  ".join(problems)
+        raise ValueError(
+            "metrics.jsonl of finished runs has lost lines, so their times are not known; delete "
+            f"these folders, and the same command trains them again:\n  {text}"
+        )
     return found
 
 
@@ -264,7 +294,7 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
         done = summaries(workdir, seed)
         dense = done.get("dense")
         for name in known.keys() & done.keys() if dense else ():
-            records = read_metrics(workdir / folder_of(name, seed) / "metrics.jsonl")
+            records = metrics.read_records(workdir / folder_of(name, seed) / "metrics.jsonl")
             runs.append({"arm": name, "seed": seed} | measured(done[name], dense, records))
     if not runs:
         return []
@@ -291,11 +321,6 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     )
     checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
     return rows
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def measured(

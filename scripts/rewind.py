@@ -368,7 +368,11 @@ def make_task(
     def evaluate(state: training.TrainState) -> float:
         return experiment.evaluate(state)["test_accuracy"]
 
-    return rewinding.Task(init, train, evaluate, experiment.schedule, experiment.steps)
+    # Also the seed, and the images themselves, wherever they lie.
+    description: dict[str, Any] = checkpoints.fields(config, FREE - {"seed"})
+    description |= {"images": experiment.source.fingerprint()}
+    schedule, steps = experiment.schedule, experiment.steps
+    return rewinding.Task(init, train, evaluate, schedule, steps, description)
 
 
 def seed_of(config: Config, number: int) -> int:

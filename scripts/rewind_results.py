@@ -26,6 +26,8 @@ def write_results(workdir: Path, methods: Iterable[str]) -> list[dict[str, Any]]
     """
     found = [path for name in methods for path in sorted(workdir.glob(f"seed-*/{name}.json"))]
     records = [checkpoints.read_json(path) for path in found]
+    stale = [path for path, record in zip(found, records, strict=True) if is_stale(path, record)]
+    records = [r for path, r in zip(found, records, strict=True) if path not in stale]
     if not records:
         return []
     lines = [
@@ -43,6 +45,7 @@ def write_results(workdir: Path, methods: Iterable[str]) -> list[dict[str, Any]]
     facts += [
         f"- seed {r['seed']}: {one['note']}" for r in records for one in r["rounds"] if one["note"]
     ]
+    facts += [f"- left out, from another dense network: {p.relative_to(workdir)}" for p in stale]
     facts.append(f"- checkpoints on disk: {checkpoint_bytes(workdir):,} bytes")
     table = [shown(row) for row in rows]
     parts = [
@@ -53,6 +56,12 @@ def write_results(workdir: Path, methods: Iterable[str]) -> list[dict[str, Any]]
     ]
     checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
     return rows
+
+
+def is_stale(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a method started from another dense network than the one that is there now."""
+    dense = checkpoints.read_json(path.parent / "dense" / "round.json")
+    return dense is not None and dense["score"] != record["rounds"][0]["score"]
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, str]:

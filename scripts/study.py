@@ -97,6 +97,7 @@ def record_command(options: argparse.Namespace, command: str) -> None:
 def study(options: argparse.Namespace) -> None:
     """Trains what is not finished; exits with status 1 if something failed."""
     workdir, runs = options.workdir, plan(options)
+    check_runs(workdir, runs)
     waiting = {k: v for k, v in runs.items() if not (workdir / k / "summary.json").exists()}
     done = len(runs) - len(waiting)
     print(f"{done} of {len(runs)} runs are finished already", flush=True)
@@ -113,6 +114,23 @@ def study(options: argparse.Namespace) -> None:
     print(f"results: {workdir / 'results.md'}" if write_results(workdir) else "no run is finished")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the same command tries them again")
+
+
+def check_runs(workdir: Path, runs: Mapping[str, Sequence[str]]) -> None:
+    """Refuses folders that hold another run than their name says."""
+    problems = []
+    for name, words in runs.items():
+        saved = checkpoints.read_json(workdir / name / "config.json")
+        for option, wanted in zip(words[::2], words[1::2], strict=True) if saved else ():
+            had = saved.get(option.removeprefix("--"))
+            if (str(had) if isinstance(had, str | int) else f"{had}") != wanted:
+                problems.append(f"{workdir / name}: {option} {had}")
+    if problems:
+        text = "\n  ".join(problems)
+        raise ValueError(
+            "folders hold other runs than their names say; move them away, and the same command "
+            f"trains these runs:\n  {text}"
+        )
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[str]]:

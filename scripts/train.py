@@ -100,23 +100,28 @@ def train(config: Config) -> dict[str, Any]:
     steps = experiment.steps
     stage, history, coming = shrinking.first(experiment), (), None
     with plain_errors():
-        hosts.check_same({"the images": experiment.source.fingerprint()})
+        images = {"the images": experiment.source.fingerprint()}
+        hosts.check_same(images)
         state = experiment.create(config.seed)
     # Methods that are sparse from the start have masks already.
     state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
 
     # Restore.
     earlier = np.zeros(2)  # seconds of training before this process
+    peaks: dict[str, Any] = {}  # bytes, of this process and those before it
+    expected = 0  # records of metrics
     with plain_errors():
         manager = checkpoints.open_manager(workdir / "checkpoints")
         record = None
         if manager.latest_step() is not None:
             record = checkpoints.read_record(manager)
-            checkpoints.check_config(record["config"], options, str(workdir))
+            now = options | images
+            checkpoints.check_config(images | record["config"] | record, now, str(workdir))
             stage = shrinking.from_record(experiment, record["stage"])
             state, record = checkpoints.restore(manager, experiment.at(stage).like)
             history = tuple(record["stage"]["history"])
             earlier = np.array([record[name] for name in SECONDS])
+            peaks, expected = record.get("peaks", {}), record.get("records", 0)
             hosts.say(f"{workdir}: going on from step {int(state.step)}")
         present = shrinking.begin(config, experiment, stage, history)
         if record is not None:
@@ -130,14 +135,16 @@ def train(config: Config) -> dict[str, Any]:
         return dict(zip(SECONDS, (earlier + clock() - began - sum(aside)).tolist(), strict=True))
 
     def save(step: int, state: training.TrainState) -> None:
-        record = {"data": {"next_index": step}, "config": resolved} | spent()
+        record = {"data": {"next_index": step}, "config": resolved} | images | spent()
         record["stage"] = shrinking.to_record(present, coming)
+        record |= {"peaks": peaks, "records": metrics.count}
         with timed(aside), plain_errors():
+            metrics.sync()  # what a checkpoint goes on from is not lost
             checkpoints.save(manager, step, state, record)
 
     # Loop.
     with (
-        MetricsLog(workdir, int(state.step), write=hosts.is_first()) as metrics,
+        MetricsLog(workdir, int(state.step), expected=expected, write=hosts.is_first()) as metrics,
         show_progress(config.model, steps, int(state.step), write=hosts.is_first()) as show,
         # Of several processes JAX hears SIGTERM, so that all of them stop.
         checkpoints.stop_signals(*hosts.signals()) as stopped,
@@ -151,6 +158,7 @@ def train(config: Config) -> dict[str, Any]:
 
         def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
             values |= spent()
+            peaks.update(train_results.peaks(present, peaks))
             values["sparsity"] = sparsity(state)
             rates = rewarmed(experiment.schedule, present.stage.cut, config.rewarm_steps)
             values["learning_rate"] = float(rates(step - 1))
@@ -190,6 +198,8 @@ def train(config: Config) -> dict[str, Any]:
                     coming = shrinking.decide(config, experiment, present, state)
                 hosts.say(shrinking.describe(present))
                 save(int(state.step), state)
+        if int(state.step) == steps and train_results.is_untested(metrics, steps):
+            test(steps, state)
         save(int(state.step), state)
         total = spent()
     manager.close()
@@ -199,11 +209,10 @@ def train(config: Config) -> dict[str, Any]:
         )
         sys.exit(130 if signal.SIGINT in stopped else 0)
 
-    measured = {"sparsity": sparsity(state)} | total
+    measured = {"sparsity": sparsity(state)} | total | train_results.peaks(present, peaks)
     return train_results.write_results(
-        config, experiment, present, state, masks_of(config, state), metrics.records,
-        measured, workdir,
-    )  # fmt: skip
+        config, experiment, present, state, masks_of(config, state), metrics, measured, workdir
+    )
 
 
 def default_workdir(config: Config) -> str:

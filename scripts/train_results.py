@@ -1,6 +1,5 @@
 """What scripts/train.py leaves of a finished run: summary, table, plots and a page."""
 
-import math
 import resource
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from experiment import Experiment, make_optimizer
 
 import jaxprune
 from jaxprune import checkpoints, compaction, models, processes, reports, training
+from jaxprune.metrics import MetricsLog
 
 Records = Sequence[Mapping[str, Any]]  # as in metrics.jsonl
 
@@ -27,8 +27,8 @@ def write_results(
     present: shrinking.Present,
     state: training.TrainState,
     masks: Any,
-    records: Records,
-    measured: Mapping[str, float],
+    log: MetricsLog,
+    measured: Mapping[str, Any],
     workdir: Path,
 ) -> dict[str, Any]:
     """Writes everything; the summary comes last, because it marks a finished run.
@@ -39,8 +39,8 @@ def write_results(
         present: its last stage.
         state: at the end.
         masks: at the end.
-        records: lines of metrics.jsonl.
-        measured: sparsity and seconds.
+        log: metrics.jsonl; it may have lost lines.
+        measured: sparsity, seconds and peaks.
         workdir: gets summary.json, summary.txt, report.html, training.png and densities.png.
 
     Returns:
@@ -48,10 +48,12 @@ def write_results(
     """
     state, masks = jax.tree.map(processes.on_host, (state, masks))
     table = jaxprune.summarize(state.params, masks)
-    summary = summarize(config, state, masks, records) | dict(measured)
+    records = log.records
+    summary = summarize(config, state, masks, records, log.lost) | dict(measured)
+    summary |= {"records": log.count}
     summary |= {"switches": list(present.history)}
     summary |= {"widths": models.widths_of(state.params)._asdict()}
-    summary |= costs_of(config, experiment, present, records)
+    summary |= {"macs": shrinking.costs(config, experiment, present)["macs"]}
     if not hosts.is_first():
         return summary
     reports.plot_training({config.method: records}, workdir / "training.png")
@@ -65,34 +67,61 @@ def write_results(
 
 
 def summarize(
-    config: Config, state: training.TrainState, masks: Any, records: Records
+    config: Config, state: training.TrainState, masks: Any, records: Records, lost: int
 ) -> dict[str, Any]:
     """What other scripts read from summary.json."""
 
     def nbytes(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    def column(name: str) -> list[float]:
-        return [record[name] for record in records if name in record]
-
     total = jaxprune.summarize(state.params, masks).total
     dense_bytes, sparse_bytes = reports.checkpoint_bytes(state.params, masks)
     dense = make_optimizer(config, optax.constant_schedule(0), None)
     state_bytes = nbytes(state.opt_state)
-    return {
-        "test_accuracy": column("test_accuracy")[-1],
-        "train_loss": column("train_loss")[-1],
+    return figures(records, int(state.step), lost) | {
         "parameters": total.parameters,
         "nonzeros": total.nonzeros,
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse_bytes,
         "state_bytes": state_bytes,
         "pruning_state_bytes": state_bytes - nbytes(jax.eval_shape(dense.init, state.params)),
-        "seconds_per_step": statistics.median(column("seconds_per_step") or [math.nan]),
         "steps": int(state.step),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, jaxprune)},
     }
+
+
+def is_untested(log: MetricsLog, end: int) -> bool:
+    """Whether the evaluation of the last step is to be made again, because its line is lost."""
+    return processes.on_first(lambda: not log.has(end, "test_accuracy"))
+
+
+def figures(records: Records, end: int, lost: int) -> dict[str, Any]:
+    """What a summary takes from metrics.jsonl: figures of the last step, never of an earlier one.
+
+    Args:
+        records: lines of metrics.jsonl that are left.
+        end: the last step.
+        lost: how many other lines there were.
+
+    Returns:
+        Figures by name; what is lost is None, and `missing` says why.
+    """
+
+    def final(name: str) -> float | None:
+        found = [record[name] for record in records if record["step"] == end and name in record]
+        return found[-1] if found else None
+
+    times = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
+    found: dict[str, Any] = {name: final(name) for name in ("test_accuracy", "train_loss")}
+    found |= {"seconds_per_step": statistics.median(times) if times and not lost else None}
+    why = f"metrics.jsonl has lost the record of step {end}"
+    missing = {name: why for name, value in found.items() if value is None}
+    if "seconds_per_step" in missing:
+        missing["seconds_per_step"] = (
+            f"metrics.jsonl has lost {lost} records" if lost else "no step was timed"
+        )
+    return found | {"missing": missing}
 
 
 def write_page(
@@ -126,17 +155,21 @@ def write_page(
     )
 
 
-def costs_of(
-    config: Config,
-    experiment: Experiment,
-    present: shrinking.Present,
-    records: Records,
-) -> dict[str, Any]:
-    """Arithmetic and memory, for summary.json."""
+def peaks(present: shrinking.Present, earlier: Mapping[str, Any]) -> dict[str, int | None]:
+    """The most bytes so far, of this process and of those that trained before it.
+
+    Args:
+        present: the stage of the run.
+        earlier: what this has returned before; checkpoints hold it.
+
+    Returns:
+        Bytes by name; None where the device does not count.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "macs": shrinking.costs(config, experiment, present)["macs"],
-        "step_peak_bytes": max(record.get("peak_bytes", 0) for record in records),
-        "device_peak_bytes": stats.get("peak_bytes_in_use"),  # None: the device does not count
+    now = {
+        "step_peak_bytes": present.peak_bytes,
+        "device_peak_bytes": stats.get("peak_bytes_in_use"),
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    known = {name: [n for n in (now[name], earlier.get(name)) if n is not None] for name in now}
+    return {name: max(numbers, default=None) for name, numbers in known.items()}

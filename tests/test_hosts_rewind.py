@@ -140,7 +140,7 @@ def test_what_is_stopped_inside_of_a_round_is_saved(tmp_path):
         def keep(result, state):
             ends[workdir.name, result.number] = state
 
-        task = rewinding.Task(init, train, lambda state: 0.0, schedule, 10)
+        task = rewinding.Task(init, train, lambda state: 0.0, schedule, 10, "toy")
         return rewinding.rewind_learning_rate(task, workdir, [0.5], on_round=keep)
 
     for _ in range(2):

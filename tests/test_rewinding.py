@@ -55,7 +55,7 @@ class Toy:
         self.calls = []
         self.trained = {}  # (method, round) -> the state it ended with
         self.task = Task(
-            self.init, self.train, self.evaluate, rewinding.hold(schedule, STEPS), STEPS
+            self.init, self.train, self.evaluate, rewinding.hold(schedule, STEPS), STEPS, "toy"
         )
 
     def init(self, number):
@@ -174,7 +174,7 @@ def test_rates_are_exactly_those_of_the_schedule(kind, name, driver, tmp_path):
             }
         return state
 
-    task = Task(init, train, lambda state: 0.0, schedule, STEPS)
+    task = Task(init, train, lambda state: 0.0, schedule, STEPS, description={})
     more = {"to": EARLY} if driver.startswith("rewind") else {}
     getattr(rewinding, driver)(task, tmp_path, [0.5, 0.25], **more)
     expected = {(0, step): SCHEDULES[kind](step) for step in range(STEPS)}
@@ -993,7 +993,7 @@ def test_checkpoints_of_another_model(tmp_path):
     rewinding.train_dense(Toy().task, tmp_path)
     toy = Toy()
     wide = toy.task._replace(init=lambda number: toy.init(number)._replace(statistics=jnp.ones(9)))
-    with pytest.raises(ValueError, match="statistics: float32.8. in the checkpoint"):
+    with pytest.raises(ValueError, match="initial statistics: float32.8. there, float32.9. now"):
         rewinding.fine_tune(wide, tmp_path, [0.5])
 
 
@@ -1046,7 +1046,12 @@ def test_a_damaged_result(tmp_path):
 def test_results_are_json(tmp_path):
     done = rewinding.train_dense(Toy().task, tmp_path)
     assert json.loads((tmp_path / "dense" / "round.json").read_text()) == done._asdict()
-    assert checkpoints.read_json(tmp_path / "dense" / "stage.json") == {
-        "history": [f"dense training of {STEPS} steps"],
-        "keep": [],
-    }
+    stage = checkpoints.read_json(tmp_path / "dense" / "stage.json")
+    history = stage["history"]
+    assert stage["keep"] == [] and history["steps"] == str(STEPS)
+    assert history["description"] == "'toy'" and len(history["learning rates"]) == STEPS
+    kernel = Toy().init(0).params["first"]["kernel"]
+    assert history["initial params/first/kernel"] == [
+        "float32[6, 8]",
+        pytest.approx(float(jnp.linalg.norm(kernel))),
+    ]

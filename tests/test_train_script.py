@@ -200,6 +200,44 @@ def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path):
     assert _checkpoint(workdir) == _checkpoint(finished[0])
 
 
+def _cut(finished, workdir, keep):
+    """A copy of the finished run before its summary, with `keep(contents)` of metrics.jsonl."""
+    shutil.copytree(finished[0], workdir)
+    for name in ("summary.json", "summary.txt", "report.html"):
+        (workdir / name).unlink()
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(keep(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("keep", "lost"),
+    [
+        (lambda text: text[:-9], []),  # in the last line, which is the last evaluation
+        (lambda text: b"".join(text.splitlines(True)[:-1]), []),
+        (lambda text: text[: len(text) // 2], ["train_loss", "seconds_per_step"]),
+        (lambda text: b"", ["train_loss", "seconds_per_step"]),
+    ],
+    ids=["a part of the last line", "the last line", "a half", "all"],
+)
+def test_a_log_that_lost_lines_gives_no_figure_of_an_earlier_step(
+    keep, lost, finished, tmp_path, capsys
+):
+    workdir, before = tmp_path / "run", json.loads((finished[0] / "summary.json").read_text())
+    _cut(finished, workdir, keep)
+    train.main([*OPTIONS, "--workdir", str(workdir)])
+    capsys.readouterr()
+    after = json.loads((workdir / "summary.json").read_text())
+    assert after["test_accuracy"] == before["test_accuracy"]
+    assert after["sparsity"] == before["sparsity"] and after["records"] == before["records"]
+    assert after["step_peak_bytes"] == before["step_peak_bytes"] > 0
+    assert after["process_peak_bytes"] >= before["process_peak_bytes"]
+    assert list(after["missing"]) == lost and before["missing"] == {}
+    for name in ("train_loss", "seconds_per_step"):
+        assert after[name] == (None if name in lost else before[name])
+    assert _metrics(workdir)[-1]["test_accuracy"] == before["test_accuracy"]
+    assert (workdir / "report.html").exists() and (workdir / "training.png").exists()
+
+
 def test_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "file"))

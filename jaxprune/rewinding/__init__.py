@@ -3,7 +3,7 @@
 A driver takes a `Task` (a training as functions), a workdir and densities. What it has trained is
 on disk; the same call goes on where it was stopped, with the same bits.
 
-    task = rewinding.Task(init, train, evaluate, schedule, steps=10_000)
+    task = rewinding.Task(init, train, evaluate, schedule, 10_000, description={"batch": 128})
     rounds = rewinding.rewind_learning_rate(task, "runs/a", rewinding.densities(8))
 
 The optimizer of the task needs a learning-rate schedule and, last, a `fixed_mask_transform()`.

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Unpack
 
+from jaxprune import trees
 from jaxprune.masks import get_masks, set_masks
-from jaxprune.rewinding import _tasks
+from jaxprune.rewinding import _history, _tasks
 from jaxprune.rewinding._stages import (
     Options,
     Prune,
@@ -16,7 +17,6 @@ from jaxprune.rewinding._stages import (
     delete_checkpoints,
     read_result,
     run,
-    saved_steps,
     write_result,
 )
 from jaxprune.rewinding._steps import set_step
@@ -35,7 +35,7 @@ def train_dense(
         task: the training.
         workdir: gets the folder `dense`. What is done there is not done again.
         keep: steps whose checkpoints later rounds need, besides the last one.
-        **options: `save_every` and `on_round` of `Options`.
+        **options: `save_every`, `on_round` and `overwrite` of `Options`.
 
     Returns:
         The `Round` of the dense network.
@@ -52,15 +52,7 @@ def train_dense(
     keep = sorted({whole("keep", step) for step in keep} - {0})  # step 0 is `task.init(0)`
     if not all(0 < step <= task.steps for step in keep):
         raise ValueError(f"`keep` must hold steps of the training, 0 to {task.steps}; got {keep}.")
-    stage = _dense_stage(task, workdir)
-    saved = saved_steps(stage)
-    if missing := [step for step in keep if saved and step < max(saved) and step not in saved]:
-        raise ValueError(
-            f"{stage.folder} has no checkpoint of step {missing[0]}, and its training went past "
-            f"it: it has {saved}. Use another workdir, or delete that folder; call "
-            f"`train_dense(task, workdir, keep={keep})` before the drivers."
-        )
-    return run(task, stage, stage.recipe.steps, options, keep)
+    return run(task, dense_stage(task, workdir), operator.index(task.steps), options, keep)
 
 
 def retrain(
@@ -77,7 +69,8 @@ def retrain(
     Args:
         task: the training.
         workdir: gets a folder for the dense training and one for this method, with a stage for
-            each density. A stage that is done is skipped, one that was stopped goes on.
+            each density. A stage that is done is skipped, one that was stopped goes on; one that
+            another task, recipe or pruning rule led to is an error, see `Options.overwrite`.
         recipe: weights, schedule and length of each training.
         densities: fraction of the weights that each round keeps, falling; see `densities`.
         guard: when to warn, and to rewind weights instead.
@@ -117,24 +110,28 @@ def run_rounds(
     fallback = guard.weights_from if guard else None
     if fallback is not None:
         recipes.append(_tasks.checked_recipe(task, rewound(task, fallback)))
-    early = {each.weights_from for each in recipes if isinstance(each.weights_from, int)}
+    early = {each.weights_from for each in recipes if isinstance(each.weights_from, int)} - {0}
     name, prune = options.get("name", "retrain"), options.get("prune", _tasks.prune_globally)
-    dense = _dense_stage(task, workdir)
+    rule = _history.rule_of(prune, options.get("rule"))
+    dense = dense_stage(task, workdir)
     if read_result(dense) is None:
         _rehearse(task, prune, float(densities[0]))
-    rounds, stages = [train_dense(task, workdir, keep=early, **options)], [dense]
+    rounds, stages = [run(task, dense, dense.recipe.steps, options, early)], [dense]
     recipe, suffix = recipes[0], ""
     for number, density in enumerate(map(float, densities), start=1):
         last = -1 if options.get("iterative", True) else 0
         before, spent = stages[last], rounds[last].total_steps
         folder = Path(workdir) / name / f"round-{number}-density-{density:.6g}{suffix}"
-        stage = Stage(folder, number, density, recipe, before, prune)
+        history = _history.of_round(before.history, number, density, recipe, rule)
+        stage = Stage(folder, number, density, recipe, before, prune, history)
         done = run(task, stage, spent + recipe.steps, options)
         if guard and (note := _harm(guard, stage, rounds[0], done)):
             if fallback is not None:
                 note += f"; from here on the weights are rewound to step {fallback}"
                 harmful, recipe, suffix = stage, recipes[1], f"-weights-{fallback}"
-                stage = stage._replace(folder=Path(f"{folder}{suffix}"), recipe=recipe)
+                history = _history.of_round(before.history, number, density, recipe, rule)
+                folder = Path(f"{folder}{suffix}")
+                stage = stage._replace(folder=folder, recipe=recipe, history=history)
                 done = run(task, stage, done.total_steps + recipe.steps, options)
                 delete_checkpoints(harmful)
             warnings.warn(note, stacklevel=4)
@@ -152,9 +149,10 @@ def rewound(task: Task, step: int) -> Recipe:
     return Recipe(step, step, task.steps - step)
 
 
-def _dense_stage(task: Task, workdir: str | Path) -> Stage:
-    steps = operator.index(task.steps)
-    return Stage(Path(workdir) / "dense", 0, 1.0, Recipe("new", 0, steps), None, None)
+def dense_stage(task: Task, workdir: str | Path) -> Stage:
+    """The dense training of a task in a workdir."""
+    recipe, history = Recipe("new", 0, operator.index(task.steps)), _history.of_dense(task)
+    return Stage(Path(workdir) / "dense", 0, 1.0, recipe, None, None, history)
 
 
 def _check_options(options: Options) -> None:
@@ -169,6 +167,13 @@ def _check_options(options: Options) -> None:
     name = options.get("name", "a")
     if name in ("", "dense") or Path(name).name != name:
         raise ValueError(f"`name` must be that of a folder, other than `dense`; got {name!r}.")
+    if not (isinstance(options.get("rule", "a"), str) and options.get("rule", "a")):
+        raise ValueError(f"`rule` must be a text that names `prune`; got {options.get('rule')!r}.")
+    if not trees.is_rule(options.get("prune", _tasks.prune_globally)):
+        raise ValueError(
+            f"`prune` must be a function, but is a tree ({type(options.get('prune')).__name__}). "
+            "Where it holds scores, give `functools.partial(jaxprune.prune, score=...)`."
+        )
 
 
 def _rehearse(task: Task, prune: Prune, density: float) -> None:

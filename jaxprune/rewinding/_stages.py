@@ -2,13 +2,12 @@
 
 Each training is a stage with a folder of its own:
 
-    stage.json      what led to it; a folder with another history is refused
+    stage.json      what led to it, see `_history.py`; a folder with another history is refused
     checkpoints/    the newest one, and those that later stages need
     round.json      the result; a stage that has it is skipped
 """
 
 import contextlib
-import functools
 import math
 import shutil
 from collections.abc import Callable, Collection
@@ -19,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checkpoints, processes, stats
+from jaxprune import checkpoints, processes, stats, trees
 from jaxprune.masks import apply_masks, get_masks, set_masks
 from jaxprune.rewinding import _tasks
+from jaxprune.rewinding._history import History, differences
 from jaxprune.rewinding._steps import set_step, steps_of
 from jaxprune.rewinding._tasks import Recipe, Round, Stopped, Task, get, replace
 
@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     name: str  # folder in the workdir and `Round.method`; default the name of the driver
     iterative: bool  # True: each round prunes the one before it; False: the dense network
     prune: Prune  # default global magnitude; give it the `prunable` of `fixed_mask_transform`
+    rule: str  # name of `prune`, where the driver says that it cannot describe it
+    overwrite: bool  # trains anew what another task, recipe or rule left here; default an error
     save_every: int  # steps between two checkpoints of a training, default 1000
     on_round: Callable[[Round, Any], None]  # gets each trained network, before it counts as done
 
@@ -58,7 +60,7 @@ class Stage(NamedTuple):
     """The training of one network.
 
     Example:
-        >>> dense = Stage(Path("runs/dense"), 0, 1.0, Recipe("new", 0, 600), None, None)
+        >>> dense = Stage(Path("runs/dense"), 0, 1.0, Recipe("new", 0, 600), None, None, {})
         >>> dense.recipe.steps
         600
     """
@@ -69,6 +71,7 @@ class Stage(NamedTuple):
     recipe: Recipe
     before: "Stage | None"  # whose network is pruned; None for the dense training
     prune: Prune | None  # None for the dense training
+    history: History  # all that led to it
 
 
 def run(
@@ -76,14 +79,8 @@ def run(
 ) -> Round:
     """The result of a stage: read from its folder, or trained from its newest checkpoint on."""
     folder, recipe = stage.folder, stage.recipe
-    record = {"history": history(stage)}
-    saved = processes.on_first(lambda: checkpoints.read_json(folder / "stage.json"))
-    if saved is None:
-        checkpoints.check_writable(folder)
-    else:
-        checkpoints.check_config(saved, record, str(folder))
-    keep = sorted({*keep, *(saved or {}).get("keep", [])})
-    _write(folder / "stage.json", record | {"keep": keep})
+    checkpoints.check_writable(folder)
+    keep = processes.on_first(lambda: claim(stage, keep, overwrite=options.get("overwrite", False)))
     if (result := read_result(stage)) is not None:
         return result
 
@@ -127,6 +124,38 @@ def run(
     return done
 
 
+def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
+    """Makes a folder that of a stage; what another history left there is refused, or deleted.
+
+    Returns:
+        The steps whose checkpoints stay: `keep`, and those that earlier calls asked for.
+    """
+    folder, path = stage.folder, stage.folder / "stage.json"
+    saved = checkpoints.read_json(path)
+    if saved is None and any((folder / name).exists() for name in ("round.json", "checkpoints")):
+        saved = {}  # of nobody knows what
+    if saved is not None and (lines := differences(saved.get("history"), stage.history)):
+        if not overwrite:
+            trees.raise_for(
+                lines,
+                f"`workdir` holds a run of another configuration in {folder}. Use another workdir "
+                "or another `name`, or replace what is there with `overwrite=True`. It differs in:",
+            )
+        shutil.rmtree(folder)
+        folder.mkdir()
+        saved = None
+    past = _steps_in(folder)
+    keep = sorted({*keep, *(saved or {}).get("keep", [])})
+    if missing := [step for step in keep if past and step < max(past) and step not in past]:
+        raise ValueError(
+            f"{folder} has no checkpoint of step {missing[0]}, and its training went past it: it "
+            f"has {past}. Use another workdir, or delete that folder; call "
+            f"`train_dense(task, workdir, keep={keep})` before the drivers."
+        )
+    checkpoints.write_json(path, {"history": stage.history, "keep": keep})
+    return keep
+
+
 def write_result(stage: Stage, done: Round) -> None:
     """Marks a stage as done."""
     _write(stage.folder / "round.json", done._asdict())
@@ -143,45 +172,10 @@ def _write(path: Path, value: Any) -> None:
     processes.on_first(lambda: checkpoints.write_json(path, value))
 
 
-def history(stage: Stage) -> list[str]:
-    """What led to a stage, in words."""
-    weights, start, steps = stage.recipe
-    if stage.before is None:
-        return [f"dense training of {steps} steps"]
-    own = (
-        f"density {stage.density:.6g} by {describe(stage.prune)}, weights {weights}, "
-        f"schedule from {start}, {steps} steps"
-    )
-    return [*history(stage.before), own]
-
-
-def describe(value: Any) -> str:
-    """A function and what it was given, in words that are the same in every process."""
-    if isinstance(value, functools.partial):
-        given = [*map(describe, value.args)]
-        given += [f"{name}={describe(own)}" for name, own in sorted(value.keywords.items())]
-        return f"{describe(value.func)}({', '.join(given)})"
-    if callable(value):
-        name = getattr(value, "__qualname__", type(value).__qualname__)
-        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        return name + (f"[{', '.join(map(describe, cells))}]" if cells else "")
-    if isinstance(value, str | int | float | bool | type(None)):
-        return repr(value)
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {describe(own)}' for name, own in value.items())}}}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(map(describe, value))})"
-    return type(value).__qualname__
-
-
 def saved_steps(stage: Stage) -> list[int]:
     """Steps of a stage whose checkpoints are on disk."""
 
-    def read() -> list[int]:
-        folders = (stage.folder / "checkpoints").glob("*")
-        return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
-
-    return processes.on_first(read)
+    return processes.on_first(lambda: _steps_in(stage.folder))
 
 
 def delete_checkpoints(stage: Stage) -> None:
@@ -246,6 +240,12 @@ def _restore(stage: Stage, like: Any, step: Any = None) -> Any:
     opened = checkpoints.open_manager(stage.folder / "checkpoints", keep=len(saved))
     with contextlib.closing(opened) as manager:
         return checkpoints.restore(manager, _abstract(like), step)[0]
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """Steps whose checkpoints are in the folder of a stage."""
+    found = (folder / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
 def _bytes(folder: Path) -> int:

@@ -35,6 +35,7 @@ class Task(NamedTuple):
         ...     evaluate=lambda state: accuracy(state),
         ...     schedule=schedule,
         ...     steps=10_000,
+        ...     description={"data": "digits", "batch": 128, "weight_decay": 1e-4},
         ... )
     """
 
@@ -45,6 +46,11 @@ class Task(NamedTuple):
     evaluate: Callable[[Any], float]  # state -> accuracy, or another score where more is better
     schedule: optax.Schedule  # step -> learning rate, the one in the optimizer
     steps: int  # length of the dense training
+    # Everything else that decides the numbers: data, loss, batch size, weight decay, momentum. What
+    # the three functions do cannot be seen, so results on disk count as those of this task if the
+    # description, the schedule, `steps` and the state from `init(0)` are the same. Plain values and
+    # arrays, by name.
+    description: Mapping[str, Any] | str
 
 
 class Stopped(Exception):
