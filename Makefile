@@ -26,7 +26,7 @@ LEFT_OUT := structure_fuzz.py::test_a_broken_rule_is_noticed training.py::test_l
 	training.py::test_the_benchmark_of_the_loop_runs
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-quickly lint format bench tpu-check cuda-check clean
+.PHONY: help demo test test-newest test-quickly test-x64 lint format bench tpu-check cuda-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -56,6 +56,13 @@ test-quickly: $(VENV)/.python
 	@$(PYTHON) -m pip list --disable-pip-version-check | grep -iE '^(jax|jaxlib|flax|optax) '
 	JAXPRUNE_FUZZ=100 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
 	  --dist worksteal $(QUICK:%=tests/test_%.py) $(LEFT_OUT:%=--deselect tests/test_%) $(ARGS)
+
+# With 64-bit numbers on: what holds for 32 bits must hold for float64 leaves and wider defaults.
+X64 := contract selection plans patterns stacked resume agip scores stats budgets
+
+test-x64: $(VENV)/.test  ## run the laws with jax_enable_x64, about three minutes
+	JAX_ENABLE_X64=1 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
+	  --dist worksteal $(X64:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(PYTHON) -m ruff check $(SOURCES)
