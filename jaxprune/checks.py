@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import masks, processes, stacks, trees
@@ -139,11 +140,19 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
         kept = processes.on_host(mask) != 0
         leaves, weights = leaves + 1, weights + kept.size
         pruned += kept.size - int(np.count_nonzero(kept))
-        if mask.dtype != bool:
-            findings.append(Finding(path, f"its mask has dtype {mask.dtype}", _NOT_BOOL))
         findings += _zeros(path, leaf, kept) + _emptied(path, kept, axes[path])
-    findings += _never_moved(opt_state, axes)
+    findings += _no_bools(opt_state) + _never_moved(opt_state, axes)
     return Report(tuple(findings), leaves, weights, pruned)
+
+
+def _no_bools(opt_state: Any) -> list[Finding]:
+    """Masks in the state that a wrapper has computed with; `get_masks` makes bools of them."""
+    return [
+        Finding(path, f"its mask has dtype {jnp.result_type(mask)}", _NOT_BOOL)
+        for tree in trees.state_fields(opt_state, "masks")
+        for path, mask in trees.leaves_with_paths(tree)
+        if jnp.result_type(mask) != jnp.bool_
+    ]
 
 
 def _zeros(path: str, leaf: Any, kept: np.ndarray) -> list[Finding]:

@@ -96,9 +96,7 @@ def test_a_whole_module_and_its_arrays():
 
 
 def test_pruning_that_is_not_last_leaves_no_zeros():
-    optimizer = jaxprune.chain(
-        jaxprune.magnitude_transform(0.899, start=0, stop=0), optax.scale(0.5)
-    )
+    optimizer = optax.chain(jaxprune.magnitude_transform(0.899, start=0, stop=0), optax.scale(0.5))
     params, state = _trained(optimizer, steps=1)
     report = jaxprune.check(params, state)
     assert not report.ok
