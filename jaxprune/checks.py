@@ -125,11 +125,11 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
     """
     held = masks.get_masks(opt_state)
     by_path, axes = trees.places(held), stacks.axes_of(params, stacked)
-    problems = trees.unmatched(by_path, trees.places(params))
-    findings = [Finding(*problem.split(": ", 1), _NO_MASK) for problem in problems]
+    problems = [line.split(": ", 1) for line in trees.unmatched(by_path, trees.places(params))]
+    findings = [Finding(path, problem, _NO_MASK) for path, problem in problems]
     leaves = weights = pruned = 0
     for path, leaf in trees.leaf_by_path(params).items():
-        mask = by_path.get(path)
+        mask: Any = by_path.get(path)
         if not trees.is_array(leaf) or not trees.is_array(mask) or mask.shape == ():
             continue
         if mask.shape != leaf.shape:

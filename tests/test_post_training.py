@@ -676,7 +676,9 @@ def test_bad_arguments_of_sparsegpt(arguments):
         sparsegpt(_linear, {"kernel": W}, [X], **amount, **arguments)
 
 
-@pytest.mark.parametrize("function", [post_training.wanda, post_training.sparsegpt])
+@pytest.mark.parametrize(
+    "function", [jaxprune.post_training.wanda, jaxprune.post_training.sparsegpt]
+)
 def test_a_whole_module_is_refused_with_the_fix(function):
     params = {"kernel": jnp.ones((2, 2)), "activation": jax.nn.relu}
     with pytest.raises(ValueError, match=r"equinox\.partition(.|\n)*activation: custom_jvp"):
