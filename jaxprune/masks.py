@@ -87,7 +87,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     problems = trees.unmatched(by_path, trees.places(held_masks))
     for path, mask in by_path.items():
         held = now.get(path)
-        if held is None or mask is None:
+        if held is None or mask is None or not trees.is_numeric(mask):
             continue
         if jnp.result_type(mask) != jnp.bool_:
             problems.append(f"{path}: {jnp.result_type(mask)}, must be bool")
