@@ -93,9 +93,10 @@ class Report(NamedTuple):
 def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Report:
     """Tells whether the masks in an optimizer state hold for parameters, and what is wrong if not.
 
-    For each leaf: masked weights that are not 0; a mask that is missing, of another shape or no
-    longer bool; nothing kept in a leaf, in a copy of a stack, or in a row of an embedding; an
-    average of AGIP that is 0 throughout although steps were made, for a leaf, a copy or a row.
+    For each leaf: masked weights that are not 0; a mask that is of another shape, no longer bool, or
+    missing where the default rule would prune; nothing kept in a leaf, in a copy of a stack or in
+    a row of an embedding; an average of AGIP that is 0 throughout although steps were made, for a
+    leaf, a copy or a row.
 
     It runs on the host, between steps, and brings one array at a time there. With several processes
     all of them must call it.
@@ -126,11 +127,13 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
     """
     held = masks.get_masks(opt_state)
     by_path, axes = trees.places(held), stacks.axes_of(params, stacked)
-    problems = trees.unmatched(by_path, trees.places(params))
-    findings = [Finding(*problem.split(": ", 1), _NO_MASK) for problem in problems]
+    reasons = trees.reasons(params, axes)
+    problems = [line.split(": ", 1) for line in trees.unmatched(by_path, trees.places(params))]
+    # The optimizer does not see the state of a whole model, and biases need no mask.
+    findings = [Finding(path, text, _NO_MASK) for path, text in problems if not reasons.get(path)]
     leaves = weights = pruned = 0
     for path, leaf in trees.leaf_by_path(params).items():
-        mask = by_path.get(path)
+        mask: Any = by_path.get(path)
         if not trees.is_array(leaf) or not trees.is_array(mask) or mask.shape == ():
             continue
         if mask.shape != leaf.shape:

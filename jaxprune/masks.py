@@ -77,17 +77,17 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         [[True, False]]
     """
     held_masks = get_masks(opt_state)
-    now, by_path = trees.leaf_by_path(held_masks), trees.places(masks)
+    now = trees.leaf_by_path(held_masks)
     # What the state does not prune may be a function of a module and need no mask.
     free = {path for path, held in now.items() if jnp.ndim(held) == 0}
     by_path = {
         path: None if path in free and not trees.is_numeric(mask) else mask
-        for path, mask in by_path.items()
+        for path, mask in trees.places(masks).items()
     }
     problems = trees.unmatched(by_path, trees.places(held_masks))
     for path, mask in by_path.items():
         held = now.get(path)
-        if held is None or not trees.is_numeric(mask):
+        if held is None or mask is None or not trees.is_numeric(mask):
             continue
         if jnp.result_type(mask) != jnp.bool_:
             problems.append(f"{path}: {jnp.result_type(mask)}, must be bool")
@@ -103,8 +103,8 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         held, structure = jax.tree.flatten(state.masks, is_leaf=trees.is_absent)
         own = [
             mask
-            if trees.is_absent(mask) or not trees.is_numeric(by_path[path])
-            else _placed_like(mask, by_path[path])
+            if trees.is_absent(mask)
+            else _placed_like(mask, True if by_path[path] is None else by_path[path])
             for path, mask in zip(now, held, strict=True)
         ]
         return state._replace(masks=jax.tree.unflatten(structure, own))

@@ -83,6 +83,23 @@ def test_sharded_arrays_and_nnx():
     assert jaxprune.check(nnx.state(model, nnx.Param), optimizer.opt_state).ok
 
 
+def test_a_whole_nnx_model_with_state_that_no_optimizer_sees():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 8, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.table = nnx.Variable(jnp.ones((8, 8)))
+
+    model = Model(nnx.Rngs(0))
+    tx = jaxprune.chain(optax.sgd(0.1), jaxprune.magnitude_transform(0.5, start=0, stop=0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    for whole in (model, nnx.state(model)):
+        report = jaxprune.check(whole, optimizer.opt_state)
+        assert report.ok and report.pruned == 32
+
+
 def test_a_whole_module_and_its_arrays():
     module = {"kernel": PARAMS["kernel"], "act": jax.nn.relu, "rate": 0.5}
     pruned, masks = jaxprune.prune(module, 0.5)
@@ -126,7 +143,7 @@ def test_masks_that_are_no_bools_any_more():
 
 def test_masks_that_are_missing_or_of_another_shape():
     state = jaxprune.fixed_mask_transform().init(PARAMS)
-    other = {"kernel": N(0, 10, 20), "new": jnp.zeros(3)}
+    other = {"kernel": N(0, 10, 20), "new": jnp.zeros((3, 3)), "scale": jnp.zeros(3)}
     assert _problems(jaxprune.check(other, state)) == {
         ("new", "no mask"),
         ("bias", "a mask without a leaf"),

@@ -553,6 +553,14 @@ def test_masks_of_a_module_are_checked_all_the_same():
         jaxprune.apply_masks(_arrays(module), masks.replace(activation=jnp.ones(2, bool)))
     with pytest.raises(ValueError, match="weight: no mask, but custom_jvp"):
         jaxprune.apply_masks(module, masks.replace(weight=jax.nn.relu))
+    state = jaxprune.fixed_mask_transform().init(module)
+    with pytest.raises(ValueError, match="weight: no mask, but custom_jvp"):
+        jaxprune.set_masks(state, masks.replace(weight=jax.nn.relu))
+    with pytest.raises(ValueError, match="weight: no mask, but custom_jvp"):
+        jaxprune.fixed_mask_transform(masks.replace(weight=jax.nn.relu)).init(module)
+    # None stands for all kept, as `equinox.filter` leaves it.
+    state = jaxprune.set_masks(state, masks)
+    assert jaxprune.set_masks(state, masks.replace(weight=None)).masks.weight.all()
 
 
 def test_train_an_equinox_module_with_the_masks_of_the_whole_one():

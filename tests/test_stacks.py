@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from jaxprune import stacks, trees
 
@@ -211,6 +214,27 @@ def test_from_metadata_asks_where_it_would_have_to_guess():
     with pytest.raises(ValueError, match="does not say whether these kernels") as error:
         stacks.from_metadata(tree)
     assert str(error.value).splitlines()[1:] == ["  layers/two/kernel: shape (3, 5, 4)"]
+
+
+NAMES = ["kernel", "weight", "w", "b", "bias", "scale", "offset", "A_log", "D", "pos_embedding"]
+NAMES += ["norm1/weight", "linear/w", "linear/b", "lora_a", "lora_b", "bn/mean", "cls_token"]
+
+
+@given(
+    shapes=st.dictionaries(st.sampled_from(NAMES), hnp.array_shapes(max_dims=3, max_side=3)),
+    axis=st.integers(0, 1),
+)
+def test_a_stack_is_pruned_like_its_layer(shapes, axis):
+    """Whatever the names: with `stacked`, the same leaves for the same reasons."""
+    layer = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    stack = {
+        f"layers/{name}": jax.ShapeDtypeStruct((*shape[:axis], 5, *shape[axis:]), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    stacked = stacks.from_layer(layer, "layers", axis=axis) if layer else None
+    found = trees.reasons(stack, stacks.axes_of(stack, stacked))
+    wanted = {f"layers/{name}": reason for name, reason in trees.reasons(layer).items()}
+    assert found == wanted
 
 
 def test_each_copy_of_a_stack_is_told_apart_from_a_matrix():

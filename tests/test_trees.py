@@ -194,6 +194,8 @@ WEIGHTS = [
     "blocks/3",
     "weight_mean",
     "normal/kernel",
+    "norm/kernel",
+    "relative/kernel",
 ]
 
 
@@ -259,6 +261,7 @@ def test_default_rule_on_a_whole_nnx_model():
             self.norm = nnx.BatchNorm(4, rngs=rngs)
             self.average = nnx.BatchStat(jnp.zeros((4, 4)))
             self.cache = nnx.Cache(jnp.zeros((4, 4)))
+            self.table = nnx.Variable(jnp.zeros((4, 4)))
             self.seen = nnx.Intermediate(jnp.zeros((4, 4)))
             self.nudge = nnx.Perturbation(jnp.zeros((4, 4)))
             self.dropout = nnx.Dropout(0.5, rngs=rngs)
@@ -270,6 +273,7 @@ def test_default_rule_on_a_whole_nnx_model():
         assert _chosen(whole) == ["linear/kernel"]
         assert reasons["average"] == "nnx.BatchStat"
         assert reasons["cache"] == "nnx.Cache"
+        assert reasons["table"] == "nnx.Variable"
         assert reasons["seen"] == "nnx.Intermediate"
         assert reasons["nudge"] == "nnx.Perturbation"
         assert reasons["dropout/rngs/key"] == "nnx.RngKey"

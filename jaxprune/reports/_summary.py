@@ -4,6 +4,7 @@ import io
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import processes, stacks, storage, trees
@@ -67,9 +68,15 @@ class Summary(NamedTuple):
             return sum(getattr(row, field) for row in self.rows)
 
         masked = any(row.kept is not None for row in self.rows)
-        fields = map(summed, ("parameters", "nonzeros", "bytes"))
-        lost = summed("masked_nonzeros")
-        return Row("total", (), *fields, summed("kept") if masked else None, lost)
+        return Row(
+            "total",
+            (),
+            summed("parameters"),
+            summed("nonzeros"),
+            summed("bytes"),
+            kept=summed("kept") if masked else None,
+            masked_nonzeros=summed("masked_nonzeros"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """`{"leaves": [...], "total": {...}}` of plain Python values."""
@@ -234,7 +241,7 @@ def _file_bytes(params: Any, masks: Any) -> int:
 
 def nonzero(leaf: Any) -> np.ndarray:
     """Where an array is not 0, on the host; random keys are nowhere 0."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return np.ones(leaf.shape, bool)
     with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
         return processes.on_host(leaf) != 0

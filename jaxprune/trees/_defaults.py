@@ -140,7 +140,7 @@ def _named(path: str, leaf: Any, beside: Mapping[str, int]) -> str | None:
     for key in (name, module):
         words = set(_words(key))
         if words & _LAYER_WORDS:
-            continue
+            break  # a kernel is one, whatever its module is called
         if words & _NORM_WORDS or any(word.endswith(("norm", "norms")) for word in words):
             return "norm"
         if words & _POSITION_WORDS:
@@ -166,7 +166,7 @@ def _words(name: str) -> list[str]:
 
 
 def _variable_kinds(params: Any) -> dict[str, str]:
-    """The kind of each NNX variable that holds state, by path."""
+    """The kind of each NNX variable that holds state or a constant, by path."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:  # then there are no variables of it, and its import takes a second
         return {}
@@ -177,5 +177,5 @@ def _variable_kinds(params: Any) -> dict[str, str]:
     return {
         _paths.path_string(path): f"nnx.{type(node).__name__}"
         for path, node in found
-        if isinstance(node, states)
+        if isinstance(node, states) or type(node) is nnx.Variable
     }
