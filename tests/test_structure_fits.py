@@ -136,6 +136,16 @@ def test_what_differs_in_a_loop_is_found_in_it():
     assert not fit and "`div` at" in reason and "has 8.0, in the dense network 16.0" in reason
 
 
+def test_what_no_array_holds_may_differ_too():
+    def powers(w, x):
+        return (x @ w["in"]) ** (w["in"].shape[1] // 4 + 1) @ w["out"]
+
+    fit = planned(powers, MLP, X).fits(powers, MLP, X)
+    (reason,) = fit.reasons
+    assert not fit and "`integer_pow` at" in reason
+    assert "has y=3, in the dense network y=5" in reason
+
+
 def test_the_parts_of_a_language_model():
     case = zoo_nnx.language_model()
     groups = structure.find_groups(list(case.traces.values()), case.variables)
