@@ -198,6 +198,7 @@ LAYOUTS = {
     "query": layouts.Layout(inputs=(0,), outputs=(1, 2)),
     "out": layouts.Layout(inputs=(0, 1), outputs=(2,)),
     "layers": layouts.Layout(inputs=(1,), outputs=(2,), copies=(0,)),
+    "queries": layouts.Layout(inputs=(1,), outputs=(2, 3), copies=(0,)),
     "middle": layouts.Layout(inputs=(0,), outputs=(2,), copies=(1,)),
     "weight": layouts.Layout(inputs=(1,), outputs=(0,)),
 }
@@ -254,6 +255,7 @@ def test_layouts_multiply_several_inputs_or_outputs_into_one():
 
     shapes |= {"linen": (3, 3, 5, 7), "oihw": (7, 5, 3, 2), "table": (9, 4), "vector": (4,)}
     shapes |= {"layers[3]": (8, 6), "middle[0]": (8, 6)}
+    shapes |= {"queries[11]": (64, 4, 16)}
     budgets.by_layout(spy, LAYOUTS)(shapes, 0.5)
     assert seen == {
         "query": (64, 64),
@@ -265,6 +267,7 @@ def test_layouts_multiply_several_inputs_or_outputs_into_one():
         "vector": (4,),
         "layers[3]": (8, 6),
         "middle[0]": (8, 6),
+        "queries[11]": (64, 64),
     }
     assert list(seen) == list(shapes)
 

@@ -520,6 +520,8 @@ def test_inputs_that_a_layout_lacks_are_an_error():
     plain = {"a": layouts.Layout(outputs=(0, 1))}
     (line,) = _lines({"a": jnp.zeros((4, 4))}, patterns.n_m(2, 4, layouts=plain))
     assert line.startswith("  a: shape (4, 4), its layout has no inputs: Layout(")
+    (line,) = _lines({"a": jnp.zeros(4)}, patterns.channels(layouts=plain))
+    assert line.startswith("  a: shape (4,), its layout has 2 axes: Layout(")
 
 
 def test_an_axis_that_would_be_guessed_is_an_error_with_both_ways_out():

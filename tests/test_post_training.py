@@ -752,7 +752,8 @@ def test_statistics_of_stacks_shared_weights_and_scans_in_scans():
             h = np.tanh(h @ params["all"][i, j])
         shared += h.T @ h
         h = h @ params["shared"]
-    assert found["all"].arrangement.end == (6, 4, 4)
+    matrices = to_matrices(params["all"], found["all"].arrangement)
+    np.testing.assert_array_equal(matrices, params["all"].reshape(6, 4, 4))
     np.testing.assert_allclose(found["all"].value, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found["shared"].value[0], shared, rtol=1e-3, atol=1e-4)
     assert found["all"].rows == 5 and found["shared"].rows == 10

@@ -67,19 +67,20 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
     """Finds which axes of each leaf are inputs, outputs, window positions and copies.
 
     The function is traced, never run. A leaf has a layout if the trace proves that it is the
-    kernel of products (`dot_general`) or convolutions (`conv_general_dilated`) and in all of them
-    each of its axes plays the same part. On the way it may be cast, transposed, reshaped, sliced,
-    reversed, masked or scaled element by element by what does not depend on `args`, scanned over
-    (`jax.lax.scan` over stacked layers), mapped (`jax.vmap`), or pass `jit`, `jax.checkpoint` and
-    custom derivatives. Beside these uses it may be reduced, as in a penalty. A leaf that is looked
-    up, multiplied by another leaf, or used in another way has none.
+    kernel of products (`dot_general`) or convolutions (`conv_general_dilated`), and each of its
+    axes plays the same part in all of them. On the way it may be cast, transposed, reshaped,
+    sliced, reversed, masked or scaled element by element by what does not depend on `args`,
+    scanned over (`jax.lax.scan` over stacked layers), mapped (`jax.vmap`), or pass `jit`,
+    `jax.checkpoint` and custom derivatives. Beside these uses it may be reduced, as in a penalty.
+    A leaf that is looked up, multiplied by another leaf, or used in another way has none.
 
     Args:
         function: function `(params, *args) -> anything` of any framework, such as the loss or the
             model.
         params: tree of arrays, or of `jax.ShapeDtypeStruct`; the tree that is pruned, since
             layouts are found again by path. Leaves that are no arrays stay as they are.
-        *args: what the function takes besides, with leaves of both kinds likewise.
+        *args: the other arguments of the function: trees of arrays or shapes; leaves that are no
+            arrays stay as they are.
 
     Returns:
         `Layouts`: an immutable mapping from path to `Layout`, whose `reason(path)` says why a leaf

@@ -14,7 +14,7 @@ __all__ = ["Arrangement", "Layout", "agree", "arrange"]
 class Layout(NamedTuple):
     """What each axis of a leaf is where the leaf is used as a kernel.
 
-    Each axis is in exactly one of the four; of all four, those with several axes list them rising.
+    Each axis is in exactly one of the four tuples. They rise.
 
     Args:
         inputs: axes that are summed over in a product, and the input channels of a convolution.

@@ -31,7 +31,7 @@ __all__ = ["Found", "Take", "Value", "walk"]
 
 _CALLS = {"jit", "closed_call", "call", "remat2", "custom_jvp_call", "custom_vjp_call"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-# What becomes of a leaf beside its use as a kernel: penalties, norms, means.
+# Penalties, norms and means: they say nothing against a use as a kernel.
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
 
 # (equation, other operand, shape of the kernel, its side) -> statistic [groups, ...] and its rows

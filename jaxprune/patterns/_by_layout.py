@@ -25,10 +25,12 @@ def check_one_way(
         )
 
 
-def axes_of(layouts: Mapping[str, Any], path: str, part: str) -> tuple[int, ...] | Unfit:
+def axes_of(layouts: Mapping[str, Any], path: str, leaf: Any, part: str) -> tuple[int, ...] | Unfit:
     """The input or output axes of a leaf, or why they are not known."""
     if path not in layouts:
         reason = getattr(layouts, "reason", lambda path: "it is not in `layouts`")(path)
         return Unfit(f"no layout was found: {reason}")
-    axes = getattr(layouts[path], part)
-    return axes or Unfit(f"its layout has no {part}: {layouts[path]}")
+    layout = layouts[path]
+    if sum(map(len, layout)) != len(leaf.shape):
+        return Unfit(f"its layout has {sum(map(len, layout))} axes: {layout}")
+    return getattr(layout, part) or Unfit(f"its layout has no {part}: {layout}")

@@ -116,7 +116,7 @@ def n_m(
     _checked(NM(n, m, -1))
 
     def rule(path: str, leaf: Any) -> NM | Unfit:
-        inputs = axes_of(layouts, path, "inputs")
+        inputs = axes_of(layouts, path, leaf, "inputs")
         return inputs if isinstance(inputs, Unfit) else NM(n, m, inputs[-1] - len(leaf.shape))
 
     return rule
@@ -188,7 +188,7 @@ def channels(
     _checked(Channels(-1, pool))
 
     def rule(path: str, leaf: Any) -> Channels | Blocks | Unfit:
-        outputs = axes_of(layouts, path, "outputs")
+        outputs = axes_of(layouts, path, leaf, "outputs")
         if isinstance(outputs, Unfit):
             return outputs
         own, dimensions = {*outputs, *layouts[path].copies}, len(leaf.shape)
