@@ -29,6 +29,7 @@ from jaxprune import (
     sharding,
     structure,
     training,
+    trees,
 )
 
 
@@ -149,6 +150,11 @@ def sparsity_of(experiment: Experiment, present: Present, state: training.TrainS
     left = network.plan.then(network.groups.plan(keep, multiple=1))
     dense = experiment.groups.plan({})
     return 1 - structure.count_parameters(left) / structure.count_parameters(dense)
+
+
+def unranked_groups(state: training.TrainState) -> int:
+    """How many groups had scores of 0 only at the last mask update, see `agip_transform`."""
+    return sum(int(own) for own in trees.state_fields(state.opt_state, "unranked"))
 
 
 def describe(present: Present) -> str:

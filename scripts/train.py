@@ -163,6 +163,12 @@ def train(config: Config) -> dict[str, Any]:
             rates = rewarmed(experiment.schedule, present.stage.cut, config.rewarm_steps)
             values["learning_rate"] = float(rates(step - 1))
             values |= shrinking.costs(config, experiment, present)
+            if unranked := shrinking.unranked_groups(state):
+                values["unranked"] = unranked
+                hosts.say(
+                    f"step {step}: {unranked} groups had no statistic at the last mask update and "
+                    "were ranked by gradients or norms; a later --prune-start has more to go by"
+                )
             show(step, values)
             if not math.isfinite(values["train_loss"]):
                 sys.exit(

@@ -183,3 +183,23 @@ def test_bad_options(options, message, environment, tmp_path):
     done = subprocess.run(command(tmp_path, *options), env=environment, **pipes)
     assert done.returncode and message in " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_network_with_thirty_six_groups(environment, tmp_path):
+    """Of a ResNet-50 the names of groups sort differently from their order; with its own widths."""
+    streams = [width for width, depth in zip((8, 12, 16, 20), (3, 4, 6, 3)) for _ in range(depth)]
+    blocks = [[4 + 2 * (i % 2), 6, width] for i, width in enumerate(streams)]
+    options = """synthetic_resnet50 --granularity channels --sparsity 0.5 --steps 2
+        --dtype float32 --image-size 32 --batch-size 4 --prune-start 0.5 --prune-stop 0.5
+        --eval-every 2 --eval-batch-size 4 --save-every 100 --log-every 1""".split()
+    widths = json.dumps({"stem": 8, "blocks": blocks})
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options, "--widths", widths, "--workdir", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.5 < summary_of(tmp_path)["sparsity"] < 0.75
+    assert "had no statistic" not in done.stdout

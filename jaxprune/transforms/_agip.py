@@ -77,9 +77,16 @@ def agip_transform(
     With `groups` it switches channels off instead of weights, for `structure` to remove: the
     masks lie on the gates of each group (scales and biases of its norms, if it has any), and a
     channel may come back while it is only masked. The statistic is one number for each channel,
-    the average of `(sum of w g over its gates) ** 2`, and is its score. Regrowth goes where the
-    average squared gradient at the gates is largest. Everything else is as above; the state has
-    vectors only, and a step costs next to nothing.
+    the root of the average of `(sum of w g over its gates) ** 2`, and is its score. Regrowth goes
+    where the root of the average squared gradient at the gates is largest. No square is taken of a
+    single number, so gradients of 1e-18 rank as gradients of 1 do. Everything else is as above;
+    the state has vectors only, and a step costs next to nothing.
+
+    A group whose kept channels all score 0 has gates that have not moved from 0 (AdaLN-zero) or
+    that no gradient reaches, and not channels without worth. They are ranked by the gradients at
+    the gates, or if these are 0 by the norms, scaled to the mean score of the channels of all
+    other groups. `unranked` in the state counts such groups at the last mask update; `init` warns
+    of gates that are all 0.
 
     A layer that has never moved, because its gradients or its weights are all 0, has no such score.
     It is ranked within itself, by `|w|` or by `S`, and keeps its share at the density of the whole:
@@ -101,8 +108,8 @@ def agip_transform(
         dtype: of the average; bfloat16 only for a `decay` up to 0.99, beyond which its steps
             are too small for bfloat16 to register.
         score: function `(params, statistics) -> scores`, see `jaxprune.scores`; None is
-            `scores.taylor`. With `groups` it gets lists with a vector for each group, the norms
-            of the gates and the statistics; None is the statistic itself.
+            `scores.taylor`. With `groups` it gets lists with a vector for each group, in the
+            order of the groups: norms of the gates, and statistics; None is the statistic itself.
         budget: function `(shapes, sparsity) -> Budget`; None is
             `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
             tenth of its uniform budget. With `groups` it counts channels, every group keeps at
@@ -126,6 +133,9 @@ def agip_transform(
         ValueError: if an argument is out of range; from `init`, if `prunable` matches nothing or
             a budget cannot be met; from `update`, if `params` is missing or of another structure,
             or `decay=None` meets a leaf with no momentum or with two.
+
+    Warns:
+        UserWarning: from `init`, unless traced, if all gates of a group are 0.
 
     References:
         Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878 (the ramp).

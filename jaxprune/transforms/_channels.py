@@ -296,9 +296,9 @@ def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
     silent = [name for name in gates if not any(alive[name])]
     if silent:
         warnings.warn(
-            f"the gates of {', '.join(silent)} are all 0, so their statistics are 0 until they "
-            "have moved. Until then these channels are ranked by their gradients. Choose a `start` "
-            "by which they have moved.",
+            f"the gates of {', '.join(silent)} are all 0, so the statistics of these channels are "
+            "0 until the gates have moved. Until then the channels are ranked by their gradients; "
+            "choose a `start` by which they have moved.",
             stacklevel=2,
         )
 
