@@ -33,7 +33,6 @@ __all__ = [
     "restore",
     "save",
     "stop_signals",
-    "sync_folder",
     "write_json",
     "write_text",
 ]
@@ -76,27 +75,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp makes it private
         os.replace(name, path)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # where folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the new name, too, outlives a failure of the machine
+            os.close(folder)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the names of files in a folder durable; nothing where the file system cannot.
-
-    Args:
-        folder: in which a file was made or renamed.
-
-    Example:
-        >>> sync_folder(tempfile.mkdtemp())
-    """
-    with contextlib.suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -253,7 +253,7 @@ def summaries(workdir: Path, seed: int) -> dict[str, Any]:
         summary = checkpoints.read_json(folder / "summary.json")
         if summary is not None:
             records = metrics.read_records(folder / "metrics.jsonl")
-            if lost := summary.get("records", 0) - len(records):
+            if (lost := summary.get("records", 0) - len(records)) > 0:
                 problems.append(f"{folder}: {lost} records")
                 continue
             found[name] = summary | {"startup": startup(records, clock_of(summary))}

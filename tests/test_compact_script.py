@@ -94,6 +94,22 @@ def networks(workdir):
     return {path.parent.name: storage.load(path)[0] for path in workdir.glob("*/network.npz")}
 
 
+def test_networks_of_another_training_are_refused(dense, finished, script, tmp_path):
+    """The dense run was trained again: same configuration and folder, other weights."""
+    again = tmp_path / dense.name
+    shutil.copytree(dense, again)
+    record = json.loads((again / "checkpoints" / "30" / "record" / "metadata").read_text())
+    path = sorted(record["leaves"])[0]
+    record["leaves"][path][-1] += 1  # the checksum of a leaf
+    (again / "checkpoints" / "30" / "record" / "metadata").write_text(json.dumps(record))
+    before = records(finished[0])
+    code, text = script.go(again, *OPTIONS, "--workdir", finished[0])
+    assert code and "were made from another training of the same configuration" in text
+    assert all(str(finished[0] / name) in text for name in CELLS)
+    assert records(finished[0]) == before
+    assert script.go(dense, *OPTIONS, "--workdir", finished[0])[0] == 0
+
+
 # ---- what it makes
 
 

@@ -37,7 +37,7 @@ summary = {
     "seconds": 7.0 + steps * cost, "cpu_seconds": 3.0 + steps * cost, "steps": steps,
     "step_peak_bytes": 40 if args.parts else 100, "process_peak_bytes": 1000,
     "widths": {"stem": 4, "blocks": [[2, 3]]}, "device": "1 x cpu",
-    "versions": {"jax": "9.9"}, "switches": [],
+    "versions": {"jax": "9.9"}, "switches": [], "records": 5,
 }
 tests = [(0.5, 0.9), (0.9, 0.995), (1.0, 1.0)]  # part of the run, part of the accuracy
 records = [
@@ -147,6 +147,39 @@ def test_goes_on_after_a_failure(headline):
     assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
     second = [call["run"] for call in _calls(headline)]
     assert second == ["agip-seed0", "narrow-seed0", "dense-time-of-agip-seed0"]
+
+
+@pytest.mark.parametrize("size", [0, 20, -1, -3])
+def test_a_log_that_lost_lines_gives_no_times(headline, size):
+    """-1 cuts the new line only, with which the last record is still whole."""
+    options = ["--seeds", "0", "--arms", "narrow", "dense"]
+    assert headline.go("fashion", *options, *TRAINING) == 0
+    path = headline.root / "dense-seed0" / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    code = headline.go("fashion", *options, *TRAINING)
+    if size == -1:
+        assert code == 0
+    else:
+        lost = {0: 5, 20: 5, -3: 1}[size]
+        assert "has lost lines" in code and f"dense-seed0: {lost} records" in code
+        assert "has lost lines" in headline.go("--report-only")
+
+
+def test_a_run_for_another_run_than_is_there_is_refused(headline):
+    """`narrow` and `time of agip` follow from runs that may have been trained again since."""
+    assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
+    path = headline.root / "agip-seed0" / "summary.json"
+    summary = json.loads(path.read_text())
+    widths, seconds = {"stem": 3, "blocks": [[2, 2]]}, summary["cpu_seconds"] + 20
+    path.write_text(json.dumps(summary | {"widths": widths, "cpu_seconds": seconds}))
+    _calls(headline)
+    code = headline.go("fashion", "--seeds", "0", *TRAINING)
+    assert "delete their folders" in code
+    for part in ("narrow-seed0: --widths", "dense-time-of-agip-seed0: --steps 50 there, 70 now"):
+        assert part in code
+    path.write_text(json.dumps(summary))
+    assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
 
 
 def test_chosen_arms_bring_what_they_need(headline):

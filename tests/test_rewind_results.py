@@ -93,6 +93,23 @@ def test_the_page_has_everything(workdir):
     assert (workdir / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rounds_from_another_dense_network_are_left_out(workdir):
+    """The dense network of seed 0 was trained again; so far only fine_tune started from it."""
+    dense = one("dense", 0, 1.0, 0.9, 60)
+    (workdir / "seed-0" / "dense" / "round.json").write_text(json.dumps(dense))
+    path = workdir / "seed-0" / "fine_tune.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"rounds": [dense, *record["rounds"][1:]]}))
+    rows = {(row["method"], row["density"]): row for row in _rows(workdir)}
+    assert rows["none", 1.0]["accuracy"] == pytest.approx((0.9 + 0.7) / 2)
+    assert rows["rewind_weights", 0.5]["runs"] == 1, "of seed 1 only"
+    assert rows["fine_tune", 0.25]["to_dense"] == pytest.approx(0.85 - 0.9)
+    text = (workdir / "results.md").read_text()
+    for name in ("rewind_weights", "retrain_dense"):
+        assert f"- left out, from another dense network: seed-0/{name}.json" in text
+    assert "seed-0/fine_tune.json" not in text
+
+
 def test_nothing_done_is_no_result(tmp_path):
     assert rewind_results.write_results(tmp_path, METHODS) == []
     assert list(tmp_path.iterdir()) == []

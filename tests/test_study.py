@@ -314,3 +314,21 @@ def test_real_runs(study, monkeypatch):
     assert row["measured sparsity"] == "72.00%"
     assert 0 < float(row["relative"].rstrip("%"))
     assert CACHE or list((study.root / "compilation_cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("none-seed0", "none-seed1", "none-seed0: --seed 1"),
+        ("agip-0.72-seed0", "agip-0.95-seed0", "agip-0.72-seed0: --sparsity 0.95"),
+        ("agip-0.72-seed0", "random-0.72-seed0", "agip-0.72-seed0: --method random"),
+    ],
+)
+def test_a_folder_that_holds_another_run_than_its_name_says(name, other, message, study):
+    assert study.go(*GRID, "--seeds", "0", "1", *STEPS) == 0
+    shutil.rmtree(study.root / name)
+    shutil.copytree(study.root / other, study.root / name)
+    _calls(study)
+    code = study.go(*GRID, "--seeds", "0", "1", *STEPS)
+    assert "hold other runs than their names say" in code and message in code
+    assert not _calls(study)

@@ -161,6 +161,20 @@ def test_other_options_are_refused_and_nothing_is_lost(finished, capsys):
     assert _modified(workdir) == before
 
 
+def test_a_run_does_not_go_on_with_other_images(finished, tmp_path, monkeypatch, capsys):
+    _cut(finished, tmp_path / "run", lambda text: text)
+    real = train.build
+
+    def build(*args):
+        experiment = real(*args)
+        source = experiment.source._replace(fingerprint=lambda: 7)
+        return experiment._replace(source=source)
+
+    monkeypatch.setattr(train, "build", build)
+    message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "run"))
+    assert "holds a run of another configuration: the images: " in message and "7 now" in message
+
+
 def test_overwrite_starts_afresh_and_spares_other_files(finished, environment, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
