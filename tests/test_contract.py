@@ -109,6 +109,13 @@ INNER: dict[str, Callable[[Any], optax.GradientTransformation]] = {
         {"prune": jaxprune.chain(optax.sgd(0.1), prune), "dense": optax.adam(0.01)},
         lambda params: jax.tree.map(lambda leaf: "prune" if leaf.ndim > 1 else "dense", params),
     ),
+    "named_chain": lambda prune: jaxprune.chain(
+        optax.named_chain(("sgd", optax.sgd(0.1, momentum=0.9)), ("prune", prune))
+    ),
+    "adagrad": lambda prune: jaxprune.chain(optax.adagrad(0.1), prune),
+    "muon, schedule-free": lambda prune: jaxprune.chain(
+        optax.contrib.schedule_free(optax.contrib.muon(0.1), 0.1), prune
+    ),
     "masked": lambda prune: jaxprune.chain(
         optax.sgd(0.1, momentum=0.9),
         optax.masked(prune, lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),

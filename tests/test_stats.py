@@ -99,11 +99,15 @@ WITH_MOMENTUM = {
     "if finite": optax.apply_if_finite(optax.adam(0.1), 3),
 }
 WITHOUT = {
-    "sgd": optax.sgd(0.1),
-    "rmsprop": optax.rmsprop(0.1),
-    "adafactor": optax.adafactor(0.1),
-    "two": optax.chain(optax.scale_by_adam(), optax.trace(0.9)),
-    "empty": optax.identity(),
+    "sgd": (optax.sgd(0.1), "w: no momentum"),
+    "rmsprop": (optax.rmsprop(0.1), "w: no momentum"),
+    "adafactor": (optax.adafactor(0.1), "w: no momentum"),
+    "two": (
+        optax.chain(optax.scale_by_adam(), optax.trace(0.9)),
+        r"w: momenta in \[1\].trace and \[0\].mu",
+    ),
+    "empty": (optax.identity(), "w: no momentum"),
+    "masked": (optax.masked(optax.sgd(0.1, momentum=0.9), _only_w("b")), "w: no momentum"),
 }
 
 
@@ -113,21 +117,22 @@ def test_first_moment_is_the_momentum(name):
     state = optimizer.init(PARAMS)
     gradients = {"w": jnp.full((2, 3), 0.5), "b": jnp.full(3, -0.25)}
     _, state = optimizer.update(gradients, state, PARAMS)
-    moment = stats.first_moment(state)
+    paths = ["w"] if name == "masked" else ["w", "b"]
+    moments = dict(zip(paths, stats.first_moment(state, paths), strict=True))
     # Up to a factor of the optimizer, and of clipping, after one step it is the gradient.
-    ratio = jax.tree.map(lambda m, g: m / g, moment["w"], gradients["w"])
-    assert moment["w"].shape == (2, 3)
+    ratio = jax.tree.map(lambda m, g: m / g, moments["w"], gradients["w"])
+    assert moments["w"].shape == (2, 3)
     np.testing.assert_allclose(ratio, jnp.full_like(ratio, ratio[0, 0]))
     assert ratio[0, 0] > 0
-    if name == "masked":
-        assert isinstance(moment["b"], optax.MaskedNode)
-    else:
-        np.testing.assert_allclose(moment["b"] / gradients["b"], ratio[0], rtol=1e-6)
+    if name != "masked":
+        np.testing.assert_allclose(moments["b"] / gradients["b"], ratio[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_first_moment_is_none_where_there_is_not_exactly_one(name):
-    assert stats.first_moment(WITHOUT[name].init(PARAMS)) is None
+def test_first_moment_lists_leaves_with_no_momentum_or_two(name):
+    optimizer, line = WITHOUT[name]
+    with pytest.raises(ValueError, match=f"(?s)`decay=None`.*exactly one.*\n  {line}$"):
+        stats.first_moment(optimizer.init(PARAMS), ["w"])
 
 
 # ---- all_finite

@@ -195,12 +195,13 @@ def test_adafactors_sums_over_rows_are_left_alone():
     assert isinstance(state[-1], DynamicState)
 
 
-def test_other_methods_keep_the_moments_of_pruned_weights():
-    prune = jaxprune.magnitude_transform(0.5, stop=0)
+@pytest.mark.parametrize("name", ["agip_transform", "magnitude_transform"])
+def test_agip_keeps_the_moments_of_pruned_weights_and_magnitude_does_not(name):
+    prune = getattr(jaxprune, name)(0.5, stop=0)
     trace = Trace(jaxprune.chain(optax.sgd(0.1, momentum=0.9), prune), 2)
     moments = kernels(optax.tree.get(trace.states[-1], "trace"))
     for moment, mask in zip(moments, trace.masks(2), strict=True):
-        assert (moment[~mask] != 0).all()
+        assert ((moment[~mask] != 0) == (name == "agip_transform")).all()
 
 
 # ---- straight-through
