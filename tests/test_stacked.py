@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune
-from jaxprune import budgets, patterns, plans
+from jaxprune import budgets, layouts, patterns, plans
 
 WINDOW = {"every": 2, "start": 0, "stop": 4}
 TRANSFORMS = {
@@ -62,7 +62,7 @@ def test_uniform_keeps_the_same_share_of_each_layer():
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("pattern", [None, patterns.channels(), patterns.blocks((4, 2))])
+@pytest.mark.parametrize("pattern", [None, patterns.channels(axis=-1), patterns.blocks((4, 2))])
 def test_a_stack_is_pruned_like_its_copies(axis, budget, pattern):
     stack, separate = stacked_network(axis)
     options = {"budget": BUDGETS[budget], "pattern": pattern}
@@ -87,7 +87,7 @@ def test_n_m_lies_within_a_layer(axis):
 
 def test_channels_are_those_of_each_layer():
     stack = {"layers": normal(3, 3, 8, 16)}
-    options = {"pattern": patterns.channels(), "budget": budgets.uniform}
+    options = {"pattern": patterns.channels(axis=-1), "budget": budgets.uniform}
     masks = jaxprune.prune(stack, 0.5, stacked=under(0), **options)[1]["layers"]
     kept = np.asarray(masks).any(1)  # [layers, channels]
     assert kept.sum(1).tolist() == [8, 8, 8]
@@ -207,3 +207,28 @@ def test_a_sharded_stack_gets_the_same_masks():
 def test_axes_that_do_not_exist_are_named(bad):
     with pytest.raises(ValueError, match=r"`stacked` must return axes .* for layers of shape"):
         jaxprune.prune({"layers": jnp.ones((2, 3, 4))}, 0.5, stacked=lambda path, leaf: bad)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_layouts_find_inputs_of_each_copy(axis):
+    """`stacked=` shows a pattern single copies, whose axes are not those of the leaf."""
+    stack, separate = stacked_network(axis)
+    stack = {"layers": stack["layers"]}
+
+    def apply(params, x):
+        kernels = jnp.moveaxis(params["layers"]["kernel"], axis, 0)
+        return jax.lax.scan(lambda total, w: (total + x @ w, None), jnp.zeros((2, 16)), kernels)[0]
+
+    found = layouts.find(apply, stack, jnp.ones((2, 8)))
+    assert found["layers/kernel"].copies == (axis,)
+    single = separate["layers"]
+    for rule, wanted in (
+        (patterns.n_m(2, 4, layouts=found), patterns.n_m(2, 4, axis=-2)),
+        (patterns.channels(layouts=found), patterns.channels(axis=-1)),
+    ):
+        options = {"budget": budgets.uniform}
+        masks = jaxprune.prune(stack, 0.5, pattern=rule, stacked=under(axis), **options)[1]
+        expected = jaxprune.prune(single, 0.5, pattern=wanted, **options)[1]
+        copies = np.moveaxis(np.asarray(masks["layers"]["kernel"]), axis, 0)
+        for mask, layer in zip(copies, expected, strict=True):
+            np.testing.assert_array_equal(mask, layer["kernel"])

@@ -26,11 +26,18 @@ def check_one_way(
 
 
 def axes_of(layouts: Mapping[str, Any], path: str, leaf: Any, part: str) -> tuple[int, ...] | Unfit:
-    """The input or output axes of a leaf, or why they are not known."""
+    """The input or output axes of a leaf or of one of its copies, or why they are not known.
+
+    With `stacked=` a rule sees one copy, which lacks the axes that number copies.
+    """
     if path not in layouts:
         reason = getattr(layouts, "reason", lambda path: "it is not in `layouts`")(path)
         return Unfit(f"no layout was found: {reason}")
     layout = layouts[path]
-    if sum(map(len, layout)) != len(leaf.shape):
-        return Unfit(f"its layout has {sum(map(len, layout))} axes: {layout}")
-    return getattr(layout, part) or Unfit(f"its layout has no {part}: {layout}")
+    axes = list(range(sum(map(len, layout))))
+    if len(leaf.shape) == len(axes) - len(layout.copies):
+        axes = [axis for axis in axes if axis not in layout.copies]
+    if len(axes) != len(leaf.shape):
+        return Unfit(f"its layout has {len(axes)} axes: {layout}")
+    found = tuple(axes.index(axis) for axis in getattr(layout, part) if axis in axes)
+    return found or Unfit(f"its layout has no {part}: {layout}")

@@ -191,7 +191,8 @@ def channels(
         outputs = axes_of(layouts, path, leaf, "outputs")
         if isinstance(outputs, Unfit):
             return outputs
-        own, dimensions = {*outputs, *layouts[path].copies}, len(leaf.shape)
+        dimensions, copies = len(leaf.shape), axes_of(layouts, path, leaf, "copies")
+        own = {*outputs} if isinstance(copies, Unfit) else {*outputs, *copies}
         if len(own) == 1:
             return Channels(outputs[0] - dimensions, pool)
         return Blocks(tuple(1 if axis in own else None for axis in range(dimensions)), pool)
