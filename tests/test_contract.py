@@ -3,6 +3,7 @@
 `TRANSFORMS` is the table of what is tested; a new method or switch is one more line.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +40,12 @@ def fixed(sparsity: float = SPARSITY) -> optax.GradientTransformationExtraArgs:
     return jaxprune.fixed_mask_transform(jaxprune.prune(make_params(), sparsity)[1])
 
 
+# The kernel `a` holds eight layers of one vector each.
+STACKED = {
+    "stacked": lambda path, leaf: 0 if path.startswith("a") else None,
+    "prunable": lambda path, leaf: path.endswith("kernel"),
+}
+
 TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "default": agip,
     "no average": functools.partial(agip, decay=None),
@@ -55,6 +62,8 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
         agip, regrow=0.3, rate=rates.by_statistic(), decay=None, budget=budgets.uniform
     ),
     "blocks, regrowth": functools.partial(agip, regrow=0.3, pattern=patterns.blocks((2, 2))),
+    "stacked, regrowth": functools.partial(agip, regrow=0.3, **STACKED),
+    "stacked rigl": windowed(jaxprune.rigl_transform, **STACKED),
     "magnitude_transform": windowed(jaxprune.magnitude_transform),
     "saliency_transform": windowed(jaxprune.saliency_transform),
     "random_transform": windowed(jaxprune.random_transform, seed=2),
@@ -74,7 +83,7 @@ PHASES = [0.0, SPARSITY, SPARSITY, 0.0, 0.0, 0.0] + [SPARSITY] * 3
 SPARSITIES = {
     name: dict.fromkeys(range(STEPS), SPARSITY)
     for name in TRANSFORMS
-    if name.startswith(("set", "rigl", "fixed"))
+    if name.startswith(("set", "rigl", "fixed", "stacked rigl"))
 } | {"acdc_transform": dict(enumerate(PHASES))}
 
 INNER: dict[str, Callable[[Any], optax.GradientTransformation]] = {
@@ -385,6 +394,34 @@ def test_nnx_optimizer() -> None:
         np.testing.assert_array_equal(mask, wanted)
     params = jaxprune.apply_masks(nnx.state(model, nnx.Param), masks)
     chex.assert_trees_all_close(nnx.to_pure_dict(params), expected.params[-1], rtol=1e-6, atol=1e-7)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """Parameters that can be called, as the modules of Equinox can."""
+
+    a: Any
+    b: Any
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return loss({"a": self.a, "b": self.b}, x)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_trees_that_can_be_called(transform: str) -> None:
+    tx = TRANSFORMS[transform]()
+    if transform == "fixed_mask_transform":  # its masks are such a tree as well
+        tx = jaxprune.fixed_mask_transform(jaxprune.prune(Module(**make_params()), SPARSITY)[1])
+    tx = INNER["momentum"](tx)
+    step = jax.jit(lambda m, s, x: tx.update(jax.grad(lambda m: m(x))(m), s, m))
+    params = Module(**make_params())
+    state = tx.init(params)
+    for i in range(STEPS):
+        updates, state = step(params, state, inputs(i))
+        params = optax.apply_updates(params, updates)
+    expected = run(transform, "momentum").masks[-1]
+    chex.assert_trees_all_equal(jaxprune.get_masks(state), Module(**expected))
 
 
 def test_nested_lists_and_tuples() -> None:
