@@ -92,10 +92,10 @@ class Report(NamedTuple):
 def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Report:
     """Tells whether the masks in an optimizer state hold for parameters, and what is wrong if not.
 
-    For each leaf: masked weights that are not 0; a mask that is of another shape, no longer bool, or
-    missing where the default rule would prune; nothing kept in a leaf, in a copy of a stack or in
-    a row of an embedding; an average of AGIP that is 0 throughout although steps were made, for a
-    leaf, a copy or a row.
+    For each leaf: masked weights that are not 0; a mask that is missing where the default rule
+    would prune, of another shape, or no longer bool; nothing kept in a leaf, in a copy of a stack
+    or in a row of an embedding; an average of AGIP that is 0 throughout although steps were made,
+    for a leaf, a copy or a row.
 
     It runs on the host, between steps, and brings one array at a time there. With several processes
     all of them must call it.
