@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxprune import budgets, plans, schedules, scores, stats, trees
 from jaxprune.transforms import _gates
@@ -149,11 +150,17 @@ def channel_transform(
             signal = dict(zip(at, momenta, strict=True))
         seen = _measure(gates, groups, weights, signal)
 
-        # Gradients -> statistics: vectors, so that nothing here costs anything.
+        # Gradients -> statistics, one pass over the gates. Norms wait for a mask update, unless an
+        # average needs them or the signal is computed: as an operand it would be written out.
+        slopes = None
+        if signal is moves or (grows and decay is not None):
+            slopes = _lengths(gates_of(params), groups, seen.signals)
+            seen = seen._replace(signals={})
+
         on = [state.channels[name] for name in names]
         average, age, growth = state.channel_average, state.channel_age, state.channel_growth
         if decay is None:
-            statistics, lately = seen.products, seen.slopes
+            statistics = seen.products
         else:
             # Only of the steps since a channel came back: it has no past to be judged by.
             ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
@@ -162,24 +169,26 @@ def channel_transform(
                 for name, new, kept in zip(names, seen.products, on, strict=True)
             ]
             statistics = [_unbiased(*pair, decay) for pair in zip(past, ages, strict=True)]
-            lately = seen.slopes
-            if grows:
-                pairs = zip(names, seen.slopes, strict=True)
-                lately = [_gates.root_mean_square(growth[n], new, decay) for n, new in pairs]
-                growth = dict(zip(names, lately, strict=True))
+            if grows and slopes is not None:
+                pairs = zip(names, slopes, strict=True)
+                slopes = [_gates.root_mean_square(growth[n], new, decay) for n, new in pairs]
+                growth = dict(zip(names, slopes, strict=True))
             average, age = (dict(zip(names, own, strict=True)) for own in (past, ages))
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
-            (channels, _), (statistics, lately, seen) = carry, buffers
-            ranked = statistics if score is None else score(seen.norms, statistics)
-            ranked, unranked = _never_worthless(ranked, channels, (lately, seen.norms))
-            kept = plans.renew(plan, index, channels, ranked, lately if grows else None)
+            (channels, _), (statistics, slopes, seen) = carry, buffers
+            own = gates_of(params)
+            norms = _lengths(own, groups, seen.weights)
+            slopes = _lengths(own, groups, seen.signals) if slopes is None else slopes
+            ranked = statistics if score is None else score(norms, statistics)
+            ranked, unranked = _never_worthless(ranked, channels, (slopes, norms))
+            kept = plans.renew(plan, index, channels, ranked, slopes if grows else None)
             return list(kept), unranked
 
         carry = on, state.unranked
         (kept, unranked), counters = update_masks(
-            plan, state, carry, (statistics, lately, seen), renew
+            plan, state, carry, (statistics, slopes, seen), renew
         )
         channels = dict(zip(names, kept, strict=True))
 
@@ -201,30 +210,37 @@ def channel_transform(
 
 
 class _Seen(NamedTuple):
-    """What one step shows of each group: lists of float32 [channels], in the order of groups."""
+    """What one step shows of the gates."""
 
-    products: list[jax.Array]  # |sum of w g| over the gates of each channel
-    norms: list[jax.Array]  # of its weights
-    slopes: list[jax.Array]  # norms of their gradients
+    products: list[jax.Array]  # |sum of w g| of each channel, float32 [channels] of each group
+    weights: dict[int, jax.Array]  # parameters by position
+    signals: dict[int, jax.Array]  # their gradients or momenta; {} once their norms are taken
 
 
 def _measure(
     gates: _gates.Gates,
     groups: Mapping[str, Any],
     weights: Sequence[jax.Array],
-    signal: Sequence[jax.Array],
+    signal: Any,
 ) -> _Seen:
     """Takes the numbers of this step; none is squared, as squares of small numbers underflow."""
-    seen = _Seen([], [], [])
+    used = {gate.leaf for own in gates.values() for gate in own}
+    products = []
     for name, group in groups.items():
-        own, size = gates[name], group.size
-        mine = [weights[gate.leaf].astype(jnp.float32) for gate in own]
-        slopes = [signal[gate.leaf].astype(jnp.float32) for gate in own]
-        products = [w * g for w, g in zip(mine, slopes, strict=True)]
-        seen.products.append(jnp.abs(_gates.sums(own, size, products)))
-        seen.norms.append(_gates.lengths(own, size, mine))
-        seen.slopes.append(_gates.lengths(own, size, slopes))
-    return seen
+        pairs = [(weights[gate.leaf], signal[gate.leaf]) for gate in gates[name]]
+        terms = [w.astype(jnp.float32) * g.astype(jnp.float32) for w, g in pairs]
+        products.append(jnp.abs(_gates.sums(gates[name], group.size, terms)))
+    return _Seen(products, {i: weights[i] for i in used}, {i: signal[i] for i in used})
+
+
+def _lengths(
+    gates: _gates.Gates, groups: Mapping[str, Any], arrays: Mapping[int, jax.Array]
+) -> list[jax.Array]:
+    """Norms of the entries of each channel, float32 [channels] of each group."""
+    return [
+        _gates.lengths(gates[name], group.size, [arrays[gate.leaf] for gate in gates[name]])
+        for name, group in groups.items()
+    ]
 
 
 def _unbiased(average: jax.Array, age: jax.Array, decay: float) -> jax.Array:
@@ -278,14 +294,13 @@ def _never_worthless(
             other = jnp.where(jnp.any(own[position] > 0), own[position], other)
         other = other / jnp.maximum(jnp.max(other), jnp.finfo(jnp.float32).tiny)
         new.append(jnp.where(known[position], score, typical * (other / mean(other, on))))
-    return new, sum(jnp.where(flag, 0, 1) for flag in known).astype(jnp.int32)
+    return new, jnp.sum(~jnp.stack(known), dtype=jnp.int32)
 
 
 def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
     """Names groups whose gates are all 0, unless traced."""
     if not all(
-        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
-        for leaf in leaves
+        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves
     ):
         return
     alive = {
