@@ -326,19 +326,22 @@ def test_two_copies_of_the_parameters_are_not_ranked_together() -> None:
             optax.chain(optax.lookahead(optax.sgd(0.1), 5, 0.5), prune).init(pair)
 
 
-def test_masks_that_became_numbers_are_bools_when_read_and_refused_when_used() -> None:
-    tx = contrib.sam(jaxprune.chain(optax.sgd(0.1), PRUNE), optax.sgd(0.1))
-    params = draw(100)
-    state = tx.init(params)
-    for step in range(2):
-        if step:  # a wrapper that computes with states has made integers of bools
-            with pytest.raises(ValueError, match=r"(?s)`state` must hold masks of bools.*a: int32"):
-                tx.update(draw(step), state, params)
-        else:
-            _, state = tx.update(draw(step), state, params)
+@pytest.mark.parametrize("wrapper", ["sam", "lookahead"])
+def test_masks_that_became_numbers_are_bools_when_read_and_refused_when_used(wrapper: str) -> None:
+    inside = jaxprune.chain(optax.sgd(0.1), PRUNE)
+    params: Any = draw(100)
+    if wrapper == "sam":
+        tx = contrib.sam(inside, optax.sgd(0.1))
+    else:
+        tx = optax.lookahead(inside, 2, 0.5, reset_state=True)
+        params = optax.LookaheadParams.init_synced(params)
+    _, state = tx.update(draw(0), tx.init(params), params)
+    assert optax.tree.get(state, "masks")["a"].dtype == jnp.int32
     masks = jaxprune.get_masks(state)
     assert {name: mask.dtype for name, mask in masks.items()} == dict.fromkeys(masks, bool)
-    assert not (~masks["a"]).any()
+    assert int((~masks["a"]).sum()) == int(masks["a"].size - masks["a"].sum())
+    with pytest.raises(ValueError, match=r"(?s)`state` must hold masks of bools.*a: int32"):
+        tx.update(draw(1), state, params)
 
 
 # ---- decay=None

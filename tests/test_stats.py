@@ -104,7 +104,7 @@ WITHOUT = {
     "adafactor": (optax.adafactor(0.1), "w: no momentum"),
     "two": (
         optax.chain(optax.scale_by_adam(), optax.trace(0.9)),
-        r"w: momenta in \[1\].trace and \[0\].mu",
+        r"w: momenta in \[1\].*trace and \[0\].*mu",
     ),
     "empty": (optax.identity(), "w: no momentum"),
     "masked": (optax.masked(optax.sgd(0.1, momentum=0.9), _only_w("b")), "w: no momentum"),

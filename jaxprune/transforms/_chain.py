@@ -100,8 +100,8 @@ def chain(
         extra = {"grad": updates} | extra_args
         earlier = extra.pop("inner_state", ())  # of a chain around this one
         before = extra
-        masks = learned = None
-        seen = params
+        seen, masks = params, None
+        learned: tuple[Any, ...] = ()
         if params is not None and any(_hides(s, inner) for s in pruning_states(state)):
             # Masks first: reading old and new masks in one step would force a copy.
             known = extra | {"inner_state": (*earlier, *state)}
