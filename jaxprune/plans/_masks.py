@@ -79,7 +79,7 @@ def _at(table: np.ndarray, index: Any, units: Sequence[Any]) -> jax.Array:
 
 
 def _by_group(
-    plan: Plan, function: Callable[..., list[jax.Array]], *lists: Sequence[jax.Array]
+    plan: Plan, function: Callable[..., list[jax.Array]], *lists: Sequence[Any]
 ) -> list[jax.Array]:
     """Applies a function to the leaves of each group and puts its masks in their places."""
     masks: dict[int, jax.Array] = {}
