@@ -96,3 +96,30 @@ def test_a_state_of_other_shapes_names_them():
     other = {"a": jnp.ones((10, 10)), "c": jnp.ones((5, 10))}
     with pytest.raises(ValueError, match=r"c: shape \(5, 10\), but its mask in the state has"):
         train(jaxprune.magnitude_transform(0.5, stop=0), state, 1, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_whose_keys_sort_differently_is_read_by_path(method):
+    """Text keys, as in a file, sort "10" before "9"; numbers do not."""
+    make = METHODS[method]
+
+    def renamed(tree, names):
+        return {name: tree[old] for name, old in zip(names, ("a", "c"), strict=True)}
+
+    params, state = train(make(0.5, every=1, stop=3), None, 5, renamed(PARAMS, (9, 10)))
+    again = jax.tree.map(
+        lambda node: {str(key): leaf for key, leaf in node.items()} if is_dict(node) else node,
+        state,
+        is_leaf=is_dict,
+    )
+    results = []
+    for held in (state, again):
+        tx = make(0.5, every=1, stop=3)
+        gradients = jax.tree.map(jnp.cos, params)
+        results.append(tx.update(gradients, held[-1], params)[0])
+    for number in (9, 10):
+        np.testing.assert_array_equal(results[0][number], results[1][number])
+
+
+def is_dict(node):
+    return isinstance(node, dict)

@@ -10,7 +10,7 @@ import pytest
 
 import jaxprune
 from jaxprune import budgets, patterns, scores, trees
-from jaxprune.transforms import DynamicState
+from jaxprune.transforms import MaskState
 from jaxprune.transforms._acdc import phases
 from tests import reference
 
@@ -192,7 +192,7 @@ def test_adafactors_sums_over_rows_are_left_alone():
     _, state = tx.update(params, tx.init(params), params)
     rows = optax.tree.get(state, "v_row")["kernel"]
     assert rows.shape == (128,) and bool((rows > 0).all())
-    assert isinstance(state[-1], DynamicState)
+    assert isinstance(state[-1], MaskState)
 
 
 @pytest.mark.parametrize("name", ["agip_transform", "magnitude_transform"])

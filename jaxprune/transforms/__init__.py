@@ -5,7 +5,7 @@ from jaxprune.transforms._agip import AgipState, agip_transform
 from jaxprune.transforms._chain import chain
 from jaxprune.transforms._fixed_mask import FixedMaskState, fixed_mask_transform
 from jaxprune.transforms._magnitude import magnitude_transform
-from jaxprune.transforms._masking import DynamicState, MaskState
+from jaxprune.transforms._masking import MaskState
 from jaxprune.transforms._random import random_transform
 from jaxprune.transforms._rigl import rigl_transform
 from jaxprune.transforms._saliency import saliency_transform
@@ -17,7 +17,6 @@ from jaxprune.transforms._straight_through import (
 
 __all__ = [
     "AgipState",
-    "DynamicState",
     "FixedMaskState",
     "MaskState",
     "StraightThroughState",

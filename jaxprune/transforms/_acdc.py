@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from jaxprune import budgets, patterns, plans, scores, trees
-from jaxprune.transforms._masking import DynamicState, check_window, masking_transform
+from jaxprune.transforms._masking import check_window, masking_transform
 
 
 def acdc_transform(
@@ -76,7 +76,6 @@ def acdc_transform(
         steps,
         sparsities,
         choose,
-        state_type=DynamicState,
         budget=budgets.erdos_renyi_kernel if budget is None else budget,
         pattern=pattern,
         prunable=prunable,

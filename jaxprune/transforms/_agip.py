@@ -12,6 +12,7 @@ from jaxprune.transforms._channels import channel_transform
 from jaxprune.transforms._masking import (
     check_line_search,
     check_window,
+    held_for,
     plan_once,
     project,
     put_masks,
@@ -221,7 +222,7 @@ def agip_transform(
                 faults = [stats.faults(update) for update in moves]
             else:
                 gradients = raw
-            average = jax.tree.leaves(state.gradient_average)
+            average = held_for(state.gradient_average, params, flags)
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 

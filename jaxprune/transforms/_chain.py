@@ -22,13 +22,13 @@ from jaxprune.transforms._inner import (
     pruning_states,
     restart_moments,
 )
-from jaxprune.transforms._masking import DynamicState, MaskState
+from jaxprune.transforms._masking import MaskState
 from jaxprune.transforms._straight_through import StraightThroughState
 
 _Inner = Literal["sparse", "dense"] | None
 
 # States of methods that read nothing of pruned weights from the members before them.
-_MASKS_ONLY = (MaskState, DynamicState, FixedMaskState)
+_MASKS_ONLY = (MaskState, FixedMaskState)
 
 
 def chain(

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxprune import budgets, patterns, plans, schedules, scores, trees
-from jaxprune.transforms._masking import DynamicState, check_window, masking_transform
+from jaxprune.transforms._masking import check_window, masking_transform
 
 # function (index of the mask update, weights, gradients) -> scores of what may grow
 Growth = Callable[[jax.Array, list[jax.Array], Any], list[jax.Array]]
@@ -74,7 +74,6 @@ def dynamic_transform(
         moved=[fraction(step) for step in steps],
         first=first,
         needs_gradient=needs_gradient,
-        state_type=DynamicState,
         budget=budgets.erdos_renyi_kernel if budget is None else budget,
         pattern=pattern,
         prunable=prunable,

@@ -14,9 +14,10 @@ from jaxprune import budgets, patterns, plans, stats, trees
 
 
 class MaskState(NamedTuple):
-    """State of the transformations that keep nothing but masks and bring no weight back.
+    """State of the transformations that keep nothing but masks.
 
-    Where it meets one, `jaxprune.chain` shows the members before it the sparse network.
+    What they do follows from their masks, so `jaxprune.chain` shows the members before them the
+    sparse network, in which a weight that comes back has no past.
 
     Example:
         >>> import jaxprune
@@ -30,26 +31,6 @@ class MaskState(NamedTuple):
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
     plan_mark: jax.Array  # int32 [], the mask update that the masks come from, see `update_masks`
-
-
-class DynamicState(NamedTuple):
-    """State of the transformations that bring weights back, with the fields of `MaskState`.
-
-    As with `MaskState`, the members before it in a `jaxprune.chain` see the sparse network: a
-    weight that comes back starts without a past.
-
-    Example:
-        >>> import jaxprune
-        >>> transform = jaxprune.set_transform(0.5, stop=10)
-        >>> type(transform.init({"kernel": jnp.ones((2, 2))})).__name__
-        'DynamicState'
-    """
-
-    prune_step: jax.Array
-    mask_updates: jax.Array
-    refused: jax.Array
-    masks: Any
-    plan_mark: jax.Array
 
 
 def holds_masks(node: Any) -> bool:
@@ -87,16 +68,25 @@ def split(
     _check_state(masks, params, flags)
     weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
     check_bools(masks)
-    return Parts(flags, weights, moves, jax.tree.leaves(masks))
+    return Parts(flags, weights, moves, held_for(masks, params, flags))
+
+
+def held_for(tree: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array]:
+    """What a state holds for each pruned leaf, in the order of the parameters."""
+    by_path = trees.leaf_by_path(tree)  # a restored state may sort its keys differently
+    return [by_path[path] for path in named_leaves(params, flags)]
 
 
 def _check_state(masks: Any, params: Any, flags: tuple[bool, ...]) -> None:
     """The state must be that of a transformation that prunes the same leaves."""
-    named = jax.tree_util.tree_leaves_with_path(masks, is_leaf=trees.is_absent)
-    held = {trees.path_string(path): mask for path, mask in named if not trees.is_absent(mask)}
+    held = trees.leaf_by_path(masks)
     wanted = {path: jnp.shape(leaf) for path, leaf in named_leaves(params, flags).items()}
-    problems = [f"{path}: pruned, but without a mask in the state" for path in wanted.keys() - held]
-    problems += [f"{path}: a mask in the state, but not pruned" for path in held.keys() - wanted]
+    problems = [
+        f"{path}: pruned, but without a mask in the state" for path in wanted if path not in held
+    ]
+    problems += [
+        f"{path}: a mask in the state, but not pruned" for path in held if path not in wanted
+    ]
     problems += [
         f"{path}: shape {shape}, but its mask in the state has {jnp.shape(held[path])}"
         for path, shape in wanted.items()
@@ -288,7 +278,6 @@ def masking_transform(
     moved: Sequence[float] | None = None,
     first: Callable[[plans.Plan, list[jax.Array]], list[jax.Array]] | None = None,
     needs_gradient: bool = False,
-    state_type: Any = MaskState,
     budget: budgets.BudgetRule | None = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
@@ -304,7 +293,6 @@ def masking_transform(
         moved: fraction of the kept weights that each mask update drops and regrows.
         first: function `(plan, weights) -> masks` for the first step; None keeps everything.
         needs_gradient: whether `choose` reads gradients.
-        state_type: `MaskState` or `DynamicState`.
         budget: how many weights stay.
         pattern: which weights fall together.
         prunable: which leaves are pruned.
@@ -328,7 +316,7 @@ def masking_transform(
         if first and plan:
             # Outside of `jit` the loops of the selection would be slow.
             masks = jax.jit(functools.partial(first, plan))(weights)
-        return state_type(**zero_counters(), masks=put_masks(params, flags, masks))
+        return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
 
     def update_fn(
         updates: optax.Updates,
@@ -350,7 +338,7 @@ def masking_transform(
 
         masks, counters = update_masks(plan, state, parts.masks, (parts.weights, gradients), renew)
         moves = map(project, parts.updates, masks, parts.weights)
-        state = state_type(**counters, masks=put_masks(params, parts.flags, masks))
+        state = MaskState(**counters, masks=put_masks(params, parts.flags, masks))
         return trees.put(updates, parts.flags, list(moves)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

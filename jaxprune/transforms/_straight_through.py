@@ -10,6 +10,7 @@ from jaxprune import budgets, patterns, plans, schedules, scores, trees
 from jaxprune.transforms._masking import (
     check_line_search,
     check_window,
+    held_for,
     plan_once,
     put_masks,
     split,
@@ -124,7 +125,7 @@ def straight_through_transform(
         check_line_search(extra_args)
         parts = split(updates, state.masks, params, prunable, stacked)
         plan = plan_for(params, parts.flags)
-        values = jax.tree.leaves(state.dense)
+        values = held_for(state.dense, params, parts.flags)
         dense = [
             (value + update).astype(value.dtype)
             for value, update in zip(values, parts.updates, strict=True)
