@@ -225,7 +225,7 @@ def n_m_mask(layer: Layer, n: int, m: int) -> np.ndarray:
     """So many of every few inputs, at random for each position and output."""
     shape = layer.size, layer.size, layer.inputs, layer.outputs
     scores = np.random.default_rng(0).random(shape, np.float32)
-    return np.asarray(jax.jit(partial(patterns.n_m_mask, n=n, m=m))(scores))
+    return np.asarray(jax.jit(partial(patterns.n_m_mask, n=n, m=m, axis=-2))(scores))
 
 
 def pattern_of(mask: np.ndarray, block: tuple[int, int], whole: bool) -> Pattern:
