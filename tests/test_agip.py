@@ -396,7 +396,7 @@ def test_no_pass_over_memory_is_added_by_the_branch() -> None:
 
 
 def train_unmoved(params, loss, transform, steps=4):
-    tx = jaxprune.chain(optax.sgd(0.1), transform)
+    tx = jaxprune.chain(optax.sgd(0.1, momentum=0.9), transform)
     state = tx.init(params)
     for _ in range(steps):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
