@@ -370,3 +370,74 @@ def test_without_an_average_each_leaf_needs_one_momentum() -> None:
             kept = np.sort(np.argsort(-score)[: score.size // 2])
             mask = np.asarray(jaxprune.get_masks(state)[leaf]).ravel()
             np.testing.assert_array_equal(np.flatnonzero(mask), kept)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda *pair: optax.chain(pair[0], jaxprune.chain(pair[1])),
+        lambda *pair: optax.chain(pair[0], jaxprune.chain(optax.identity(), pair[1])),
+        lambda *pair: optax.named_chain(("search", pair[0]), ("prune", jaxprune.chain(pair[1]))),
+    ],
+)
+def test_a_line_search_around_the_chain_is_refused(wrap):
+    params = {"kernel": jnp.arange(1.0, 7.0).reshape(2, 3)}
+
+    def value_fn(params):
+        return jnp.sum(params["kernel"] ** 2)
+
+    tx = wrap(optax.lbfgs(), jaxprune.magnitude_transform(0.5, stop=0))
+    extra = {"value": value_fn(params), "grad": params, "value_fn": value_fn}
+    with pytest.raises(ValueError, match="`value_fn` is passed .* no line search is before it"):
+        tx.update(params, tx.init(params), params, **extra)
+
+
+# ---- frozen leaves
+
+FROZEN = {"a": jnp.arange(1.0, 65.0).reshape(8, 8), "c": jnp.arange(1.0, 65.0).reshape(8, 8)}
+FREEZERS = {
+    "set_to_zero": lambda: optax.partition(
+        {"t": optax.sgd(0.1), "f": optax.set_to_zero()}, {"a": "f", "c": "t"}
+    ),
+    "freeze": lambda: optax.chain(optax.freeze({"a": True, "c": False}), optax.adam(0.1)),
+    "freeze last": lambda: optax.chain(
+        optax.sgd(0.1, momentum=0.9), optax.freeze({"a": True, "c": False})
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("freezer", FREEZERS)
+def test_frozen_leaves_behind_which_pruning_comes_are_named(freezer, jit):
+    tx = jaxprune.chain(FREEZERS[freezer](), jaxprune.magnitude_transform(0.8, stop=2))
+    init = jax.jit(tx.init) if jit else tx.init
+    with pytest.warns(UserWarning, match="does not move a, but pruning would cut them. Prune"):
+        init(FROZEN)
+
+
+@pytest.mark.parametrize("freezer", FREEZERS)
+def test_frozen_leaves_that_are_not_pruned_are_fine(freezer):
+    only = jaxprune.magnitude_transform(0.8, stop=2, prunable=lambda path, leaf: path == "c")
+    jaxprune.chain(FREEZERS[freezer](), only).init(FROZEN)
+    parts = {
+        "t": jaxprune.chain(optax.sgd(0.1), jaxprune.magnitude_transform(0.8, stop=0)),
+        "f": optax.set_to_zero(),
+    }
+    tx = optax.partition(parts, {"a": "f", "c": "t"})
+    state = tx.init(FROZEN)
+    updates, state = tx.update(FROZEN, state, FROZEN)
+    assert not updates["a"].any()
+    masks = jaxprune.get_masks(state)
+    assert bool(masks["a"]) and int(masks["c"].sum()) == 13
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(0.1, mask={"a": True, "c": False}),
+        optax.masked(optax.clip(1.0), {"a": True, "c": False}),
+        optax.partition({"t": optax.sgd(0.0), "f": optax.sgd(0.0)}, {"a": "f", "c": "t"}),
+    ],
+)
+def test_parts_that_train_are_not_taken_for_frozen(optimizer):
+    jaxprune.chain(optimizer, jaxprune.magnitude_transform(0.8, stop=2)).init(FROZEN)

@@ -11,10 +11,10 @@ from jaxprune import trees
 from jaxprune.transforms._agip import AgipState
 from jaxprune.transforms._channels import ChannelState
 from jaxprune.transforms._fixed_mask import FixedMaskState
+from jaxprune.transforms._frozen import warn_of_frozen
 from jaxprune.transforms._inner import (
     differs,
     forget_values,
-    has_line_search,
     keep_unpruned,
     masks_like,
     order_problems,
@@ -22,7 +22,7 @@ from jaxprune.transforms._inner import (
     pruning_states,
     restart_moments,
 )
-from jaxprune.transforms._masking import MaskState
+from jaxprune.transforms._masking import MaskState, has_line_search
 from jaxprune.transforms._straight_through import StraightThroughState
 
 _Inner = Literal["sparse", "dense"] | None
@@ -84,6 +84,9 @@ def chain(
     def init_fn(params: Any) -> tuple[Any, ...]:
         state = tuple(member.init(params) for member in members)
         _check(state, inner)
+        first = _first_pruning(state)
+        masks = masks_like(params, pruning_states(state))
+        warn_of_frozen(members[:first], state[:first], params, masks)
         return state
 
     def update_fn(
@@ -96,7 +99,7 @@ def chain(
                 "returned."
             )
         _check(state, inner)
-        first = next((i for i, s in enumerate(state) if pruning_states(s)), len(members))
+        first = _first_pruning(state)
         extra = {"grad": updates} | extra_args
         earlier = extra.pop("inner_state", ())  # of a chain around this one
         before = extra
@@ -139,6 +142,11 @@ def chain(
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _first_pruning(state: Any) -> int:
+    """Position of the first member that prunes."""
+    return next((i for i, own in enumerate(state) if pruning_states(own)), len(state))
 
 
 def _hides(state: Any, inner: _Inner) -> bool:

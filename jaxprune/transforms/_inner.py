@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import trees
-from jaxprune.transforms._masking import holds_masks, project
+from jaxprune.transforms._masking import holds_masks, keeps_value, project
 
 
 def pruning_states(state: Any) -> list[Any]:
@@ -86,11 +86,6 @@ def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
     return structure.unflatten([restart(*three) for three in zip(leaves, fresh, own, strict=True)])
 
 
-def has_line_search(state: Any) -> bool:
-    """Whether an optimizer state keeps a value and a gradient for the next step."""
-    return any(map(_keeps_value, jax.tree.leaves(state, is_leaf=_keeps_value)))
-
-
 def forget_values(state: Any, changed: Any) -> Any:
     """Makes `optax.value_and_grad_from_state` evaluate again where the point has changed.
 
@@ -103,12 +98,12 @@ def forget_values(state: Any, changed: Any) -> Any:
     """
 
     def forget(node: Any) -> Any:
-        if not _keeps_value(node):
+        if not keeps_value(node):
             return node
         value = jnp.asarray(node.value)
         return node._replace(value=jnp.where(changed, jnp.full_like(value, jnp.inf), value))
 
-    return jax.tree.map(forget, state, is_leaf=_keeps_value)
+    return jax.tree.map(forget, state, is_leaf=keeps_value)
 
 
 def differs(updates: Any, others: Any) -> jax.Array:
@@ -159,11 +154,6 @@ def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:
         return None
     # Adafactor's sums over rows have other shapes than their weights.
     return mask if jnp.shape(moment)[-mask.ndim :] == mask.shape else None
-
-
-def _keeps_value(node: Any) -> bool:
-    """Whether a node is the state of a line search, by the fields that Optax itself looks for."""
-    return {"value", "grad"} <= set(getattr(node, "_fields", ()))
 
 
 def _is_state(node: Any) -> bool:

@@ -114,13 +114,24 @@ def check_bools(masks: Any) -> None:
     )
 
 
+def has_line_search(state: Any) -> bool:
+    """Whether an optimizer state keeps a value and a gradient for the next step."""
+    return any(map(keeps_value, jax.tree.leaves(state, is_leaf=keeps_value)))
+
+
+def keeps_value(node: Any) -> bool:
+    """Whether a node is the state of a line search, by the fields that Optax itself looks for."""
+    return {"value", "grad"} <= set(getattr(node, "_fields", ()))
+
+
 def check_line_search(extra_args: Any, inner_state: Any = None) -> None:
     """Raises where a line search would keep value and gradient of the point before the mask."""
-    if "value_fn" in extra_args and extra_args.get("inner_state", inner_state) is None:
+    if "value_fn" in extra_args and not has_line_search(extra_args.get("inner_state", inner_state)):
         raise ValueError(
-            "`value_fn` is passed to a pruning transformation outside of jaxprune.chain: the line "
-            "search keeps the value and the gradient of the point before the mask for the next "
-            "step. Write `jaxprune.chain(optax.lbfgs(), pruning)`; see docs/optimizers.md."
+            "`value_fn` is passed to a pruning transformation, but no line search is before it in "
+            "the same jaxprune.chain. One outside keeps the value and the gradient of the point "
+            "before the mask for the next step. Write `jaxprune.chain(optax.lbfgs(), pruning)`; "
+            "see docs/optimizers.md."
         )
 
 
