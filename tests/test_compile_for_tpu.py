@@ -235,6 +235,7 @@ def state_of(mask=None, statistic=None, counter=None):
         prune_step=counter or f32(),
         mask_updates=f32(),
         refused=f32(),
+        plan_mark=f32(),
         masks={"kernel": mask or pred(4, 16)},
         gradient_average={"kernel": statistic or f32(4, 16)},
         densities=(),
@@ -249,7 +250,7 @@ def test_masks_and_statistics():
         True, "masks take 64 bytes for 64 pruned weights; 1 for each at most"
     )  # fmt: skip
     check = program_checks.check_statistics(state_of())
-    assert check.passed and "268 bytes for 64 pruned weights; 4 for each at most" in check.text
+    assert check.passed and "272 bytes for 64 pruned weights; 4 for each at most" in check.text
     assert program_checks.smallest_split({"kernel": f32(8, 16), "bias": f32(16)}, state_of()) == 128
     whole = {"kernel": f32(4, 16), "bias": f32(16)}
     assert program_checks.smallest_split(whole, state_of()) == 64
@@ -272,7 +273,7 @@ def test_wrong_masks(mask, found):
     ("wrong", "found"),
     [
         ({"statistic": f32(8, 16)}, "gradient_average/kernel: [8, 16] for one of [4, 16]"),
-        ({"counter": f32(17)}, "statistics take 332 bytes for 64 pruned weights"),
+        ({"counter": f32(17)}, "statistics take 336 bytes for 64 pruned weights"),
     ],
 )
 def test_wrong_statistics(wrong, found):
