@@ -295,7 +295,7 @@ def _leaves(tree):
 def test_in_place():
     assert program_checks.check_in_place(program()).passed
     check = program_checks.check_in_place(program(aliased=512))
-    assert not check.passed and "writes 512 bytes in place; its state has 912" in check.text
+    assert not check.passed and "writes 512 bytes in place; its state has 916" in check.text
 
 
 def test_smaller():
