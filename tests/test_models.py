@@ -575,7 +575,7 @@ def third_by_third(path: str, leaf) -> patterns.Pattern:
     """Single weights, 2:4 and blocks of 4x4, each in a third of the leaves."""
     fits = leaf.shape[-2] % 4 == 0  # not the images
     block = patterns.blocks((None,) * (leaf.ndim - 2) + (4, 4))
-    return (None, patterns.n_m(2, 4), block)[sum(map(ord, path)) % 3] if fits else None
+    return (None, patterns.n_m(2, 4, axis=-2), block)[sum(map(ord, path)) % 3] if fits else None
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -238,7 +238,7 @@ def test_a_tree_of_three_billion_weights_compiles_its_mask_update():
 
 
 @pytest.mark.parametrize("budget", [budgets.uniform, budgets.global_budget(0.0)])
-@pytest.mark.parametrize("pattern", [None, patterns.channels()])
+@pytest.mark.parametrize("pattern", [None, patterns.channels(axis=-1)])
 def test_64_bit_counters_lead_to_the_same_masks(budget, pattern, monkeypatch):
     shapes = {"a": (6, 8), "c": (10, 4)}
     plan = plans.make_plan(leaves(shapes), [0], [0.5], moved=[0.4], budget=budget, pattern=pattern)

@@ -265,7 +265,7 @@ def unit_shape(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) ->
         ((3, 3, 2), (1, 1, 1, 32))
         >>> unit_shape(n_m(2, 4, axis=-2), (8, 5)), unit_shape(None, (8, 5))
         ((2, 5), (8, 5))
-        >>> unit_shape(channels(), (12, 16, 32), stacked=(0,))
+        >>> unit_shape(channels(axis=-1), (12, 16, 32), stacked=(0,))
         (12, 1, 32)
     """
     return tuple(-(-size // step) for size, step in zip(shape, block_of(pattern, shape, stacked)))
