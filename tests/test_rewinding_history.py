@@ -337,7 +337,8 @@ table = {"b": np.arange(3), "a": {1, "x", None, "y"}}
 def rule(params, sparsity, *, masks, kinds=frozenset({"p", "q", "r"})):
     wanted = lambda path: path in {"kernel", "embedding", "scale"} and table
     return jaxprune.prune(params, sparsity, masks=masks, prunable=lambda p, x: wanted(p))
-whole = functools.partial(rule, budget=budgets.global_budget(0.1), pattern=patterns.channels(axis=-1))
+columns = patterns.channels(axis=-1)
+whole = functools.partial(rule, budget=budgets.global_budget(0.1), pattern=columns)
 problems = []
 print(describe([whole, jnp.tanh, table], "it", problems), problems)
 """
