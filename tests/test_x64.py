@@ -54,11 +54,8 @@ def test_one_call_without_training(dtype):
         assert pruned["a"]["kernel"].dtype == dtype
         again = jaxprune.prune(pruned, 0.8, masks=masks)[1]
         assert sum(int(m.sum()) for m in jax.tree.leaves(again) if m.ndim > 1) == 51
-        for pattern in (
-            patterns.n_m(2, 4, axis=-2),
-            patterns.blocks((2, 2)),
-            patterns.channels(axis=-1),
-        ):
+        two_of_four, columns = patterns.n_m(2, 4, axis=-2), patterns.channels(axis=-1)
+        for pattern in (two_of_four, patterns.blocks((2, 2)), columns):
             half = jaxprune.prune(params, 0.5, pattern=pattern)[1]
             assert sum(int(m.sum()) for m in jax.tree.leaves(half) if m.ndim > 1) == 128
         rounds = jaxprune.prune_in_rounds(params, 0.5, lambda p: p, rounds=2)[1]
