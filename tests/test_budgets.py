@@ -1,6 +1,7 @@
 """Exact integers: the rounding rule, totals that add up, floors that can be met."""
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -20,7 +21,10 @@ SIDE = st.integers(1, 12)
 MATRIX = st.tuples(SIDE, SIDE)
 # A window comes first and nothing else can be one.
 CONVOLUTION = st.builds(
-    lambda side, n_in, n_out: (side, side, n_in, n_out), SIDE, st.integers(2, 12), st.just(32)
+    lambda side, n_in, n_out: (side, side, n_in, n_out),
+    st.sampled_from(range(1, 16, 2)),
+    st.integers(2, 12),
+    st.just(32),
 )
 MATRICES = st.lists(MATRIX | CONVOLUTION, min_size=1, max_size=6).map(lambda s: named(*s))
 # What Erdos-Renyi takes without layouts.
@@ -225,21 +229,74 @@ def test_layouts_that_would_be_guessed_are_an_error_with_both_ways_out(rule):
     with pytest.raises(ValueError) as error:
         rule(shapes, 0.5)
     first, *lines = str(error.value).splitlines()
-    assert f"`{rule.__name__}` has to know" in first and "`stacked=`" in first
-    assert f"by_layout(budgets.{rule.__name__}, layouts.find(function, params, *args))" in first
+    assert f"`{rule.__name__}` has to know" in first
+    assert "One of two ways is enough. Either the leaf is a stack of layers:" in first
+    assert '`stacked=jaxprune.stacks.under("layers")` or `stacked=found.stacked`. Or it' in first
+    assert f"`budget=budgets.by_layout(budgets.{rule.__name__}, found)`" in first
+    assert "`found = jaxprune.layouts.find(function, params, *args)`" in first
     assert lines == [f"  {path}: shape {shapes[path]}" for path in list(shapes)[:-1]]
 
 
+@ERDOS_RENYI
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (8, 8, 16, 32),  # 8 layers of 8 experts
+        (4, 64, 16, 16),  # 4 layers of attention
+        (8, 4, 4, 4),
+        (2, 2, 4, 4),
+        (16, 16, 3, 768),
+        (3, 5, 64, 64),
+        (1, 12, 64, 64),
+        (17, 17, 8, 8),
+        (24, 3, 64, 64),
+    ],
+)
+def test_shapes_that_may_be_stacks_are_no_convolutions(rule, shape):
+    with pytest.raises(ValueError, match=f"Not known for:\n  0: shape {re.escape(str(shape))}$"):
+        rule(named(shape, (8, 8)), 0.5)
+
+
+@ERDOS_RENYI
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((side, side, 64, 128) for side in (1, 3, 5, 7, 9, 11, 13, 15)),
+        *((1, 7, 64, 128), (7, 1, 64, 128)),  # Inception
+        *((128, 64, 3, 3), (128, 64, 1, 1)),
+        *((7, 7, 3, 64), (3, 3, 1, 64), (64, 1, 3, 3), (1, 1, 8, 8)),
+    ],
+)
+def test_windows_of_known_networks_are_convolutions(rule, shape):
+    n_in, n_out = sorted(shape[-2:] if max(shape[:2]) < 16 else shape[:2])
+    window = math.prod(shape) // n_in // n_out
+    known = budgets.by_layout(rule, {"0": layouts.Layout((2,), (3,), (0, 1))})
+    sides = (shape[:2], shape[2:])[max(shape[:2]) > 15]
+    assert math.prod(sides) == window
+    shapes = named(shape, (64, 96))
+    assert rule(shapes, 0.8) == known(named((*sides, n_in, n_out), (64, 96)), 0.8)
+
+
+@ERDOS_RENYI
+def test_networks_of_this_library_and_others_need_no_layouts(rule):
+    vgg = named((3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 512, 512), (25088, 4096), (4096, 1000))
+    mobile = named((3, 3, 3, 32), (3, 3, 1, 32), (1, 1, 32, 64), (5, 5, 1, 960), (1280, 1000))
+    own = {path: shape for path, (shape, _) in resnet50().items()}
+    for shapes in (vgg, mobile, own):
+        assert rule(shapes, 0.5).total == keep_count(sum(sizes_of(shapes)), 0.5)
+
+
 def test_a_window_at_both_ends_matters_to_erdos_renyi_only():
-    shapes = named((3, 3, 16, 16), (20, 30))
+    shapes = named((3, 3, 15, 15), (20, 30))
     budgets.erdos_renyi_kernel(shapes, 0.5)
-    with pytest.raises(ValueError, match=r"Not known for:\n  0: shape \(3, 3, 16, 16\)$"):
+    with pytest.raises(ValueError, match=r"Not known for:\n  0: shape \(3, 3, 15, 15\)$"):
         budgets.erdos_renyi(shapes, 0.5)
     assert budgets.erdos_renyi(named((5, 5, 5, 5), (20, 30)), 0.5).total == 612
     linen = {"0": LAYOUTS["linen"]}
     budget = budgets.by_layout(budgets.erdos_renyi, linen)(shapes, 0.5)
-    # Rates 9 * (16 + 16) and 20 + 30.
-    assert budget == (1452, (1237, 215))
+    # Rates 9 * (15 + 15) and 20 + 30, of 1312 weights.
+    assert budget == (1312, (1107, 205))
+    assert budgets.erdos_renyi(named((3, 3, 16, 16), (20, 30)), 0.5) == (1452, (1237, 215))
 
 
 def test_layouts_multiply_several_inputs_or_outputs_into_one():
@@ -276,7 +333,8 @@ def test_leaves_that_do_not_fit_their_layouts_are_all_named():
     shapes = {"layers": (12, 64, 256), "query": (64, 64), "other": (2, 3, 4), "weight": (3, 4)}
     with pytest.raises(ValueError, match="`layouts` must say") as error:
         budgets.by_layout(budgets.erdos_renyi_kernel, LAYOUTS)(shapes, 0.5)
-    assert "stacked=layouts.stacked" in str(error.value)
+    assert "`stacked=found.stacked`" in str(error.value)
+    assert "`found = jaxprune.layouts.find(function, params, *args)`" in str(error.value)
     assert str(error.value).splitlines()[1:] == [
         "  layers: shape (12, 64, 256), but one copy has 2 dimensions, and axes (0,) of the leaf "
         "number copies",

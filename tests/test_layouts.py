@@ -238,6 +238,169 @@ def test_what_is_not_proven_has_a_reason(name):
     assert dict(found.reasons) == {"w": reason} and found.reason("w") == reason
 
 
+# ---- copies of leaves without a layout
+
+
+def _over(w, x, use=jnp.multiply):
+    """A scan over the first axis of a leaf."""
+    return jax.lax.scan(lambda x, w: (use(x, w), None), x, w)[0]
+
+
+def _row(w, x):
+    return x + w[x.sum().astype(int)]
+
+
+# name -> (shape of the leaf, function of leaf and input, axes that are proven to number copies)
+COPIES = {
+    "scale": ((3, 4), _over, (0,)),
+    "scale by einsum": (
+        (3, 4),
+        lambda w, x: _over(w, x, lambda x, w: jnp.einsum("nd,d->nd", x, w)),
+        (0,),
+    ),
+    "bias": ((3, 4), lambda w, x: _over(w, x, jnp.add), (0,)),
+    "scale of each entry": ((3, 2, 4), _over, (0,)),
+    "number of each layer": ((3,), _over, (0,)),
+    "norm": (
+        (3, 4),
+        lambda w, x: _over(w, x, lambda x, w: x / jnp.sqrt((x**2).mean() + 1e-6) * (1 + w)),
+        (0,),
+    ),
+    "table of each layer": ((3, 9, 4), lambda w, x: _over(w, x, lambda x, w: _row(w, x)), (0,)),
+    "both sides": ((3, 4, 4), lambda w, x: _over(w, x, lambda x, w: x @ w + x @ w.T), (0,)),
+    "in a condition": (
+        (3, 4),
+        lambda w, x: _over(w, x, lambda x, w: jax.lax.cond(x.sum() > 0, lambda: x * w, lambda: x)),
+        (0,),
+    ),
+    "only reduced": ((3, 4), lambda w, x: _over(w, x, lambda x, w: x * w.max()), (0,)),
+    "nested scans": ((2, 3, 4), lambda w, x: _over(w, x, lambda x, w: _over(w, x)), (0, 1)),
+    "outer scan, all at once": ((2, 3, 4), lambda w, x: _over(w, x, lambda x, w: x * w[0]), (0,)),
+    "moved axis": ((4, 3), lambda w, x: _over(w.T, x), (1,)),
+    "moved axes": (
+        (3, 4, 2),
+        lambda w, x: _over(w.transpose(2, 0, 1), x, lambda x, w: _over(w, x)),
+        (0, 2),
+    ),
+    "axis in two parts": (
+        (6, 4),
+        lambda w, x: _over(w.reshape(2, 3, 4), x, lambda x, w: _over(w, x)),
+        (0,),
+    ),
+    "one part of an axis": (
+        (6, 4),
+        lambda w, x: _over(w.reshape(3, 2, 4), x, lambda x, w: x * w),
+        None,
+    ),
+    "one layer": ((1, 4), _over, (0,)),
+    "map": ((3, 4), lambda w, x: jax.lax.map(lambda w: x * w, w), (0,)),
+    "scan that collects": ((3, 4), lambda w, x: _over(jax.lax.map(lambda w: 2 * w, w), x), (0,)),
+    "gradient": ((3, 4), lambda w, x: jax.grad(lambda w: (_over(w, x) ** 2).sum())(w), (0,)),
+    "remat": ((3, 4), lambda w, x: _over(w, x, jax.checkpoint(lambda x, w: jnp.sin(x) * w)), (0,)),
+    "mapped data": ((3, 4), lambda w, x: jax.vmap(lambda x: _over(w, x))(x), (0,)),
+    "two scans": ((3, 4), lambda w, x: _over(w, _over(w, x), jnp.add), (0,)),
+    "two halves": ((4, 4), lambda w, x: _over(w[2:], _over(w[:2], x)), (0,)),
+    "penalty": ((3, 4), lambda w, x: _over(w, x).sum() + (w**2).sum(), (0,)),
+    "masked": (
+        (3, 4),
+        lambda w, x: _over(jnp.where(jnp.arange(4) > 1, w, 0.0), x),
+        (0,),
+    ),
+    # vmap: what is an operand of a product or a lookup has batch dimensions.
+    "mapped products of two": (
+        (3, 4, 2),
+        lambda w, x: jax.vmap(lambda w: x @ (w @ w.T))(w),
+        (0,),
+    ),
+    "mapped tables": ((3, 9, 4), lambda w, x: jax.vmap(_row)(w, jnp.stack([x] * 3)), (0,)),
+    "mapped scans": (
+        (3, 2, 4, 4),
+        lambda w, x: jax.vmap(lambda w, x: _over(w, x, lambda x, w: x @ w + x @ w.T))(
+            w, jnp.stack([x] * 3)
+        ),
+        (0, 1),
+    ),
+    # What proves nothing.
+    "not scanned": ((4,), lambda w, x: x * w[None], None),
+    "entries of a product without a sum": (
+        (2, 4),
+        lambda w, x: jnp.einsum("nd,nd->nd", x, w),
+        None,
+    ),
+    "shared by all layers": ((2, 4), lambda w, x: _over(jnp.zeros(3), x, lambda x, _: x * w), None),
+    "repeated for each layer": ((4,), lambda w, x: _over(jnp.broadcast_to(w, (3, 4)), x), None),
+    "scanned over and added": ((2, 4), lambda w, x: _over(w, x) + w, None),
+    "scanned over, and one layer alone": ((3, 4), lambda w, x: _over(w, x) + w[0], None),
+    "scanned over along two axes": ((4, 4), lambda w, x: _over(w.T, _over(w, x)), None),
+    "nested and not": (
+        (3, 4, 4),
+        lambda w, x: _over(w, x, lambda x, w: _over(w, x) * w[:2]),
+        (0,),
+    ),
+    "used in the next step": (
+        (3, 4),
+        lambda w, x: jax.lax.scan(lambda last, w: (w, last * x), jnp.ones(4), w)[1],
+        None,
+    ),
+    "changed on the way": (
+        (2, 4),
+        lambda w, x: jax.lax.scan(lambda w, x: (0.5 * w, None), w, x)[0],
+        None,
+    ),
+    "row of a table": ((9, 4), _row, None),
+    "loop": ((3, 4), lambda w, x: [x * w[i][None] for i in range(3)], None),
+    "never": ((3, 4), lambda w, x: x, None),
+}
+
+
+@pytest.fixture
+def broadcasting():
+    """Vectors broadcast in these models as they do in those of users."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("broadcasting")
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_leaves_that_are_no_kernels(name):
+    shape, use, copies = COPIES[name]
+    found = layouts.find(lambda p, x: use(p["w"], x), {"w": jnp.zeros(shape)}, X)
+    assert found.stacked("w", None) == copies, found
+    assert trees.stacked_axes("w", jnp.zeros(shape), found.stacked) == (copies or ())
+
+
+@given(
+    sizes=st.permutations([2, 3, 4, 5]),
+    dimensions=st.integers(1, 4),
+    depth=st.integers(1, 3),
+    order=st.permutations(range(4)),
+    uses=st.lists(st.booleans(), min_size=1, max_size=2),
+)
+def test_copies_are_the_axes_that_scans_run_over(sizes, dimensions, depth, order, uses):
+    order = [axis for axis in order if axis < dimensions]
+    depth = min(depth, dimensions)
+
+    def run(w, x, depth):
+        return _over(w, x, lambda x, w: run(w, x, depth - 1)) if depth else jnp.sin(x) * w.sum()
+
+    def use(w, x):
+        # The second use may be scanned over with one axis less.
+        for deep in uses:
+            x = run(w.transpose(order), x, depth - deep)
+        return x
+
+    found = layouts.find(use, jnp.zeros(sizes[:dimensions]), X)
+    fewest = min([depth - deep for deep in uses if depth - deep] or [0])
+    assert found.stacked("", None) == (tuple(sorted(order[:fewest])) or None)
+
+
+@pytest.mark.usefixtures("broadcasting")
+def test_leaves_outside_of_the_trace_prove_nothing():
+    found = layouts.find(lambda p, x: _over(p["w"], x), {"w": jnp.zeros((3, 4)), "n": 3}, X)
+    assert found.stacked("n", 3) is None and found.stacked("other", None) is None
+    assert "{'n': (), 'w': (0,)}" in repr(found)
+
+
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=2, max_size=5),
     parts=st.lists(st.sampled_from(["inputs", "outputs", "copies"]), min_size=5, max_size=5),
@@ -345,6 +508,8 @@ def test_a_scanned_linen_transformer():
         "layers/dense/kernel": STACK,
     }
     assert found.reason("embed/embedding") == "used by `gather`"
+    for path, leaf in trees.leaf_by_path(params).items():  # biases as well as kernels
+        assert found.stacked(path, leaf) == ((0,) if path.startswith("layers/") else None)
     kernels = {path: x for path, x in trees.leaf_by_path(params).items() if path in found}
     axes = [p.axis for p in patterns.patterns_of(kernels, patterns.n_m(1, 2, layouts=found))]
     assert [a % x.ndim for a, x in zip(axes, kernels.values())] == [0, 1, 2, 1, 1, 1]
@@ -380,6 +545,7 @@ def test_nnx_modules_with_vmapped_and_scanned_layers():
     graph, params = nnx.split(Stack(nnx.Rngs(0)))
     found = layouts.find(lambda p, x: nnx.merge(graph, p)(x), params, IMAGE)
     assert dict(found) == {"layers/kernel": STACK, "up/kernel": CONV}
+    assert found.stacked("layers/bias", None) == (0,) and found.stacked("up/bias", None) is None
 
 
 def test_equinox_modules():
@@ -417,6 +583,9 @@ def test_equinox_modules():
     whole = layouts.find(lambda net, x: net(x), net, jnp.zeros((4, 6, 6)))
     mapped = layouts.find(lambda net, x: jax.vmap(net)(x), net, jnp.zeros((2, 4, 6, 6)))
     assert dict(whole) == dict(mapped) == wanted
+    for found in (whole, mapped):
+        assert found.stacked("layers/bias", None) == (0,)
+        assert found.stacked("head/bias", None) is None
     params = eqx.filter(net, eqx.is_array)
     rule = patterns.n_m(2, 4, layouts=whole)
     _, masks = jaxprune.prune(
@@ -441,6 +610,8 @@ def test_haiku_layer_stacks():
     found = layouts.find(net.apply, params, X)
     assert sorted(found.values()) == sorted([DENSE, STACK])
     assert all(path.endswith("/w") for path in found)
+    stacked = [path for path in trees.leaf_by_path(params) if found.stacked(path, None)]
+    assert len(stacked) == 2 and not any("head" in path for path in stacked)  # w and b
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18"])

@@ -187,6 +187,29 @@ def test_biases_and_norms_of_a_stack_are_not_pruned():
     assert isinstance(state.masks["layers"]["offsets"], optax.MaskedNode)
 
 
+def test_scanned_vectors_are_not_pruned():
+    """`layouts.find` knows the copies of what is no kernel: `mix` has one dimension."""
+    params = {"layers": {"kernel": normal(0, 4, 16, 16), "mix": normal(1, 4, 16)}}
+    params["head"] = normal(2, 16, 4)
+
+    def apply(params, x):
+        def layer(x, own):
+            return jax.nn.relu((x * own["mix"][None]) @ own["kernel"]), None
+
+        return jax.lax.scan(layer, x, params["layers"])[0] @ params["head"]
+
+    found = layouts.find(apply, params, jnp.ones((2, 16)))
+    assert found.stacked("layers/mix", params["layers"]["mix"]) == (0,)
+    assert found.stacked("head", params["head"]) is None
+    options = {"stacked": found.stacked, "budget": budgets.uniform}
+    masks = jaxprune.prune(params, 0.5, **options)[1]
+    assert masks["layers"]["mix"].all()
+    assert masks["layers"]["kernel"].sum((1, 2)).tolist() == [128] * 4
+    # Whoever wants it pruned says so, and each copy then keeps its share.
+    masks = jaxprune.prune(params, 0.5, prunable=lambda path, leaf: path != "head", **options)[1]
+    assert masks["layers"]["mix"].sum(1).tolist() == [8] * 4
+
+
 def test_a_sharded_stack_gets_the_same_masks():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params = {"layers": normal(0, 4, 8, 16)}

@@ -19,8 +19,8 @@ from jaxprune.budgets._rules import (
 
 __all__ = ["by_layout", "erdos_renyi", "erdos_renyi_kernel"]
 
-# The largest window of a convolution that is recognised by its shape.
-_MAX_WINDOW = 31
+# Window sizes that are recognised: numbers of layers, heads and experts are almost always even.
+_WINDOW_SIZES = range(1, 16, 2)
 
 
 def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
@@ -33,8 +33,9 @@ def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
 
     A matrix has its dimensions as `n_in` and `n_out`, in either order. A vector counts as
     `n_in = 1`, a scalar as `n_in = n_out = 1`. A leaf of four dimensions is the kernel of a
-    convolution, its window first or last, if only one of these ends can be one: two equal sizes,
-    or two of which one is 1, up to 31. `by_layout` says what all other leaves are.
+    convolution, its window first or last, if only one of these ends can be one: two odd sizes up
+    to 15, equal or one of them 1. All other leaves have to be explained: name stacks of layers
+    with `stacked=`, other kernels with `by_layout`.
 
     Args:
         shapes: shapes of the pruned leaves by path, in flattening order.
@@ -135,9 +136,10 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
         ]
         trees.raise_for(
             problems,
-            "`layouts` must say what the dimensions of each leaf are; find layouts from the tree "
-            "that is pruned, name the axes of copies with `stacked=layouts.stacked`, or exclude "
-            "these leaves with `prunable`:",
+            "`layouts` must say what the dimensions of each leaf are. Find layouts from the tree "
+            "that is pruned (`found = jaxprune.layouts.find(function, params, *args)`), name the "
+            "axes of copies with `stacked=found.stacked`, or exclude these leaves with "
+            "`prunable`:",
         )
         return rule({path: k for path, k in kernels.items() if not isinstance(k, str)}, sparsity)
 
@@ -168,7 +170,8 @@ def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str)
     """The rate of each leaf; raises where it depends on which dimensions are inputs and outputs."""
 
     def is_window(pair: Shape) -> bool:
-        return max(pair) <= _MAX_WINDOW and (pair[0] == pair[1] or 1 in pair)
+        known = all(size in _WINDOW_SIZES for size in pair)
+        return known and (pair[0] == pair[1] or 1 in pair)
 
     def possible(shape: Shape) -> set[int]:
         if len(shape) <= 2 or isinstance(shape, _Kernel):
@@ -179,10 +182,12 @@ def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str)
     rates = {path: possible(shape) for path, shape in shapes.items()}
     trees.raise_for(
         [f"{path}: shape {shapes[path]}" for path, found in rates.items() if len(found) != 1],
-        f"`{name}` has to know which dimensions of each leaf are inputs and outputs. Name the axes "
-        "of stacked layers with `stacked=`, and let the others be found: "
-        f"`budget=budgets.by_layout(budgets.{name}, layouts.find(function, params, *args))`. Not "
-        "known for:",
+        f"`{name}` has to know which dimensions of each leaf are inputs and outputs. One of two "
+        "ways is enough. Either the leaf is a stack of layers: name the axes that number them, "
+        'with `stacked=jaxprune.stacks.under("layers")` or `stacked=found.stacked`. Or it is a '
+        f"kernel of another shape: write `budget=budgets.by_layout(budgets.{name}, found)`. Only a "
+        "stack of such kernels needs both. Here `found = jaxprune.layouts.find(function, params, "
+        "*args)`. Not known for:",
     )
     return [rate for (rate,) in rates.values()]
 

@@ -22,6 +22,7 @@ class Layouts(Mapping[str, Layout]):
     Args:
         layouts: layout by path, in the order of the parameters.
         reasons: why the other leaves have none, by path.
+        copies: axes that number copies, by path, of leaves whose layout does not say so.
 
     Example:
         >>> layouts = Layouts({"kernel": Layout((0,), (1,))}, {"table": "used by `gather`"})
@@ -31,9 +32,15 @@ class Layouts(Mapping[str, Layout]):
         'there is no such leaf among the parameters whose layouts were found; did you mean kernel?'
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], reasons: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        reasons: Mapping[str, str],
+        copies: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self._layouts = MappingProxyType(dict(layouts))
         self.reasons = MappingProxyType(dict(reasons))
+        self._copies = MappingProxyType(dict(copies or {}))
 
     def __getitem__(self, path: str) -> Layout:
         return self._layouts[path]
@@ -45,7 +52,7 @@ class Layouts(Mapping[str, Layout]):
         return len(self._layouts)
 
     def __repr__(self) -> str:
-        return f"Layouts({dict(self._layouts)}, {dict(self.reasons)})"
+        return f"Layouts({dict(self._layouts)}, {dict(self.reasons)}, {dict(self._copies)})"
 
     def reason(self, path: str) -> str:
         """Why a leaf has no layout."""
@@ -58,8 +65,32 @@ class Layouts(Mapping[str, Layout]):
         return f"there is no such leaf among the parameters whose layouts were found{hint}"
 
     def stacked(self, path: str, leaf: Any) -> tuple[int, ...] | None:
-        """The axes of a leaf that number copies, for the argument `stacked` of other functions."""
+        """Returns the axes of a leaf that number copies, for the argument `stacked`.
+
+        A leaf whose layout has inputs has its `copies`. Other leaves, such as biases and factors
+        of norms, have the axes that number copies in each of their uses: a scan (`jax.lax.scan`,
+        `jax.lax.map`) runs over them, or they are batch dimensions of a product or of a lookup,
+        as `jax.vmap` makes. An elementwise use does not show what `vmap` ran over, and an index
+        does not tell a layer from a row of a table.
+
+        Args:
+            path: of the leaf.
+            leaf: anything; it is not looked at.
+
+        Returns:
+            Rising tuple of axes, or None if no axis is proven to number copies.
+
+        Example:
+            >>> def apply(params, x):
+            ...     return jax.lax.scan(lambda x, p: ((x * p["mix"]) @ p["w"], None), x, params)
+            >>> params = {"mix": jnp.ones((3, 4)), "w": jnp.ones((3, 4, 4))}
+            >>> found = find(apply, params, jnp.ones(4))
+            >>> "mix" in found, found.stacked("mix", params["mix"])
+            (False, (0,))
+        """
         del leaf
+        if path in self._copies:
+            return self._copies[path] or None
         return self[path].copies or None if path in self else None
 
 
@@ -84,7 +115,9 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
 
     Returns:
         `Layouts`: an immutable mapping from path to `Layout`, whose `reason(path)` says why a leaf
-        has none and whose `stacked` is a rule for the argument of that name.
+        has none, and whose method `stacked` is a function for the argument of that name: with
+        `found = layouts.find(...)` write `stacked=found.stacked`. It knows the copies of leaves
+        without a layout as well.
 
     Raises:
         ValueError: if two leaves have the same path.
@@ -135,7 +168,10 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
                 reasons[path] = layout
             else:
                 known[path] = layout
-    return Layouts(known, {path: reasons[path] for path in leaves if path in reasons})
+    reasons = {path: reasons[path] for path in leaves if path in reasons}
+    unsaid = [path for path in leaves if path not in known or not known[path].inputs]
+    copies = {path: tuple(sorted(found[0].copies.get(path, ()))) for path in unsaid}
+    return Layouts(known, reasons, copies)
 
 
 def capture(
@@ -179,7 +215,7 @@ def capture(
         for path, leaf in leaves.items()
     ]
     values += [Value(leaf, data=True) for leaf in jax.tree.leaves(inputs)]
-    found = Found(take, {}, {}, [])
+    found = Found(take, {}, {}, [], {})
     walk(closed.jaxpr, closed.consts, values, found)
     return found
 

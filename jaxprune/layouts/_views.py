@@ -4,6 +4,7 @@ Every dimension of a view is a row-major product of *atoms*: whole axes of the l
 one where a reshape has split it. Transpositions move atoms, reshapes split and merge them.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -48,6 +49,13 @@ class View(NamedTuple):
         if len(self.copies) <= depth:  # the same in all steps
             return None
         return self._replace(dims=(self.copies[depth:], *self.dims), copies=self.copies[:depth])
+
+    def numbered(self, batch: Collection[int] = ()) -> frozenset[int]:
+        """The axes of the leaf that number copies, in whole, if these dimensions do as well."""
+        split = [dim for i, dim in enumerate(self.dims) if i not in batch]
+        copies = {atom.axis for i in batch for atom in self.dims[i]}
+        copies |= {atom.axis for atom in self.copies}
+        return frozenset(copies - {atom.axis for dim in split for atom in dim if atom.size > 1})
 
 
 def view_of(path: str, shape: Shape) -> View:

@@ -11,6 +11,9 @@ array is a *view* of a parameter leaf. An equation that touches a view is one of
   equation;
 * anything else: the leaf is not understood, and the name of the primitive says why.
 
+Whatever the use is, the scans around it and the batch dimensions of its equation prove which axes
+of the leaf number copies.
+
 Without `take` only the part that each axis plays is wanted. Then a view may also be sliced, or
 pass through elementwise functions.
 
@@ -53,6 +56,7 @@ class Found(NamedTuple):
     uses: dict[str, Arrangement]
     sums: dict[str, tuple[jax.Array, int]]  # statistic and rows, added up over the uses
     problems: list[tuple[str, str]]  # path and reason
+    copies: dict[str, frozenset[int]]  # axes of a leaf that number copies in each of its uses
 
 
 def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -> list[Value]:
@@ -101,7 +105,13 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
         if results := as_kernel(equation, views, [operand.data for operand in operands]):
             return results
         if name in _REDUCTIONS:
+            for view in touched:
+                if view.copies:  # a penalty on the whole stack says nothing against copies
+                    _narrow(found, view.path, view.numbered())
             return None
+    for side, view in enumerate(views):
+        if view:
+            _narrow(found, view.path, view.numbered(_batch(equation, side)))
     if name not in _PRODUCTS:
         found.problems.extend((view.path, f"used by `{name}`") for view in touched)
     elif len(touched) == 1:
@@ -114,6 +124,22 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
     else:
         found.problems.extend((view.path, "multiplied by another leaf") for view in touched)
     return None
+
+
+def _narrow(found: Found, path: str, axes: frozenset[int]) -> None:
+    """Keeps the axes that number copies in this use of a leaf and in all before."""
+    found.copies[path] = found.copies.get(path, axes) & axes
+
+
+def _batch(equation: Any, side: int) -> tuple[int, ...]:
+    """The dimensions of an operand along which an equation is one computation for each index."""
+    numbers = equation.params.get("dimension_numbers")
+    if equation.primitive.name == "dot_general":
+        # Without a sum it multiplies entries, as `jnp.einsum("nd,d->nd", x, scale)` does.
+        return tuple(numbers[1][side]) if numbers[0][side] else ()
+    if equation.primitive.name == "gather" and side == 0:
+        return tuple(numbers.operand_batching_dims)
+    return ()
 
 
 def _record(equation: Any, operands: list[Value], side: int, found: Found) -> None:
@@ -159,10 +185,11 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
         same = new is old
         if value.view and not same:
             found.problems.append((value.view.path, "changed by `scan`"))
+            _narrow(found, value.view.path, value.view.numbered())
         starts.append(Value(value.array, value.view if same else None, data=True))
     members = [value.view and value.view.one_of_stack() for value in over]
     mapped = {value.view.path: len(value.view.copies) for value in over if value.view}
-    inner = Found(found.take, {}, {}, [])
+    inner = Found(found.take, {}, {}, [], {})
     ends_views: list[View | None] = []
 
     def step(carry: Any, slices: Any) -> Any:
@@ -194,6 +221,8 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
     options = {name: parameters[name] for name in ("length", "reverse", "unroll")}
     (last, totals), (outputs, stacks) = jax.lax.scan(summed, (first, totals), slices, **options)
     found.problems.extend(inner.problems)
+    for path, axes in inner.copies.items():
+        _narrow(found, path, axes)
     for path, arrangement in inner.uses.items():
         taken = None
         if path in stacks:
@@ -204,9 +233,14 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
         if found.take is None or taken is not None:
             _add(found, path, arrangement, taken)
     results = [value._replace(array=x) for value, x in zip(starts, last, strict=True)]
+    for value, view in zip(starts, ends_views):
+        if view and not value.view:  # one step's copy is used in the next
+            found.problems.append((view.path, "carried on by `scan`"))
+            _narrow(found, view.path, frozenset())
     for array, view in zip(outputs, ends_views[len(last) :], strict=True):
         stacked = view and view.path in mapped and view.stack(mapped[view.path])
         if view and not stacked:
             found.problems.append((view.path, "returned by `scan`"))
+            _narrow(found, view.path, view.numbered())
         results.append(Value(array, stacked or None, data=True))
     return results
