@@ -126,7 +126,7 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
         '2 of 2 masked weights are not 0'
     """
     held = masks.get_masks(opt_state)
-    by_path, axes = trees.places(held), stacks.axes_of(params, stacked)
+    by_path, axes = trees.spread(held, params), stacks.axes_of(params, stacked)
     reasons = trees.reasons(params, axes)
     problems = [line.split(": ", 1) for line in trees.unmatched(by_path, trees.places(params))]
     # The optimizer does not see the state of a whole model, and biases need no mask.

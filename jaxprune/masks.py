@@ -1,6 +1,7 @@
 """Masks beside parameters: read them from an optimizer state, apply them, make them in one call."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,13 @@ def get_masks(opt_state: Any) -> Any:
 
     Returns:
         Tree of bools like the parameters, True where a weight is kept. A leaf that no pruning
-        transformation sees has the scalar mask True.
+        transformation sees has the scalar mask True, and so has a whole branch that
+        `optax.masked` or `optax.partition` hides by one flag or label: all that takes masks reads
+        a scalar as the mask of everything below it.
 
     Raises:
-        ValueError: if there is no pruning transformation in the state.
+        ValueError: if there is no pruning transformation in the state, or two are of different
+            trees of parameters.
 
     Example:
         >>> import optax
@@ -45,7 +49,7 @@ def get_masks(opt_state: Any) -> Any:
             f"transformation (type {type(opt_state).__name__}). Add one, for example "
             "`jaxprune.chain(optimizer, jaxprune.agip_transform(...))`."
         )
-    return jax.tree.map(_merge, *found, is_leaf=trees.is_absent)
+    return _merged(found)
 
 
 def set_masks(opt_state: Any, masks: Any) -> Any:
@@ -57,7 +61,8 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         opt_state: state of an optimizer with a pruning transformation that leaves its masks
             alone, such as `fixed_mask_transform()`.
         masks: tree of bools with the paths of the parameters, True where a weight is kept. Each
-            has the shape of its leaf or is a scalar.
+            has the shape of its leaf or is a scalar, also for a whole branch. A leaf whose place
+            is an `optax.MaskedNode` keeps the mask that it has.
 
     Returns:
         The state with these masks; structure, shapes and dtypes are as before.
@@ -77,14 +82,14 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         [[True, False]]
     """
     held_masks = get_masks(opt_state)
-    now = trees.leaf_by_path(held_masks)
+    now = trees.spread(held_masks, masks)
     # What the state does not prune may be a function of a module and need no mask.
-    free = {path for path, held in now.items() if jnp.ndim(held) == 0}
+    free = {path for path, held in now.items() if held is not None and jnp.ndim(held) == 0}
     by_path = {
         path: None if path in free and not trees.is_numeric(mask) else mask
-        for path, mask in trees.places(masks).items()
+        for path, mask in trees.spread(masks, held_masks).items()
     }
-    problems = trees.unmatched(by_path, trees.places(held_masks))
+    problems = trees.unmatched(by_path, now)
     for path, mask in by_path.items():
         held = now.get(path)
         if held is None or mask is None or not trees.is_numeric(mask):
@@ -100,14 +105,11 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     def renewed(state: Any) -> Any:
         if not _holds_masks(state):
             return state
-        held, structure = jax.tree.flatten(state.masks, is_leaf=trees.is_absent)
-        own = [
-            mask
-            if trees.is_absent(mask)
-            else _placed_like(mask, True if by_path[path] is None else by_path[path])
-            for path, mask in zip(now, held, strict=True)
-        ]
-        return state._replace(masks=jax.tree.unflatten(structure, own))
+        return state._replace(masks=jax.tree_util.tree_map_with_path(renewed_mask, state.masks))
+
+    def renewed_mask(path: Any, held: Any) -> Any:
+        mask = by_path.get(trees.path_string(path), held)
+        return _placed_like(held, True if mask is None else mask)
 
     return jax.tree.map(renewed, opt_state, is_leaf=_holds_masks)
 
@@ -119,7 +121,7 @@ def apply_masks(tree: Any, masks: Any) -> Any:
         tree: parameters, or any tree with the same paths: gradients, momentum, an average of
             the parameters.
         masks: tree of bools, True where a weight is kept. Each mask has the shape of its leaf
-            or is a scalar.
+            or is a scalar, also for a whole branch.
 
     Returns:
         Tree like `tree`, with the same dtypes.
@@ -300,7 +302,7 @@ def _full_masks(masks: Any, params: Any, paths: list[str]) -> list[jax.Array]:
 
 def _fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
     """Masks by path; raises unless each fits its leaf in a tree."""
-    by_path, leaf_of = trees.places(masks), trees.leaf_by_path(tree)
+    by_path, leaf_of = trees.spread(masks, tree), trees.leaf_by_path(tree)
     problems = trees.unmatched(by_path, trees.places(tree))
     problems += [
         f"{path}: shape {trees.shape_of(leaf)}, but mask {trees.shape_of(by_path[path])}"
@@ -329,13 +331,27 @@ def _holds_masks(node: Any) -> bool:
     return "masks" in getattr(node, "_fields", ())
 
 
-def _merge(*masks: Any) -> Any:
-    """The mask of a leaf from the one transformation that sees it."""
-    seen = [mask for mask in masks if not trees.is_absent(mask)]
+def _merged(found: list[Any]) -> Any:
+    """One tree of the masks of several transformations, each of which sees a part of the leaves.
+
+    Where one hides a whole branch, the branch of another is taken, and True if all hide it.
+    """
+    seen = [masks for masks in found if not trees.is_absent(masks)]
     if not seen:
         return jnp.array(True)
-    # Wrappers that mix states make integers of bools, and ~1 is -2.
-    merged = jnp.asarray(seen[0], bool)
-    for mask in seen[1:]:
-        merged = merged & jnp.asarray(mask, bool)
-    return merged
+    if jax.tree_util.all_leaves(seen):
+        # Wrappers that mix states make integers of bools, and ~1 is -2.
+        return functools.reduce(operator.and_, [jnp.asarray(mask, bool) for mask in seen])
+    levels = [
+        jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda node, own=masks: node is not own)
+        for masks in seen
+    ]
+    children = [{trees.path_string(key): child for key, child in level} for level, _ in levels]
+    names = list(children[0])
+    if any(own.keys() != children[0].keys() for own in children):
+        kinds = "; ".join(", ".join(map(repr, own)) for own in children)
+        raise ValueError(
+            "`opt_state` must hold the masks of one tree of parameters, but two pruning "
+            f"transformations in it are of different ones: {kinds}. Read them one by one."
+        )
+    return levels[0][1].unflatten([_merged([own[name] for own in children]) for name in names])

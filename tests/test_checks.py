@@ -109,6 +109,21 @@ def test_a_whole_module_and_its_arrays():
         assert jaxprune.check(pruned, state).ok and jaxprune.check(arrays, state).ok
 
 
+def test_a_branch_that_the_optimizer_does_not_prune():
+    params = {"m": {"a": N(0, 8, 8), "c": N(1, 8, 8)}, "h": {"k": N(2, 8, 8), "bias": N(3, 8)}}
+    prune = jaxprune.magnitude_transform(0.5, start=0, stop=0)
+    parts = {"x": jaxprune.chain(optax.sgd(0.1), prune), "y": optax.sgd(0.1)}
+    optimizer = optax.partition(parts, {"m": "x", "h": "y"})
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state, params)
+    params = optax.apply_updates(params, updates)
+    report = jaxprune.check(params, state)
+    assert report.findings == () and (report.leaves, report.weights, report.pruned) == (2, 128, 64)
+    masks = jaxprune.get_masks(state)
+    summary = jaxprune.summarize(params, masks)
+    assert (summary.total.kept, summary.total.masked_nonzeros) == (64 + 72, 0)
+
+
 # ---- masks that do not hold
 
 

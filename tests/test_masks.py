@@ -129,6 +129,95 @@ def test_get_masks_of_two_transformations_on_the_same_leaves_is_what_both_keep()
         assert (mask == (a & b)).all()
 
 
+def _n(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+BRANCHES = {"m": {"a": _n(0, 8, 8), "c": _n(1, 8, 8)}, "h": {"k": _n(2, 8, 8)}}
+MAGNITUDE = jaxprune.magnitude_transform(0.5, start=0, stop=0)
+RIGL = jaxprune.rigl_transform(0.75, every=2, start=0, stop=2)
+WHOLE_BRANCHES = {  # one flag or label for a whole branch
+    "partition": optax.partition(
+        {"x": jaxprune.chain(optax.sgd(0.1), MAGNITUDE), "y": jaxprune.chain(optax.sgd(0.1), RIGL)},
+        {"m": "x", "h": "y"},
+    ),
+    "masked": jaxprune.chain(
+        optax.sgd(0.1),
+        optax.masked(MAGNITUDE, {"m": True, "h": False}),
+        optax.masked(RIGL, {"m": False, "h": True}),
+    ),
+}
+ONE_BRANCH = {
+    "partition": optax.partition(
+        {"x": jaxprune.chain(optax.sgd(0.1), MAGNITUDE), "y": optax.sgd(0.1)}, {"m": "x", "h": "y"}
+    ),
+    "masked": jaxprune.chain(optax.sgd(0.1), optax.masked(MAGNITUDE, {"m": True, "h": False})),
+}
+
+
+def _trained(optimizer, params=BRANCHES, steps=3):
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for _ in range(steps):
+        updates, state = update(jax.tree.map(jnp.cos, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert update._cache_size() == 1
+    return params, state
+
+
+@pytest.mark.parametrize("name", WHOLE_BRANCHES)
+def test_get_masks_merges_whole_branches(name):
+    params, state = _trained(WHOLE_BRANCHES[name])
+    masks = jaxprune.get_masks(state)
+    chex.assert_trees_all_equal(masks, jax.tree.map(lambda leaf: leaf != 0, params))
+    assert int(masks["m"]["a"].sum() + masks["m"]["c"].sum()) == 64
+    assert int(masks["h"]["k"].sum()) == 16
+    assert jaxprune.check(params, state).ok
+    others = jax.tree.map(_pattern, BRANCHES)
+    chex.assert_trees_all_equal(jaxprune.get_masks(jaxprune.set_masks(state, others)), others)
+
+
+def test_get_masks_merges_labels_of_branches_and_of_leaves():
+    params = {"m": BRANCHES["m"], "rest": [{"k": _n(3, 4, 4)}, (_n(4, 4, 4), None)], "empty": {}}
+    flags = [
+        {"m": {"a": True, "c": False}, "rest": False, "empty": True},
+        {"m": {"a": False, "c": True}, "rest": [False, True], "empty": False},
+        {"m": False, "rest": False, "empty": False},
+    ]
+    state = tuple(optax.masked(MAGNITUDE, own).init(params) for own in flags[:2])
+    masks = jaxprune.get_masks(state)
+    assert masks["m"]["a"].shape == masks["m"]["c"].shape == (8, 8)
+    assert masks["rest"][0].shape == () and bool(masks["rest"][0])
+    assert masks["rest"][1][0].shape == (4, 4) and masks["rest"][1][1] is None
+    assert masks["empty"] == {}
+    jaxprune.apply_masks(params, masks)
+
+
+@pytest.mark.parametrize("name", ONE_BRANCH)
+def test_a_branch_that_nothing_prunes_has_one_mask(name):
+    params, state = _trained(ONE_BRANCH[name])
+    masks = jaxprune.get_masks(state)
+    assert masks["h"].shape == () and bool(masks["h"])
+    assert jaxprune.check(params, state).ok
+    chex.assert_trees_all_equal(jaxprune.apply_masks(params, masks), params)
+    # Masks of the state are good for the whole model, and the reverse.
+    chex.assert_trees_all_equal(jaxprune.set_masks(state, masks), state)
+    whole = jax.tree.map(lambda leaf: leaf != 0, params)
+    chex.assert_trees_all_equal(jaxprune.set_masks(state, whole), state)
+    fixed = jaxprune.fixed_mask_transform(masks).init(params)
+    chex.assert_trees_all_equal(jaxprune.get_masks(fixed)["m"], masks["m"])
+    _, further = jaxprune.prune(params, 0.8, masks=masks)
+    assert not (further["m"]["a"] & ~masks["m"]["a"]).any()
+    with pytest.raises(ValueError, match="h/k: pruned, but the optimizer does not prune it"):
+        jaxprune.set_masks(state, further)
+
+
+def test_masks_of_different_models_do_not_merge():
+    states = MAGNITUDE.init({"a": _n(0, 2, 2)}), MAGNITUDE.init({"b": _n(0, 2, 2)})
+    with pytest.raises(ValueError, match="masks of one tree of parameters.*: 'a'; 'b'. Read"):
+        jaxprune.get_masks(states)
+
+
 def test_get_masks_from_nnx():
     model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(1)))
     before = nnx.state(model, nnx.Param)
@@ -275,6 +364,26 @@ def test_apply_masks_keeps_values_dtypes_and_containers():
 def test_scalar_masks_are_for_whole_leaves(mask):
     result = jaxprune.apply_masks({"w": jnp.full((2, 3), 7.0)}, {"w": jnp.array(mask)})
     assert (result["w"] == (7.0 if mask else 0.0)).all()
+
+
+def test_scalar_masks_are_for_whole_branches():
+    zeroed = jaxprune.apply_masks(BRANCHES, {"m": jnp.array(False), "h": True})
+    chex.assert_trees_all_equal(zeroed["m"], jax.tree.map(jnp.zeros_like, BRANCHES["m"]))
+    chex.assert_trees_all_equal(zeroed["h"], BRANCHES["h"])
+    chex.assert_trees_all_equal(jaxprune.apply_masks(BRANCHES, True), BRANCHES)
+    state = jaxprune.fixed_mask_transform().init(BRANCHES)
+    masks = jaxprune.get_masks(jaxprune.set_masks(state, {"m": False, "h": {"k": True}}))
+    assert not masks["m"]["a"].any() and not masks["m"]["c"].any() and masks["h"]["k"].all()
+    # An array is the mask of one leaf, and a branch must be there.
+    wrong = {"m": jnp.ones((8, 8), bool), "h": True, "new": True}
+    with pytest.raises(ValueError) as error:
+        jaxprune.apply_masks(BRANCHES, wrong)
+    assert str(error.value).splitlines()[1:] == [
+        "  m/a: no mask",
+        "  m/c: no mask",
+        "  m: a mask without a leaf",
+        "  new: a mask without a leaf",
+    ]
 
 
 def test_apply_masks_under_jit():

@@ -180,6 +180,19 @@ def test_scalar_masks_stand_for_whole_leaves():
     assert dense - sparse == pytest.approx(4 * 400, abs=20)
 
 
+def test_scalar_masks_stand_for_whole_branches():
+    params, masks = _network()
+    params = params | {"head": {"kernel": np.ones((4, 4), "f4"), "bias": np.ones(4, "f4")}}
+    for mask, kept in ((True, 20), (np.array(False), 0)):
+        summary = reports.summarize(params, masks | {"head": mask})
+        assert [row.kept for row in summary.rows[2:]] == ([4, 16] if kept else [0, 0])
+    whole = {"head": {"kernel": True, "bias": True}}
+    own = reports.checkpoint_bytes(params, masks | {"head": True})
+    assert own == reports.checkpoint_bytes(params, masks | whole)
+    with pytest.raises(ValueError, match="head/bias: has no mask\n  head/kernel: has no mask\n"):
+        reports.summarize(params, masks | {"head": np.ones((4, 4), bool)})
+
+
 def test_counts_stay_exact_where_float32_does_not():
     size = 2**24 + 3
     mask = np.ones(size, bool)

@@ -199,6 +199,22 @@ def test_scalar_masks():
     _assert_same_bits(masks, expected)
 
 
+def test_scalar_masks_of_whole_branches():
+    params = {"m": {"a": jnp.zeros((4, 4)), "b": jnp.zeros(4)}, "h": {"k": jnp.eye(4)}}
+    same = {"m": {"a": False, "b": False}, "h": {"k": True}}
+    files = io.BytesIO(), io.BytesIO()
+    for file, masks in zip(files, ({"m": False, "h": True}, same), strict=True):
+        storage.save(file, params, masks)
+    assert files[0].getvalue() == files[1].getvalue()
+    files[0].seek(0)
+    _, masks = storage.load(files[0], like=params)
+    assert masks["h"]["k"].shape == () and masks["m"]["a"].shape == (4, 4)
+    with pytest.raises(ValueError, match="h/k: 4 of 16"):
+        storage.save(io.BytesIO(), params, {"m": True, "h": False})
+    with pytest.raises(ValueError, match="new: a mask without a parameter"):
+        storage.save(io.BytesIO(), params, {"m": True, "h": True, "new": True})
+
+
 class Pair(NamedTuple):
     first: Any
     second: Any

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -283,6 +284,153 @@ def test_only_the_last_part_of_a_path_is_a_name():
 
     groups = structure.find_groups(apply, variables, draw(4, 2))
     assert groups.model.parameters == {"mean/kernel", "out"}
+
+
+def vae(w, x):
+    return jax.nn.relu(x @ w["enc"]) @ w["mean"] @ w["dec"]
+
+
+def test_a_kernel_called_mean_is_a_parameter():
+    # The layers of a variational encoder, as bare arrays.
+    variables = {"enc": draw(6, 16), "mean": draw(16, 8), "dec": draw(8, 6)}
+    groups = structure.find_groups(vae, variables, draw(4, 6))
+    assert groups.model.parameters == {"enc", "mean", "dec"}
+    assert sorted(group.size for group in groups.values()) == [8, 16]
+    assert all(group.exact for group in groups.values())
+    scores = structure.filter_norms(groups, variables)  # a group without filters would warn
+    own = np.abs(np.asarray(variables["mean"], float)).sum(0)
+    np.testing.assert_allclose(scores["mean:1"], own, rtol=1e-6)
+    check([Trace(vae, (draw(4, 6),))], variables)
+
+
+KERNELS = {
+    "matrix": (draw(WIDTH, WIDTH), lambda h, w: h @ w),
+    "transposed": (draw(WIDTH, WIDTH), lambda h, w: h @ w.T),
+    "narrower type": (draw(WIDTH, WIDTH), lambda h, w: h @ w.astype("bfloat16").astype("float32")),
+    "scaled": (draw(WIDTH, WIDTH), lambda h, w: h @ (w / jnp.sqrt((w**2).sum(0, keepdims=True)))),
+    "heads": (draw(WIDTH, 4, 2), lambda h, w: jnp.einsum("bi,ihd->bhd", h, w).reshape(-1, WIDTH)),
+    "product of two": (draw(WIDTH, WIDTH), lambda h, w: h @ (w @ w.T)),
+    "convolution": (
+        draw(3, WIDTH, WIDTH),
+        lambda h, w: lax.conv_general_dilated(
+            h[:, None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )[:, 0],
+    ),
+    "scan": (draw(3, WIDTH, WIDTH), lambda h, w: lax.scan(lambda h, w: (h @ w, None), h, w)[0]),
+    "map": (
+        draw(2, WIDTH, WIDTH),
+        lambda h, w: jax.vmap(lambda h, w: h @ w)(jnp.stack([h, h]), w).sum(0),
+    ),
+    "inside of jit and remat": (
+        draw(WIDTH, WIDTH),
+        lambda h, w: jax.checkpoint(jax.jit(lambda h, w: h @ w))(h, w),
+    ),
+}
+VECTORS = {
+    "vector": (draw(WIDTH), lambda h, w: h - w[None]),
+    "four dimensions": (draw(1, 1, 1, WIDTH), lambda h, w: h - w[0, 0]),
+    "scan": (
+        draw(3, WIDTH),
+        lambda h, w: lax.scan(lambda h, w: (h - w[None], None), h, w)[0],
+    ),
+    "map": (
+        draw(2, WIDTH),
+        lambda h, w: jax.vmap(lambda h, w: h - w[None])(jnp.stack([h, h]), w).sum(0),
+    ),
+    "folded into a kernel": (draw(WIDTH), lambda h, w: h @ (jnp.eye(WIDTH) * w[None])),
+    "folded into a stack of kernels": (
+        draw(2, WIDTH),
+        lambda h, w: jnp.einsum("bi,lio->bo", h, jnp.ones((2, WIDTH, WIDTH)) * w[:, None]),
+    ),
+    "an image": (draw(4, WIDTH), lambda h, w: (h - w) @ jnp.ones((WIDTH, WIDTH))),
+}
+
+
+def parameters_around(leaf, use, name):
+    variables = {"in": draw(2, WIDTH), name: leaf, "out": draw(WIDTH, 3)}
+
+    def apply(w, x):
+        return use(jax.nn.relu(x @ w["in"]), w[name]) @ w["out"]
+
+    return structure.find_groups(apply, variables, draw(4, 2)).model.parameters
+
+
+@pytest.mark.parametrize("name", ["mean", "var"])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_kernels_are_parameters_whatever_their_name(kind, name):
+    assert parameters_around(*KERNELS[kind], name) == {"in", name, "out"}
+
+
+@pytest.mark.parametrize("name", ["mean", "var"])
+@pytest.mark.parametrize("kind", VECTORS)
+def test_running_statistics_are_state_by_name(kind, name):
+    assert parameters_around(*VECTORS[kind], name) == {"in", "out"}
+
+
+def test_a_kernel_among_the_updates_or_without_gradient_is_state():
+    variables = {"in": draw(2, WIDTH), "mean": draw(WIDTH, WIDTH), "out": draw(WIDTH, 3)}
+
+    def apply(w, x, kernel):
+        return x @ w["in"] @ kernel @ w["out"]
+
+    def train(w, x):
+        return apply(w, x, w["mean"]), {"mean": 0.9 * w["mean"]}
+
+    def stopped(w, x):
+        return apply(w, x, lax.stop_gradient(w["mean"]))
+
+    x = draw(4, 2)
+    for trace in (Trace(train, (x,), new_state), Trace(stopped, (x,))):
+        groups = structure.find_groups([trace], variables)
+        assert groups.model.parameters == {"in", "out"}
+
+
+def test_names_that_leave_no_parameter_are_said():
+    variables = {"mean": draw(WIDTH), "var": draw(WIDTH, seed=1)}
+
+    def apply(w, x):
+        return (x - w["mean"][None]) * w["var"][None]
+
+    with pytest.raises(ValueError, match="all of mean, var are state.*`parameters=") as error:
+        structure.find_groups(apply, variables, draw(4, WIDTH))
+    assert "mean: the name `mean` is that of running statistics" in str(error.value)
+    assert "var: the name `var` is that of running statistics" in str(error.value)
+    assert "gradient" not in str(error.value)
+    said = structure.find_groups(apply, variables, draw(4, WIDTH), parameters=lambda *_: True)
+    assert said.model.parameters == {"mean", "var"}
+    kernels = {"mean": draw(WIDTH, 6), "var": draw(6, WIDTH)}
+    groups = structure.find_groups(lambda w, x: x @ w["mean"] @ w["var"], kernels, draw(4, WIDTH))
+    assert groups.model.parameters == {"mean", "var"}
+
+
+def test_flax_batch_norms_in_a_stack_keep_their_statistics():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, h, _):
+            h = nn.Dense(WIDTH)(h)
+            return nn.relu(nn.BatchNorm(use_running_average=True)(h)), None
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stack = nn.scan(
+                Layer,
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return nn.Dense(3)(stack()(nn.Dense(WIDTH)(x), None)[0])
+
+    with jax.numpy_rank_promotion("allow"):
+        variables = Network().init(jax.random.key(0), draw(4, 2))
+        # Without the name of the collection, the leaves still say it.
+        renamed = {"params": variables["params"], "statistics": variables["batch_stats"]}
+
+        def apply(w, x):
+            return Network().apply({"params": w["params"], "batch_stats": w["statistics"]}, x)
+
+        groups = structure.find_groups(apply, renamed, draw(4, 2))
+    assert {path for path in groups.model.parameters if not path.startswith("params")} == set()
 
 
 # ---- what is a norm

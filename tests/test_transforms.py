@@ -331,6 +331,55 @@ def test_fixed_masks_are_matched_by_path_and_every_misfit_is_listed():
         jaxprune.fixed_mask_transform(off).init(draw(0))
 
 
+FLAGS = {"a": True, "b": True, "bias": False}
+LABELS = {"a": "one", "b": "two", "bias": "rest"}
+
+
+@pytest.mark.parametrize("wrapper", ["masked", "partition", "branches"])
+def test_fixed_masks_of_the_whole_model_where_a_part_is_seen(wrapper):
+    params = draw(0)
+    _, masks = jaxprune.prune(params, 0.5)
+    tx = jaxprune.fixed_mask_transform(masks)
+    if wrapper == "masked":
+        tx = optax.masked(tx, FLAGS)
+    elif wrapper == "partition":
+        tx = optax.partition({"one": tx, "two": tx, "rest": optax.identity()}, LABELS)
+    else:  # one flag for a branch
+        params = {"all": params, "head": draw(1)}
+        _, masks = jaxprune.prune(params, 0.5)
+        tx = optax.masked(jaxprune.fixed_mask_transform(masks), {"all": True, "head": False})
+    tx = optax.chain(optax.sgd(0.1), tx)
+    updates, state = tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)
+    trained, held = optax.apply_updates(params, updates), jaxprune.get_masks(state)
+    if wrapper == "branches":
+        assert held["head"].shape == () and (trained["head"]["a"] != 0).all()
+        trained, held, masks = trained["all"], held["all"], masks["all"]
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(held[name], masks[name])
+        np.testing.assert_array_equal(trained[name] != 0, masks[name])
+
+
+def test_fixed_masks_without_a_leaf_that_is_only_missing_are_errors():
+    params = draw(0)
+    _, masks = jaxprune.prune(params, 0.5)
+    tx = optax.masked(jaxprune.fixed_mask_transform(masks | {"new": jnp.array(True)}), FLAGS)
+    with pytest.raises(ValueError, match=r"`params`:\n  new: a mask without a leaf$"):
+        tx.init(params)
+    del params["bias"]
+    with pytest.raises(ValueError, match=r"`params`:\n  bias: a mask without a leaf$"):
+        jaxprune.fixed_mask_transform(masks).init(params)
+
+
+def test_a_tree_of_bools_for_the_whole_model_where_a_part_is_seen():
+    flags = {"m": True, "h": {"k": False, "l": True}}  # one for a branch
+    params = {"m": draw(0), "h": {"k": draw(1)["a"], "l": draw(2)["a"]}}
+    prune = jaxprune.magnitude_transform(0.5, start=0, stop=0, prunable=flags)
+    state = optax.masked(prune, {"m": True, "h": {"k": True, "l": False}}).init(params)
+    masks = jaxprune.get_masks(state)
+    assert masks["h"]["k"].shape == masks["h"]["l"].shape == ()
+    assert {mask.ndim for mask in jax.tree.leaves(masks["m"])} == {1, 2}
+
+
 # ---- all
 
 

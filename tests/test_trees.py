@@ -404,6 +404,34 @@ def test_predicate_sees_path_and_leaf():
     assert _chosen({"a": jnp.zeros(())}, lambda path, leaf: True) == ["a"]
 
 
+def test_spread():
+    relu = jax.nn.relu
+    tree = {
+        "m": {"k": jnp.zeros(2), "act": relu, "none": None, "hidden": optax.MaskedNode()},
+        "h": optax.MaskedNode(),
+        "a": 1.0,
+        "a/b": 2.0,
+        "empty": {},
+    }
+    for scalar in (False, jnp.array(False)):
+        found = trees.spread({"m": scalar}, tree)
+        assert found == {"m/k": scalar, "m/act": True}
+    masks = {"a": True, "h": {"x": False}, "empty": True, "m": {"k": None, "hidden": False}}
+    assert trees.spread(masks, tree) == {"a": True, "m/k": None}
+    assert trees.spread({"empty": {"x": True}}, tree) == {"empty/x": True}
+    assert trees.spread({"hh": True, "m": np.ones(2)}, tree).keys() == {"hh", "m"}
+    assert trees.spread(True, [1.0, {"k": 2.0}]) == {"0": True, "1/k": True}
+    assert trees.spread(False, 3.0) == {"": False}
+    one = {"m": True, "m/k": False}
+    assert trees.spread(one, {"m": {"j": 1.0}, "m/k": 1.0}) == {"m/j": True, "m/k": False}
+
+
+def test_a_bool_for_a_whole_branch():
+    params = {"a": jnp.zeros((2, 2)), "b": [jnp.zeros(3), {"c": jnp.zeros(3)}]}
+    assert _chosen(params, {"a": False, "b": True}) == ["b/0", "b/1/c"]
+    assert _chosen(params, {"a": True, "b": [False, True]}) == ["a", "b/1/c"]
+
+
 def test_tree_of_bools():
     params = {"a": jnp.zeros((2, 2)), "b": [jnp.zeros(3)]}
     assert _chosen(params, {"a": False, "b": (True,)}) == ["b/0"]

@@ -122,8 +122,8 @@ def summarize(
     Args:
         params: Any pytree of arrays: Linen dicts, `nnx.State`, modules, lists.
         masks: Bools of the same tree, True where kept, as `jaxprune.get_masks` gives them: of the
-            shapes of the leaves, or scalars. With masks, `params` may hold `jax.ShapeDtypeStruct`,
-            whose non-zeros are what is kept.
+            shapes of the leaves, or scalars, also for a whole branch. With masks, `params` may hold
+            `jax.ShapeDtypeStruct`, whose non-zeros are what is kept.
         prunable: As in the transformations, see `trees.prunable_flags`; None is the default rule.
         stacked: Function `(path, leaf) -> axes` that number copies of a layer, see
             `jaxprune.stacks`: each copy gets a row of its own, such as `layers/kernel[3]`.
@@ -258,7 +258,7 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
 def _checked(params: Any, masks: Any) -> dict[str, np.ndarray]:
     """Masks on the host by path; every mismatch with the parameters is named in one error."""
     leaves, places = _leaves(params), trees.places(params)
-    given = trees.places(masks)
+    given = trees.spread(masks, params)
     full, bad = {}, []
     for path, leaf in leaves:
         mask = given.get(path, False)

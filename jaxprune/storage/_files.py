@@ -43,9 +43,9 @@ def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False)
         params: any pytree of arrays of numbers or bools; 8-bit floats and 4-bit integers too. The
             functions and strings of a module are left out; numbers are stored.
         masks: tree of bools with the same paths, True where a weight is kept. Each has the shape
-            of its leaf or is a scalar; True stands for a dense leaf and False for a mask full of
-            False. None: in floating-point leaves of two or more dimensions zeros count as
-            masked where that makes the file smaller, and all else is dense.
+            of its leaf or is a scalar, also for a whole branch; True stands for a dense leaf and
+            False for a mask full of False. None: in floating-point leaves of two or more dimensions
+            zeros count as masked where that makes the file smaller, and all else is dense.
         overwrite: replace the file if there is one.
 
     Raises:

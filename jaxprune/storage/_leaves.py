@@ -77,7 +77,7 @@ def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.nda
     )
     if masks is None:
         return {path: (leaf, _mask_of_zeros(leaf)) for path, leaf in values.items()}
-    kept = _checked_masks(masks, values, trees.places(params))
+    kept = _checked_masks(masks, values, params)
     lost = {path: np.count_nonzero(_nonzero(leaf) & ~kept[path]) for path, leaf in values.items()}
     trees.raise_for(
         [f"{path}: {count} of {values[path].size}" for path, count in lost.items() if count],
@@ -124,11 +124,9 @@ def _mask_of_zeros(values: np.ndarray) -> np.ndarray:
     return _nonzero(values) | raw.any(axis=1).reshape(values.shape)
 
 
-def _checked_masks(
-    masks: Any, values: dict[str, np.ndarray], places: dict[str, Any]
-) -> dict[str, np.ndarray]:
+def _checked_masks(masks: Any, values: dict[str, np.ndarray], params: Any) -> dict[str, np.ndarray]:
     """Masks on the host by path; a scalar False gets the shape of its leaf."""
-    own = trees.places(masks)
+    own, places = trees.spread(masks, params), trees.places(params)
     given = {
         path: np.asarray(True if mask is None else mask)
         for path, mask in own.items()

@@ -93,6 +93,7 @@ class Analysis:
         self.known_vectors = vectors
         self.vectors: set[int] = set()  # leaves that meet data entry by entry along one dimension
         self.tables: set[int] = set()  # leaves that meet data in another way
+        self.kernels: set[int] = set()  # leaves with two dimensions or more in one product
         self.scales: set[int] = set()  # vectors that multiply data, so that zeros switch it off
         self.unknown: dict[str, int] = {}
         self.op = Op("update", None, {}, [], [], "of a variable")  # what is being followed

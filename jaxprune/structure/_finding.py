@@ -45,8 +45,8 @@ def find_groups(
         parameters: `(path, leaf) -> bool`: what a mask may set to zero. Default all floating-point
             leaves but caches and state: what `updates` says, what no gradient reaches in a trace
             that uses it, and, because a function in evaluation mode has a gradient for its running
-            statistics, what lies in a `batch_stats` or is called `mean` or `var`. Where statistics
-            have other names and no trace trains, say it here.
+            statistics, what lies in a `batch_stats` or is called `mean` or `var` and is no kernel
+            of a product. Where statistics have other names and no trace trains, say it here.
         caches: `(path, leaf) -> bool`: state that is 0 before it is first written, such as keys and
             values of earlier tokens. Default leaves with `cache` in a part of their path.
 
@@ -137,13 +137,14 @@ def _default_parameters(traced: Sequence[Traced], leaves: Mapping[str, Any]) -> 
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not _is_cache(path, leaf)
     }
     state = find_state(traced, leaves)
-    if floating and floating <= state:
-        raise ValueError(
+    if floating <= state.keys():
+        trees.raise_for(
+            [f"{path}: {state[path]}" for path in sorted(floating)],
             f"`variables` must hold parameters, but all of {', '.join(sorted(floating))} are "
-            "state: `updates` says so, or no gradient reaches them. Leave parameters out of "
-            "`updates`, or say what they are with `parameters=lambda path, leaf: ...`."
+            "state. Say what are parameters with `parameters=lambda path, leaf: ...`, which "
+            "overrides all of these reasons, or leave them out of `updates`:",
         )
-    return floating - state
+    return floating - state.keys()
 
 
 def _is_cache(path: str, leaf: Any) -> bool:

@@ -1,5 +1,6 @@
 """Primitives that multiply and add up: contractions and convolutions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,9 +25,24 @@ def _consume(analysis: Any, weight: Value, dimension: int, other: Value) -> None
         analysis.consumers |= weight.origins[dimension]
 
 
+def _note_kernels(analysis: Any, value: Value, copies: Sequence[int] = ()) -> None:
+    """Notes the leaves that are a matrix, or the weights of a window, in one copy of a product."""
+    if not value.of_params:
+        return
+    spans: dict[int, list[int]] = {}  # leaf -> its own dimensions, one for each of the value
+    for dimension, size in enumerate(value.shape):
+        if size > 1 and dimension not in copies:
+            for leaf in {leaf for leaf, _ in value.origins[dimension]}:
+                own = [at for place, at in value.origins[dimension] if place == leaf]
+                spans.setdefault(leaf, []).append(min(own))
+    analysis.kernels |= {leaf for leaf, own in spans.items() if len(set(own)) > 1}
+
+
 def _dot_general(analysis: Any, op: Op) -> None:
     (a, b), out = op.ins, op.outs[0]
     (contract_a, contract_b), (batch_a, batch_b) = op.params["dimension_numbers"]
+    _note_kernels(analysis, a, batch_a)
+    _note_kernels(analysis, b, batch_b)
     for at, bt in zip(contract_a, contract_b, strict=True):
         _contract(analysis, a, at, b, bt, op)
     for at, bt in zip(batch_a, batch_b, strict=True):
@@ -46,6 +62,7 @@ def _convolution(analysis: Any, op: Op) -> bool | None:
     if op.params["batch_group_count"] != 1:
         return False
     (image, kernel), out = op.ins, op.outs[0]
+    _note_kernels(analysis, kernel)
     numbers, groups = op.params["dimension_numbers"], op.params["feature_group_count"]
     image_batch, image_in, *image_space = numbers.lhs_spec
     kernel_out, kernel_in, *kernel_space = numbers.rhs_spec

@@ -6,17 +6,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxprune.structure._traces import Traced
+from jaxprune.structure._traces import Model, Traced, analyze
 
 # A function traced in evaluation mode alone is differentiable in its running statistics, so nothing
-# tells them from parameters but the names that Flax gives them.
+# tells them from other vectors but the names that Flax gives them. A kernel is none of them.
 _COLLECTION, _STATISTICS = "batch_stats", ("mean", "var")
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "xla_call", "remat2", "checkpoint", "remat"}
 # Their derivative is 0 or not defined.
 _FLAT = {"stop_gradient", "sign", "floor", "ceil", "round", "nextafter"}
 
 
-def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:
+def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> dict[str, str]:
     """Finds the variables that are no parameters.
 
     Args:
@@ -24,8 +24,9 @@ def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:
         leaves: the variables by path, in the order of the traces.
 
     Returns:
-        Paths: new values come out as `updates`; or no gradient reaches them in a trace that uses
-        them; or Flax's names for running statistics.
+        From path to reason: new values come out as `updates`; or no gradient reaches them in a
+        trace that uses them; or Flax's names for running statistics. What multiplies as a matrix or
+        a convolution is no running statistic, whatever its name.
 
     Example:
         >>> from jaxprune.structure._traces import Trace, trace_function
@@ -34,17 +35,41 @@ def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:
         ...     return variables["w"] * x, {"average": variables["average"] + x}
         >>> trace = Trace(train, (jnp.ones(2),), updates=lambda output: output[1])
         >>> find_state([trace_function(trace, variables)], variables)
-        {'average'}
+        {'average': '`updates` returns a new value'}
     """
     paths = list(leaves)
-    named = {path for path in paths if _has_a_state_name(path)}
-    updated = {path for traced in traces for path in _changed(traced, paths)}
-    return named | updated | _without_gradient(traces, paths)
+    state = {path: "no gradient reaches it" for path in _without_gradient(traces, paths)}
+    for traced in traces:
+        state |= dict.fromkeys(_changed(traced, paths), "`updates` returns a new value")
+    named = {path: why for path in paths if path not in state and (why := _name_of_state(path))}
+    kernels = _kernels(traces, leaves, named)
+    return state | {path: why for path, why in named.items() if path not in kernels}
 
 
-def _has_a_state_name(path: str) -> bool:
+def _name_of_state(path: str) -> str | None:
+    """What the name of a leaf says, if it is one of running statistics."""
     parts = path.split("/")
-    return _COLLECTION in parts or parts[-1] in _STATISTICS
+    if _COLLECTION in parts:
+        return f"lies in a `{_COLLECTION}`"
+    is_named = parts[-1] in _STATISTICS
+    return f"the name `{parts[-1]}` is that of running statistics" if is_named else None
+
+
+def _kernels(
+    traces: Sequence[Traced], leaves: Mapping[str, Any], named: Mapping[str, str]
+) -> set[str]:
+    """Paths among `named` that are kernels of a product; a collection holds none."""
+    shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    asked = {
+        path
+        for path in named
+        if _COLLECTION not in path.split("/") and sum(size > 1 for size in shapes[path]) > 1
+    }
+    if not asked:  # the usual case costs no pass
+        return set()
+    passes = [analyze(Model(shapes, frozenset(asked)), traced)[0] for traced in traces]
+    paths = list(leaves)
+    return {paths[index] for analysis in passes for index in analysis.kernels}
 
 
 def _changed(traced: Traced, paths: Sequence[str]) -> list[str]:

@@ -35,10 +35,11 @@ def fixed_mask_transform(
 
     Args:
         masks: tree of bools with the paths of the parameters, True where a weight is kept.
-            Each has the shape of its leaf, or is the scalar True. A mask that is True
-            everywhere leaves its leaf alone. What `prune` and `get_masks` return. None keeps
-            everything until `set_masks` puts other masks into the state, as the drivers of
-            `jaxprune.rewinding` do: new masks, but no new compilation.
+            Each has the shape of its leaf, or is the scalar True, also for a whole branch. A mask
+            that is True everywhere leaves its leaf alone, and masks of leaves that
+            `optax.masked` or `optax.partition` hides are not looked at. What `prune` and
+            `get_masks` return. None keeps everything until `set_masks` puts other masks into the
+            state, as the drivers of `jaxprune.rewinding` do: new masks, but no new compilation.
         prunable: without `masks`: which leaves get a mask, see `trees.prunable_flags`.
 
     Returns:
@@ -72,7 +73,7 @@ def fixed_mask_transform(
             flags = trees.prunable_flags(params, prunable)
             kept = [jnp.ones(leaf.shape, bool) for leaf in trees.pick(params, flags)]
             return FixedMaskState(put_masks(params, flags, kept))
-        by_path, leaf_of = trees.places(masks), trees.leaf_by_path(params)
+        by_path, leaf_of = trees.spread(masks, params), trees.leaf_by_path(params)
         problems = trees.unmatched(by_path, trees.places(params))
         problems += [
             f"{path}: {_described(by_path[path])}, but the parameter has shape "

@@ -1,5 +1,6 @@
 """Leaf paths, the rule that says which leaves are pruned, and errors that name every bad leaf."""
 
+from jaxprune.trees._branches import spread
 from jaxprune.trees._defaults import reasons, why_not_pruned
 from jaxprune.trees._paths import (
     check_same_structure,
@@ -47,6 +48,7 @@ __all__ = [
     "raise_for",
     "reasons",
     "shape_of",
+    "spread",
     "stacked_axes",
     "state_fields",
     "unmatched",

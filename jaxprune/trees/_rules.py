@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.trees import _defaults
+from jaxprune.trees._branches import spread
 from jaxprune.trees._paths import (
     is_array,
-    leaf_by_path,
     leaves_with_paths,
     places,
     raise_for,
@@ -32,7 +32,7 @@ def prunable_flags(
         prunable: `None` for the default rule: floating-point leaves of two or more dimensions
             that are no norm parameters, biases or other things known by name, see
             `why_not_pruned`; or a predicate `(path, leaf) -> bool`; or a tree of bools like
-            `params`.
+            `params`, where one bool may stand for a whole branch.
         stacked: function `(path, leaf) -> axes` that number copies of a layer, see
             `stacked_axes`; the default rule does not count them as dimensions.
 
@@ -169,7 +169,8 @@ def _default_flags(params: Any, named: list[tuple[str, Any]], stacked: Stacked) 
 
 def _flags_from_tree(params: Any, named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
     """Matches a tree of bools with the parameters, path by path."""
-    flags, known = leaf_by_path(tree), places(params)
+    flags = {path: flag for path, flag in spread(tree, params).items() if flag is not None}
+    known = places(params)
     missing = [
         f"{path}: missing in `prunable`"
         for path, leaf in named
