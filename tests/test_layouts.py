@@ -339,7 +339,7 @@ COPIES = {
     ),
     "used in the next step": (
         (3, 4),
-        lambda w, x: jax.lax.scan(lambda last, w: (w, last * x), jnp.ones(4), w)[1],
+        lambda w, x: jax.lax.scan(lambda last, w: (w, last * x * w), jnp.ones(4), w)[1],
         None,
     ),
     "changed on the way": (
