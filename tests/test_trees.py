@@ -422,6 +422,8 @@ def test_spread():
     assert trees.spread({"hh": True, "m": np.ones(2)}, tree).keys() == {"hh", "m"}
     assert trees.spread(True, [1.0, {"k": 2.0}]) == {"0": True, "1/k": True}
     assert trees.spread(False, 3.0) == {"": False}
+    slashes = {"m": optax.MaskedNode(), "m/k": 1.0}
+    assert trees.spread({"m": True, "m/k": False}, slashes) == {"m/k": False}
     one = {"m": True, "m/k": False}
     assert trees.spread(one, {"m": {"j": 1.0}, "m/k": 1.0}) == {"m/j": True, "m/k": False}
 

@@ -38,9 +38,9 @@ def spread(masks: Any, tree: Any) -> dict[str, Any]:
     given = places(masks)
     found: dict[str, Any] = {}
     for path, mask in given.items():
-        if any(branch in hidden for branch in _branches(path)):
-            continue
         is_leaf = path in ends and not _is_empty(ends[path])
+        if not is_leaf and any(branch in hidden for branch in _branches(path)):
+            continue
         is_scalar = is_numeric(mask) and shape_of(mask) == ()
         below = [] if is_leaf or not is_scalar else _below(path, ends)
         if not below:
