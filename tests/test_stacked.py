@@ -1,5 +1,7 @@
 """Stacked leaves hold many copies of a layer: whatever is said of a layer holds for each copy."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -255,3 +257,40 @@ def test_layouts_find_inputs_of_each_copy(axis):
         copies = np.moveaxis(np.asarray(masks["layers"]["kernel"]), axis, 0)
         for mask, layer in zip(copies, expected, strict=True):
             np.testing.assert_array_equal(mask, layer["kernel"])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_shard_map_over_data_gives_the_masks_of_one_device(name):
+    """Parameters and state are replicated, the batch is split."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"head": normal(0, 8, 4) / 3, "layers": normal(1, 3, 8, 8) / 3}
+    transform = TRANSFORMS[name](0.5, stacked=under(0), budget=budgets.uniform, **WINDOW)
+    tx = jaxprune.chain(optax.sgd(0.01, momentum=0.9), transform)
+
+    def loss(params, x):
+        for layer in params["layers"]:
+            x = jnp.tanh(x @ layer)
+        return jnp.mean((x @ params["head"]) ** 2)
+
+    def step(shards, params, state, x):
+        # Inside of shard_map the gradient of what is replicated is the sum over devices.
+        gradients = jax.tree.map(lambda g: g / shards, jax.grad(loss)(params, x))
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    split = jax.shard_map(
+        functools.partial(step, 4),
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P(), jax.P("data")),
+        out_specs=(jax.P(), jax.P()),
+    )
+    results = []
+    for run in (functools.partial(step, 1), split):
+        now, state = params, tx.init(params)
+        for i in range(6):
+            now, state = jax.jit(run)(now, state, normal(i, 16, 8))
+        results.append((now, jaxprune.get_masks(state)))
+    chex.assert_trees_all_equal(results[0][1], results[1][1])
+    chex.assert_trees_all_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    kept = np.asarray(results[1][1]["layers"]).sum((1, 2))
+    assert kept.tolist() == [32] * 3
