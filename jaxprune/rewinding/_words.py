@@ -42,9 +42,9 @@ def describe(value: Any, where: str, problems: list[str]) -> str:
 
     Example:
         >>> import functools
-        >>> from jaxprune import budgets
-        >>> describe(functools.partial(budgets.uniform, shapes=(3, 4)), "rule", [])
-        'jaxprune.budgets.uniform(shapes=(3, 4))'
+        >>> from jaxprune import scores
+        >>> describe(functools.partial(scores.magnitude, statistics=None), "rule", [])
+        'jaxprune.scores.magnitude(statistics=None)'
     """
     return _words(value, where, problems, ())
 
