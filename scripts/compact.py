@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,16 @@ def main(args: Sequence[str] | None = None) -> None:
                 raise ValueError(f"`workdir` {options.workdir} holds no finished network")
             return
         runs = read_runs(options)
-        record_command(options, runs, shlex.join(["python", "scripts/compact.py", *args]))
-        compare(options, runs)
+        cells = {config.seed: cells_of(options, config.seed) for _, config in runs}
+        sources: dict[int, str] = {}
+
+        def check() -> None:
+            sources.update({config.seed: source_of(path) for path, config in runs})
+            check_cells(options.workdir, cells, sources)
+
+        command = shlex.join(["python", "scripts/compact.py", *args])
+        record_command(options, runs, command, check)
+        compare(options, runs, cells, sources)
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -140,9 +148,12 @@ def read_runs(options: argparse.Namespace) -> list[tuple[Path, Config]]:
 
 
 def record_command(
-    options: argparse.Namespace, runs: Sequence[tuple[Path, Config]], command: str
+    options: argparse.Namespace,
+    runs: Sequence[tuple[Path, Config]],
+    command: str,
+    check: Callable[[], None],
 ) -> None:
-    """Writes config.json, or refuses a workdir of another comparison."""
+    """Writes config.json, or refuses a workdir of another comparison and what `check` refuses."""
     checkpoints.check_writable(options.workdir)
     now = checkpoints.fields(runs[0][1], FREE)
     now |= {f"compact.py --{name}": getattr(options, name) for name in SHARED}
@@ -150,15 +161,18 @@ def record_command(
     saved = checkpoints.read_json(path)
     if saved is not None:
         checkpoints.check_config(saved, now, str(options.workdir))
+    check()
     commands = [*dict.fromkeys([*(saved or {}).get("commands", []), command])]
     checkpoints.write_json(path, now | {"commands": commands})
 
 
-def compare(options: argparse.Namespace, runs: Sequence[tuple[Path, Config]]) -> None:
+def compare(
+    options: argparse.Namespace,
+    runs: Sequence[tuple[Path, Config]],
+    cells: Mapping[int, Mapping[str, Any]],
+    sources: Mapping[int, str],
+) -> None:
     """Trains every cell that is not finished."""
-    cells = {config.seed: cells_of(options, config.seed) for _, config in runs}
-    sources = {config.seed: source_of(path) for path, config in runs}
-    check_cells(options.workdir, cells, sources)
     folders = [options.workdir / name for own in cells.values() for name in own]
     done = ended = sum((folder / "summary.json").exists() for folder in folders)
     began = time.perf_counter()
