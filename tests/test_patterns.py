@@ -613,7 +613,7 @@ def test_unit_mask_must_have_the_shape_of_the_units():
     "select", [lambda x: patterns.pool(None, x), lambda x: N_M_MASK(x, 1, 2, 0)]
 )
 def test_scores_must_be_floating_point(select):
-    with pytest.raises(ValueError, match="`scores` must be floating point, but are int32"):
+    with pytest.raises(ValueError, match="`scores` must be floating point, but are int(32|64)"):
         select(jnp.zeros((2, 2), int))
 
 

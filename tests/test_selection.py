@@ -448,9 +448,12 @@ def test_sharded_leaves_get_the_masks_of_one_device_and_exchange_counts_only(nam
 # ---- errors
 
 
+EMPTY = np.zeros((0, 2), np.float32)
+
+
 def test_bad_leaves_are_all_named():
     with pytest.raises(ValueError) as error:
-        selection.largest({"a": jnp.arange(3), "b": jnp.zeros((0, 2)), "c": jnp.zeros(2)}, 1)
+        selection.largest({"a": jnp.arange(3, dtype=jnp.int32), "b": EMPTY, "c": jnp.zeros(2)}, 1)
     assert str(error.value).splitlines() == [
         "`scores` must be non-empty floating-point arrays:",
         "  a: dtype int32, 3 entries",
