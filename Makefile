@@ -58,7 +58,7 @@ test-quickly: $(VENV)/.python
 	  --dist worksteal $(QUICK:%=tests/test_%.py) $(LEFT_OUT:%=--deselect tests/test_%) $(ARGS)
 
 # With 64-bit numbers on: what holds for 32 bits must hold for float64 leaves and wider defaults.
-X64 := contract selection plans patterns stacked resume agip scores stats budgets
+X64 := contract selection plans patterns resume agip scores stats budgets
 
 test-x64: $(VENV)/.test  ## run the laws with jax_enable_x64, about three minutes
 	JAX_ENABLE_X64=1 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
