@@ -14,6 +14,7 @@ PACKAGE = ROOT / "jaxprune"
 LAYERS = {
     "trees": 0,
     "counting": 0,
+    "jaxprs": 0,
     "layouts": 1,
     "stats": 1,
     "scores": 1,

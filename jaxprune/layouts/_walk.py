@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxprune import jaxprs
 from jaxprune.layouts._kernels import Arrangement, agree, arrange
 from jaxprune.layouts._views import View, as_kernel, same_values
 
@@ -176,8 +177,9 @@ def _add(
 def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> list[Value]:
     """Evaluates a scan, and records the products of its body for all of its steps."""
     closed, length = parameters["jaxpr"], parameters["length"]
-    body, consts = closed.jaxpr, parameters["num_consts"]
-    ends = consts + parameters["num_carry"]
+    body = closed.jaxpr
+    consts, count = jaxprs.scan_counts(parameters, len(operands))
+    ends = consts + count
     fixed, carried, over = operands[:consts], operands[consts:ends], operands[ends:]
     # A value that each step hands on as it is stays a view.
     starts = []

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import jaxprs
 from jaxprune.structure._elementwise import zero_only
 from jaxprune.structure._nodes import FROZEN
 from jaxprune.structure._values import ZERO, ZERO_GATE, ZERO_SOFT, Op, Rule, Value
@@ -257,10 +258,7 @@ def _carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> No
 
 def _counts(op: Op) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried."""
-    if "num_consts" in op.params:
-        return op.params["num_consts"], op.params["num_carry"]
-    consts, carry, _ = op.params["ft_in"].update(range(len(op.ins))).unpack()  # newer JAX
-    return len(consts), len(carry)
+    return jaxprs.scan_counts(op.params, len(op.ins))
 
 
 def _scan(analysis: Any, op: Op) -> None:

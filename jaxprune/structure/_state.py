@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxprune import jaxprs
 from jaxprune.structure._traces import Model, Traced, analyze
 
 # A function traced in evaluation mode alone is differentiable in its running statistics, so nothing
@@ -151,8 +152,8 @@ def _through(equation: Any, hits: list[bool], smooth: bool) -> list[bool]:
     if name == "cond":
         sides = [_reach(branch.jaxpr, hits, smooth) for branch in params["branches"]]
         return [not smooth, *map(any, zip(*sides, strict=True))]
-    if name == "scan" and "num_consts" in params:
-        first, count = params["num_consts"], params["num_carry"]
+    if name == "scan":
+        first, count = jaxprs.scan_counts(params, len(equation.invars))
         while True:  # what is carried comes back as a result of the pass before
             found = _reach(params["jaxpr"].jaxpr, hits, smooth)
             carried = [a or b for a, b in zip(hits, found[first : first + count])]
