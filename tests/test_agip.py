@@ -392,6 +392,16 @@ def test_no_pass_over_memory_is_added_by_the_branch() -> None:
     assert len(large) == 6
 
 
+def test_rates_of_a_tree_that_int32_cannot_count():
+    params = {"table": jax.ShapeDtypeStruct((3, 2**30), jnp.float32)}
+    tx = jaxprune.agip_transform(0.5, stop=2, rate=rates.by_density(), budget=budgets.uniform)
+    state = jax.eval_shape(tx.init, params)
+    _, after = jax.eval_shape(tx.update, params, state, params)
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [
+        leaf.dtype for leaf in jax.tree.leaves(state)
+    ]
+
+
 # ---- layers that have never moved
 
 

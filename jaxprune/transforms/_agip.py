@@ -136,7 +136,7 @@ def agip_transform(
             or `decay=None` meets a leaf with no momentum or with two.
 
     Warns:
-        UserWarning: from `init`, unless traced, if all gates of a group are 0.
+        UserWarning: from `init`, unless traced, if a pruned leaf, or all gates of a group, are 0.
 
     References:
         Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878 (the ramp).
@@ -267,7 +267,8 @@ def agip_transform(
 
 def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Density and mean statistic of the kept weights, each float32 [pruned leaves]."""
-    counts = jnp.maximum(counting.count_kept(masks), 1).astype(jnp.float32)
+    with counting.exact(masks):
+        counts = jnp.maximum(counting.count_kept(masks).astype(jnp.float32), 1)
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
     sums = [
         jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))
