@@ -76,7 +76,7 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's style
 bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, and compacted networks
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/selection.py
-	$(PYTHON) benchmarks/compaction.py
+	$(PYTHON) benchmarks/structure.py
 	$(PYTHON) benchmarks/blocks.py
 	$(PYTHON) benchmarks/loop.py
 

@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 
 import jaxprune
-from jaxprune import data, models, reports, training
+from jaxprune import data, models, reports, sharding, training
 
 QUICK = {"model": "resnet8", "size": 8, "batch": 8, "steps": 2, "rounds": 1}
 DEFAULTS = {"model": "resnet20", "size": 32, "batch": 64, "steps": 10, "rounds": 7}
@@ -104,8 +104,8 @@ def build(options: argparse.Namespace) -> tuple[Loop, training.TrainState]:
     shape = options.size, options.size, 3
     size = 8 * options.batch
     made = data.make_synthetic(image_shape=shape, num_classes=10, train_size=size, test_size=1)
-    mesh = training.make_mesh()
-    split = training.replicate(made[0], mesh)
+    mesh = sharding.make_mesh()
+    split = sharding.replicate(made[0], mesh)
     model = getattr(models, options.model)(num_classes=10, rngs=nnx.Rngs(0))
     tx = jaxprune.chain(
         optax.sgd(0.1, momentum=0.9), jaxprune.agip_transform(0.72, start=1, stop=2, every=1)
@@ -119,7 +119,7 @@ def build(options: argparse.Namespace) -> tuple[Loop, training.TrainState]:
     chunk = 1 if jax.default_backend() == "cpu" else options.steps
     rows = jnp.tile(jnp.arange(options.batch, dtype=jnp.int32), (chunk, 1))
     batches = data.index_batches(size, options.batch, seed=0)
-    return Loop(run, split, mesh, batches, training.replicate(rows, mesh), chunk), state
+    return Loop(run, split, mesh, batches, sharding.replicate(rows, mesh), chunk), state
 
 
 def bare(loop: Loop, state: Any, steps: int, key: jax.Array) -> Any:
@@ -145,7 +145,7 @@ def split_of_a_step(loop: Loop, state: Any, steps: int, key: jax.Array) -> dict[
     for _ in range(max(3, steps // loop.chunk)):
         clock = [time.perf_counter()]
         rows = np.stack([next(loop.batches) for _ in range(loop.chunk)])
-        rows = jax.block_until_ready(training.replicate(rows, loop.mesh))
+        rows = jax.block_until_ready(sharding.replicate(rows, loop.mesh))
         clock.append(time.perf_counter())
         state, metrics = loop.run(state, loop.split, rows, key)
         clock.append(time.perf_counter())

@@ -74,11 +74,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return axes
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices; those of a TPU so that neighbours in the mesh are neighbours on the chip.
 
     Args:
-        axes: from `parse_mesh`.
+        axes: axis -> number of devices, as `parse_mesh` returns it; None puts all on `data`.
         devices: default all devices of all processes; or those of an ahead-of-time topology.
 
     Returns:
@@ -88,10 +88,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         ValueError: there are more or fewer devices than the axes need.
 
     Example:
-        >>> make_mesh({"data": jax.device_count()}).axis_names
+        >>> make_mesh().axis_names
         ('data',)
     """
     devices = jax.devices() if devices is None else devices
+    axes = {"data": len(devices)} if axes is None else axes
     needed, found = math.prod(axes.values()), len(devices)
     if needed != found:
         text = ",".join(f"{name}={size}" for name, size in axes.items())

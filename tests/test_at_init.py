@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune
 from jaxprune import at_init, budgets, models, trees
+from tests.support import reference
 
 IMAGES, CLASSES = 6, 3
 

@@ -8,9 +8,14 @@ import pytest
 from flax import nnx
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import erdos_renyi_densities, keep_count, largest_remainder, water_levels
 
 from jaxprune import budgets, layouts, models, trees
+from tests.support.reference import (
+    erdos_renyi_densities,
+    keep_count,
+    largest_remainder,
+    water_levels,
+)
 
 SIZES = st.integers(1, 10**8)
 SPARSITIES = st.floats(0, 1, exclude_max=True)

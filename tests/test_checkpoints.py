@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import checkpoints
+from jaxprune import checkpoints, sharding
 from jaxprune.training import TrainState
 
 
@@ -47,9 +47,8 @@ def test_keeps_the_newest_and_never_rewrites(tmp_path):
 
 
 def test_restores_onto_eight_devices(tmp_path):
-    from jaxprune import training
 
-    like = training.replicate(_state(), training.make_mesh())
+    like = sharding.replicate(_state(), sharding.make_mesh())
     state, _ = checkpoints.restore(_saved(tmp_path, 3), like)
     assert len(state.params["blocks"][0].devices()) == 8
     chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(_state(3).params))

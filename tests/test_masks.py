@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx, struct
-from reference import keep_count, largest
 
 import jaxprune
-from jaxprune import budgets, scores, training
+from jaxprune import budgets, scores, sharding
+from tests.support.reference import keep_count, largest
 
 PARAMS = {
     "conv": {"kernel": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)},
@@ -304,7 +304,7 @@ def test_masks_are_matched_by_path_and_copied():
 
 
 def test_set_masks_keeps_devices():
-    mesh = training.make_mesh()
+    mesh = sharding.make_mesh()
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     state = jax.device_put(jaxprune.fixed_mask_transform().init(PARAMS), whole)
     masks = jax.tree.map(_pattern, PARAMS) | {"bias": True}

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import layouts, patterns
+from tests.support import reference
 
 N_M_MASK = jax.jit(patterns.n_m_mask, static_argnums=(2, 3))
 

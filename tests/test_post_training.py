@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from flax import nnx
 
 import jaxprune
@@ -22,6 +21,7 @@ from jaxprune.post_training import (
     to_matrices,
     wanda,
 )
+from tests.support import reference
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 

@@ -9,9 +9,9 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import cosine, cubic
 
 from jaxprune import schedules
+from tests.support.reference import cosine, cubic
 
 WINDOWS = st.tuples(st.integers(0, 1000), st.integers(1, 5000)).map(lambda w: (w[0], sum(w)))
 FRACTIONS = st.floats(0, 1, allow_subnormal=False)

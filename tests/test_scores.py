@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxprune import scores
-from tests import reference
+from tests.support import reference
 
 
 def _trees(seed, dtype=np.float32):

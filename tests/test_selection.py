@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from reference import largest
 
 from jaxprune import counting, selection
+from tests.support.reference import largest
 
 # Compiled once for each list of shapes, so that most examples only run.
 SELECT = jax.jit(selection.largest)

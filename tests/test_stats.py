@@ -7,9 +7,9 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import gradient_average
 
 from jaxprune import stats
+from tests.support.reference import gradient_average
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 

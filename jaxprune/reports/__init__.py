@@ -24,7 +24,6 @@ from jaxprune.reports._plots import (
 )
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
 from jaxprune.reports._tables import markdown_table, table
-from jaxprune.structure import count_macs
 
 __all__ = [
     "Comparison",
@@ -35,7 +34,6 @@ __all__ = [
     "Summary",
     "checkpoint_bytes",
     "compare",
-    "count_macs",
     "markdown_table",
     "measure_latency",
     "measure_memory",

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from jaxprune.reports._tables import table
-from jaxprune.structure import count_macs
 
 
 class Memory(NamedTuple):
@@ -199,7 +198,7 @@ def compare(
         A `Comparison`: print it, or use its `costs` and `to_dict()`.
 
     Raises:
-        ValueError: `calls` is empty, or as `measure_latency` and `count_macs`.
+        ValueError: `calls` is empty, or as `measure_latency` and `structure.count_macs`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -211,6 +210,8 @@ def compare(
         >>> costs["dense"].macs, costs["half"].macs
         (128, 64)
     """
+    from jaxprune.structure import count_macs  # here, so that `import jaxprune` stays light
+
     if not calls:
         raise ValueError("`calls` must name at least one function, but is empty.")
     _check_repeats(repeats)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from jaxprune import budgets, masks, scores
+from jaxprune import budgets, one_shot, scores
 from jaxprune.rewinding._rounds import retrain, rewound, run_rounds
 from jaxprune.rewinding._stages import Options
 from jaxprune.rewinding._tasks import Guard, Recipe, Round, Task, keep_all, whole
@@ -222,7 +222,7 @@ def random_masks(
     """
     options.setdefault("name", "random_masks")
     rule = {"score": scores.random(seed), "budget": budgets.global_budget(0)}
-    options.setdefault("prune", functools.partial(masks.prune, **rule))
+    options.setdefault("prune", functools.partial(one_shot.prune, **rule))
     return retrain(task, workdir, _rate_rewound(task, to), densities, **options)
 
 

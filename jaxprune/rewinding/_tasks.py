@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import budgets, trees
-from jaxprune.masks import prune
+from jaxprune.one_shot import prune
 
 
 class Task(NamedTuple):

@@ -20,6 +20,15 @@ from jaxprune.structure._nnx import FromNNX, from_nnx
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan, plan_of
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
+from jaxprune.structure._shrinking import (
+    Network,
+    Policy,
+    Switch,
+    masked_channels,
+    pays,
+    shrink,
+    start,
+)
 from jaxprune.structure._traces import Model, Trace
 
 __all__ = [
@@ -31,7 +40,10 @@ __all__ = [
     "Groups",
     "Member",
     "Model",
+    "Network",
     "Plan",
+    "Policy",
+    "Switch",
     "Trace",
     "byte_cost",
     "compact_state",
@@ -46,8 +58,12 @@ __all__ = [
     "keep_within",
     "load_plan",
     "mac_cost",
+    "masked_channels",
     "norm_scales",
     "normalized",
+    "pays",
     "plan_of",
+    "shrink",
+    "start",
     "taylor",
 ]

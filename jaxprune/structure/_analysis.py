@@ -10,15 +10,15 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
-from jaxprune.structure import (
-    _control,
-    _elementwise,
-    _indexing,
-    _products,
-    _reductions,
-    _shapes,
-)
 from jaxprune.structure._nodes import FROZEN, Nodes, rows_of
+from jaxprune.structure._rules import (
+    control,
+    elementwise,
+    indexing,
+    products,
+    reductions,
+    shapes,
+)
 from jaxprune.structure._values import (
     ALWAYS_SAME,
     ALWAYS_ZERO,
@@ -37,12 +37,12 @@ from jaxprune.structure._values import (
 )
 
 RULES: dict[str, Rule] = {
-    **_elementwise.RULES,
-    **_shapes.RULES,
-    **_products.RULES,
-    **_reductions.RULES,
-    **_indexing.RULES,
-    **_control.RULES,
+    **elementwise.RULES,
+    **shapes.RULES,
+    **products.RULES,
+    **reductions.RULES,
+    **indexing.RULES,
+    **control.RULES,
 }
 INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
 # What only moves entries: nothing is computed from those that it leaves out.
@@ -289,7 +289,7 @@ class Analysis:
             out.of_params, out.of_data, out.op = of_params, of_data, op
         if op.name not in _MOVES:
             self.use(op.ins)
-        if not of_params and op.name not in _control.RULES:
+        if not of_params and op.name not in control.RULES:
             self._note_meeting(op)
         rule = RULES.get(op.name)
         if rule is None or rule.analyze(self, op) is False:
@@ -321,7 +321,7 @@ class Analysis:
                     size > 1 and bool(origins)
                     for size, origins in zip(value.shape, value.origins, strict=True)
                 )
-                plain = op.name in _elementwise.NAMES and spans <= 1
+                plain = op.name in elementwise.NAMES and spans <= 1
                 (self.vectors if plain else self.tables).update(leaves)
                 if plain and op.name == "mul" and self._switches(value):
                     self.scales |= value.support

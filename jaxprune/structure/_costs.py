@@ -10,10 +10,10 @@ from jax.extend import core
 
 from jaxprune import trees
 from jaxprune.structure._analysis import INLINED, live_equations
-from jaxprune.structure._control import RULES as CONTROL
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
+from jaxprune.structure._rules.control import RULES as CONTROL
 from jaxprune.structure._traces import Trace, abstract, analyze, trace_function
 from jaxprune.structure._values import Graph, Op
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.structure import _elementwise
 from jaxprune.structure._analysis import RULES, Analysis
+from jaxprune.structure._rules import elementwise
 from jaxprune.structure._values import ZERO, Graph, Op, Value
 
 
@@ -75,11 +75,11 @@ class Execution:
             return self.take(whole, value, but=dimension)
         if op is None:
             raise AssertionError(f"no removed entries of {value}")
-        if op.name in _elementwise.NAMES:
+        if op.name in elementwise.NAMES:
             return self.bind(op, _alike([self._operand(v, dimension) for v in op.ins], dimension))[
                 0
             ]
-        if op.name in _elementwise.IDENTITIES:
+        if op.name in elementwise.IDENTITIES:
             return self.removed(op.ins[op.outs.index(value)], dimension)
         operand = op.ins[0]
         if op.name == "broadcast_in_dim":

@@ -2,10 +2,10 @@
 
 from jaxprune.transforms._acdc import acdc_transform
 from jaxprune.transforms._agip import AgipState, agip_transform
+from jaxprune.transforms._base import MaskState
 from jaxprune.transforms._chain import chain
 from jaxprune.transforms._fixed_mask import FixedMaskState, fixed_mask_transform
 from jaxprune.transforms._magnitude import magnitude_transform
-from jaxprune.transforms._masking import MaskState
 from jaxprune.transforms._random import random_transform
 from jaxprune.transforms._rigl import rigl_transform
 from jaxprune.transforms._saliency import saliency_transform

@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from jaxprune import budgets, patterns, plans, scores, trees
-from jaxprune.transforms._masking import check_window, masking_transform
+from jaxprune import budgets, patterns, scores, timetables, trees
+from jaxprune.transforms._base import check_window, masking_transform
 
 
 def acdc_transform(
@@ -68,9 +68,11 @@ def acdc_transform(
     check_window("acdc_transform", every, start, stop, bad)
     steps, sparsities = phases(float(sparsity), every, start, stop)
 
-    def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
+    def choose(
+        timetable: timetables.Timetable, index: Any, masks: Any, weights: Any, gradients: Any
+    ) -> Any:
         del masks, gradients
-        return plans.select(plan, index, scores.magnitude(weights))
+        return timetables.select(timetable, index, scores.magnitude(weights))
 
     return masking_transform(
         steps,

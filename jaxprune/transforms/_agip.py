@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import budgets, counting, patterns, plans, rates, schedules, scores, stats, trees
-from jaxprune.transforms._channels import channel_transform
-from jaxprune.transforms._masking import (
+from jaxprune import budgets, counting, patterns, rates, schedules, scores, stats, timetables, trees
+from jaxprune.transforms._agip_channels import channel_transform
+from jaxprune.transforms._base import (
     check_line_search,
     check_window,
     held_for,
-    plan_once,
     project,
     put_masks,
     raw_gradients,
     split,
+    timetable_once,
     update_masks,
     warn_of_zeros,
     zero_counters,
@@ -37,7 +37,7 @@ class AgipState(NamedTuple):
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
-    plan_mark: jax.Array  # int32 [], the mask update that the masks come from
+    timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
     gradient_average: Any  # `dtype`, like the pruned parameters; () without an own average
     densities: Any  # float32 [pruned leaves]; () without `rate`
     mean_statistics: Any  # float32 [pruned leaves]; () without `rate`
@@ -172,10 +172,10 @@ def agip_transform(
         )
     score = scores.taylor if score is None else score
     steps = schedules.mask_update_steps(start, stop, every)
-    sparsities = plans.sparsities_at(sparsity, steps)
+    sparsities = timetables.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
     moved = [fraction(step) for step in steps]
-    plan_for = plan_once(
+    timetable_for = timetable_once(
         steps, sparsities, moved=moved, budget=budget, pattern=pattern, stacked=stacked
     )
 
@@ -183,7 +183,7 @@ def agip_transform(
         flags = trees.prunable_flags(params, prunable, stacked)
         pruned = trees.pick(params, flags)
         if pruned:
-            plan_for(params, flags)  # a budget that cannot be met raises here
+            timetable_for(params, flags)  # a budget that cannot be met raises here
             warn_of_zeros(params, flags)
         zeros = [jnp.zeros_like(leaf, dtype=dtype) for leaf in pruned]
         return AgipState(
@@ -205,7 +205,7 @@ def agip_transform(
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args, inner_state)
         flags, weights, moves, masks = split(updates, state.masks, params, prunable, stacked)
-        plan = plan_for(params, flags)
+        timetable = timetable_for(params, flags)
 
         # Gradients -> statistics.
         gradients, faults = [], []
@@ -235,16 +235,16 @@ def agip_transform(
             (masks, survivors), (statistics, weights, _) = carry, buffers
             statistics = settled(statistics)
             scaled = stats.rescaled(statistics)
-            growth = scores.gradient(None, scaled) if plans.ever_grows(plan) else None
+            growth = scores.gradient(None, scaled) if timetables.ever_grows(timetable) else None
             ranked, unmoved = scores.rank_unmoved(
-                score(weights, scaled), weights, scaled, plan.stacked
+                score(weights, scaled), weights, scaled, timetable.stacked
             )
-            new = plans.renew(plan, index, masks, ranked, growth, unmoved)
+            new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
             return new, _survivors(new, statistics) if rate is not None else survivors
 
         survivors = state.densities, state.mean_statistics
         (masks, survivors), counters = update_masks(
-            plan, state, (masks, survivors), (statistics, weights, gradients), renew, faults
+            timetable, state, (masks, survivors), (statistics, weights, gradients), renew, faults
         )
         densities, means = survivors
 

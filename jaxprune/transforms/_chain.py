@@ -9,7 +9,8 @@ import optax
 
 from jaxprune import trees
 from jaxprune.transforms._agip import AgipState
-from jaxprune.transforms._channels import ChannelState
+from jaxprune.transforms._agip_channels import ChannelState
+from jaxprune.transforms._base import MaskState, has_line_search
 from jaxprune.transforms._fixed_mask import FixedMaskState
 from jaxprune.transforms._frozen import warn_of_frozen
 from jaxprune.transforms._inner import (
@@ -22,7 +23,6 @@ from jaxprune.transforms._inner import (
     pruning_states,
     restart_moments,
 )
-from jaxprune.transforms._masking import MaskState, has_line_search
 from jaxprune.transforms._straight_through import StraightThroughState
 
 _Inner = Literal["sparse", "dense"] | None

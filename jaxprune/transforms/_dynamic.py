@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from jaxprune import budgets, patterns, plans, schedules, scores, trees
-from jaxprune.transforms._masking import check_window, masking_transform
+from jaxprune import budgets, patterns, schedules, scores, timetables, trees
+from jaxprune.transforms._base import check_window, masking_transform
 
 # function (index of the mask update, weights, gradients) -> scores of what may grow
 Growth = Callable[[jax.Array, list[jax.Array], Any], list[jax.Array]]
@@ -60,12 +60,14 @@ def dynamic_transform(
     steps = schedules.mask_update_steps(start, stop, every)
     fraction = schedules.cosine(drop, start, stop)
 
-    def first(plan: plans.Plan, weights: list[jax.Array]) -> list[jax.Array]:
-        return plans.select(plan, 0, scores.random(seed)(weights, None))
+    def first(timetable: timetables.Timetable, weights: list[jax.Array]) -> list[jax.Array]:
+        return timetables.select(timetable, 0, scores.random(seed)(weights, None))
 
-    def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
+    def choose(
+        timetable: timetables.Timetable, index: Any, masks: Any, weights: Any, gradients: Any
+    ) -> Any:
         grow = growth(index, weights, gradients)
-        return plans.renew(plan, index, masks, scores.magnitude(weights), grow)
+        return timetables.renew(timetable, index, masks, scores.magnitude(weights), grow)
 
     return masking_transform(
         steps,

@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 
 from jaxprune import trees
-from jaxprune.transforms._masking import check_line_search, project, put_masks, split
+from jaxprune.transforms._base import check_line_search, project, put_masks, split
 
 
 class FixedMaskState(NamedTuple):

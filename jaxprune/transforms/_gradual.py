@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from jaxprune import budgets, patterns, plans, schedules, scores, trees
-from jaxprune.transforms._masking import check_window, masking_transform
+from jaxprune import budgets, patterns, schedules, scores, timetables, trees
+from jaxprune.transforms._base import check_window, masking_transform
 
 
 def gradual_transform(
@@ -42,7 +42,7 @@ def gradual_transform(
     """
     check_window(name, every, start, stop)
     steps = schedules.mask_update_steps(start, stop, every)
-    sparsities = plans.sparsities_at(sparsity, steps)
+    sparsities = timetables.sparsities_at(sparsity, steps)
     falls = [
         f"from {a} at step {s} to {b} at step {t}"
         for a, b, s, t in zip(sparsities, sparsities[1:], steps, steps[1:], strict=False)
@@ -54,11 +54,13 @@ def gradual_transform(
         "or `straight_through_transform`, or mend the schedule:",
     )
 
-    def choose(plan: plans.Plan, index: Any, masks: Any, weights: Any, gradients: Any) -> Any:
+    def choose(
+        timetable: timetables.Timetable, index: Any, masks: Any, weights: Any, gradients: Any
+    ) -> Any:
         ranked, unmoved = score(weights, gradients), None
         if needs_gradient:
-            ranked, unmoved = scores.rank_unmoved(ranked, weights, gradients, plan.stacked)
-        return plans.renew(plan, index, masks, ranked, unranked=unmoved)
+            ranked, unmoved = scores.rank_unmoved(ranked, weights, gradients, timetable.stacked)
+        return timetables.renew(timetable, index, masks, ranked, unranked=unmoved)
 
     return masking_transform(
         steps,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import trees
-from jaxprune.transforms._masking import holds_masks, keeps_value, project
+from jaxprune.transforms._base import holds_masks, keeps_value, project
 
 
 def pruning_states(state: Any) -> list[Any]:

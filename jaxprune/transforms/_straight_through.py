@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import budgets, patterns, plans, schedules, scores, trees
-from jaxprune.transforms._masking import (
+from jaxprune import budgets, patterns, schedules, scores, timetables, trees
+from jaxprune.transforms._base import (
     check_line_search,
     check_window,
     held_for,
-    plan_once,
     put_masks,
     split,
+    timetable_once,
     update_masks,
     zero_counters,
 )
@@ -33,7 +33,7 @@ class StraightThroughState(NamedTuple):
     mask_updates: jax.Array  # int32 [], mask updates that are done
     refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
     masks: Any  # bool, like the parameters, True where a weight is used; only of pruned leaves
-    plan_mark: jax.Array  # int32 [], the mask update that the masks come from
+    timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
     dense: Any  # like the pruned parameters: the values of all their weights, used or not
 
 
@@ -101,15 +101,15 @@ def straight_through_transform(
     """
     check_window("straight_through_transform", every, start, stop)
     steps = schedules.mask_update_steps(start, stop, every)
-    sparsities = plans.sparsities_at(sparsity, steps)
+    sparsities = timetables.sparsities_at(sparsity, steps)
     rule = budgets.erdos_renyi_kernel if budget is None else budget
-    plan_for = plan_once(steps, sparsities, budget=rule, pattern=pattern, stacked=stacked)
+    timetable_for = timetable_once(steps, sparsities, budget=rule, pattern=pattern, stacked=stacked)
 
     def init_fn(params: optax.Params) -> StraightThroughState:
         flags = trees.prunable_flags(params, prunable, stacked)
         weights = trees.pick(params, flags)
         if weights:
-            plan_for(params, flags)  # a budget that cannot be met raises here
+            timetable_for(params, flags)  # a budget that cannot be met raises here
         return StraightThroughState(
             **zero_counters(),
             masks=put_masks(params, flags, [jnp.ones_like(w, dtype=bool) for w in weights]),
@@ -124,7 +124,7 @@ def straight_through_transform(
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
         parts = split(updates, state.masks, params, prunable, stacked)
-        plan = plan_for(params, parts.flags)
+        timetable = timetable_for(params, parts.flags)
         values = held_for(state.dense, params, parts.flags)
         dense = [
             (value + update).astype(value.dtype)
@@ -133,9 +133,9 @@ def straight_through_transform(
 
         def renew(index: jax.Array, masks: list[jax.Array], dense: Any) -> list[jax.Array]:
             del masks
-            return plans.select(plan, index, score(dense, None))
+            return timetables.select(timetable, index, score(dense, None))
 
-        masks, counters = update_masks(plan, state, parts.masks, dense, renew)
+        masks, counters = update_masks(timetable, state, parts.masks, dense, renew)
         moves = map(_move, parts.updates, masks, parts.weights, dense)
         state = StraightThroughState(
             **counters,

@@ -1,0 +1,1 @@
+"""The experiments behind scripts/: train, prune, rewind, compact and compare networks."""

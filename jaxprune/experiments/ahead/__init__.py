@@ -1,0 +1,1 @@
+"""The training step compiled for machines that are not there, and held to rules."""

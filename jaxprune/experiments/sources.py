@@ -1,0 +1,143 @@
+"""Where the images of a run come from: a small set that lives on the devices, or files.
+
+A small set is decoded once; a batch is a row of indices. Of ImageNet each process reads, decodes
+and crops its part of every batch, in workers beside the training.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxprune import data, sharding
+from jaxprune.experiments.config import Config
+
+
+class Source(NamedTuple):
+    """Images, and how a network gets them."""
+
+    size: int  # training images
+    image_shape: tuple[int, ...]  # height, width, channels
+    num_classes: int
+    train: Any  # data.Split on the devices; None where batches are read
+    test: Any  # the same, or a function that yields batches, see training.make_evaluate
+    batches: Callable[[int, int], Iterator[Any]]  # (seed, number of the first), see training.fit
+    first: Callable[[int], data.Split]  # so many images of the training set, in memory
+    augment: Callable[[jax.Array, jax.Array], jax.Array]  # (key, uint8 images) -> uint8 images
+    prepare: Callable[[jax.Array], jax.Array]  # uint8 images -> what the model takes
+    fingerprint: Callable[[], int]  # of the data; the same on all processes
+
+
+def open_source(config: Config, mesh: Mesh) -> Source:
+    """The data set of a configuration; errors are for the user."""
+    return files(config) if config.dataset == "imagenet2012" else resident(config, mesh)
+
+
+def resident(config: Config, mesh: Mesh) -> Source:
+    """A small set, on every device."""
+    dataset = held_out(load_data(config), config.validation)
+    train, test = sharding.replicate((dataset.train, dataset.test), mesh)
+    size = len(dataset.train.labels)
+
+    def batches(seed: int, start: int) -> Iterator[Any]:
+        found = data.index_batches(size, config.batch_size, seed=seed)
+        found.set_state({"next_index": start})
+        return found
+
+    next(batches(config.seed, 0))  # batch size and seed are checked before anything is compiled
+
+    def fingerprint() -> int:
+        parts = [*dataset.train, *dataset.test]
+        return functools.reduce(lambda crc, part: zlib.crc32(np.asarray(part), crc), parts, 0)
+
+    return Source(
+        size=size,
+        image_shape=dataset.train.images.shape[1:],
+        num_classes=dataset.num_classes,
+        train=train,
+        test=test,
+        batches=batches,
+        first=lambda count: data.Split(*(part[:count] for part in dataset.train)),
+        augment=lambda key, images: data.augment(key, images, pad=config.pad, flip=config.flip),
+        prepare=lambda images: data.normalize(images, dataset.mean, dataset.std, config.dtype),
+        fingerprint=fingerprint,
+    )
+
+
+def files(config: Config) -> Source:
+    """ImageNet; crops and mirroring happen where images are decoded."""
+    from jaxprune.data import imagenet
+
+    found = imagenet.load(config.source_dir or ".", data_dir=config.data_dir or None)
+    train, test = found.train, found.test
+    if config.validation:
+        train, test = imagenet.hold_out(train, config.validation)
+    mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    options: dict[str, Any] = {"image_size": config.image_size, "workers": config.workers}
+    options |= mine | {"threads": config.threads or None}
+    # Options are checked before anything is compiled.
+    imagenet.train_batches(train, config.batch_size, seed=config.seed, stop=0, **options).close()
+
+    def batches(seed: int, start: int) -> Iterator[Any]:
+        with imagenet.train_batches(
+            train, config.batch_size, seed=seed, start=start, **options
+        ) as made:
+            for batch in made:
+                yield batch[:2]
+
+    def read() -> Iterator[Any]:
+        resize = round(config.image_size * 256 / 224)
+        with imagenet.eval_batches(test, config.eval_batch_size, resize=resize, **options) as made:
+            for images, labels, weights in made:
+                yield images, labels, weights > 0
+
+    def first(count: int) -> data.Split:
+        size = config.image_size
+        with imagenet.train_batches(
+            train, count, seed=config.seed, stop=1, image_size=size
+        ) as made:
+            return data.Split(*next(made)[:2])
+
+    def fingerprint() -> int:
+        return zlib.crc32(test.labels.tobytes(), zlib.crc32(train.labels.tobytes()))
+
+    return Source(
+        size=len(train),
+        image_shape=(config.image_size, config.image_size, 3),
+        num_classes=found.num_classes,
+        train=None,
+        test=read,
+        batches=batches,
+        first=first,
+        augment=lambda key, images: images,
+        prepare=lambda images: data.normalize(images, found.mean, found.std, config.dtype),
+        fingerprint=fingerprint,
+    )
+
+
+def load_data(config: Config) -> data.Dataset:
+    """A small set; of synthetic images just enough for four batches."""
+    folders = {"data_dir": config.data_dir or None, "source_dir": config.source_dir or None}
+    if config.dataset != "synthetic":
+        return data.load(config.dataset, **folders)
+    shape = (config.image_size, config.image_size, 3)
+    sizes = {"train_size": 4 * config.batch_size, "test_size": config.batch_size}
+    return data.load("synthetic", image_shape=shape, num_classes=1000, **sizes)
+
+
+def held_out(dataset: data.Dataset, count: int) -> data.Dataset:
+    """The last training images in the place of the test images, to choose options by."""
+    size = len(dataset.train.labels)
+    if not count:
+        return dataset
+    if count >= size:
+        raise ValueError(f"`validation` must be less than the {size} training images; got {count}")
+    train, test = (
+        data.Split(dataset.train.images[part], dataset.train.labels[part])
+        for part in (slice(size - count), slice(size - count, size))
+    )
+    return dataset._replace(train=train, test=test)

@@ -1,0 +1,182 @@
+"""What scripts/compact.py compares: a trained network, made smaller by each score, and trained on.
+
+Everything that changes a network is a call of jaxprune.structure, as in docs/compaction.md.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import checkpoints, data, models, rewinding, structure, training
+from jaxprune.experiments.config import Config
+from jaxprune.experiments.experiment import Experiment, Setting, Stage, Steps, build
+
+SCORES = {
+    "l1": "sums of absolute values of filters",
+    "l2": "Euclidean norms of filters",
+    "linf": "largest absolute values of filters",
+    "norm_scale": "scales of batch normalisation",
+    "taylor": "what the loss would change by, from gradients at batch normalisation",
+    "fpgm": "distances of a filter to all others of its layer",
+    "random": "random numbers (control)",
+}
+ROUNDS = 9  # of timing a step of a small and of the dense network in turns
+
+
+class Dense(NamedTuple):
+    """A trained network, and what all that is made of it shares."""
+
+    config: Config  # of the training to come
+    experiment: Experiment
+    setting: Setting
+    state: training.TrainState  # as trained, but at step 0 of a new schedule
+    next_batch: Any  # where the order of the data goes on
+
+
+class Small(NamedTuple):
+    """A network that is to be trained."""
+
+    state: training.TrainState
+    steps: Steps
+    difference: float | None = None  # of its outputs to those of the dense network with zeros
+
+
+def read_dense(path: Path, config: Config) -> Dense:
+    """A trained network from the workdir of scripts/train.py, with what shrinks together in it."""
+    settings: list[Setting] = []
+    config = dataclasses.replace(config, granularity="channels")
+    experiment = build(config, settings.append)  # prunes nothing while it trains
+    manager = checkpoints.open_manager(path / "checkpoints")
+    state, record = checkpoints.restore(manager, experiment.create(config.seed))
+    manager.close()
+    # The momentum stays, as with any optimizer whose state is sliced: it fades within the warm-up.
+    opt_state = rewinding.set_step(state.opt_state, 0)
+    state = state._replace(step=jnp.zeros_like(state.step), opt_state=opt_state)
+    return Dense(config, experiment, settings[0], state, record["data"])
+
+
+def variables_of(state: training.TrainState) -> dict[str, Any]:
+    """What the functions of an experiment take."""
+    return {"params": state.params, "model_state": state.model_state}
+
+
+def choose(
+    dense: Dense, score: str, budget: float, *, floor: float, multiple: int, batches: int
+) -> structure.Plan:
+    """Keeps the channels of the highest scores that so many of the MACs pay for."""
+    groups, macs = dense.experiment.groups, dense.experiment.macs
+    scores = structure.normalized(channel_scores(dense, score, batches))
+    limit = budget * macs(groups.plan({}))
+    keep = structure.keep_within(groups, scores, limit, macs, floor=floor, multiple=multiple)
+    return groups.plan(keep, multiple=multiple)
+
+
+def channel_scores(dense: Dense, score: str, batches: int) -> dict[str, np.ndarray]:
+    """Of all groups; larger is kept."""
+    groups, variables = dense.experiment.groups, variables_of(dense.state)
+    orders = {"l1": 1, "l2": 2, "linf": np.inf}
+    if score in orders:
+        return structure.filter_norms(groups, variables, orders[score])
+    if score == "norm_scale":
+        return structure.norm_scales(groups, variables)
+    if score == "fpgm":
+        return structure.fpgm(groups, variables)
+    if score == "taylor":
+        return structure.taylor(groups, variables, mean_gradients(dense, batches))
+    assert score == "random", score
+    generator = np.random.default_rng(dense.config.seed)
+    return {name: generator.uniform(size=group.size) for name, group in groups.items()}
+
+
+def mean_gradients(dense: Dense, count: int) -> dict[str, Any]:
+    """Gradients of the loss, averaged over training batches; running statistics have none."""
+    config, (images, labels) = dense.config, dense.experiment.train_set
+    evaluate, state = dense.experiment.functions.evaluate, dense.state
+
+    @jax.jit
+    def gradient(params: Any, images: jax.Array, labels: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            variables = {"params": params, "model_state": state.model_state}
+            logits = evaluate(variables, dense.setting.source.prepare(images))
+            return training.cross_entropy(logits, labels).mean()
+
+        return jax.grad(loss)(params)
+
+    batches = data.index_batches(len(labels), config.batch_size, seed=config.seed)
+    rows = [next(batches) for _ in range(count)]
+    found = [gradient(state.params, images[row], labels[row]) for row in rows]
+    mean = jax.tree.map(lambda *each: sum(each) / count, *found)
+    return {"params": mean, "model_state": jax.tree.map(jnp.zeros_like, state.model_state)}
+
+
+def unpruned(dense: Dense) -> Small:
+    """The dense network itself."""
+    return Small(jax.tree.map(jnp.copy, dense.state), dense.experiment.dense)
+
+
+def compacted(dense: Dense, plan: structure.Plan) -> Small:
+    """What a plan leaves of the dense network, with the same functions on smaller arrays."""
+    experiment, variables = dense.experiment, variables_of(dense.state)
+    evaluate, train = experiment.functions
+    difference = max(
+        plan.verify(evaluate, variables, experiment.example),
+        plan.verify(train, variables, experiment.example, updates=lambda output: output[1]),
+    )
+    step, params, _, opt_state = dense.state
+    opt_state, restarted = structure.compact_state(
+        plan, experiment.dense.tx, opt_state, params, under="params"
+    )
+    assert not restarted, restarted  # the state of SGD mirrors the parameters
+    small = plan.compact(variables)
+    state = training.TrainState(step, small["params"], small["model_state"], opt_state)
+    network = structure.Network(plan, experiment.groups.compact(plan))
+    # Training donates the state, and what is not sliced is still that of the dense network.
+    return Small(jax.tree.map(jnp.copy, state), experiment.at(Stage(network)), difference)
+
+
+def from_scratch(dense: Dense, plan: structure.Plan) -> Small:
+    """A new network of the widths that a plan leaves: an ordinary module, initialised for them."""
+    widths = models.widths_of(plan.compact(variables_of(dense.state))["params"])
+    own = {"widths": json.dumps(widths._asdict()), "granularity": "weights"}
+    experiment = build(dataclasses.replace(dense.config, **own), lambda setting: None)
+    return Small(experiment.create(dense.config.seed), experiment.dense)
+
+
+def fine_tune(dense: Dense, small: Small, stopped: Sequence[Any]) -> training.TrainState:
+    """Trains a network with the batches that come after those of the dense training."""
+    config, experiment = dense.config, dense.experiment
+    size = len(experiment.train_set.labels)
+    batches = data.index_batches(size, config.batch_size, seed=config.seed)
+    batches.set_state(dense.next_batch)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return training.fit(
+        small.state, config.steps, small.steps.run, experiment.train_set, batches, key,
+        experiment.mesh, chunk=experiment.chunk, log_every=config.log_every,
+        should_stop=lambda: bool(stopped),
+    )  # fmt: skip
+
+
+def time_steps(dense: Dense, steps: Steps, state: training.TrainState) -> tuple[float, float]:
+    """Seconds of a training step of a network and of the dense one: medians of calls in turns."""
+    experiment, chunk = dense.experiment, dense.experiment.chunk
+    rows = np.arange(chunk * dense.config.batch_size) % len(experiment.train_set.labels)
+    indices = jnp.asarray(rows.reshape(chunk, -1), jnp.int32)
+    runs = [steps.run, experiment.dense.run]
+    states = [jax.tree.map(jnp.copy, own) for own in (state, dense.state)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(ROUNDS + 1):
+        for index, run in enumerate(runs):
+            began = time.perf_counter()
+            states[index], _ = run(states[index], experiment.train_set, indices, jax.random.key(0))
+            jax.block_until_ready(states[index])
+            seconds[index].append((time.perf_counter() - began) / chunk)
+    small, whole = (statistics.median(own[1:]) for own in seconds)  # the first round may compile
+    return small, whole

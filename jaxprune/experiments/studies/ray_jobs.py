@@ -1,0 +1,186 @@
+"""Runs commands as Ray tasks: on this machine, or on all machines of a cluster.
+
+A task is a child process like those of jobs.py, with devices that Ray keeps for it. On a cluster
+the checkout and the workdir are at the same paths on every machine.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune import checkpoints
+from jaxprune.experiments.studies import jobs
+
+# Variables that begin with these are those of the program that asks for the run; all others, such
+# as the devices that Ray chose, are those of the machine where it runs.
+SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "PYTHON", "OMP_")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a study says about how its runs are started."""
+    add = parser.add_argument
+    add("--engine", choices=["processes", "ray"], default="processes", help="what starts the runs")
+    where = "of the Ray to use; default: RAY_ADDRESS, else one is started on this machine"
+    add("--ray-address", metavar="ADDRESS", help=where)
+
+
+def chosen(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> Callable[..., Iterator[tuple[str, int]]]:
+    """`jobs.run`, or `run` of this module; ends the program if Ray is needed and not installed."""
+    if options.engine == "processes":
+        if options.ray_address:
+            parser.error("--ray-address needs --engine ray")
+        return jobs.run
+    if importlib.util.find_spec("ray") is None:
+        parser.error("--engine ray needs Ray, which is not installed: pip install 'jaxprune[ray]'")
+    return functools.partial(run, address=options.ray_address or os.environ.get("RAY_ADDRESS"))
+
+
+def run(
+    commands: Mapping[str, Sequence[str]],
+    workdir: Path,
+    at_once: int,
+    stopped: Sequence[Any],
+    *,
+    cached: bool = True,
+    address: str | None = None,
+) -> Iterator[tuple[str, int]]:
+    """Yields `(name, exit code)` of each command that ended.
+
+    Args:
+        commands: see `jobs.run`.
+        workdir: see `jobs.run`.
+        at_once: how many run at the same time, if there are devices for so many.
+        stopped: see `jobs.run`.
+        cached: see `jobs.run`.
+        address: of a running Ray; without one it is started here, and ended when all is done.
+    """
+    here: dict[str, Any] = {"directory": os.getcwd(), "variables": settings(), "cached": cached}
+    if not commands or (ray := connect(address)) is None:
+        return
+    waiting, running = list(commands), {}
+    free, nodes = list(range(at_once)), [node for node in ray.nodes() if node["Alive"]]
+    here["slots"] = at_once if len(nodes) == 1 else 1  # elsewhere cores are nobody's own
+    try:
+        needs = resources([node["Resources"] for node in nodes], at_once)
+        task = ray.remote(max_retries=0, **needs)(train)  # a lost child may be alive
+        while (waiting or running) and not stopped:
+            while free and waiting:
+                slot, name = free.pop(0), waiting.pop(0)
+                begun = task.remote(commands[name], workdir, name, slot=slot, **here)
+                running[begun] = slot, name
+            for begun in ray.wait(list(running), timeout=0.1)[0]:
+                slot, name = running.pop(begun)
+                free.append(slot)
+                yield name, exit_code(ray, begun, workdir / name)
+    finally:
+        for begun in running:
+            ray.cancel(begun)  # the child saves, then ends
+        if running:
+            ray.wait(list(running), num_returns=len(running))
+        ray.shutdown()
+
+
+def connect(address: str | None) -> Any:
+    """Ray, connected; None if the program was told to stop before it was."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path.rstrip(os.pathsep)}}}
+    options |= {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to its makers
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 would slow runs down, and only here
+        options |= {"include_dashboard": False, "num_cpus": cores()}
+        options["object_store_memory"] = 100_000_000  # of the shared memory; tasks return a number
+    try:
+        ray.init(address or "local", **options)
+    except SystemExit:  # Ray's own handler, in place from its first moment
+        signal.signal(signal.SIGTERM, handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None
+    except Exception as error:  # Ray has no narrower class for all that may happen here
+        what = f"no Ray answers at {address}" if address else "Ray did not start"
+        raise ValueError(f"{what}: {error}") from error
+    signal.signal(signal.SIGTERM, handler)
+    return ray
+
+
+def cores() -> int:
+    """Of this machine, for this process."""
+    count = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0))
+    return count or os.cpu_count() or 1
+
+
+def settings() -> dict[str, str]:
+    """What runs take over from this process's environment."""
+    return {key: value for key, value in os.environ.items() if key.startswith(SETTINGS)}
+
+
+def resources(nodes: Sequence[Mapping[str, float]], at_once: int) -> dict[str, Any]:
+    """What a task asks for, so that `at_once` of them fit on nodes with these resources.
+
+    An accelerator where there are any, and as many whole cores as fit, or a fraction of one.
+
+    >>> resources([{"CPU": 8.0}], 2), resources([{"CPU": 8.0}, {"CPU": 8.0}], 3)
+    ({'num_cpus': 4}, {'num_cpus': 4})
+    >>> resources([{"CPU": 2.0}], 3), resources([{"CPU": 4.0}, {"CPU": 16.0, "TPU": 4.0}], 4)
+    ({'num_cpus': 0.6666}, {'num_cpus': 4, 'resources': {'TPU': 1}})
+    """
+    kinds = [] if os.environ.get("JAX_PLATFORMS") == "cpu" else ["GPU", "TPU"]
+    kind = next((kind for kind in kinds if any(kind in node for node in nodes)), None)
+    counts = [int(node.get("CPU", 0)) for node in nodes if kind is None or kind in node]
+    if not any(counts):
+        raise ValueError("no machine of the Ray cluster has a core to run on")
+    wholes = range(max(counts), 0, -1)
+    fits = (n for n in wholes if sum(count // n for count in counts) >= at_once)
+    needs = {"num_cpus": next(fits, math.floor(1e4 * sum(counts) / at_once) / 1e4)}
+    return needs | {None: {}, "GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}[kind]
+
+
+def train(
+    command: Sequence[str],
+    workdir: Path,
+    name: str,
+    *,
+    slot: int,
+    slots: int,
+    directory: str,
+    variables: Mapping[str, str],
+    cached: bool,
+) -> int:
+    """The task: a child process, and its exit code. One that is cancelled ends its child first."""
+    os.chdir(directory)
+    for key in [key for key in os.environ if key.startswith(SETTINGS)]:
+        del os.environ[key]
+    os.environ.update(variables)
+    with checkpoints.stop_signals() as stopped:  # Ray cancels as Ctrl-C does
+        child = jobs.start(command, workdir, name, cached=cached)
+        jobs.give_cores(child, slot, slots)
+        while child.poll() is None and not stopped:
+            time.sleep(0.1)
+        if stopped:
+            child.terminate()
+        return child.wait()
+
+
+def exit_code(ray: Any, task: Any, folder: Path) -> int:
+    """Of a task that ended. If it died, log.txt says how; its own errors are raised here."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        folder.mkdir(exist_ok=True)
+        with (folder / "log.txt").open("a") as log:
+            print(f"Ray lost this run: {error}", file=log)
+        return -signal.SIGKILL

@@ -1,0 +1,352 @@
+"""Primitives that contain functions: derivative rules, rematerialisation, loops and branches.
+
+This file is the one that leans on JAX's internals: how custom derivatives carry their rules.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune import jaxprs
+from jaxprune.structure._nodes import FROZEN
+from jaxprune.structure._rules.elementwise import zero_only
+from jaxprune.structure._values import ZERO, ZERO_GATE, ZERO_SOFT, Op, Rule, Value
+
+_ABSENT = ("Zero", "SymbolicZero")  # JAX's stand-ins for a cotangent that is not there
+
+
+def _unite_all(analysis: Any, a: Value, b: Value) -> None:
+    """Two values of one shape shrink alike."""
+    for one, other in zip(a.nodes, b.nodes, strict=True):
+        analysis.unite(one, other)
+
+
+def _blank(value: Value) -> Value:
+    """Another value with the same nodes, of which nothing else is known."""
+    facts = [np.zeros(n, np.uint8) for n in value.shape]
+    return Value(value.aval, list(value.nodes), facts, [frozenset()] * len(value.shape))
+
+
+def _entering(value: Value) -> Value:
+    """A value as the function inside sees it; what computed it stays outside."""
+    facts = [zero_only(own) for own in value.facts]
+    inside = Value(value.aval, list(value.nodes), facts, list(value.origins), value.support)
+    inside.of_params, inside.number = value.of_params, value.number
+    return inside
+
+
+def _tangent(value: Value) -> Value:
+    """The tangent of a value: 0 where the value is always 0."""
+    tangent = _entering(value)
+    tangent.number = None
+    return tangent
+
+
+def _leaving(out: Value, inner: Value) -> None:
+    """What the function inside returns, as seen outside."""
+    out.like(inner)
+    out.facts = [zero_only(own) for own in inner.facts]
+
+
+def _is_float(value: Value) -> bool:
+    return bool(jnp.issubdtype(value.aval.dtype, jnp.inexact))
+
+
+def _call(analysis: Any, op: Op, jaxpr: Any, consts: Any) -> None:
+    """Follows the function inside; its outputs are those of the operation."""
+    op.inner["call"] = analysis.graph(jaxpr, consts, list(map(_entering, op.ins)))
+    for out, inner in zip(op.outs, op.inner["call"].outs, strict=True):
+        _leaving(out, inner)
+
+
+def _seen(analysis: Any, op: Op, jaxpr: Any) -> bool:
+    """Whether the rule is being followed already: most call the function itself again.
+
+    It then shares what was found, which also keeps derivatives of derivatives right.
+    """
+    roots = [analysis.root(nodes) for value in op.ins for nodes in value.nodes]
+    key = (str(jaxpr), tuple(np.concatenate([*roots, np.zeros(0, np.int64)]).tolist()))
+    for other, inner in analysis.rule_stack:
+        if other == key:
+            op.inner = inner
+            return True
+    analysis.rule_stack.append((key, op.inner))
+    return False
+
+
+def _custom_jvp(analysis: Any, op: Op) -> None:
+    closed, skipped = op.params["call_jaxpr"], op.params["num_consts"]
+    _call(analysis, op, closed.jaxpr, closed.consts)
+    if not analysis.any_free(op.ins) or _seen(analysis, op, closed.jaxpr):
+        return
+    primals = list(map(_entering, op.ins[skipped:]))
+    constant = [not _is_float(value) for value in primals]
+    jaxpr, consts, out_constant = op.params["jvp_jaxpr_fun"].call_wrapped(*constant)
+    tangents = [_tangent(v) for v, c in zip(primals, constant, strict=True) if not c]
+    graph = analysis.graph(jaxpr, consts, [*primals, *tangents])
+    analysis.rule_stack.pop()
+    outs, out_tangents = graph.outs[: len(op.outs)], iter(graph.outs[len(op.outs) :])
+    for out, primal, is_constant in zip(op.outs, outs, out_constant, strict=True):
+        _unite_all(analysis, out, primal)
+        if not is_constant:
+            tangent = next(out_tangents)
+            _unite_all(analysis, out, tangent)
+            # A rule may pass on what the function multiplies with 0, as straight-through does.
+            pairs = zip(out.facts, tangent.facts, strict=True)
+            out.facts = [own & zero_only(moving) for own, moving in pairs]
+            out.support |= tangent.support
+    op.inner |= {"jvp": graph, "constant": constant, "out_constant": out_constant}
+
+
+def _run_custom_jvp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    if "jvp" not in op.inner:  # nothing in it shrinks
+        return run.bind(op, arrays)
+    inner, skipped = op.inner, op.params["num_consts"]
+    call = jax.custom_jvp(lambda *args: tuple(run.graph(inner["call"], args)))
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        pairs = zip(tangents[skipped:], inner["constant"], strict=True)
+        given = [tangent for tangent, constant in pairs if not constant]
+        results = run.graph(inner["jvp"], [*primals[skipped:], *given])
+        outs, moving = results[: len(op.outs)], iter(results[len(op.outs) :])
+        pairs = zip(outs, inner["out_constant"], strict=True)
+        return tuple(outs), tuple(_no_tangent(out) if c else next(moving) for out, c in pairs)
+
+    call.defjvp(jvp)
+    return list(call(*arrays))
+
+
+def _no_tangent(out: Any) -> Any:
+    if jnp.issubdtype(out.dtype, jnp.inexact):
+        return jnp.zeros_like(out)
+    return np.zeros(out.shape, jax.dtypes.float0)
+
+
+def _custom_vjp(analysis: Any, op: Op) -> bool | None:
+    closed = op.params["call_jaxpr"]
+    _call(analysis, op, closed.jaxpr, closed.consts)
+    if not analysis.any_free(op.ins):
+        return None
+    if op.params["num_consts"]:
+        return False
+    if _seen(analysis, op, closed.jaxpr):
+        return None
+    jaxpr, consts = op.params["fwd_jaxpr_thunk"].call_wrapped(*map(_is_float, op.ins))
+    ins = list(map(_entering, op.ins))
+    forward = analysis.graph(jaxpr, consts, ins)
+    analysis.rule_stack.pop()
+    count = len(forward.outs) - len(op.outs)
+    forwarded = op.params["out_trees"]()[2]  # which residuals are just an input
+    computed = iter(forward.outs[:count])
+    residuals = [_blank(next(computed) if at is None else ins[at]) for at in forwarded]
+    for out, primal in zip(op.outs, forward.outs[count:], strict=True):
+        _unite_all(analysis, out, primal)
+    cotangents = [_blank(out) for out in op.outs]
+    given: list[bool] = []
+
+    def backward(*args: Any) -> list[Any]:
+        results = getattr(op.params["bwd"], "call_wrapped", op.params["bwd"])(*args)
+        if isinstance(results, tuple) and isinstance(results[0], list):
+            results, _ = results  # newer JAX
+        given[:] = [
+            getattr(x, "dtype", jax.dtypes.float0) != jax.dtypes.float0
+            and type(x).__name__ not in _ABSENT
+            for x in results
+        ]
+        return [x for x, is_given in zip(results, given, strict=True) if is_given]
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.aval.dtype) for v in [*residuals, *cotangents]]
+    traced = jax.make_jaxpr(backward)(*shapes)
+    graph = analysis.graph(traced.jaxpr, traced.consts, [*residuals, *cotangents])
+    received = [value for value, is_given in zip(op.ins, given, strict=True) if is_given]
+    pairs = list(zip(received, graph.outs, strict=True))
+    for value, cotangent in pairs:
+        _unite_all(analysis, value, cotangent)
+    _trust(analysis, op, pairs)
+    for out in op.outs:
+        out.support = out.support.union(*[value.support for value in op.ins])
+    op.inner |= {"forward": forward, "backward": graph, "residuals": count}
+    op.inner |= {"given": list(given), "forwarded": forwarded}
+    return None
+
+
+def _trust(analysis: Any, op: Op, pairs: list[tuple[Value, Value]]) -> None:
+    """An output is 0 in earnest only if what moves it is: an operand, or else its cotangent."""
+    for bit in (ZERO, ZERO_SOFT, ZERO_GATE):
+        moving = [
+            analysis.root(nodes[(own | back) & bit == 0])
+            for value, cotangent in pairs
+            for nodes, own, back in zip(value.nodes, value.facts, cotangent.facts, strict=True)
+        ]
+        roots = np.concatenate([np.zeros(0, np.int64), *moving])
+        for out in op.outs:
+            for dimension, nodes in enumerate(out.nodes):
+                hit = np.isin(analysis.root(nodes), roots[roots != FROZEN])
+                lost = np.where(hit, bit | (bit << 1), 0).astype(np.uint8)
+                out.facts[dimension] = out.facts[dimension] & ~lost
+
+
+def _run_custom_vjp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    if "forward" not in op.inner:
+        return run.bind(op, arrays)
+    inner = op.inner
+    call = jax.custom_vjp(lambda *args: tuple(run.graph(inner["call"], args)))
+
+    def forward(*args: Any) -> Any:
+        results = run.graph(inner["forward"], args)
+        computed = iter(results[: inner["residuals"]])
+        residuals = [next(computed) if at is None else args[at] for at in inner["forwarded"]]
+        return tuple(results[inner["residuals"] :]), tuple(residuals)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        results = iter(run.graph(inner["backward"], [*residuals, *cotangents]))
+        return tuple(next(results) if given else None for given in inner["given"])
+
+    call.defvjp(forward, backward)
+    return list(call(*arrays))
+
+
+def _remat(analysis: Any, op: Op) -> None:
+    _call(analysis, op, op.params["jaxpr"], ())
+
+
+def _run_remat(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    call = jax.checkpoint(
+        lambda *args: tuple(run.graph(op.inner["call"], args)),
+        prevent_cse=op.params["prevent_cse"],
+        policy=op.params["policy"],
+    )
+    return list(call(*arrays))
+
+
+def _loop(
+    analysis: Any, body: Any, consts: list[Value], carry: list[Value], rows: list[Value]
+) -> tuple[Any, list[list[np.ndarray]]]:
+    """Follows the body until facts hold for every pass; returns those of what is carried too."""
+    facts = [list(value.facts) for value in carry]
+    supports = [value.support for value in carry]
+    while True:
+        carried = [_blank(value) for value in carry]
+        for value, own, support in zip(carried, facts, supports, strict=True):
+            value.facts, value.support = list(own), support
+        graph = analysis.graph(body.jaxpr, body.consts, [*consts, *carried, *rows])
+        after = []
+        for value, out, own in zip(carried, graph.outs, facts):
+            _unite_all(analysis, value, out)
+            after.append([a & zero_only(b) for a, b in zip(own, out.facts, strict=True)])
+        rests = [own | out.support for own, out in zip(supports, graph.outs)]
+        settled = rests == supports and all(
+            np.array_equal(a, b)
+            for old, new in zip(facts, after, strict=True)
+            for a, b in zip(old, new, strict=True)
+        )
+        facts, supports = after, rests
+        if settled:
+            return graph, [list(map(zero_only, own)) for own in facts]
+
+
+def _carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> None:
+    """What a loop carries to its end, as seen outside."""
+    for out, inner, own in zip(outs, graph.outs, facts):
+        out.like(inner)
+        out.facts, out.number, out.origins = own, None, []
+
+
+def _counts(op: Op) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    return jaxprs.scan_counts(op.params, len(op.ins))
+
+
+def _scan(analysis: Any, op: Op) -> None:
+    closed = op.params["jaxpr"]
+    first, count = _counts(op)
+    ins = list(map(_entering, op.ins))
+    consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
+    rows = []
+    for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
+        analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")
+        row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.support)
+        row.of_params = value.of_params
+        rows.append(row)
+    graph, facts = _loop(analysis, closed, consts, carry, rows)
+    _carried(op.outs[:count], graph, facts)
+    for out, inner in zip(op.outs[count:], graph.outs[count:], strict=True):
+        length = out.shape[0]
+        out.nodes = [np.zeros(length, np.int64), *inner.nodes]
+        out.facts = [np.zeros(length, np.uint8), *map(zero_only, inner.facts)]
+        out.support = inner.support
+    op.inner["call"] = graph
+
+
+def _while(analysis: Any, op: Op) -> None:
+    of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
+    ins = list(map(_entering, op.ins))
+    consts, carry = ins[of_cond : of_cond + of_body], ins[of_cond + of_body :]
+    body, cond = op.params["body_jaxpr"], op.params["cond_jaxpr"]
+    graph, facts = _loop(analysis, body, consts, carry, [])
+    _carried(op.outs, graph, facts)
+    asked = [_blank(value) for value in carry]
+    for value, own in zip(asked, facts, strict=True):
+        value.facts = own
+    op.inner["cond"] = analysis.graph(cond.jaxpr, cond.consts, [*ins[:of_cond], *asked])
+    op.inner["call"] = graph
+
+
+def _run_while(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
+    asking, doing = arrays[:of_cond], arrays[of_cond : of_cond + of_body]
+    return list(
+        lax.while_loop(
+            lambda carry: run.graph(op.inner["cond"], [*asking, *carry])[0],
+            lambda carry: tuple(run.graph(op.inner["call"], [*doing, *carry])),
+            tuple(arrays[of_cond + of_body :]),
+        )
+    )
+
+
+def _run_scan(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    first, count = _counts(op)
+
+    def body(carry: Any, row: Any) -> Any:
+        outs = run.graph(op.inner["call"], [*arrays[:first], *carry, *row])
+        return tuple(outs[:count]), tuple(outs[count:])
+
+    carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
+    options = {name: op.params[name] for name in ("length", "reverse", "unroll")}
+    carry, outs = lax.scan(body, carry, rows, **options)
+    return [*carry, *outs]
+
+
+def _cond(analysis: Any, op: Op) -> None:
+    branches = [
+        analysis.graph(branch.jaxpr, branch.consts, list(map(_entering, op.ins[1:])))
+        for branch in op.params["branches"]
+    ]
+    op.inner["branches"] = branches
+    for out, *inner in zip(op.outs, *[graph.outs for graph in branches], strict=True):
+        _leaving(out, inner[0])
+        out.number, out.origins = None, []
+        for other in inner[1:]:
+            _unite_all(analysis, out, other)
+            out.facts = [a & zero_only(b) for a, b in zip(out.facts, other.facts, strict=True)]
+            out.support |= other.support
+
+
+def _run_cond(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    calls = [functools.partial(run.graph, graph) for graph in op.inner["branches"]]
+    branches = [lambda *args, call=call: tuple(call(args)) for call in calls]
+    return list(lax.switch(arrays[0], branches, *arrays[1:]))
+
+
+RULES = {
+    "custom_jvp_call": Rule(_custom_jvp, _run_custom_jvp),
+    "custom_vjp_call": Rule(_custom_vjp, _run_custom_vjp),
+    "scan": Rule(_scan, _run_scan),
+    "while": Rule(_while, _run_while),
+    "cond": Rule(_cond, _run_cond),
+}
+RULES |= {name: Rule(_remat, _run_remat) for name in ("remat2", "checkpoint", "remat")}

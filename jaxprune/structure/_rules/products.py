@@ -1,0 +1,106 @@
+"""Primitives that multiply and add up: contractions and convolutions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.structure._rules.elementwise import zero_only
+from jaxprune.structure._values import ZERO, Op, Rule, Value
+
+
+def _contract(analysis: Any, a: Value, at: int, b: Value, bt: int, op: Op) -> None:
+    """Two dimensions that are summed over together: what is pruned must add 0."""
+    analysis.unite(a.nodes[at], b.nodes[bt])
+    _consume(analysis, a, at, b)
+    _consume(analysis, b, bt, a)
+    reason = f"`{op.name}` {op.where} sums over it, and pruned entries would not add 0"
+    analysis.need(a.nodes[at], a.facts[at] | b.facts[bt], ZERO, reason)
+
+
+def _consume(analysis: Any, weight: Value, dimension: int, other: Value) -> None:
+    """Notes a dimension of a parameter that meets data in a sum."""
+    if weight.of_params and not other.of_params:
+        analysis.consumers |= weight.origins[dimension]
+
+
+def _note_kernels(analysis: Any, value: Value, copies: Sequence[int] = ()) -> None:
+    """Notes the leaves that are a matrix, or the weights of a window, in one copy of a product."""
+    if not value.of_params:
+        return
+    spans: dict[int, list[int]] = {}  # leaf -> its own dimensions, one for each of the value
+    for dimension, size in enumerate(value.shape):
+        if size > 1 and dimension not in copies:
+            for leaf in {leaf for leaf, _ in value.origins[dimension]}:
+                own = [at for place, at in value.origins[dimension] if place == leaf]
+                spans.setdefault(leaf, []).append(min(own))
+    analysis.kernels |= {leaf for leaf, own in spans.items() if len(set(own)) > 1}
+
+
+def _dot_general(analysis: Any, op: Op) -> None:
+    (a, b), out = op.ins, op.outs[0]
+    (contract_a, contract_b), (batch_a, batch_b) = op.params["dimension_numbers"]
+    _note_kernels(analysis, a, batch_a)
+    _note_kernels(analysis, b, batch_b)
+    for at, bt in zip(contract_a, contract_b, strict=True):
+        _contract(analysis, a, at, b, bt, op)
+    for at, bt in zip(batch_a, batch_b, strict=True):
+        analysis.unite(a.nodes[at], b.nodes[bt])
+        out.nodes.append(a.nodes[at])
+        out.facts.append(zero_only(a.facts[at] | b.facts[bt]))
+        out.origins.append(a.origins[at] | b.origins[bt])
+    for value, used in ((a, {*contract_a, *batch_a}), (b, {*contract_b, *batch_b})):
+        for dimension in range(len(value.shape)):
+            if dimension not in used:
+                out.nodes.append(value.nodes[dimension])
+                out.facts.append(zero_only(value.facts[dimension]))
+                out.origins.append(value.origins[dimension])
+
+
+def _convolution(analysis: Any, op: Op) -> bool | None:
+    if op.params["batch_group_count"] != 1:
+        return False
+    (image, kernel), out = op.ins, op.outs[0]
+    _note_kernels(analysis, kernel)
+    numbers, groups = op.params["dimension_numbers"], op.params["feature_group_count"]
+    image_batch, image_in, *image_space = numbers.lhs_spec
+    kernel_out, kernel_in, *kernel_space = numbers.rhs_spec
+    out_batch, out_channel, *_ = numbers.out_spec
+    for value, space in ((image, image_space), (kernel, kernel_space)):
+        for dimension in space:
+            analysis.freeze(value.nodes[dimension], f"a convolution slides over it {op.where}")
+    analysis.fix(out)
+    out.nodes[out_batch] = image.nodes[image_batch]
+    out.facts[out_batch] = zero_only(image.facts[image_batch])
+    facts = zero_only(kernel.facts[kernel_out])
+    if groups == 1:
+        _contract(analysis, image, image_in, kernel, kernel_in, op)
+    else:  # whole groups of channels go; depthwise, a group is a channel
+        per_group = image.shape[image_in] // groups, kernel.shape[kernel_out] // groups
+        ins = image.nodes[image_in].reshape(groups, per_group[0])
+        outs = kernel.nodes[kernel_out].reshape(groups, per_group[1])
+        for column in (*ins.T[1:], *outs.T):
+            analysis.unite(ins[:, 0], column)
+        analysis.freeze(kernel.nodes[kernel_in], f"inputs of a grouped convolution {op.where}")
+        zeros = zero_only(image.facts[image_in]).reshape(groups, per_group[0])
+        facts = facts | np.repeat(np.bitwise_and.reduce(zeros, axis=1), per_group[1])
+    out.nodes[out_channel] = kernel.nodes[kernel_out]
+    out.facts[out_channel] = facts
+    out.origins[out_channel] = kernel.origins[kernel_out]
+    return None
+
+
+def _run_convolution(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    numbers, (image, kernel) = op.params["dimension_numbers"], arrays
+    if 0 in kernel.shape:  # a slice of a width may lose all its channels
+        return [jnp.zeros(run.shape(op.outs[0]), op.outs[0].aval.dtype)]
+    groups = image.shape[numbers.lhs_spec[1]] // kernel.shape[numbers.rhs_spec[1]]
+    params = op.params | {"feature_group_count": groups}
+    return [op.primitive.bind(image, kernel, **params)]
+
+
+RULES = {
+    "dot_general": Rule(_dot_general),
+    "conv_general_dilated": Rule(_convolution, _run_convolution),
+}

@@ -1,0 +1,136 @@
+"""Primitives that combine or order the entries along a dimension."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.structure._rules.elementwise import identity, zero_only
+from jaxprune.structure._values import SAME, ZERO, Op, Rule
+
+_SUMMARIES = {"reduce_sum", "reduce_max", "reduce_min"}
+_WINDOWS = "reduce_window_max reduce_window_sum reduce_window_min"
+
+
+# Under `vmap`, what collects over a named axis reduces over numbered ones.
+_COLLECTIVES = {"psum": "reduce_sum", "pmax": "reduce_max", "pmin": "reduce_min"}
+
+
+def _reduce(analysis: Any, op: Op) -> None:
+    value, out, name = op.ins[0], op.outs[0], _COLLECTIVES.get(op.name, op.name)
+    axes = set(op.params["axes"])
+    corrected = None
+    for axis in sorted(axes):
+        nodes, facts = value.nodes[axis], value.facts[axis]
+        free = analysis.is_free(nodes)
+        reason = f"`{name}` over it {op.where}"
+        if name not in _SUMMARIES:
+            analysis.freeze(nodes, reason)
+        elif name == "reduce_sum" and (facts[free] & ZERO).all():
+            analysis.need(nodes, facts, ZERO, f"{reason}, and pruned entries would not add 0")
+        elif free.any() and corrected is None:
+            # What is known of pruned entries is added to the sum, or compared with the others.
+            corrected = axis
+            analysis.need(nodes, facts, SAME, f"{reason}, and pruned entries would differ")
+        else:
+            analysis.freeze(nodes, reason)
+    for dimension in range(len(value.shape)):
+        if dimension not in axes:
+            facts = zero_only(value.facts[dimension])
+            out.nodes.append(value.nodes[dimension])
+            out.facts.append(facts if name in _SUMMARIES else np.zeros_like(facts))
+            out.origins.append(value.origins[dimension])
+
+
+def _collect(analysis: Any, op: Op) -> bool | None:
+    axes = op.params["axes"]
+    if op.name == "psum" and not any(map(_is_number, axes)):
+        return identity(analysis, op)  # over devices
+    if len(op.ins) > 1 or not all(map(_is_number, axes)):
+        return False
+    return _reduce(analysis, op)
+
+
+def _is_number(axis: Any) -> bool:
+    """Whether an axis is no name."""
+    return isinstance(axis, int | np.integer)
+
+
+def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+    value, array, name = op.ins[0], arrays[0], _COLLECTIVES.get(op.name, op.name)
+    for axis in op.params["axes"]:
+        removed = len(value.nodes[axis]) - array.shape[axis] if _is_number(axis) else 0
+        if not removed or (name == "reduce_sum" and run.is_zero(value, axis)):
+            continue
+        gone = run.removed(value, axis)
+        alike = gone.shape[axis] == 1
+        if name != "reduce_sum":  # all of them: the gradient of a maximum is shared among equals
+            gone = jnp.repeat(gone, removed, axis) if alike else gone
+        elif alike:
+            gone = gone * jnp.asarray(removed, gone.dtype)
+        array = lax.concatenate([array, gone], axis)
+    return run.bind(op, [array, *arrays[1:]])
+
+
+def _along(analysis: Any, op: Op) -> bool | None:
+    value = op.ins[0]
+    dimensions = len(value.shape)
+    axis = op.params.get("axis", op.params.get("dimension", dimensions - 1)) % dimensions
+    if any(other.shape != value.shape for other in op.ins):
+        return False
+    for other in op.ins:
+        analysis.freeze(other.nodes[axis], f"`{op.name}` along it {op.where}")
+    for dimension in range(dimensions):
+        for other in op.ins[1:]:
+            analysis.unite(value.nodes[dimension], other.nodes[dimension])
+    for out in op.outs:
+        analysis.fix(out)
+        for dimension in range(dimensions):
+            if dimension != axis:
+                out.nodes[dimension] = value.nodes[dimension]
+    return None
+
+
+def _window(analysis: Any, op: Op) -> None:
+    value, out, params = op.ins[0], op.outs[0], op.params
+    analysis.fix(out)
+    sides = zip(params["padding"], params["window_dimensions"], strict=True)
+    # A window with nothing but padding in it would hold an infinity.
+    covered = all(max(padding) < window for padding, window in sides)
+    for dimension in range(len(value.shape)):
+        alone = params["window_dimensions"][dimension] == params["window_strides"][dimension] == 1
+        alone &= tuple(params["padding"][dimension]) == (0, 0)
+        for name in ("base_dilation", "window_dilation"):
+            alone &= not params.get(name) or params[name][dimension] == 1
+        if alone:
+            out.nodes[dimension] = value.nodes[dimension]
+            if covered:
+                out.facts[dimension] = zero_only(value.facts[dimension])
+        else:
+            analysis.freeze(value.nodes[dimension], f"a window slides over it {op.where}")
+
+
+def _fft(analysis: Any, op: Op) -> None:
+    value, out = op.ins[0], op.outs[0]
+    analysis.fix(out)
+    transformed = len(value.shape) - len(op.params["fft_lengths"])
+    for dimension, nodes in enumerate(value.nodes):
+        if dimension >= transformed:
+            analysis.freeze(nodes, f"`fft` along it {op.where}")
+        else:  # it is linear: 0 stays 0
+            out.nodes[dimension] = nodes
+            out.facts[dimension] = zero_only(value.facts[dimension])
+
+
+RULES = {name: Rule(_reduce, _run_reduce) for name in sorted(_SUMMARIES)}
+RULES |= {name: Rule(_collect, _run_reduce) for name in _COLLECTIVES}
+RULES |= {
+    name: Rule(_reduce)
+    for name in "reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+}
+RULES |= {
+    name: Rule(_along) for name in "cumsum cumprod cummax cummin cumlogsumexp sort top_k".split()
+}
+RULES |= {"fft": Rule(_fft)}
+RULES |= {name: Rule(_window) for name in _WINDOWS.split()}

@@ -1,0 +1,24 @@
+"""When masks change and to what counts, and the masks that follow from scores."""
+
+from jaxprune.timetables._masks import renew, select
+from jaxprune.timetables._tables import (
+    Ranking,
+    Timetable,
+    copy_paths,
+    entries_until,
+    ever_grows,
+    make_timetable,
+    sparsities_at,
+)
+
+__all__ = [
+    "Ranking",
+    "Timetable",
+    "copy_paths",
+    "entries_until",
+    "ever_grows",
+    "make_timetable",
+    "renew",
+    "select",
+    "sparsities_at",
+]

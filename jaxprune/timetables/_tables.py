@@ -1,0 +1,262 @@
+"""Budgets and patterns -> what each mask update keeps, as exact integers on the host."""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import budgets, patterns, schedules, trees
+
+
+class Ranking(NamedTuple):
+    """The pruned leaves of one pattern, and how many of their units each mask update keeps.
+
+    A unit is a weight, a block or a channel; for an N:M pattern it is one of every m weights. A
+    layer is a leaf, or one copy of a stacked leaf.
+
+    Example:
+        >>> timetable = make_timetable({"kernel": jnp.zeros((2, 4))}, [0, 10], [0.25, 0.5])
+        >>> timetable.rankings[0].keep.tolist()
+        [6, 4]
+    """
+
+    pattern: patterns.Pattern
+    members: tuple[int, ...]  # positions of its leaves among the pruned ones
+    keep: np.ndarray  # int64 [entries], units kept in all; of an N:M pattern, of every m
+    moved: np.ndarray  # int64 [entries], of these, dropped and regrown elsewhere
+    floors: np.ndarray  # int64 [entries, layers], kept at least in each layer
+    moved_of_layer: np.ndarray  # int64 [entries, layers], dropped from its floor at most
+    shares: np.ndarray  # int64 [entries, layers], what each would keep at the same density
+
+
+class Timetable(NamedTuple):
+    """All mask updates of a run, known before its first step.
+
+    Example:
+        >>> make_timetable({"kernel": jnp.zeros((2, 4))}, [0, 10], [0.25, 0.5]).steps.tolist()
+        [0, 10]
+    """
+
+    steps: np.ndarray  # int32 [entries], rising
+    rankings: tuple[Ranking, ...]
+    stacked: tuple[tuple[int, ...], ...]  # axes of each pruned leaf that number copies
+    marks: np.ndarray  # int32 [entries], never 0: tells an entry from those of other timetables
+
+
+def make_timetable(
+    leaves: Mapping[str, Any],
+    steps: Sequence[int],
+    sparsities: Sequence[float],
+    *,
+    moved: Sequence[float] | None = None,
+    budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
+    stacked: trees.Stacked = None,
+) -> Timetable:
+    """Counts everything on the host, where integers are exact.
+
+    Leaves of different patterns do not compete: each pattern has its own budget, in its own
+    units. An N:M pattern keeps of every m weights as many as the sparsity asks for, and never
+    fewer than n.
+
+    Args:
+        leaves: the pruned leaves, path -> anything with a shape.
+        steps: when masks change, rising.
+        sparsities: sparsity after each mask update, each in [0, 1).
+        moved: fraction of the kept units that each mask update drops and regrows; None is 0.
+        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget()`.
+        pattern: see `jaxprune.patterns`; None prunes single weights.
+        stacked: which axes number copies, see `trees.stacked_axes`. `budget` and `pattern` then see
+            single copies: a budget the shape of each, at paths such as `layers/kernel[3]`; a
+            pattern counts the axes of a copy.
+
+    Returns:
+        A `Timetable`.
+
+    Raises:
+        ValueError: if a pattern does not fit its leaf, an N:M pattern cannot be reached, a
+            budget cannot be met, or `stacked` names an axis that is not there.
+
+    Example:
+        >>> leaves = {"a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}
+        >>> timetable = make_timetable(leaves, [0], [0.5], budget=budgets.uniform)
+        >>> timetable.rankings[0].keep.tolist(), timetable.rankings[0].floors.tolist()
+        ([16], [[8, 8]])
+        >>> stack = {"layers": jnp.zeros((3, 4, 4))}
+        >>> timetable = make_timetable(
+        ...     stack, [0], [0.5], budget=budgets.uniform, stacked=lambda path, leaf: 0)
+        >>> timetable.rankings[0].floors.tolist()
+        [[8, 8, 8]]
+    """
+    moved = [0.0] * len(steps) if moved is None else moved
+    rule = budgets.global_budget() if budget is None else budget
+    axes = tuple(trees.stacked_axes(path, leaf, stacked) for path, leaf in leaves.items())
+    copies = {
+        path: jax.ShapeDtypeStruct(patterns.copy_shape(leaf.shape, own), jnp.result_type(leaf))
+        if own
+        else leaf
+        for (path, leaf), own in zip(leaves.items(), axes, strict=True)
+    }
+    kinds = patterns.patterns_of(copies, pattern)
+    _check_reachable(dict(zip(leaves, kinds, strict=True)), max(sparsities))
+    members: dict[patterns.Pattern, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(i)
+    named = [(path, leaf.shape, own) for (path, leaf), own in zip(leaves.items(), axes)]
+    rankings = [
+        _n_m_ranking(kind, places, sparsities, moved)
+        if isinstance(kind, patterns.NM)
+        else _ranking(kind, places, [named[i] for i in places], sparsities, moved, rule)
+        for kind, places in members.items()
+    ]
+    marks = [_mark(step, i, rankings) for i, step in enumerate(steps)]
+    return Timetable(
+        np.asarray(steps, np.int32), tuple(rankings), axes, np.asarray(marks, np.int32)
+    )
+
+
+def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:
+    """Names each copy of a stacked leaf, in row-major order of the stacked axes.
+
+    Args:
+        path: of the leaf.
+        shape: of the leaf.
+        stacked: axes that number copies; empty for a single layer.
+
+    Returns:
+        The path itself, or one with an index for each copy.
+
+    Example:
+        >>> copy_paths("layers/kernel", (2, 64, 64), (0,)), copy_paths("head", (64, 10), ())
+        (['layers/kernel[0]', 'layers/kernel[1]'], ['head'])
+    """
+    if not stacked:
+        return [path]
+    numbers = np.ndindex(*(shape[axis] for axis in stacked))
+    return [f"{path}[{','.join(map(str, number))}]" for number in numbers]
+
+
+def ever_grows(timetable: Timetable) -> bool:
+    """Whether any mask update brings units back.
+
+    Args:
+        timetable: from `make_timetable`.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> ever_grows(make_timetable({"kernel": jnp.zeros((2, 4))}, [0, 10], [0.5, 0.25]))
+        True
+    """
+    return any(
+        bool(np.any(ranking.moved > 0) or np.any(np.diff(ranking.keep) > 0))
+        for ranking in timetable.rankings
+    )
+
+
+def entries_until(timetable: Timetable, step: jax.Array) -> jax.Array:
+    """How many mask updates lie at `step` or before it.
+
+    Args:
+        timetable: from `make_timetable`.
+        step: int32 [].
+
+    Returns:
+        int32 [].
+
+    Example:
+        >>> timetable = make_timetable({"kernel": jnp.zeros((2, 4))}, [0, 10], [0.25, 0.5])
+        >>> [int(entries_until(timetable, jnp.int32(step))) for step in (0, 9, 10, 99)]
+        [1, 1, 2, 2]
+    """
+    return jnp.sum(jnp.asarray(timetable.steps) <= step, dtype=jnp.int32)
+
+
+def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) -> list[float]:
+    """Sparsity after each mask update: the cubic ramp to a number, or a schedule; checked.
+
+    Args:
+        sparsity: final sparsity in [0, 1), or an `optax.Schedule`.
+        steps: when masks change.
+
+    Returns:
+        List of floats in [0, 1).
+
+    Raises:
+        ValueError: if a value is outside of [0, 1).
+
+    Example:
+        >>> sparsities_at(0.75, [0, 50, 100])
+        [0.0, 0.65625, 0.75]
+    """
+    schedule = sparsity
+    if not callable(schedule):
+        schedule = schedules.cubic(float(schedule), steps[0], steps[-1])
+    values = [schedules.sparsity_at(schedule, step) for step in steps]
+    bad = [f"{s} at step {t}" for t, s in zip(steps, values, strict=True) if not 0 <= s < 1]
+    trees.raise_for(bad[-3:], "`sparsity`, a fraction of zeros, must lie in [0, 1), but is:")
+    return values
+
+
+def _check_reachable(kinds: Mapping[str, patterns.Pattern], sparsity: float) -> None:
+    """An N:M pattern must be what the largest sparsity leads to."""
+    n_m = {path: kind for path, kind in kinds.items() if isinstance(kind, patterns.NM)}
+    asked = {path: budgets.keep_count(kind.m, sparsity) for path, kind in n_m.items()}
+    named = {path: f"{path}: {kind.n}:{kind.m}" for path, kind in n_m.items()}
+    dense = [named[path] for path, kind in n_m.items() if sparsity and asked[path] > kind.n]
+    trees.raise_for(dense, f"`sparsity` {sparsity} is too low to reach these patterns; raise it:")
+    sparse = [named[path] for path, kind in n_m.items() if asked[path] < kind.n]
+    if len(n_m) == len(kinds):  # no other leaf can make up for it
+        summary = f"`sparsity` {sparsity} is more than these patterns prune; lower it to 1 - n / m:"
+        trees.raise_for(sparse, summary)
+
+
+def _n_m_ranking(
+    pattern: patterns.NM, places: list[int], sparsities: Sequence[float], moved: Sequence[float]
+) -> Ranking:
+    """Of every m weights, as many as the sparsity asks for, at least n."""
+    keep = [max(pattern.n, budgets.keep_count(pattern.m, s)) for s in sparsities]
+    keep = np.asarray(keep, np.int64)
+    count = np.floor(keep * np.asarray(moved) + 0.5)
+    nothing = np.zeros((len(keep), 0), np.int64)
+    return Ranking(pattern, tuple(places), keep, count.astype(np.int64), nothing, nothing, nothing)
+
+
+def _ranking(
+    pattern: patterns.Pattern,
+    places: list[int],
+    leaves: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    sparsities: Sequence[float],
+    moved: Sequence[float],
+    rule: budgets.BudgetRule,
+) -> Ranking:
+    """Counts of a pattern whose units compete under a budget."""
+    shapes = {}
+    for path, shape, axes in leaves:
+        units = patterns.copy_shape(patterns.unit_shape(pattern, shape, axes), axes)
+        shapes |= dict.fromkeys(copy_paths(path, shape, axes), units)
+    # Once for each sparsity: at a constant one, a long run asks the same thousands of times.
+    known = {sparsity: rule(shapes, sparsity) for sparsity in dict.fromkeys(sparsities)}
+    total = np.array([known[sparsity].total for sparsity in sparsities], np.int64)
+    floors = np.array([known[sparsity].floors for sparsity in sparsities], np.int64)
+    fraction = np.asarray(moved)
+    count = np.floor(total * fraction + 0.5)
+    count_of_layer = np.floor(floors * fraction[:, None] + 0.5)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    everything = sum(sizes)
+    shares = np.array([[int(k) * n // everything for n in sizes] for k in total], np.int64)
+    tables = (total, count, floors, count_of_layer, shares)
+    return Ranking(pattern, tuple(places), *(table.astype(np.int64) for table in tables))
+
+
+def _mark(step: int, entry: int, rankings: Sequence[Ranking]) -> int:
+    """A checksum of what a mask update does and when, from 1 to 2**31 - 1."""
+    content = [
+        (ranking[:2], *(table[entry].tolist() for table in ranking[2:])) for ranking in rankings
+    ]
+    return zlib.crc32(repr((step, content)).encode()) % (2**31 - 1) + 1

@@ -1,0 +1,30 @@
+"""Train state, step and loop: what experiments, and loops of your own, can share.
+
+A small data set lives on the devices and a batch is a row of indices, so a step moves a few hundred
+bytes from the host; of a large one each process brings its part of the batch. All randomness of a
+step derives from its number, so a resumed run repeats it bit for bit.
+"""
+
+from jaxprune.training._averages import average_parameters, with_averages
+from jaxprune.training._loop import Hook, fit
+from jaxprune.training._steps import (
+    TrainState,
+    create_state,
+    cross_entropy,
+    make_chunk_step,
+    make_evaluate,
+    make_train_step,
+)
+
+__all__ = [
+    "Hook",
+    "TrainState",
+    "average_parameters",
+    "create_state",
+    "cross_entropy",
+    "fit",
+    "make_chunk_step",
+    "make_evaluate",
+    "make_train_step",
+    "with_averages",
+]

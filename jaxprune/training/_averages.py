@@ -1,0 +1,76 @@
+"""An exponential average of the parameters, which keeps pruned weights at zero."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import masks, trees
+
+
+class AverageState(NamedTuple):
+    """State of `average_parameters`."""
+
+    parameter_average: Any  # like the parameters
+
+
+def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps an exponential average of the parameters; no update changes.
+
+    Chain it after the whole optimizer, so that it sees the parameters as they become:
+    `optax.chain(jaxprune.chain(optimizer, pruning), average_parameters(0.999))`.
+
+    Args:
+        decay: share of the old average that each step keeps, in [0, 1).
+
+    Returns:
+        An Optax transformation. `with_averages` reads its average.
+
+    Raises:
+        ValueError: `decay` is outside [0, 1).
+
+    Example:
+        >>> optimizer = optax.chain(optax.sgd(1.0), average_parameters(0.75))
+        >>> params, grads = {"w": jnp.array(4.0)}, {"w": jnp.array(4.0)}
+        >>> _, state = optimizer.update(grads, optimizer.init(params), params)
+        >>> float(with_averages(params, state)["w"])
+        3.0
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"`decay` must lie in [0, 1), but is {decay!r}.")
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(new, state.parameter_average, 1 - decay)
+        return updates, AverageState(average)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_averages(params: Any, opt_state: Any) -> Any:
+    """Returns the averaged parameters to evaluate with, or `params` where no average is kept.
+
+    A weight that is pruned now was not always 0, so the masks of the state are applied.
+
+    Args:
+        params: the parameters that are trained.
+        opt_state: state of the whole optimizer.
+
+    Returns:
+        A tree like `params`.
+
+    Example:
+        >>> params = {"w": jnp.array([1.0, 2.0])}
+        >>> with_averages(params, optax.sgd(0.1).init(params)) is params
+        True
+    """
+    found = trees.state_fields(opt_state, "parameter_average")
+    if not found:
+        return params
+    if trees.state_fields(opt_state, "masks"):
+        return masks.apply_masks(found[0], masks.get_masks(opt_state))
+    return found[0]

@@ -1,0 +1,329 @@
+"""AGIP on channels: masks at the gates of groups, and one statistic for each channel."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from jaxprune import budgets, schedules, scores, stats, timetables, trees
+from jaxprune.transforms import _gates
+from jaxprune.transforms._base import (
+    check_bools,
+    check_line_search,
+    project,
+    put_masks,
+    update_masks,
+    zero_counters,
+)
+
+
+class ChannelState(NamedTuple):
+    """State of `agip_transform` with `groups`.
+
+    `jax.jit` returns the dicts with sorted keys, whatever the order of the groups.
+
+    Example:
+        >>> ChannelState._fields[3:6]
+        ('masks', 'timetable_mark', 'channels')
+    """
+
+    prune_step: jax.Array  # int32 [], optimizer updates seen
+    mask_updates: jax.Array  # int32 [], mask updates that are done
+    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
+    masks: Any  # bool, like the parameters; only of the gates
+    timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
+    channels: dict[str, jax.Array]  # bool [channels] by name of a group, True where one is kept
+    channel_average: dict[str, jax.Array]  # float32 [channels]; {} without an own average
+    channel_age: dict[str, jax.Array]  # int32 [channels], steps since it is on; {} likewise
+    channel_growth: dict[str, jax.Array]  # float32 [channels]; {} without regrowth
+    unranked: jax.Array  # int32 [], groups whose scores were all 0 at the last mask update
+
+
+def channel_transform(
+    sparsity: float | optax.Schedule,
+    groups: Mapping[str, Any],
+    *,
+    every: int,
+    start: int,
+    stop: int,
+    decay: float | None,
+    score: scores.Score | None,
+    budget: budgets.BudgetRule | None,
+    regrow: float,
+) -> optax.GradientTransformationExtraArgs:
+    """See `agip_transform`, which checks the arguments.
+
+    Args:
+        sparsity: fraction of the channels that are off from `stop` on, or a schedule of it.
+        groups: from `structure.find_groups`, or what `Groups.compact` leaves of them.
+        every: steps between mask updates.
+        start: first mask update.
+        stop: last mask update.
+        decay: of the averages; None reads the momentum at mask updates.
+        score: function `(norms, statistics) -> scores` on lists with a vector for each group; None
+            is the statistic itself.
+        budget: of channels; None is `budgets.uniform`.
+        regrow: fraction of the kept channels that moves at `start`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+    """
+    steps = schedules.mask_update_steps(start, stop, every)
+    sparsities = timetables.sparsities_at(sparsity, steps)
+    fraction = schedules.cosine(regrow, start, stop)
+    # Counts are of the dense network's channels, also when only some of them are left.
+    timetable = timetables.make_timetable(
+        {name: jax.ShapeDtypeStruct((group.full,), bool) for name, group in groups.items()},
+        steps,
+        sparsities,
+        moved=[fraction(step) for step in steps],
+        budget=_at_least_one(budgets.uniform if budget is None else budget),
+    )
+    grows = timetables.ever_grows(timetable)
+    gates_of = _gates.gates_once(groups)
+    # Lists hold a vector for each of these, in this order, as the timetable does. A dict that went
+    # through `jit`, `cond` or `scan` is sorted by its keys and is read by name only.
+    names = list(groups)
+
+    def zeros(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        return {name: jnp.zeros(groups[name].size, dtype) for name in names}
+
+    def put(params: Any, channels: Mapping[str, jax.Array]) -> tuple[Any, dict[int, jax.Array]]:
+        """Masks of the gates, as a tree and by position."""
+        masks: dict[int, jax.Array] = {}
+        leaves = jax.tree.leaves(params)
+        for name, gates in gates_of(params).items():
+            for gate in gates:
+                shape = jnp.shape(leaves[gate.leaf])
+                kept = jnp.where(gate.channels < 0, True, channels[name][gate.channels])
+                mask = jnp.broadcast_to(_gates.along(gate, len(shape), kept), shape)
+                masks[gate.leaf] = masks.get(gate.leaf, True) & mask
+        flags = tuple(index in masks for index in range(len(leaves)))
+        return put_masks(params, flags, [masks[index] for index in sorted(masks)]), masks
+
+    def init_fn(params: optax.Params) -> ChannelState:
+        everything = {name: jnp.ones(groups[name].size, bool) for name in names}
+        masks = params
+        # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
+        if leaves := jax.tree.leaves(params):
+            masks = put(params, everything)[0]
+            _warn_of_zeros(gates_of(params), leaves)
+        return ChannelState(
+            **zero_counters(),
+            masks=masks,
+            channels=everything,
+            channel_average={} if decay is None else zeros(),
+            channel_age={} if decay is None else zeros(jnp.int32),
+            channel_growth=zeros() if grows and decay is not None else {},
+            unranked=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad: optax.Updates | None = None,
+        inner_state: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        check_line_search(extra_args, inner_state)
+        if params is None:
+            raise ValueError(
+                "`params` is missing: pruning needs the parameters. Call "
+                "`optimizer.update(gradients, state, params)`."
+            )
+        trees.check_same_structure("updates", updates, params)
+        check_bools(state.channels)
+        gates = gates_of(params)
+        weights, moves = jax.tree.leaves(params), jax.tree.leaves(updates)
+        signal = trees.leaves_like(params, None if decay is None else grad) or moves
+        if decay is None and inner_state is not None:
+            paths = list(trees.leaf_by_path(params))
+            at = sorted({gate.leaf for own in gates.values() for gate in own})
+            momenta = stats.first_moment(inner_state, [paths[i] for i in at])
+            signal = dict(zip(at, momenta, strict=True))
+        seen = _measure(gates, groups, weights, signal)
+
+        # Gradients -> statistics, one pass over the gates. Norms wait for a mask update, unless an
+        # average needs them or the signal is computed: as an operand it would be written out.
+        slopes = None
+        if signal is moves or (grows and decay is not None):
+            slopes = _lengths(gates_of(params), groups, seen.signals)
+            seen = seen._replace(signals={})
+
+        on = [state.channels[name] for name in names]
+        average, age, growth = state.channel_average, state.channel_age, state.channel_growth
+        if decay is None:
+            statistics = seen.products
+        else:
+            # Only of the steps since a channel came back: it has no past to be judged by.
+            ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
+            past = [
+                _gates.root_mean_square(average[name], new, decay) * kept
+                for name, new, kept in zip(names, seen.products, on, strict=True)
+            ]
+            statistics = [_unbiased(*pair, decay) for pair in zip(past, ages, strict=True)]
+            if grows and slopes is not None:
+                pairs = zip(names, slopes, strict=True)
+                slopes = [_gates.root_mean_square(growth[n], new, decay) for n, new in pairs]
+                growth = dict(zip(names, slopes, strict=True))
+            average, age = (dict(zip(names, own, strict=True)) for own in (past, ages))
+
+        # Statistics -> masks, at a mask update.
+        def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
+            (channels, _), (statistics, slopes, seen) = carry, buffers
+            own = gates_of(params)
+            norms = _lengths(own, groups, seen.weights)
+            slopes = _lengths(own, groups, seen.signals) if slopes is None else slopes
+            ranked = statistics if score is None else score(norms, statistics)
+            ranked, unranked = _never_worthless(ranked, channels, (slopes, norms))
+            kept = timetables.renew(timetable, index, channels, ranked, slopes if grows else None)
+            return list(kept), unranked
+
+        carry = on, state.unranked
+        (kept, unranked), counters = update_masks(
+            timetable, state, carry, (statistics, slopes, seen), renew
+        )
+        channels = dict(zip(names, kept, strict=True))
+
+        # Masks -> updates.
+        tree, masks = put(params, channels)
+        for index, mask in masks.items():
+            moves[index] = project(moves[index], mask, weights[index])
+        return jax.tree.unflatten(jax.tree.structure(updates), moves), ChannelState(
+            **counters,
+            masks=tree,
+            channels=channels,
+            channel_average=average,
+            channel_age=age,
+            channel_growth=growth,
+            unranked=unranked,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Seen(NamedTuple):
+    """What one step shows of the gates."""
+
+    products: list[jax.Array]  # |sum of w g| of each channel, float32 [channels] of each group
+    weights: dict[int, jax.Array]  # parameters by position
+    signals: dict[int, jax.Array]  # their gradients or momenta; {} once their norms are taken
+
+
+def _measure(
+    gates: _gates.Gates,
+    groups: Mapping[str, Any],
+    weights: Sequence[jax.Array],
+    signal: Any,
+) -> _Seen:
+    """Takes the numbers of this step; none is squared, as squares of small numbers underflow."""
+    used = {gate.leaf for own in gates.values() for gate in own}
+    products = []
+    for name, group in groups.items():
+        pairs = [(weights[gate.leaf], signal[gate.leaf]) for gate in gates[name]]
+        terms = [w.astype(jnp.float32) * g.astype(jnp.float32) for w, g in pairs]
+        products.append(jnp.abs(_gates.sums(gates[name], group.size, terms)))
+    return _Seen(products, {i: weights[i] for i in used}, {i: signal[i] for i in used})
+
+
+def _lengths(
+    gates: _gates.Gates, groups: Mapping[str, Any], arrays: Mapping[int, jax.Array]
+) -> list[jax.Array]:
+    """Norms of the entries of each channel, float32 [channels] of each group."""
+    return [
+        _gates.lengths(gates[name], group.size, [arrays[gate.leaf] for gate in gates[name]])
+        for name, group in groups.items()
+    ]
+
+
+def _unbiased(average: jax.Array, age: jax.Array, decay: float) -> jax.Array:
+    """The root mean square of the steps that were seen: the average started at 0."""
+    steps = jnp.maximum(age, 1).astype(jnp.float32)
+    return average / jnp.sqrt(1 - decay**steps)
+
+
+def _never_worthless(
+    ranked: Sequence[jax.Array],
+    channels: Sequence[jax.Array],
+    instead: Sequence[Sequence[jax.Array]],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Gives groups whose scores are all 0 other scores, with the mean of all other groups.
+
+    A score of 0 in the whole group says that the gates have not moved from 0, or that no gradient
+    has reached them, and not that the channels are worth nothing.
+
+    Args:
+        ranked: scores, [channels] of each group.
+        channels: bool, which are on.
+        instead: scores to take instead, the first of them that are not all 0.
+
+    Returns:
+        Scores like `ranked`, and the number of such groups, int32 [].
+    """
+
+    def of_kept(values: Sequence[jax.Array]) -> list[jax.Array]:
+        values = [jnp.abs(jnp.asarray(own, jnp.float32)) for own in values]
+        return [jnp.where(on, own, 0) for own, on in zip(values, channels, strict=True)]
+
+    def mean(own: jax.Array, on: jax.Array) -> jax.Array:
+        return jnp.sum(own) / jnp.maximum(jnp.sum(on), 1)
+
+    if not ranked:
+        return [], jnp.zeros([], jnp.int32)
+    sizes = of_kept(ranked)
+    known = [jnp.any(own > 0) for own in sizes]
+    largest = jnp.max(jnp.stack([jnp.max(own) for own in sizes]))
+    unit = jnp.where(largest > 0, largest, 1)  # keeps sums from underflow and overflow
+    counted = [on & flag for on, flag in zip(channels, known, strict=True)]
+    count = jnp.maximum(sum(jnp.sum(own, dtype=jnp.int32) for own in counted), 1)
+    total = sum(jnp.sum(own / unit) for own in sizes)
+    typical = jnp.where(total > 0, unit * (total / count), 1)
+
+    new = []
+    substitutes = [of_kept(own) for own in instead]
+    for position, (score, on) in enumerate(zip(ranked, channels, strict=True)):
+        other = on.astype(jnp.float32)
+        for own in reversed(substitutes):
+            other = jnp.where(jnp.any(own[position] > 0), own[position], other)
+        other = other / jnp.maximum(jnp.max(other), jnp.finfo(jnp.float32).tiny)
+        new.append(jnp.where(known[position], score, typical * (other / mean(other, on))))
+    return new, jnp.sum(~jnp.stack(known), dtype=jnp.int32)
+
+
+def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
+    """Names groups whose gates are all 0, unless traced."""
+    if not all(
+        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves
+    ):
+        return
+    alive = {
+        name: [jnp.any(_gates.entries(gate, leaves[gate.leaf]) != 0) for gate in own]
+        for name, own in gates.items()
+    }
+    alive = jax.device_get(alive)
+    silent = [name for name in gates if not any(alive[name])]
+    if silent:
+        warnings.warn(
+            f"the gates of {', '.join(silent)} are all 0, so the statistics of these channels are "
+            "0 until the gates have moved. Until then the channels are ranked by their gradients; "
+            "choose a `start` by which they have moved.",
+            stacklevel=2,
+        )
+
+
+def _at_least_one(rule: budgets.BudgetRule) -> budgets.BudgetRule:
+    """The budget with at least one channel in each group."""
+
+    def floored(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> budgets.Budget:
+        budget = rule(shapes, sparsity)
+        floors = tuple(max(1, floor) for floor in budget.floors)
+        return budgets.Budget(max(budget.total, sum(floors)), floors)
+
+    return floored

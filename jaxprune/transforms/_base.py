@@ -1,0 +1,359 @@
+"""What all pruning transformations share: state, mask updates behind one branch, projection."""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from jaxprune import budgets, patterns, stats, timetables, trees
+
+
+class MaskState(NamedTuple):
+    """State of the transformations that keep nothing but masks.
+
+    What they do follows from their masks, so `jaxprune.chain` shows the members before them the
+    sparse network, in which a weight that comes back has no past.
+
+    Example:
+        >>> import jaxprune
+        >>> state = jaxprune.magnitude_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
+        >>> int(state.mask_updates), state.masks["kernel"].shape
+        (0, (2, 2))
+    """
+
+    prune_step: jax.Array  # int32 [], optimizer updates seen
+    mask_updates: jax.Array  # int32 [], mask updates that are done
+    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
+    masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
+    timetable_mark: (
+        jax.Array
+    )  # int32 [], the mask update that the masks come from, see `update_masks`
+
+
+def holds_masks(node: Any) -> bool:
+    """Whether a node of an optimizer state is the state of a pruning transformation."""
+    return "masks" in getattr(node, "_fields", ())
+
+
+class Parts(NamedTuple):
+    """The pruned leaves of one update, each a list in flattening order."""
+
+    flags: tuple[bool, ...]  # of all leaves: whether it is pruned
+    weights: list[jax.Array]
+    updates: list[jax.Array]
+    masks: list[jax.Array]
+
+
+Renew = Callable[..., Any]
+
+
+def split(
+    updates: Any,
+    masks: Any,
+    params: Any,
+    prunable: trees.Prunable,
+    stacked: trees.Stacked = None,
+) -> Parts:
+    """Picks what is pruned out of the arguments of an update, and checks them."""
+    if params is None:
+        raise ValueError(
+            "`params` is missing: pruning needs the parameters. Call "
+            "`optimizer.update(gradients, state, params)`."
+        )
+    trees.check_same_structure("updates", updates, params)
+    flags = trees.prunable_flags(params, prunable, stacked)
+    _check_state(masks, params, flags)
+    weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
+    check_bools(masks)
+    return Parts(flags, weights, moves, held_for(masks, params, flags))
+
+
+def held_for(tree: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array]:
+    """What a state holds for each pruned leaf, in the order of the parameters."""
+    by_path = trees.leaf_by_path(tree)  # a restored state may sort its keys differently
+    return [by_path[path] for path in named_leaves(params, flags)]
+
+
+def _check_state(masks: Any, params: Any, flags: tuple[bool, ...]) -> None:
+    """The state must be that of a transformation that prunes the same leaves."""
+    held = trees.leaf_by_path(masks)
+    wanted = {path: jnp.shape(leaf) for path, leaf in named_leaves(params, flags).items()}
+    problems = [
+        f"{path}: pruned, but without a mask in the state" for path in wanted if path not in held
+    ]
+    problems += [
+        f"{path}: a mask in the state, but not pruned" for path in held if path not in wanted
+    ]
+    problems += [
+        f"{path}: shape {shape}, but its mask in the state has {jnp.shape(held[path])}"
+        for path, shape in wanted.items()
+        if path in held and jnp.shape(held[path]) != shape
+    ]
+    trees.raise_for(
+        sorted(problems),
+        "`state` must be of a transformation that prunes the same leaves. Restore it with the same "
+        "`prunable`, or start from `init` and put the old masks in with `jaxprune.set_masks`:",
+    )
+
+
+def check_bools(masks: Any) -> None:
+    """Raises where a wrapper has computed with the masks of a state."""
+    bad = [
+        f"{path}: {jnp.result_type(mask)}"
+        for path, mask in trees.leaves_with_paths(masks)
+        if jnp.result_type(mask) != jnp.bool_
+    ]
+    trees.raise_for(
+        bad,
+        "`state` must hold masks of bools, but a wrapper around the pruning transformation mixes "
+        "states of several steps (optax.contrib.sam, optax.lookahead with `reset_state`). Put it "
+        "before pruning in a jaxprune.chain, SAM with `opaque_mode=True`; see docs/optimizers.md:",
+    )
+
+
+def has_line_search(state: Any) -> bool:
+    """Whether an optimizer state keeps a value and a gradient for the next step."""
+    return any(map(keeps_value, jax.tree.leaves(state, is_leaf=keeps_value)))
+
+
+def keeps_value(node: Any) -> bool:
+    """Whether a node is the state of a line search, by the fields that Optax itself looks for."""
+    return {"value", "grad"} <= set(getattr(node, "_fields", ()))
+
+
+def check_line_search(extra_args: Any, inner_state: Any = None) -> None:
+    """Raises where a line search would keep value and gradient of the point before the mask."""
+    if "value_fn" in extra_args and not has_line_search(extra_args.get("inner_state", inner_state)):
+        raise ValueError(
+            "`value_fn` is passed to a pruning transformation, but no line search is before it in "
+            "the same jaxprune.chain. One outside keeps the value and the gradient of the point "
+            "before the mask for the next step. Write `jaxprune.chain(optax.lbfgs(), pruning)`; "
+            "see docs/optimizers.md."
+        )
+
+
+def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array] | None:
+    """The raw gradients of the pruned leaves, or None if the chain does not hand them on."""
+    leaves = trees.leaves_like(params, grad)
+    return None if leaves is None else trees.pick(leaves, flags)
+
+
+def put_masks(params: Any, flags: tuple[bool, ...], masks: Sequence[jax.Array]) -> Any:
+    """Masks in the places of the pruned leaves, nothing at all in the others."""
+    check_one_copy(params)
+    # Masks of leaves that are never pruned would be passed in and out of every step.
+    rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    return trees.put(params, flags, list(masks), rest)
+
+
+def check_one_copy(params: Any) -> None:
+    """Raises where fast and slow weights would be ranked together, as if of one network."""
+
+    def is_pair(node: Any) -> bool:
+        return isinstance(node, optax.LookaheadParams)
+
+    if any(map(is_pair, jax.tree.leaves(params, is_leaf=is_pair))):
+        raise ValueError(
+            "`params` are LookaheadParams, two copies of one network: pruning would rank fast and "
+            "slow weights together. Put the chain inside, `optax.lookahead(jaxprune.chain("
+            "optimizer, pruning), ...)`, and apply the masks to both copies after each step; see "
+            "docs/optimizers.md."
+        )
+
+
+def update_masks(
+    timetable: timetables.Timetable,
+    state: Any,
+    carry: Any,
+    buffers: Any,
+    renew: Renew,
+    faults: Sequence[jax.Array] = (),
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Changes masks where that is due, in the only branch of a step.
+
+    Args:
+        timetable: the mask updates.
+        state: a NamedTuple with the counters of `MaskState`.
+        carry: masks and what changes with them; returned as it is at all other steps.
+        buffers: arrays that `renew` reads. Arrays of the optimizer's state, gradients or
+            parameters only: what is computed for the branch is written to memory at every step.
+        renew: function `(index of the mask update, carry, buffers) -> carry`.
+        faults: bits of values that are not finite, in place of buffers that are computed.
+
+    Returns:
+        The carry, and the new values of the counters. If a buffer is not finite, the mask
+        update is refused: it stays due.
+
+    The last mask update at this step or before is due as long as the masks do not come from it.
+    So a state that is resumed with another timetable catches up with it, whatever its counters say.
+    """
+    done = timetables.entries_until(timetable, state.prune_step)
+    mark = jnp.where(done > 0, jnp.asarray(timetable.marks)[done - 1], state.timetable_mark)
+    due = mark != state.timetable_mark
+
+    def at_mask_update(carry: Any, buffers: Any, faults: Any) -> Any:
+        ok = stats.all_finite(buffers)
+        ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
+        new = renew(done - 1, carry, buffers)
+        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, carry), ok
+
+    carry, ok = jax.lax.cond(
+        due,
+        at_mask_update,
+        lambda carry, *_: (carry, jnp.array(True)),
+        *(carry, buffers, list(faults)),
+    )
+    counters = {
+        "prune_step": jnp.asarray(optax.safe_increment(state.prune_step)),
+        "mask_updates": jnp.where(ok, done, state.mask_updates),
+        "timetable_mark": jnp.where(ok, mark, state.timetable_mark),
+        "refused": state.refused + (due & ~ok),
+    }
+    return carry, counters
+
+
+def zero_counters() -> dict[str, jax.Array]:
+    """The counters of a state before the first step."""
+    names = ("prune_step", "mask_updates", "refused", "timetable_mark")
+    return {name: jnp.zeros([], jnp.int32) for name in names}
+
+
+def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
+    """The update that leaves a kept weight its step and takes a pruned weight to exactly 0."""
+    # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
+    dtype = jnp.promote_types(update.dtype, weight.dtype)
+    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+
+
+def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
+    """The pruned leaves by their paths."""
+    items = trees.leaf_by_path(params).items()
+    return {path: leaf for (path, leaf), flag in zip(items, flags, strict=True) if flag}
+
+
+def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.Timetable]:
+    """`timetables.make_timetable` for given parameters; remembers its last few results."""
+    known: dict[tuple, timetables.Timetable] = {}
+
+    def timetable_for(params: Any, flags: tuple[bool, ...]) -> timetables.Timetable:
+        leaves = named_leaves(params, flags)
+        key = tuple((path, jnp.shape(leaf)) for path, leaf in leaves.items())
+        if key not in known:
+            while len(known) >= 4:
+                known.pop(next(iter(known)))
+            known[key] = timetables.make_timetable(leaves, *arguments, **options)
+        return known[key]
+
+    return timetable_for
+
+
+def check_window(name: str, every: int, start: int, stop: int, *problems: str | None) -> None:
+    """Static checks of a transformation's arguments, raised together with others."""
+    bad = []
+    if every < 1:
+        bad.append(f"`every` must be at least 1 step, but is {every!r}")
+    if start < 0:
+        bad.append(f"`start` must not be negative, but is {start!r}")
+    if stop < start:
+        bad.append(f"`stop` must not be before `start`, but {stop!r} < {start!r}")
+    bad += [problem for problem in problems if problem]
+    trees.raise_for(bad, f"{name} cannot run with these arguments:")
+
+
+def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
+    """Warns of pruned leaves that are 0 everywhere, where values are known: outside of `jit`."""
+    known = {
+        path: leaf
+        for path, leaf in named_leaves(params, flags).items()
+        if not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
+    }
+    zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
+    if zeros:
+        warnings.warn(
+            f"`params` holds leaves that are 0 everywhere: {', '.join(zeros)}. Weights are ranked "
+            "by their product with the gradient, which says nothing until a leaf has moved. Until "
+            "then each keeps its share at the density of the whole. Exclude such leaves with "
+            "`prunable`, or set a later `start`.",
+            stacklevel=3,
+        )
+
+
+def masking_transform(
+    steps: Sequence[int],
+    sparsities: Sequence[float],
+    choose: Callable[..., list[jax.Array]],
+    *,
+    moved: Sequence[float] | None = None,
+    first: Callable[[timetables.Timetable, list[jax.Array]], list[jax.Array]] | None = None,
+    needs_gradient: bool = False,
+    budget: budgets.BudgetRule | None = None,
+    pattern: patterns.PatternRule = None,
+    prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose state is its masks.
+
+    Args:
+        steps: when masks change.
+        sparsities: sparsity after each mask update.
+        choose: function `(timetable, index, masks, weights, gradients) -> masks` on lists of the
+            pruned leaves; `gradients` is None unless `needs_gradient`.
+        moved: fraction of the kept weights that each mask update drops and regrows.
+        first: function `(timetable, weights) -> masks` for the first step; None keeps everything.
+        needs_gradient: whether `choose` reads gradients.
+        budget: how many weights stay.
+        pattern: which weights fall together.
+        prunable: which leaves are pruned.
+        stacked: which axes number copies.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`.
+    """
+    timetable_for = timetable_once(
+        steps, sparsities, moved=moved, budget=budget, pattern=pattern, stacked=stacked
+    )
+
+    def init_fn(params: optax.Params) -> Any:
+        flags = trees.prunable_flags(params, prunable, stacked)
+        weights = trees.pick(params, flags)
+        # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
+        timetable = timetable_for(params, flags) if weights else None
+        if needs_gradient:
+            warn_of_zeros(params, flags)
+        masks = [jnp.ones_like(weight, dtype=bool) for weight in weights]
+        if first and timetable:
+            # Outside of `jit` the loops of the selection would be slow.
+            masks = jax.jit(functools.partial(first, timetable))(weights)
+        return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        check_line_search(extra_args)
+        parts = split(updates, state.masks, params, prunable, stacked)
+        timetable = timetable_for(params, parts.flags)
+        gradients = None
+        if needs_gradient:
+            gradients = raw_gradients(grad, params, parts.flags) or parts.updates
+
+        def renew(index: jax.Array, masks: Any, buffers: Any) -> Any:
+            return choose(timetable, index, masks, *buffers)
+
+        masks, counters = update_masks(
+            timetable, state, parts.masks, (parts.weights, gradients), renew
+        )
+        moves = map(project, parts.updates, masks, parts.weights)
+        state = MaskState(**counters, masks=put_masks(params, parts.flags, masks))
+        return trees.put(updates, parts.flags, list(moves)), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

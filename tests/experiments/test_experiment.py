@@ -1,0 +1,116 @@
+"""scripts/experiment.py: images that grow, parts of a batch, rates after a cut, held-out images."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune
+from jaxprune import data, patterns, training
+from jaxprune.experiments import experiment, sources, train
+from jaxprune.experiments.config import CONFIGS
+
+
+@pytest.fixture
+def config():
+    return CONFIGS["digits_resnet8"][1]
+
+
+def _network(*sizes):
+    """What `parts_of` reads: (channels, of so many at first) of each group."""
+    groups = {str(i): SimpleNamespace(size=n, full=full) for i, (n, full) in enumerate(sizes)}
+    return SimpleNamespace(groups=groups)
+
+
+def test_small_images_are_means_of_pixels():
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    small = experiment.resized(jnp.asarray(images), (4, 4))
+    assert small.shape == (2, 4, 4, 1)
+    # The triangle of two pixels' width: 1 3 3 1, renormalised at the edges.
+    weights = np.zeros((4, 8))
+    for row in range(4):
+        for pixel, weight in zip(range(2 * row - 1, 2 * row + 3), (1, 3, 3, 1)):
+            if 0 <= pixel < 8:
+                weights[row, pixel] = weight
+    weights /= weights.sum(1, keepdims=True)
+    expected = np.einsum("ah,bw,nhwc->nabc", weights, weights, images)
+    np.testing.assert_allclose(small, expected, atol=1e-5)
+    assert experiment.resized(small, (4, 4)) is small
+
+
+@pytest.mark.parametrize(
+    ("share", "until", "expected"), [(0.5, 0.3, (4, 6)), (1.0, 0.3, None), (0.5, 0.0, None)]
+)
+def test_small_size(config, share, until, expected):
+    own = dataclasses.replace(config, small_images=share, small_until=until)
+    assert experiment.small_size(own, (8, 12)) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "sizes", "expected"),
+    [
+        (1, None, [(8, 16)], 1),
+        (4, None, [(16, 16), (32, 32)], 4),
+        (4, None, [(8, 16), (16, 32)], 2),
+        (4, None, [(9, 16), (17, 32)], 4),  # 2.17 are not enough, and 3 do not divide 64
+        (4, (4, 4), [(16, 16)], 1),
+        (8, (4, 4), [(8, 16)], 1),
+    ],
+)
+def test_parts_shrink_with_activations(config, parts, size, sizes, expected):
+    own = dataclasses.replace(config, parts=parts, batch_size=64)
+    stage = experiment.Stage(_network(*sizes), size)
+    assert experiment.parts_of(own, stage, (8, 8)) == expected
+
+
+def test_a_rate_rises_again_after_a_cut():
+    schedule = experiment.rewarmed(optax.constant_schedule(0.8), 10, 4)
+    found = [float(schedule(jnp.asarray(step))) for step in (10, 11, 12, 13, 14, 50)]
+    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rtol=1e-6)
+    assert experiment.rewarmed(schedule, None, 4) is schedule
+    assert experiment.rewarmed(schedule, 10, 0) is schedule
+
+
+def test_held_out_images_are_training_images_that_are_not_trained_on():
+    whole = data.load("digits")
+    held = sources.held_out(whole, 100)
+    joined = [np.concatenate(pair) for pair in zip(held.train, held.test)]
+    assert all((a == b).all() for a, b in zip(joined, whole.train)) and len(held.test.labels) == 100
+    assert sources.held_out(whole, 0) is whole
+
+
+def test_the_average_of_parameters(config):
+    """Follows the parameters and is tested in their place, with the zeros of the masks."""
+    own = dataclasses.replace(config, ema=0.75, weight_decay=0.0, momentum=0.0)
+    prune = jaxprune.magnitude_transform(0.5, every=1, start=2, stop=2)
+    tx = experiment.make_optimizer(own, optax.constant_schedule(1.0), prune)
+    params = {"kernel": jnp.asarray([[4.0, -3.0, 2.0, -1.0]])}
+    state, expected = tx.init(params), params["kernel"]
+    for _ in range(4):
+        grads = {"kernel": jnp.asarray([[0.1, -0.1, 0.1, -0.1]])}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = 0.75 * expected + 0.25 * params["kernel"]
+    found = training.with_averages(params, state)["kernel"]
+    np.testing.assert_allclose(found[0, :2], expected[0, :2], rtol=1e-6)
+    assert (found[0, 2:] == 0).all() and (expected[0, 2:] != 0).all()
+    assert training.with_averages(params, optax.sgd(0.1).init(params)) is params
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("filters", (3, 3, 16, 16), patterns.channels(axis=-1)),
+        ("2:4", (3, 3, 16, 16), patterns.n_m(2, 4, axis=-2)),
+        ("1:4", (3, 3, 1, 16), None),  # the first layer has one input
+        ("4x4", (3, 3, 16, 16), patterns.blocks((None, None, 4, 4))),
+        ("4x4", (3, 3, 1, 16), None),
+        ("8x8", (64, 10), patterns.blocks((8, 8))),
+    ],
+)
+def test_patterns_by_name(config, name, shape, expected):
+    rule = train.pattern_of(dataclasses.replace(config, pattern=name))
+    assert (rule("kernel", jnp.zeros(shape)) if callable(rule) else rule) == expected

@@ -1,0 +1,209 @@
+"""scripts/study.py headline with a stand-in for train.py: arms, order, numbers, and refusals."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from jaxprune import reports
+from jaxprune.experiments.studies import headline as headline_module
+from jaxprune.experiments.studies import methods
+
+# A run whose numbers follow from its options, as train.py would leave them.
+FAKE = """
+import argparse, json, os, pathlib, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("config")
+for name in "method granularity widths seed steps workdir sparsity learning-rate parts".split():
+    parser.add_argument("--" + name)
+parser.add_argument("--compact", action="store_true")
+args = parser.parse_args()
+folder = pathlib.Path(args.workdir)
+faults = json.loads((folder.parent / "faults.json").read_text())
+with open(folder.parent / "calls.jsonl", "a") as file:
+    cached = os.environ.get("JAX_ENABLE_COMPILATION_CACHE")
+    file.write(json.dumps({"run": folder.name, "args": sys.argv[1:], "cached": cached}) + chr(10))
+if folder.name in faults:
+    sys.exit(3)
+(folder / "config.json").write_text(json.dumps(vars(args)))
+seed, steps = int(args.seed), int(args.steps)
+small = args.compact or bool(args.widths)
+accuracy = 0.9 + 0.01 * seed - 0.02 * small - 0.001 * (100 - steps) * (args.method == "none")
+cost = 0.5 if small else 1.0 + seed
+summary = {
+    "test_accuracy": accuracy, "parameters": 25 if small else 100, "macs": 30 if small else 100,
+    "seconds": 7.0 + steps * cost, "cpu_seconds": 3.0 + steps * cost, "steps": steps,
+    "step_peak_bytes": 40 if args.parts else 100, "process_peak_bytes": 1000,
+    "widths": {"stem": 4, "blocks": [[2, 3]]}, "device": "1 x cpu",
+    "versions": {"jax": "9.9"}, "switches": [], "records": 5,
+}
+tests = [(0.5, 0.9), (0.9, 0.995), (1.0, 1.0)]  # part of the run, part of the accuracy
+records = [
+    {"step": step, "train_loss": 2.0, "cpu_seconds": 3.0 + step * cost} for step in (5, 10)
+] + [
+    {"step": 2, "seconds": part * summary["seconds"], "test_accuracy": share * accuracy}
+    for part, share in tests
+]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in records))
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+LEVERS = ["--levers", "--parts 4"]
+TRAINING = ["--", "--steps", "100"]
+ARMS = [
+    "dense", "agip", "narrow", "dense, time of agip", "magnitude", "random", "agip, masks only",
+]  # fmt: skip
+
+
+@pytest.fixture
+def headline(tmp_path, monkeypatch):
+    """The script with the stand-in; `headline.go(...)` is one command in `headline.root`."""
+    module = types.SimpleNamespace(**vars(headline_module))
+    (tmp_path / "fake.py").write_text(FAKE)
+    module.root = tmp_path / "headline"
+    module.root.mkdir()
+    (module.root / "faults.json").write_text("[]")
+    monkeypatch.setattr(headline_module, "TRAIN", [sys.executable, str(tmp_path / "fake.py")])
+    monkeypatch.setattr(reports, "plot_tradeoffs", lambda *_: None)
+
+    def go(*args):
+        try:
+            methods.main(["headline", *args[:1], "--workdir", str(module.root), *args[1:]])
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    module.go = go
+    return module
+
+
+def _calls(headline):
+    path = headline.root / "calls.jsonl"
+    calls = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    return calls
+
+
+def _option(call, name):
+    return call["args"][call["args"].index(name) + 1] if name in call["args"] else None
+
+
+def _rows(headline):
+    lines = [
+        line for line in (headline.root / "results.md").read_text().splitlines() if "|" in line
+    ]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    heading = rows[0]
+    return {row[0]: dict(zip(heading, row)) for row in rows[2:] if len(row) == len(heading)}
+
+
+def test_arms_wait_for_what_they_need(headline):
+    assert headline.go("fashion", "--seeds", "0", "1", *LEVERS, *TRAINING) == 0
+    calls = {call["run"]: call for call in _calls(headline)}
+    plus = ["dense+", "agip+", "narrow+", "dense+, time of agip+"]
+    assert set(calls) == {headline.folder_of(arm, s) for arm in [*ARMS, *plus] for s in (0, 1)}
+    assert all(call["cached"] == "false" for call in calls.values())
+    for name, call in calls.items():
+        assert (_option(call, "--parts") == "4") == ("+" in name)
+        assert ("--compact" in call["args"]) == name.startswith(("agip-s", "agip+", "mag", "ran"))
+        assert json.loads(_option(call, "--widths") or "{}").get("stem", 4) == 4
+        assert ("--widths" in call["args"]) == name.startswith("narrow")
+    # The dense network takes 3 s of CPU and 1 + seed s a step; agip is done after 53 s.
+    assert _option(calls["dense-time-of-agip-seed0"], "--steps") == "100"
+    steps = [w for w in calls["dense-time-of-agip-seed0"]["args"] if w.isdigit()]
+    assert "50" in steps
+    assert "25" in calls["dense-time-of-agip-seed1"]["args"]
+
+
+def test_numbers(headline):
+    assert headline.go("fashion", "--seeds", "0", "1", "--jobs", "2", *TRAINING) == 0
+    rows = _rows(headline)
+    assert list(rows) == ARMS
+    assert rows["dense"]["accuracy"] == "90.50% ± 0.71%"
+    assert rows["agip"]["accuracy"] == "88.50% ± 0.71%"
+    assert rows["agip"]["relative"] == "97.79% ± 0.02%"  # .88 / .90 and .89 / .91
+    assert rows["agip"]["relative time"] == "0.404 ± 0.182"  # 57 / 107 and 57 / 207
+    assert (rows["agip"]["parameters"], rows["agip"]["step bytes"]) == ("0.250", "1.000")
+    assert rows["agip"]["close (runs)"] == "-"
+    assert rows["dense"]["close (runs)"] == "141 (2)"  # after 9 tenths
+    text = (headline.root / "results.md").read_text()
+    # On CPU goals go by the time of the process: 53 / 103 and 53 / 203.
+    assert "| agip | yes: 0.250 of 0.28 | no: 0.978 of 0.992 | no: 0.388 of 0.32 |" in text
+    assert "device: 1 x cpu" in text and "study.py headline fashion" in text
+    assert len((headline.root / "results.jsonl").read_text().splitlines()) == 14
+
+
+def test_goes_on_after_a_failure(headline):
+    (headline.root / "faults.json").write_text('["agip-seed0"]')
+    assert "1 runs failed" in headline.go("fashion", "--seeds", "0", *TRAINING)
+    first = [call["run"] for call in _calls(headline)]
+    assert "narrow-seed0" not in first and "dense-seed0" in first
+    (headline.root / "faults.json").write_text("[]")
+    assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
+    second = [call["run"] for call in _calls(headline)]
+    assert second == ["agip-seed0", "narrow-seed0", "dense-time-of-agip-seed0"]
+
+
+@pytest.mark.parametrize("size", [0, 20, -1, -3])
+def test_a_log_that_lost_lines_gives_no_times(headline, size):
+    """-1 cuts the new line only, with which the last record is still whole."""
+    options = ["--seeds", "0", "--arms", "narrow", "dense"]
+    assert headline.go("fashion", *options, *TRAINING) == 0
+    path = headline.root / "dense-seed0" / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    code = headline.go("fashion", *options, *TRAINING)
+    if size == -1:
+        assert code == 0
+    else:
+        lost = {0: 5, 20: 5, -3: 1}[size]
+        assert "has lost lines" in code and f"dense-seed0: {lost} records" in code
+        assert "has lost lines" in headline.go("--report-only")
+
+
+def test_a_run_for_another_run_than_is_there_is_refused(headline):
+    """`narrow` and `time of agip` follow from runs that may have been trained again since."""
+    assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
+    path = headline.root / "agip-seed0" / "summary.json"
+    summary = json.loads(path.read_text())
+    widths, seconds = {"stem": 3, "blocks": [[2, 2]]}, summary["cpu_seconds"] + 20
+    path.write_text(json.dumps(summary | {"widths": widths, "cpu_seconds": seconds}))
+    _calls(headline)
+    code = headline.go("fashion", "--seeds", "0", *TRAINING)
+    assert "delete their folders" in code
+    for part in ("narrow-seed0: --widths", "dense-time-of-agip-seed0: --steps 50 there, 70 now"):
+        assert part in code
+    path.write_text(json.dumps(summary))
+    assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
+
+
+def test_chosen_arms_bring_what_they_need(headline):
+    options = ["--arms", "narrow", "--rates", "narrow=0.4", "--seeds", "0"]
+    assert headline.go("fashion", *options, *TRAINING) == 0
+    calls = {call["run"]: call for call in _calls(headline)}
+    assert set(calls) == {"agip-seed0", "narrow-seed0"}
+    rates = {name: _option(call, "--learning-rate") for name, call in calls.items()}
+    assert rates == {"agip-seed0": None, "narrow-seed0": "0.4"}
+    assert not (headline.root / "results.md").exists(), "nothing to compare with"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["fashion", "--arms", "wide"], "no arm is named wide"),
+        (["fashion", "--rates", "wide=1"], "no arm is named wide"),
+        (["fashion", "--", "--method", "agip"], "--method may not be given"),
+        (["fashion", "--levers", "--widths 3"], "--widths may not be given"),
+        (["fashion", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--jobs=1"], "CONFIG is missing"),
+    ],
+)
+def test_refusals(headline, options, message, capsys):
+    code = headline.go(*options)
+    assert code and message in capsys.readouterr().err + str(code)
+
+
+def test_other_options_in_the_same_workdir(headline):
+    assert headline.go("fashion", "--seeds", "0", "--arms", "dense", *TRAINING) == 0
+    code = headline.go("fashion", "--seeds", "0", "--arms", "dense", "--", "--steps", "7")
+    assert "options" in str(code)

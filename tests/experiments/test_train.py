@@ -1,0 +1,302 @@
+"""scripts/train.py as a user runs it: killed, stopped, resumed, refused."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxprune.experiments import train
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train.py"
+STEPS = 80
+# No option may differ between runs that are compared; one log a step shows the order of the data.
+OPTIONS = (
+    f"digits_resnet8 --steps {STEPS} --batch-size 16 --log-every 1 --eval-every 20 "
+    "--eval-batch-size 360 --save-every 10 --prune-every 3 --flip --warmup-steps 2"
+).split()
+TIMINGS = {"seconds", "cpu_seconds", "seconds_per_step", "images_per_second"}
+
+
+FIELDS = dataclasses.fields(train.Config)
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory):
+    """The folder of a run that nothing interrupted, and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, _run(workdir, environment)
+
+
+def _command(workdir, *more):
+    return [sys.executable, str(SCRIPT), *OPTIONS, "--workdir", str(workdir), *more]
+
+
+def _run(workdir, environment, *more):
+    done = subprocess.run(
+        _command(workdir, *more), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _interrupt(workdir, environment, step, number):
+    """Starts the run and sends it a signal once it has reported a step; its exit status."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(_command(workdir), env=environment, **pipes)
+    output = ""
+    try:
+        for line in process.stdout:
+            output += line
+            if line.startswith(f"step {step}/"):
+                process.send_signal(number)
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert f"step {step}/" in output, errors
+    assert not (workdir / "summary.json").exists(), "the run ended before the signal"
+    return process.returncode, output
+
+
+def _checkpoint(workdir, step=STEPS):
+    """What the checkpoint says about itself: checksums of all leaves and the data position."""
+    record = json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+    return record["leaves"], record["record"]["data"]
+
+
+def _metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def _modified(workdir):
+    files = (path for path in workdir.rglob("*") if path.is_file())
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def _error(capsys, *args):
+    """What a refused run prints; it must end with an error status and without a traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*args])
+    code = stopped.value.code
+    assert code not in (0, None)
+    printed = capsys.readouterr()
+    text = printed.out + printed.err + (code if isinstance(code, str) else "")
+    assert "Traceback" not in text
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_killed_and_stopped_run_equals_an_uninterrupted_one(finished, environment, tmp_path):
+    reference, _ = finished
+    code, _ = _interrupt(tmp_path, environment, 12, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / "10").exists()
+
+    code, output = _interrupt(tmp_path, environment, 33, signal.SIGTERM)
+    assert code == 0
+    assert re.search("going on from step [123]0\n", output)
+    assert "stopped and saved at step" in output
+
+    assert "going on from step" in _run(tmp_path, environment)
+    leaves, position = _checkpoint(tmp_path)
+    assert (leaves, position) == _checkpoint(reference)
+    assert any("masks" in path for path in leaves)
+    assert position == {"next_index": STEPS}
+    assert _metrics(tmp_path) == _metrics(reference)
+
+
+def test_finished_run_has_everything(finished):
+    workdir, output = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["parameters"] == 77_754
+    assert 0 < summary["sparse_bytes"] < summary["dense_bytes"]
+    assert 0 < summary["pruning_state_bytes"] < summary["state_bytes"]
+    assert summary["sparsity"] == pytest.approx(0.72, abs=1e-4)
+    assert summary["seconds"] > summary["seconds_per_step"] > 0
+    assert summary["test_accuracy"] == _metrics(workdir)[-1]["test_accuracy"]
+    assert set(summary["versions"]) == {"jax", "flax", "optax", "jaxprune"}
+    config = json.loads((workdir / "config.json").read_text())
+    assert set(config) == {field.name for field in FIELDS} | {"resolved_steps"}
+    for name in ("training.png", "densities.png"):
+        assert (workdir / name).read_bytes()[1:4] == b"PNG"
+    assert list((workdir / "tensorboard").iterdir())
+    assert "blocks/2/conv2/kernel" in output
+    steps = [record["step"] for record in _metrics(workdir) if "train_loss" in record]
+    assert steps == list(range(1, STEPS + 1))
+    sparsity = [record["sparsity"] for record in _metrics(workdir) if "sparsity" in record]
+    assert sparsity == sorted(sparsity)
+    assert sparsity[0] == 0
+
+
+def test_finished_run_is_left_alone(finished, capsys):
+    workdir, _ = finished
+    before = _modified(workdir)
+    train.main([*OPTIONS, "--workdir", str(workdir)])
+    assert "is finished; --overwrite trains it anew" in capsys.readouterr().out
+    assert _modified(workdir) == before
+
+
+def test_other_options_are_refused_and_nothing_is_lost(finished, capsys):
+    workdir, _ = finished
+    before = _modified(workdir)
+    other = ["--sparsity", "0.9", "--seed", "1"]
+    message = _error(capsys, *OPTIONS, "--workdir", str(workdir), *other)
+    for part in ("sparsity: 0.72 there, 0.9 now", "seed: 0 there, 1 now", "another workdir"):
+        assert part in message
+    assert _modified(workdir) == before
+
+
+def test_a_run_does_not_go_on_with_other_images(finished, tmp_path, monkeypatch, capsys):
+    _cut(finished, tmp_path / "run", lambda text: text)
+    real = train.build
+
+    def build(*args):
+        experiment = real(*args)
+        source = experiment.source._replace(fingerprint=lambda: 7)
+        return experiment._replace(source=source)
+
+    monkeypatch.setattr(train, "build", build)
+    message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "run"))
+    assert "holds a run of another configuration: the images: " in message and "7 now" in message
+
+
+def test_overwrite_starts_afresh_and_spares_other_files(finished, environment, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "notes.txt").write_text("mine")
+    output = _run(workdir, environment, "--overwrite", "--seed", "1")
+    assert "going on" not in output
+    assert json.loads((workdir / "config.json").read_text())["seed"] == 1
+    assert _checkpoint(workdir) != _checkpoint(finished[0])
+    assert [record["step"] for record in _metrics(workdir)][-1] == STEPS
+    assert len(_metrics(workdir)) == len(_metrics(finished[0]))
+    assert (workdir / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_deletes_nothing_where_no_run_was(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    train.delete_run(tmp_path)
+    assert (tmp_path / "checkpoints").exists()
+
+
+def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "summary.json").unlink()
+    (file,) = (workdir / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    before = _modified(workdir)
+    done = subprocess.run(
+        _command(workdir), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in done.stderr
+    assert "move this folder away" in done.stderr
+    assert _modified(workdir) == before
+
+    (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")
+    assert "going on from step" in _run(workdir, environment)
+    assert _checkpoint(workdir) == _checkpoint(finished[0])
+
+
+def _cut(finished, workdir, keep):
+    """A copy of the finished run before its summary, with `keep(contents)` of metrics.jsonl."""
+    shutil.copytree(finished[0], workdir)
+    for name in ("summary.json", "summary.txt", "report.html"):
+        (workdir / name).unlink()
+    path = workdir / "metrics.jsonl"
+    path.write_bytes(keep(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("keep", "lost"),
+    [
+        (lambda text: text[:-9], []),  # in the last line, which is the last evaluation
+        (lambda text: b"".join(text.splitlines(True)[:-1]), []),
+        (lambda text: text[: len(text) // 2], ["train_loss", "seconds_per_step"]),
+        (lambda text: b"", ["train_loss", "seconds_per_step"]),
+    ],
+    ids=["a part of the last line", "the last line", "a half", "all"],
+)
+def test_a_log_that_lost_lines_gives_no_figure_of_an_earlier_step(
+    keep, lost, finished, tmp_path, capsys
+):
+    workdir, before = tmp_path / "run", json.loads((finished[0] / "summary.json").read_text())
+    _cut(finished, workdir, keep)
+    train.main([*OPTIONS, "--workdir", str(workdir)])
+    capsys.readouterr()
+    after = json.loads((workdir / "summary.json").read_text())
+    assert after["test_accuracy"] == before["test_accuracy"]
+    assert after["sparsity"] == before["sparsity"] and after["records"] == before["records"]
+    assert after["step_peak_bytes"] == before["step_peak_bytes"] > 0
+    assert after["process_peak_bytes"] >= before["process_peak_bytes"]
+    assert list(after["missing"]) == lost and before["missing"] == {}
+    for name in ("train_loss", "seconds_per_step"):
+        assert after[name] == (None if name in lost else before[name])
+    assert _metrics(workdir)[-1]["test_accuracy"] == before["test_accuracy"]
+    assert (workdir / "report.html").exists() and (workdir / "training.png").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "file"))
+    assert "error: `workdir`" in message
+    assert "cannot be written" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["digits_resnet8", "--sparsty", "0.5"], ["Unrecognized options", "--sparsity"]),
+        (["digits_resnet9"], ["digits_resnet9", "digits_resnet8", "fashion_resnet20"]),
+        (["digits_resnet8", "--model", "resnet9"], ["resnet9", "resnet8", "resnet110"]),
+        (["digits_resnet8", "--dataset", "mnist"], ["mnist", "fashion_mnist"]),
+        (["digits_resnet8", "--method", "agp"], ["agp", "agip", "magnitude"]),
+        (["digits_resnet8", "--steps", "many"], ["many", "INT"]),
+        (["digits_resnet8", "--sparsity", "1.0"], ["`sparsity` must be in [0, 1); got 1.0"]),
+        (["digits_resnet8", "--sparsity", "nan"], ["`sparsity` must be in [0, 1); got nan"]),
+        (
+            ["digits_resnet8", "--sparsity", "-1", "--learning-rate", "0", "--seed", "-3"],
+            ["`sparsity` must", "`learning_rate` must be above 0; got 0.0", "`seed` must"],
+        ),
+        (["digits_resnet8", "--prune-start", "0.7"], ["`prune_stop` must not", "0.7", "0.6"]),
+        (["digits_resnet8", "--regrow", "1.5"], ["`regrow` must be in [0, 1); got 1.5"]),
+    ],
+)
+def test_bad_options_are_named(args, parts, capsys):
+    message = _error(capsys, *args)
+    for part in parts:
+        assert part in message
+
+
+def test_bad_configuration_in_python_is_named():
+    with pytest.raises(ValueError, match="`model` must be one of resnet8, .*; got 'resnet9'"):
+        train.Config(model="resnet9")
+    with pytest.raises(ValueError, match=r"`prune_every` must be at least 1; got 0"):
+        dataclasses.replace(train.CONFIGS["digits_resnet8"][1], prune_every=0)
+
+
+@pytest.mark.parametrize("name", train.CONFIGS)
+def test_help_explains_every_field(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([name, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for field in FIELDS:
+        option = text.partition(f"--{field.name.replace('_', '-')}")[2]
+        # The comment comes between the option and its default.
+        assert len(option.partition("(default:")[0].split()) > 3, field.name
+
+
+def test_help_lists_configurations(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in train.CONFIGS)
