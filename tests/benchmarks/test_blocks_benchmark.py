@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import models, reports
+from jaxprune import models, structure
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "blocks.py"
 # (size, stride, pixels, inputs, outputs), block, kept blocks of inputs; one number of outputs is
