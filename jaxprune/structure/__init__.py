@@ -20,14 +20,15 @@ from jaxprune.structure._nnx import FromNNX, from_nnx
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan, plan_of
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
-from jaxprune.structure._shrinking import (
+from jaxprune.structure._shrinking import Shrinking, Stage
+from jaxprune.structure._switching import (
     Network,
     Policy,
     Switch,
+    dense_network,
     masked_channels,
     pays,
     shrink,
-    start,
 )
 from jaxprune.structure._traces import Model, Trace
 
@@ -43,12 +44,15 @@ __all__ = [
     "Network",
     "Plan",
     "Policy",
+    "Shrinking",
+    "Stage",
     "Switch",
     "Trace",
     "byte_cost",
     "compact_state",
     "count_macs",
     "count_parameters",
+    "dense_network",
     "filter_norms",
     "find_groups",
     "fpgm",
@@ -64,6 +68,5 @@ __all__ = [
     "pays",
     "plan_of",
     "shrink",
-    "start",
     "taylor",
 ]

@@ -62,7 +62,10 @@ class FromNNX(NamedTuple):
 
 
 def from_nnx(
-    module: Any, call: Callable[..., Any] = lambda module, *args: module(*args)
+    module: Any,
+    call: Callable[..., Any] = lambda module, *args: module(*args),
+    *,
+    state: str = "state",
 ) -> FromNNX:
     """Splits a module into variables and pure functions, ready for `find_groups`.
 
@@ -70,6 +73,7 @@ def from_nnx(
         module: an `nnx.Module`; it is not changed.
         call: `call(module, *args)`: how it is used; give another for another method, with the same
             variables.
+        state: the key of what is neither a parameter nor a cache, such as running statistics.
 
     Returns:
         The variables, the functions, and the way back.
@@ -86,11 +90,12 @@ def from_nnx(
         (3, 5)
     """
     graphdef, *states = nnx.split(module, nnx.Param, nnx.Cache, ...)
-    named = zip(("params", "cache", "state"), map(nnx.to_pure_dict, states), strict=True)
-    variables = {name: state for name, state in named if state}
+    names = "params", "cache", state
+    named = zip(names, map(nnx.to_pure_dict, states), strict=True)
+    variables = {name: own for name, own in named if own}
 
     def merge(variables: Any) -> Any:
-        parts = [variables.get(name, {}) for name in ("params", "cache", "state")]
+        parts = [variables.get(name, {}) for name in names]
         return nnx.merge(graphdef, *parts)
 
     def evaluate(variables: Any, *args: Any) -> Any:
@@ -102,8 +107,8 @@ def from_nnx(
         own = merge(variables)
         own.train()
         output = call(own, *args)
-        _, _, cache, state = nnx.split(own, nnx.Param, nnx.Cache, ...)
-        new = {"cache": nnx.to_pure_dict(cache), "state": nnx.to_pure_dict(state)}
+        _, _, cache, rest = nnx.split(own, nnx.Param, nnx.Cache, ...)
+        new = {"cache": nnx.to_pure_dict(cache), state: nnx.to_pure_dict(rest)}
         return output, {name: own for name, own in new.items() if name in variables}
 
     return FromNNX(variables, evaluate, train, merge)
