@@ -1,9 +1,25 @@
-"""Channels that are removed for real: what must shrink together, and functions on smaller arrays.
+"""Removes channels for real: finds what shrinks together and runs functions on smaller arrays.
 
 groups = structure.find_groups(apply, variables, images)     # from the jaxpr, any framework
 plan = groups.plan({"conv1/kernel:3": kept})                 # bools, one for each channel
 small = plan.compact(variables)                              # smaller arrays
 output = jax.jit(plan.wrap(apply))(small, images)            # the same function on them
+
+Why: zeros save no time on dense hardware; smaller arrays do. Removing a channel shrinks the kernel
+that produces it, the norm layer behind it and every kernel that reads it, and a residual connection
+ties several layers together. Finding these ties by hand is where channel pruning goes wrong.
+
+What is unusual: nothing here knows layers or frameworks. A function is traced once to a jaxpr, and
+each index of each dimension of each array gets a node in a union-find (`_nodes`). A rule for each
+primitive (`_rules`) joins the nodes that must be removed together and notes what is known of
+removed entries, such as that they are 0 (`_values`). A primitive without a rule freezes what it
+touches, so an unknown operation costs freedom and never correctness. The smaller function is the
+same jaxpr, run on smaller arrays (`_execution`); no user code changes.
+
+What to read first: `_values` (the facts), `_rules/elementwise` and `_rules/products` (rules),
+`_analysis` (one pass over a function), `_joining` (passes -> groups), `_plans` (what users hold).
+The rest stands on these: `_scores` and `_allocation` choose channels, `_costs` counts,
+`_optimizer` slices optimizer states, and `_shrinking` removes channels while a network trains.
 """
 
 from jaxprune.structure._allocation import (

@@ -438,7 +438,7 @@ def test_a_workdir_of_another_comparison_is_refused(finished, dense, script, tmp
     before = (workdir / "config.json").read_text()
     for own in (["--steps", "5"], ["--floor", "0.2"], ["--learning-rate", "9"]):
         code, text = script.go(dense, *OPTIONS, "--workdir", workdir, *own)
-        assert "holds a run of another configuration" in text
+        assert "holds a run with a different configuration" in text
         assert own[0].lstrip("-").replace("-", "_") in text
     other = fake(tmp_path / "other", seed=1)
     assert "batch_size: 16 there, 64 now" in script.go(other, *OPTIONS, "--workdir", workdir)[1]

@@ -148,7 +148,7 @@ def test_other_options_are_refused_and_nothing_is_lost(finished, capsys):
     before = _modified(workdir)
     other = ["--sparsity", "0.9", "--seed", "1"]
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir), *other)
-    for part in ("sparsity: 0.72 there, 0.9 now", "seed: 0 there, 1 now", "another workdir"):
+    for part in ("sparsity: 0.72 there, 0.9 now", "seed: 0 there, 1 now", "a different folder"):
         assert part in message
     assert _modified(workdir) == before
 
@@ -163,7 +163,7 @@ def test_a_run_does_not_go_on_with_other_images(finished, tmp_path, monkeypatch,
 
     monkeypatch.setattr(train, "Experiment", Other)
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "run"))
-    assert "holds a run of another configuration: the images: " in message and "7 now" in message
+    assert "holds a run with a different configuration: the images: " in message and "7 now" in message
 
 
 def test_overwrite_starts_afresh_and_spares_other_files(finished, environment, tmp_path):
@@ -246,7 +246,7 @@ def test_a_log_that_lost_lines_gives_no_figure_of_an_earlier_step(
 def test_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "file"))
-    assert "error: `workdir`" in message
+    assert "error: `folder`" in message
     assert "cannot be written" in message
 
 

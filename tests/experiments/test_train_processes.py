@@ -238,7 +238,7 @@ def test_a_pod_slice_without_its_server(pod):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mesh", "data=3"], "`mesh` must use every device: data=3 needs 3, and there are 1"),
+        (["--mesh", "data=3"], "`mesh` must use every device: data=3 needs 3, but there are 1"),
         (["--mesh", "model=1"], "no such axis; use data or fsdp"),
         (["--processes", "2"], "`processes` needs `coordinator`"),
         (["--process", "1"], "`process` must be less than `processes` (1); got 1"),
