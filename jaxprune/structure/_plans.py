@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import trees
+from jaxprune import files, trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._fitting import Fit, compare, relative_gap
@@ -343,10 +343,8 @@ class Plan(NamedTuple):
         Args:
             path: the file; replaced atomically.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        partial.replace(path)
+        with files.replacing(path) as file:
+            file.write(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
