@@ -42,8 +42,8 @@ See what happened:
     programs (lazy)       compile for devices that are not here; read what a program does
 
 `jaxprune.experiments` holds the commands of scripts/; the library does not use it. `trees`,
-`counting` and `jaxprs` are internal, too. Every other name follows the CHANGELOG: it changes with a
-note there that says what to write instead.
+`counting`, `files` and `jaxprs` are internal, too. Every other name follows the CHANGELOG: it
+changes with a note there that says what to write instead.
 """
 
 import importlib

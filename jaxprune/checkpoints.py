@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxprune import files
 from jaxprune.processes import on_host
 
 __all__ = [
@@ -66,22 +67,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Example:
         >>> write_text(tempfile.mkdtemp() + "/a.txt", "b")
     """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
-        with contextlib.suppress(OSError):  # where folders cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the new name, too, outlives a failure of the machine
-            os.close(folder)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with files.replacing(path) as file:
+        file.write(text)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -471,3 +471,22 @@ def test_integer_and_empty_leaves_cannot_be_selected():
         "  count: shape (2, 2), dtype int32",
         "  empty: shape (0, 2), dtype float32",
     ]
+
+
+class _Asked(NamedTuple):
+    trees: list
+
+
+def test_the_placeholder_of_optax_is_known_and_no_parameters_are():
+    seen = []
+
+    def init(params):
+        seen.append(trees.is_placeholder(params))
+        return _Asked([params, params])
+
+    params = {"kernel": jnp.ones((2, 3))}
+    state = init(params)
+    doubled = optax.tree_map_params(init, lambda leaf: 2 * leaf, state)
+    assert seen == [False, True]
+    assert [float(tree["kernel"].sum()) for tree in doubled.trees] == [12, 12]
+    assert trees.prunable_flags({}) == ()

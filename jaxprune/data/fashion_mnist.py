@@ -10,7 +10,6 @@ import io
 import os
 import tempfile
 import urllib.request
-import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxprune import files
 from jaxprune.data import fashion_mnist_files as official
 from jaxprune.data.splits import Split
 
@@ -187,22 +187,15 @@ def _decode(builder: Any, split: str) -> Split:
 
 
 def _write_npz(path: Path, train: Split, test: Split) -> None:
-    """Write both splits under a temporary name, then rename."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                train_images=train.images,
-                train_labels=train.labels,
-                test_images=test.images,
-                test_labels=test.labels,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes both splits, whole or not at all."""
+    with files.replacing(path, "wb") as file:
+        np.savez(
+            file,
+            train_images=train.images,
+            train_labels=train.labels,
+            test_images=test.images,
+            test_labels=test.labels,
+        )
 
 
 def _read_npz(path: Path) -> tuple[Split, Split]:

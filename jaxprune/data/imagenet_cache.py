@@ -10,11 +10,11 @@ import itertools
 import json
 import os
 import tarfile
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jaxprune import files
 from jaxprune.data import imagenet_augment as augment
 from jaxprune.data.imagenet_files import Images, index_tars, read_index, write_index
 
@@ -97,9 +97,8 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not record.exists():
-            temporary = record.with_name(f"{record.name}.{uuid.uuid4().hex}.tmp")
-            temporary.write_text(json.dumps(dict(settings)))
-            temporary.replace(record)
+            with files.replacing(record) as file:
+                file.write(json.dumps(dict(settings)))
     except OSError as error:
         raise OSError(f"`folder` {root} cannot be written ({error}): give another one") from error
     found = json.loads(record.read_text())
@@ -119,25 +118,20 @@ def _write_tar(
     quality: int,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Writes some of the images to a tar, under a temporary name until it is complete."""
+    """Writes some of the images to a tar, which appears when it is complete."""
 
     def work(number: int) -> tuple[str, bytes]:
         return images.name(number), _shrunk(images.read(number), short_side, quality)
 
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for some in _batched(numbers, _AT_ONCE):
-                    for name, data in pool.map(work, some):
-                        header = tarfile.TarInfo(name)
-                        header.size = len(data)
-                        tar.addfile(header, io.BytesIO(data))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        files.replacing(path, "wb") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for some in _batched(numbers, _AT_ONCE):
+            for name, data in pool.map(work, some):
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
 
 
 def _shrunk(data: bytes, short_side: int, quality: int) -> bytes:

@@ -8,13 +8,14 @@ import dataclasses
 import os
 import posixpath
 import tarfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxprune.files import replacing
 
 _BLOCK = 512  # bytes in a block of a tar
 
@@ -153,7 +154,7 @@ def index_tars(paths: Iterable[Path], labels: np.ndarray) -> Images:
 
 
 def write_index(path: Path, images: Images) -> None:
-    """Write an index under a temporary name, then rename.
+    """Writes an index, whole or not at all.
 
     Args:
         path: the .npz file.
@@ -164,22 +165,14 @@ def write_index(path: Path, images: Images) -> None:
         Traceback (most recent call last):
         NotADirectoryError: ...
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                numbers=images.numbers,
-                offsets=images.offsets,
-                sizes=images.sizes,
-                labels=images.labels,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    with replacing(path, "wb") as file:
+        np.savez(
+            file,
+            numbers=images.numbers,
+            offsets=images.offsets,
+            sizes=images.sizes,
+            labels=images.labels,
+        )
 
 
 def read_index(path: Path, files: tuple[Path, ...]) -> Images:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from jaxprune import files
 from jaxprune.reports._curves import (
     BYTES,
     NUMBER,
@@ -71,12 +72,8 @@ def write_page(
     page = f"{_HEAD}<title>{name}</title>\n<style>{_CSS}</style>\n<main>\n<h1>{name}</h1>\n{body}\n"
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(f"{page}</main>\n<script>{_SCRIPT}</script>\n", encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(target) as file:
+        file.write(f"{page}</main>\n<script>{_SCRIPT}</script>\n")
 
 
 def _runs(records: Any, switches: Any) -> list[Run]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxprune import files
 from jaxprune.reports._summary import Summary
 
 if TYPE_CHECKING:
@@ -411,9 +412,5 @@ def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Writes a PNG whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.replacing(target, "wb") as file:
+        figure.savefig(file, format="png")

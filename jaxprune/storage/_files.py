@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from jaxprune import trees
+from jaxprune import files, trees
 from jaxprune.storage._leaves import is_stored, jax_array, masked_leaves, pack_mask, unpack_mask
 
 _FORMAT = "jaxprune.storage"
@@ -69,17 +68,8 @@ def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False)
     if path.exists() and not overwrite:
         raise FileExistsError(f"`path` {path} exists; take another name or `overwrite=True`.")
     arrays = _encode(params, masks)
-    # Not `tempfile`: its files are private whatever the umask says.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "xb") as handle:
-            np.savez(handle, allow_pickle=False, **arrays)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.replacing(path, "wb") as handle:
+        np.savez(handle, allow_pickle=False, **arrays)
 
 
 def load(path: File, like: Any = None) -> tuple[Any, Any]:

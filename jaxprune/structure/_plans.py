@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import trees
+from jaxprune import files, trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._fitting import Fit, compare, relative_gap
@@ -30,10 +31,36 @@ class Plan(NamedTuple):
         >>> plan = Plan(model, {"w": [np.array([True, True]), np.array([True, False, True])]})
         >>> plan.compact({"w": jnp.arange(6).reshape(2, 3)})["w"].tolist()
         [[0, 2], [3, 5]]
+        >>> print(plan)
+        w [2x3] -> [2x2]
+        Parameters: 6 -> 4 (66.7%); leaves that stay as they are: 0 of 1
     """
 
     model: Model
     kept: dict[str, list[np.ndarray]]  # path of a leaf -> bool [size] for each dimension
+
+    def __str__(self) -> str:
+        """Lists every leaf that changes with its shapes before and after, then the totals."""
+
+        def text(shape: tuple[int, ...]) -> str:
+            return f"[{'x'.join(map(str, shape))}]"
+
+        before, after = self.model.shapes, {path: self.shape(path) for path in self.kept}
+        lines = [
+            f"{path} {text(shape)} -> {text(after[path])}"
+            for path, shape in before.items()
+            if after[path] != shape
+        ]
+        own = self.model.parameters
+        counts = [sum(math.prod(shapes[path]) for path in own) for shapes in (before, after)]
+        share = f" ({counts[1] / counts[0]:.1%})" if counts[0] else ""
+        return "\n".join(
+            [
+                *lines,
+                f"Parameters: {counts[0]:,} -> {counts[1]:,}{share}; leaves that stay as they "
+                f"are: {len(before) - len(lines)} of {len(before)}",
+            ]
+        )
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of a compacted leaf."""
@@ -350,10 +377,8 @@ class Plan(NamedTuple):
         Args:
             path: the file; replaced atomically.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        partial.replace(path)
+        with files.replacing(path) as file:
+            file.write(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:

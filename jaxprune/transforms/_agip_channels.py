@@ -109,10 +109,9 @@ def channel_transform(
     def init_fn(params: optax.Params) -> ChannelState:
         everything = {name: jnp.ones(groups[name].size, bool) for name in names}
         masks = params
-        # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
-        if leaves := jax.tree.leaves(params):
+        if not trees.is_placeholder(params):
             masks = put(params, everything)[0]
-            _warn_of_zeros(gates_of(params), leaves)
+            _warn_of_zeros(gates_of(params), jax.tree.leaves(params))
         return ChannelState(
             **zero_counters(),
             masks=masks,

@@ -321,8 +321,7 @@ def masking_transform(
     def init_fn(params: optax.Params) -> Any:
         flags = trees.prunable_flags(params, prunable, stacked)
         weights = trees.pick(params, flags)
-        # A tree without leaves is how Optax asks which parts of a state mirror the parameters.
-        timetable = timetable_for(params, flags) if weights else None
+        timetable = None if trees.is_placeholder(params) else timetable_for(params, flags)
         if needs_gradient:
             warn_of_zeros(params, flags)
         masks = [jnp.ones_like(weight, dtype=bool) for weight in weights]

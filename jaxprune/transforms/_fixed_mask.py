@@ -67,8 +67,8 @@ def fixed_mask_transform(
         )
 
     def init_fn(params: optax.Params) -> FixedMaskState:
-        if not jax.tree.leaves(params):
-            return FixedMaskState(params)  # how Optax asks which parts mirror the parameters
+        if trees.is_placeholder(params):
+            return FixedMaskState(params)
         if masks is None:
             flags = trees.prunable_flags(params, prunable)
             kept = [jnp.ones(leaf.shape, bool) for leaf in trees.pick(params, flags)]

@@ -108,7 +108,7 @@ def straight_through_transform(
     def init_fn(params: optax.Params) -> StraightThroughState:
         flags = trees.prunable_flags(params, prunable, stacked)
         weights = trees.pick(params, flags)
-        if weights:
+        if not trees.is_placeholder(params):
             timetable_for(params, flags)  # a budget that cannot be met raises here
         return StraightThroughState(
             **zero_counters(),

@@ -72,6 +72,33 @@ def leaf_by_path(tree: Any) -> dict[str, Any]:
     return by_path
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether `init` was called with a tree without leaves, as `optax.tree_map_params` does.
+
+    That function maps over the parts of an optimizer state that mirror the parameters. To find
+    them, it calls `init` with a placeholder, a node without leaves, and looks where the placeholder
+    turns up in the state. `init` must then neither refuse the tree (a rule that matches no leaf is
+    an error otherwise) nor compute from it, and must put it, unchanged or mapped, where the masks
+    would be. The placeholder's class is private to Optax, so it is known by having no leaves. A
+    model without parameters looks the same, and has nothing to prune either.
+
+    `test_optax_tools_understand_the_state` in tests/transforms/test_contract.py proves that this
+    works for every transformation, and `test_optax_finds_the_masks_of_channels` in
+    test_agip_channels.py for channels.
+
+    Args:
+        params: what `init` received.
+
+    Returns:
+        True if the tree has no leaves.
+
+    Example:
+        >>> is_placeholder({"kernel": 0.0}), is_placeholder({"layers": []})
+        (False, True)
+    """
+    return not jax.tree.leaves(params)
+
+
 def state_fields(state: Any, name: str) -> list[Any]:
     """All fields of that name in the NamedTuples of an optimizer state.
 

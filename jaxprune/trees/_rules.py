@@ -11,6 +11,7 @@ from jaxprune.trees import _defaults
 from jaxprune.trees._branches import spread
 from jaxprune.trees._paths import (
     is_array,
+    is_placeholder,
     leaves_with_paths,
     places,
     raise_for,
@@ -51,10 +52,9 @@ def prunable_flags(
         >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
         (True, False)
     """
-    named = leaves_with_paths(params)
-    if not named:
-        # optax.tree_map_params initialises with a tree that has no leaves.
+    if is_placeholder(params):
         return ()
+    named = leaves_with_paths(params)
     if prunable is None:
         flags = _default_flags(params, named, stacked)
     elif is_rule(prunable):

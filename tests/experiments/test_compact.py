@@ -57,7 +57,7 @@ def finished(dense, environment, tmp_path_factory):
 
 @pytest.fixture
 def script(capsys):
-    """The script as a module; `go(...)` returns its exit code and what it printed."""
+    """The command in this process; `go(...)` returns its exit code and what it printed."""
 
     def go(*args):
         try:
@@ -317,7 +317,7 @@ def test_killed_and_stopped_it_skips_what_is_done_and_ends_the_same(
 
 def test_what_is_finished_is_not_trained_again(finished, dense, script, monkeypatch):
     workdir, _ = finished
-    monkeypatch.setattr(script, "read_dense", None)  # would raise
+    monkeypatch.setattr(compaction, "read_dense", None)  # would raise
     before = (workdir / "results.jsonl").read_text()
     (workdir / "results.md").unlink()
     code, text = script.go(dense, *OPTIONS, "--workdir", workdir)

@@ -28,7 +28,7 @@ TRAINING = shlex.split(f"--steps {STEPS} --batch-size 16 --eval-batch-size 360 -
 
 @pytest.fixture
 def script(capsys):
-    """The script as a module; `go(...)` returns its exit code and what it printed."""
+    """The command in this process; `go(...)` returns its exit code and what it printed."""
 
     def go(*args):
         try:
@@ -174,7 +174,7 @@ def test_help_says_what_the_options_cost(script):
     # 1 + 8, of 30 epochs, for 3 seeds
     assert "9 trainings of 30 epochs a seed, 810 epochs for 3 seeds" in text
     assert "to density 0.168" in text
-    for method, meaning in script.METHODS.items():
+    for method, meaning in rewinding.METHODS.items():
         assert method in text and meaning in text.replace("\n", " ")
     code, text = script.go("--help")
     assert code is None and "Name a CONFIG before --help" in text
@@ -215,7 +215,7 @@ def test_an_interrupt_says_how_to_go_on(script, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "run_seed", interrupted)
+    monkeypatch.setattr(rewinding, "run_seed", interrupted)
     code, text = script.go("digits_resnet8", "--workdir", tmp_path)
     assert code == 130 and "the same command goes on from there" in text
 

@@ -1,4 +1,4 @@
-"""scripts/methods.py with a stand-in for train.py: order, restarts, failures, stops and numbers."""
+"""scripts/study.py with a stand-in for train.py: order, restarts, failures, stops and numbers."""
 
 import dataclasses
 import json
@@ -159,7 +159,7 @@ def test_numbers_are_means_deviations_and_ratios_to_the_same_seed(study, monkeyp
     assert len(records) == 15
     assert records[0]["target_sparsity"] == 0.72 and records[0]["test_accuracy"] == 0.89
     text = (study.root / "results.md").read_text()
-    command = f"python scripts/methods.py fashion --workdir {study.root} --methods agip random"
+    command = f"python scripts/study.py fashion --workdir {study.root} --methods agip random"
     for part in (command, "-- --steps 5", "1 x abacus", "jax 9.9, flax 8.8"):
         assert text.count(part) == 1, part
     assert (study.root / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -241,11 +241,11 @@ def test_a_run_that_another_process_trains_is_left_alone(study):
 def test_other_training_options_are_refused(study):
     assert "no finished run" in study.go("fashion", "--report-only")
     assert study.go(*GRID, "--seeds", "0", *STEPS) == 0
-    before = (study.root / "methods.json").read_text()
+    before = (study.root / "study.json").read_text()
     message = study.go(*GRID, "--seeds", "1", "--", "--steps", "7")
     assert "options: ['--steps', '5'] there, ['--steps', '7'] now" in message
     assert "use another workdir" in message
-    assert (study.root / "methods.json").read_text() == before
+    assert (study.root / "study.json").read_text() == before
     assert len(_names(study)) == 5
 
 

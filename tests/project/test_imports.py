@@ -13,6 +13,7 @@ PACKAGE = ROOT / "jaxprune"
 
 LAYERS = {
     "trees": 0,
+    "files": 0,
     "counting": 0,
     "jaxprs": 0,
     "layouts": 1,

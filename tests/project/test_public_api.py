@@ -4,15 +4,12 @@ import importlib
 import inspect
 import pkgutil
 import re
-import tomllib
 import typing
 from pathlib import Path
 
 import pytest
 
 import jaxprune
-
-ROOT = Path(__file__).parents[2]
 
 MODULES = ["jaxprune"] + sorted(
     module.name
@@ -69,14 +66,6 @@ def test_public_names_have_examples(module_name):
         if _needs_example(value) and ">>> " not in (value.__doc__ or "")
     ]
     assert missing == [], f"no docstring with a `>>>` example in {module_name}"
-
-
-def test_version_is_the_same_everywhere():
-    citation = (ROOT / "CITATION.cff").read_text()
-    assert re.search(r"^version: (\S+)$", citation, re.M).group(1) == jaxprune.__version__
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "version" not in settings["project"]
-    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "jaxprune.__version__"}
 
 
 def test_types_are_shipped():

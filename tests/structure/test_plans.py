@@ -448,3 +448,49 @@ def test_what_stays_is_sharded_as_before(mesh):
     odd = groups.plan({"a:1": np.arange(32) < 15}, multiple=1)
     with pytest.raises(ValueError, match="a: dimension 1 keeps 15, to be split into 2 over model"):
         odd.compact(weights)
+
+
+# ---- a plan in words
+
+
+def two_layers(w, x):
+    return jax.nn.relu(x @ w["first"]["kernel"] + w["first"]["bias"][None]) @ w["last"]["kernel"]
+
+
+TWO_LAYERS = {
+    "first": {"kernel": draw(16, 64), "bias": draw(64)},
+    "last": {"kernel": draw(64, 10)},
+}
+
+
+def test_a_plan_prints_what_changes_and_the_totals():
+    groups = structure.find_groups(two_layers, TWO_LAYERS, draw(2, 16))
+    assert str(groups.plan(halves(groups))).splitlines() == [
+        "first/bias [64] -> [32]",
+        "first/kernel [16x64] -> [16x32]",
+        "last/kernel [64x10] -> [32x10]",
+        "Parameters: 1,728 -> 864 (50.0%); leaves that stay as they are: 0 of 3",
+    ]
+    assert str(groups.plan({})) == (
+        "Parameters: 1,728 -> 1,728 (100.0%); leaves that stay as they are: 3 of 3"
+    )
+
+
+def test_a_plan_counts_parameters_only_and_prints_state_that_changes():
+    trace = Trace(decode, (draw(2, 5), jnp.int32(2)), lambda output: output[1])
+    groups = structure.find_groups([trace], CACHED)
+    plan = groups.plan(halves(groups))
+    assert f"{plan}".splitlines() == [
+        "cache/keys [2x4x8] -> [2x4x4]",
+        "key [5x8] -> [5x4]",
+        "out [8x5] -> [4x5]",
+        "query [5x8] -> [5x4]",
+        "Parameters: 120 -> 60 (50.0%); leaves that stay as they are: 0 of 4",
+    ]
+
+
+def test_a_plan_without_leaves_or_parameters_prints():
+    empty = structure.Plan(structure.Model({}, frozenset()), {})
+    assert str(empty) == "Parameters: 0 -> 0; leaves that stay as they are: 0 of 0"
+    scalar = structure.Plan(structure.Model({"w": ()}, frozenset({"w"})), {"w": []})
+    assert str(scalar) == "Parameters: 1 -> 1 (100.0%); leaves that stay as they are: 1 of 1"

@@ -498,3 +498,14 @@ def test_gates_of_the_same_name_in_two_folders():
     masks = jaxprune.get_masks(state)
     assert jnp.ndim(masks["norm"]["scale"]) == 0
     assert jnp.ndim(masks["z"]["norm"]["scale"]) == 1
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_optax_finds_the_masks_of_channels(decay):
+    optimizer = agip(decay=decay)
+    state = optimizer.init(PARAMS)
+    turned = optax.tree_map_params(
+        optimizer, lambda mask: ~mask, state, transform_non_params=lambda _: "other"
+    )
+    assert not turned.masks["norm"]["scale"].any() and state.masks["norm"]["scale"].all()
+    assert turned.prune_step == "other" and turned.channels[NORMED] == "other"
