@@ -1,7 +1,6 @@
 """ImageNet from tiny tars of the real layout: all of it, in order, to the pixel."""
 
 import dataclasses
-import importlib
 import importlib.util
 import io
 import json
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import warnings
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -30,6 +28,7 @@ from jaxprune.data import (
     index_batches,
 )
 from jaxprune.data import imagenet_augment as augment
+from tests.support import benchmarks
 
 CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361", "n01494475", "n01496331")
 PER_CLASS = 5
@@ -1048,11 +1047,9 @@ def test_bad_arguments_of_a_cache(dataset, tmp_path):
 
 
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
-    path, record = Path(__file__).parents[2] / "benchmarks/loader.py", tmp_path / "record.json"
-    monkeypatch.syspath_prepend(path.parent)
-    loader = importlib.import_module(path.stem)
+    record, loader = tmp_path / "record.json", benchmarks.load("loader")
     monkeypatch.setattr(loader.os, "cpu_count", lambda: 1)  # worker processes are tested above
-    monkeypatch.setattr(sys, "argv", [str(path), "--quick", "--json", str(record)])
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--quick", "--json", str(record)])
     loader.main()
     results = json.loads(record.read_text())
     for name in ("stages", "stages, large"):
