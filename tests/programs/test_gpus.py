@@ -62,7 +62,10 @@ def test_topologies(text, sides):
     [
         ("v100:8", "`topology` must be one of a100, h100, b200 and a number of GPUs; use for exam"),
         ("", "use for example h100:8; got ''"),
-        ("h100", "`topology` must give the number of GPUs, or of machines and of GPUs in each; use"),
+        (
+            "h100",
+            "`topology` must give the number of GPUs, or of machines and of GPUs in each; use",
+        ),
         ("b200:0", "use for example b200:8 or b200:2x8; got 'b200:0'"),
         ("h100:2x", "got 'h100:2x'"),
         ("h100:1x2x8", "got 'h100:1x2x8'"),
