@@ -49,7 +49,7 @@ class Task(NamedTuple):
     schedule: optax.Schedule  # step -> learning rate, the one in the optimizer
     steps: int  # length of the dense training
     # Name -> plain values and arrays, for everything else that decides the numbers: data, loss,
-    # batch size, weight decay, momentum. The code of the three functions is not compared, so results
+    # batch size, weight decay, momentum. The code of the three functions is not compared: results
     # on disk count as those of this task if the description, the schedule, `steps` and the state
     # from `init(0)` are the same.
     description: Mapping[str, Any] | str
