@@ -77,7 +77,7 @@ class Stopped(Exception):
 
 
 class Recipe(NamedTuple):
-    """How a pruned network is trained again.
+    """The way in which a pruned network is trained again.
 
     Example:
         >>> rewind_to_500 = Recipe(weights_from=500, schedule_from=500, steps=9_500)
