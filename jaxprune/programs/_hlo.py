@@ -133,7 +133,7 @@ def costs(text: str) -> dict[str, float]:
         for line in lines:
             match = _INSTRUCTION.search(line)
             shape = match and _SHAPE.search(match[2])  # of several results, the first
-            if shape:
+            if match and shape:
                 arrays[match[1]] = _dimensions(shape[2])
                 macs += _macs(line, arrays, match[1], re.findall(r"%([\w.-]+)", match[3]))
     return {"flops": 2.0 * macs, "bytes accessed": math.nan}
