@@ -1,18 +1,19 @@
-"""Scores before training: which weights a new network can do without. SNIP, GraSP, SynFlow.
+"""Returns scores for pruning before training (SNIP, GraSP, SynFlow); `jaxprune.prune` applies them.
 
 Each function takes a loss or a network with its parameters and returns a tree of float32 scores
-like the parameters; the larger, the later a weight is pruned. Every floating-point leaf is scored;
-leaves that are not floating point have the score 0. Which leaves are pruned, and by how much, is
-decided where the scores are used. The papers prune kernels only, in one ranking over all layers
-without a floor: `budgets.global_budget(0)`.
+like the parameters, not masks: pass it to `jaxprune.prune(params, sparsity, score=scores)`. Weights
+with the lowest scores are pruned first. Every floating-point leaf is scored; leaves that are not
+floating point have the score 0. The caller of `prune` decides which leaves are pruned, and by how
+much. The papers prune only kernels, in one ranking over all layers without a floor:
+`budgets.global_budget(0)`.
 
 Derivatives are taken in the dtype of the parameters and multiplied in float32 or wider. Scores are
-divided by the sum of their sizes over the whole tree, which leaves the ranking as it is. Called
-with arrays, the functions check what they return. Under `jax.jit` there are no values to check.
+divided by the sum of their absolute values over the whole tree, which does not change the ranking.
+Called with arrays, the functions check their results. Under `jax.jit` there are no values to check.
 
 Beware of scales that start at 0, such as the last norm scale of each residual block in
-`jaxprune.models`: nothing passes through the block, so that all of its kernels have the score 0.
-Score parameters in which these scales are 1.
+`jaxprune.models`: nothing passes through the block, so all its kernels have the score 0. Score
+parameters in which these scales are 1.
 """
 
 import warnings
@@ -28,33 +29,34 @@ from jaxprune import trees
 
 __all__ = ["grasp", "snip", "synflow"]
 
-# Of the authors of GraSP, who divide by the size of the sum, which can be 0 by cancellation.
+# The epsilon of GraSP's authors, who divide by the size of a sum that can cancel to 0.
 _GRASP_EPSILON = 1e-10
 
 
 def snip(loss: Callable[..., Any], params: Any, *batch: Any, stacked: trees.Stacked = None) -> Any:
-    """SNIP: `|g * w|`, how much the loss depends on whether a weight is there.
+    """Returns SNIP scores, `|g * w|`: how much the loss depends on the presence of a weight.
 
     With a mask `m` of ones on the weights, `dL(m * w)/dm = g * w` where `g = dL/dw`. The score is
     `|g * w| / sum |g * w|`, the connection sensitivity of the paper.
 
-    Differs from the paper: biases and norm parameters are scored too and take part in the sum. The
+    Differs from the paper: biases and norm parameters are scored too and are part of the sum. The
     paper uses one batch (100 images of MNIST, 128 of CIFAR-10) and weights whose variance is scaled
-    to the size of the layer; both are up to the caller.
+    to the size of the layer; both are the choice of the caller.
 
     Args:
         loss: function `(params, *batch) -> scalar`, the mean over the batch.
         params: tree of arrays, new and dense.
-        *batch: what the loss takes beside the parameters.
+        *batch: the other arguments of the loss.
         stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
-            copies of a layer, as after a scan. Scores are the same; each copy is warned of alone.
+            copies of a layer, as in a scan. It does not change the scores; warnings name each copy
+            separately.
 
     Returns:
-        Tree of float32 arrays like `params`, not negative, sum 1.
+        Tree of float32 arrays like `params`; the scores are not negative and add up to 1.
 
     Raises:
-        ValueError: if no leaf is floating point or a leaf is no array; if the loss is no scalar;
-            unless traced, if scores are not finite (each such leaf is named) or all are 0.
+        ValueError: if no leaf is floating point or a leaf is not an array; if the loss is not a
+            scalar; unless traced, if scores are not finite (each such leaf is named) or all are 0.
 
     Warns:
         UserWarning: unless traced, if all scores of a kernel, or of one copy of it, are 0
@@ -78,37 +80,39 @@ def snip(loss: Callable[..., Any], params: Any, *batch: Any, stacked: trees.Stac
 
 
 def grasp(loss: Callable[..., Any], params: Any, *batch: Any, stacked: trees.Stacked = None) -> Any:
-    """GraSP: `w * (H g)`, how much of the gradient's size is lost with a weight.
+    """Returns GraSP scores, `w * (H g)`: how much gradient flow is lost by removing a weight.
 
-    `g` is the gradient of the loss and `H` its Hessian. Shrinking a weight by a share `e` changes
-    the squared size of the gradient, `g.g`, which is how fast a small step reduces the loss, by
-    `-2 e w (H g)` to first order. A weight with a positive score carries gradient flow. One with a
-    negative score holds it back; its removal raises the flow, and the lowest scores go first. In
-    the paper's letters the weights with the highest `S(-w) = -w * (H g)` are removed.
+    `g` is the gradient of the loss and `H` its Hessian. The squared size of the gradient, `g.g`,
+    measures how fast a small step reduces the loss. Shrinking a weight by a share `e` changes it by
+    `-2 e w (H g)` to first order. A weight with a positive score carries gradient flow. A weight
+    with a negative score reduces it, so removing the weight raises the flow; the lowest scores are
+    pruned first. In the paper's notation, the weights with the highest `S(-w) = -w * (H g)` are
+    removed.
 
-    The recipe of the paper: about ten images of each class, and logits divided by a temperature
-    of 200 inside of the loss, which makes the classes nearly equally probable.
+    The paper uses about ten images of each class, and logits divided by a temperature of 200 inside
+    the loss, which makes the classes nearly equally probable.
 
-    Differs from the paper: gradient and Hessian are those of all floating-point leaves, where the
+    Differs from the paper: gradient and Hessian cover all floating-point leaves, whereas the
     authors' code differentiates kernels only; to do the same, close over the rest in `loss`. Scores
-    are divided by `sum |w * (H g)| + 1e-10`; the authors' code divides by the size of the sum, in
-    which scores cancel. The ranking is the same. `H g` is a forward derivative of the gradient
-    (`jax.jvp` of `jax.grad`), so `loss` must not contain a `jax.custom_vjp`.
+    are divided by `sum |w * (H g)| + 1e-10`; the authors' code divides by the absolute value of
+    the sum, in which scores cancel. The ranking is the same. `H g` is a forward derivative of the
+    gradient (`jax.jvp` of `jax.grad`), so `loss` must not contain a `jax.custom_vjp`.
 
     Args:
         loss: function `(params, *batch) -> scalar`, the mean over the batch.
         params: tree of arrays, new and dense.
-        *batch: what the loss takes beside the parameters.
+        *batch: the other arguments of the loss.
         stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
-            copies of a layer, as after a scan. Scores are the same; each copy is warned of alone.
+            copies of a layer, as in a scan. It does not change the scores; warnings name each copy
+            separately.
 
     Returns:
-        Tree of float32 arrays like `params`, of both signs; the sizes have the sum 1.
+        Tree of float32 arrays like `params`, of both signs; the absolute values add up to 1.
 
     Raises:
-        ValueError: if no leaf is floating point or a leaf is no array; if the loss is no scalar;
-            unless traced, if scores are not finite (each such leaf is named) or all are 0, as
-            for a loss that is linear in the parameters.
+        ValueError: if no leaf is floating point or a leaf is not an array; if the loss is not a
+            scalar; unless traced, if scores are not finite (each such leaf is named) or all are 0,
+            as for a loss that is linear in the parameters.
 
     Warns:
         UserWarning: unless traced, if all scores of a kernel, or of one copy of it, are 0
@@ -139,44 +143,46 @@ def synflow(
     *,
     stacked: trees.Stacked = None,
 ) -> Any:
-    """SynFlow: how much of the signal through the network passes through a weight. No data.
+    """Returns SynFlow scores: how much of the signal passes through a weight, without any data.
 
     With all parameters replaced by their absolute values and an input of ones,
-    `R = sum(apply(|w|, 1))` and the score is `|w| * dR/d|w|`. In a network of linear and ReLU
-    layers without biases and skips the scores of each layer have the same sum: a weight of a small
-    layer scores higher, and a layer that shrinks gains. Pruned in many small rounds, each with new
-    scores, no layer therefore vanishes, which a single cut cannot promise. The paper's number is
-    100, the default of `prune_in_rounds`. Under `jax.jit` the rounds share one compilation.
+    `R = sum(apply(|w|, 1))`, and the score is `|w| * dR/d|w|`. In a network of linear and ReLU
+    layers without biases and skips, the scores of each layer have the same sum: a weight in a small
+    layer scores higher, and the scores of a layer rise as it shrinks. Therefore no layer vanishes
+    if the network is pruned in many small rounds, each with new scores; pruning in one step does
+    not ensure this. The paper uses 100 rounds, the default of `prune_in_rounds`. Under `jax.jit`
+    all rounds share one compilation.
 
-    Differs from the paper: the score is that of `log R`, `|w| * (dR/d|w|) / |R|`, whose ranking is
-    the same and whose backward pass is in range where the forward pass is; it is then divided by
-    the sum of its sizes. Everything that is not in `params` stays as it is, where the authors' code
+    Differs from the paper: the score is that of `log R`, `|w| * (dR/d|w|) / |R|`. The ranking is
+    the same, and the backward pass stays in range if the forward pass does. The scores are then
+    divided by their sum. Values that are not in `params` do not change, whereas the authors' code
     also takes the absolute value of running means. `apply` must use running statistics in
     normalisation (`model.eval()`): the statistics of a batch of ones would cancel the signal.
 
     `R` grows by a factor of about `0.8 * sqrt(2 * inputs)` with each layer that starts from He's
-    normal distribution: 1e22 in a ResNet-20, 1e68 in a ResNet-50, too large for float32. An error
-    says so. Then scale the input inside of `apply`, `lambda p, x: apply(p, 1e-34 * x)`: where
-    biases and running means are 0, as in a new network, all activations shrink alike and no score
-    changes. Or compute in float64.
+    normal distribution: it is 1e22 in a ResNet-20 and 1e68 in a ResNet-50, which is too large for
+    float32 and raises an error. In that case scale the input inside `apply`,
+    `lambda p, x: apply(p, 1e-34 * x)`: if biases and running means are 0, as in a new network, all
+    activations shrink by the same factor and no score changes. Or compute in float64.
 
     Args:
         apply: function `(params, x) -> outputs`, an array or a tree of arrays.
         params: tree of arrays; weights pruned so far are zeros.
         shape_or_input: shape of the input with a batch dimension of 1, such as `(1, 32, 32, 3)`;
             or an array, a `jax.ShapeDtypeStruct` or a tree of these, of which only shape and
-            dtype are used. The dtype is that of the parameters if none or no floating one is given.
+            dtype are used. An input without a floating-point dtype gets that of the parameters.
         stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
-            copies of a layer, as after a scan. Scores are the same; each copy is warned of alone.
+            copies of a layer, as in a scan. It does not change the scores; warnings name each copy
+            separately.
 
     Returns:
-        Tree of float32 arrays like `params`; the sizes have the sum 1.
+        Tree of float32 arrays like `params`; the scores add up to 1.
 
     Raises:
-        ValueError: if no leaf is floating point or a leaf is no array; if an input has no shape;
-            if no output is floating point; unless traced, if the size of `R` is not between a
-            thousand times the smallest and a thousandth of the largest number of its dtype (traced:
-            all scores are NaN), a score is not finite, or all are 0.
+        ValueError: if no leaf is floating point or a leaf is not an array; if an input has no
+            shape; if no output is floating point; unless traced, if the size of `R` is not between
+            a thousand times the smallest and a thousandth of the largest number of its dtype, a
+            score is not finite, or all are 0. If traced, all scores are NaN in the first case.
 
     Warns:
         UserWarning: unless traced, if all scores of a kernel, or of one copy of it, are 0
@@ -205,18 +211,18 @@ def synflow(
     size, (low, high) = jnp.abs(total), _signal_range(total.dtype)
     if not isinstance(size, jax.core.Tracer):
         _check_signal(float(size), low, high)
-    # The derivative of log R: its backward pass is in range where the forward pass is.
+    # The derivative of log R: its backward pass stays in range if the forward pass does.
     (slopes,) = pull(jnp.where((size >= low) & (size <= high), 1 / size, jnp.nan))
     products = [_product(w, slope) for w, slope in zip(weights, slopes, strict=True)]
     return _as_scores(params, flags, products, stacked, "the derivatives of `apply`")
 
 
 def _floating(params: Any) -> tuple[bool, ...]:
-    """Which leaves are floating point; raises if none is, or a leaf is no array."""
+    """Returns which leaves are floating point; raises if none is, or if a leaf is not an array."""
     named = trees.leaves_with_paths(params)
     trees.raise_for(
         [f"{path}: {type(leaf).__name__}" for path, leaf in named if not _is_array(leaf)],
-        "`params` must hold arrays only; take the rest out of the tree (`nnx.split`, "
+        "`params` must hold arrays only; remove all other leaves (`nnx.split`, "
         "`equinox.partition`):",
     )
     dtypes = [jnp.result_type(leaf) for _, leaf in named]
@@ -228,14 +234,14 @@ def _floating(params: Any) -> tuple[bool, ...]:
 
 
 def _is_array(leaf: Any) -> bool:
-    """An array of JAX or NumPy, or a number."""
+    """Returns whether a leaf is a JAX or NumPy array, or a number."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
 
 
 def _of_weights(
     loss: Callable[..., Any], params: Any, flags: tuple[bool, ...], batch: tuple[Any, ...]
 ) -> Callable[[list[Any]], jax.Array]:
-    """The loss as a function of the floating-point leaves; raises if it is no scalar."""
+    """Returns the loss as a function of the floating-point leaves; raises if it is not a scalar."""
 
     def of_weights(weights: list[Any]) -> jax.Array:
         value = loss(trees.put(params, flags, weights), *batch)
@@ -254,7 +260,7 @@ def _of_weights(
 
 
 def _product(weight: Any, slope: jax.Array) -> jax.Array:
-    """`weight * slope`, in float32 or wider."""
+    """Computes `weight * slope` in float32 or wider."""
     dtype = jnp.promote_types(slope.dtype, jnp.float32)
     return jnp.asarray(weight, dtype) * slope.astype(dtype)
 
@@ -267,7 +273,7 @@ def _as_scores(
     source: str,
     epsilon: float = 0.0,
 ) -> Any:
-    """Divides by the sum of sizes, checks unless traced, and fills in the other leaves."""
+    """Divides by the sum of absolute values, checks unless traced, and adds the other leaves."""
     total = sum(jnp.sum(jnp.abs(x)) for x in products) + epsilon
     total = jnp.where(total > 0, total, 1)
     scores = [(x / total).astype(jnp.float32) for x in products]
@@ -289,7 +295,7 @@ def _check_scores(
     copies: list[tuple[int, ...]],
     source: str,
 ) -> None:
-    """Raises for scores that are not finite or all 0; warns of kernels that have no other."""
+    """Raises for scores that are not finite or all 0; warns of kernels whose scores are all 0."""
     rest = [
         tuple(axis for axis in range(score.ndim) if axis not in axes)
         for score, axes in zip(scores, copies, strict=True)
@@ -303,13 +309,13 @@ def _check_scores(
     )
     trees.raise_for(
         [f"{path}: {n} of {jnp.size(leaf)}" for (path, leaf), n in zip(named, bad) if n],
-        f"scores must be finite, but {source} are not, or overflow float32 with the weights; look "
-        "for NaN in the input and scale down what is too large. Scores that are not finite:",
+        f"scores must be finite, but {source} are not, or their products with the weights overflow "
+        "float32; look for NaN in the input, and scale down large values. Not finite are:",
     )
     if not any(np.any(found) for found in seen):
         raise ValueError(
-            f"scores rank nothing: all are 0, as {source} are 0 or underflow wherever a weight is "
-            "not 0. Look for a layer that passes nothing on, or scale up what is too small."
+            f"scores rank nothing: all are 0, because {source} are 0 or underflow wherever a "
+            "weight is not 0. Look for a layer that passes no signal, or scale up small values."
         )
     silent = [
         f"{path}[{', '.join(map(str, copy))}]" if copy else path
@@ -319,15 +325,14 @@ def _check_scores(
     ]
     if silent:
         warnings.warn(
-            f"all scores are 0 in {', '.join(silent)}: nothing passes through there, because a "
-            "scale starts at 0 or a layer was pruned away. Score parameters in which such scales "
-            "are 1.",
+            f"all scores are 0 in {', '.join(silent)}: no signal passes through, because a scale "
+            "starts at 0 or a layer was pruned away. Score parameters in which such scales are 1.",
             stacklevel=4,
         )
 
 
 def _ones(shape_or_input: Any, dtype: Any) -> Any:
-    """An input of ones for a shape or for a tree of things that have one."""
+    """Returns an input of ones for a shape, or for a tree of objects with shapes."""
     if isinstance(shape_or_input, tuple | list) and all(isinstance(n, int) for n in shape_or_input):
         return jnp.ones(tuple(shape_or_input), dtype)
     named = trees.leaves_with_paths(shape_or_input)
@@ -343,7 +348,7 @@ def _ones(shape_or_input: Any, dtype: Any) -> Any:
 
 
 def _total(outputs: Any) -> jax.Array:
-    """The sum of all floating-point outputs, in float32 or wider."""
+    """Sums all floating-point outputs in float32 or wider."""
     leaves = jax.tree.leaves(outputs)
     floating = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     if not floating:
@@ -354,19 +359,19 @@ def _total(outputs: Any) -> jax.Array:
 
 
 def _signal_range(dtype: Any) -> tuple[float, float]:
-    """Between which sizes of R the derivatives are exact enough to be ranked."""
-    # With R at a thousandth of the largest number, scores of a ResNet-50 are right to 1e-3.
+    """Returns the range of sizes of R in which derivatives are exact enough to be ranked."""
+    # With R at a thousandth of the largest number, scores of a ResNet-50 are accurate to 1e-3.
     limits = jnp.finfo(dtype)
     return 1e3 * float(limits.tiny), 1e-3 * float(limits.max)
 
 
 def _check_signal(size: float, low: float, high: float) -> None:
-    """Raises unless R is in range; NaN is not."""
+    """Raises unless R is in range; NaN is not in range."""
     if not low <= size <= high:
         raise ValueError(
             "the signal through the network, R = sum(apply(|params|, ones)), must have a size "
             f"between {low:.1e} and {high:.1e}, but has {size:.1e}. If pruning left a path open "
             "and no parameter is NaN, the network is too deep for its dtype: scale the input "
-            "inside of `apply`, as in `lambda p, x: apply(p, 1e-30 * x)`, or compute in float64 "
+            "inside `apply`, as in `lambda p, x: apply(p, 1e-30 * x)`, or compute in float64 "
             "(`with jax.enable_x64(True):`; parameters, input and network in float64)."
         )

@@ -42,11 +42,11 @@ PyTree = Any
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON so that the file is either the old one or complete.
+    """Writes JSON atomically: the file is either the old one or complete.
 
     Args:
         path: the file; its folder must exist.
-        value: anything that `json` takes.
+        value: anything that `json` accepts.
 
     Example:
         >>> path = tempfile.mkdtemp() + "/a.json"
@@ -78,10 +78,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         path: the file.
 
     Returns:
-        What it holds, or None where there is no such file.
+        Its content, or None if there is no such file.
 
     Raises:
-        ValueError: the file is not JSON.
+        ValueError: if the file is not JSON.
 
     Example:
         >>> read_json("/nowhere.json") is None
@@ -93,20 +93,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return None
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}); restore it from a copy or remove it"
+            f"{path} is damaged ({error}); restore it from a copy or remove it."
         ) from error
 
 
 def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Refuses to go on with a run that was started with other options.
+    """Raises if a run would continue with options that differ from those it started with.
 
     Args:
-        saved: fields of the configuration that the folder holds.
-        wanted: fields of the configuration now, without those that may change.
-        where: the folder, for the error.
+        saved: fields of the configuration stored with the run.
+        wanted: fields of the present configuration, without those that may change.
+        where: the folder of the run, for the error.
 
     Raises:
-        ValueError: some fields differ; it lists all of them.
+        ValueError: if fields differ; it lists all of them.
 
     Example:
         >>> check_config({"seed": 0, "log_every": 5}, {"seed": 0}, "runs/a")
@@ -119,23 +119,22 @@ def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str
     ]
     if differing:
         raise ValueError(
-            f"`workdir` {where} holds a run of another configuration:\n"
+            f"`workdir` {where} holds a run with a different configuration:\n"
             + "\n".join(differing)
             + "\n"
-            "Go on with the same options, use another workdir, or delete that folder (which "
-            "--overwrite of scripts/train.py does)."
+            "Continue with the same options, use a different folder, or delete that one."
         )
 
 
 def fields(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass as JSON-ready values.
+    """Converts the fields of a dataclass to JSON-ready values.
 
     Args:
         config: a dataclass instance.
-        leave_out: names to skip.
+        leave_out: names of fields to skip.
 
     Returns:
-        A dict by field name; tuples become lists and paths strings.
+        Field name -> value; tuples become lists, and paths become strings.
 
     Example:
         >>> Config = dataclasses.make_dataclass("Config", ["seed", "workdir"])
@@ -149,20 +148,21 @@ def fields(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:
 def open_manager(
     folder: str | os.PathLike[str], keep: int = 2, always: Collection[int] = ()
 ) -> ocp.CheckpointManager:
-    """An Orbax manager of one run's checkpoints.
+    """Opens an Orbax manager of one run's checkpoints.
 
-    Saving blocks: the state is donated to the next step, and what `save` returned from is on disk.
+    Saving blocks, because the state is donated to the next step; when `save` returns, the
+    checkpoint is on disk.
 
     Args:
-        folder: made if it is missing.
-        keep: how many of the newest checkpoints stay.
-        always: steps whose checkpoints stay as well, however old they are.
+        folder: folder of the checkpoints, made if it does not exist.
+        keep: number of the newest checkpoints to keep.
+        always: steps whose checkpoints are kept as well, however old they are.
 
     Returns:
         The manager; `latest_step()` is None for a new run. Close it when done.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: if the folder cannot be written.
 
     Example:
         >>> open_manager(tempfile.mkdtemp()).latest_step() is None
@@ -180,13 +180,13 @@ def open_manager(
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder and sees that files can be written into it.
+    """Makes a folder and checks that files can be written into it.
 
     Args:
-        folder: made with its parents if it is missing.
+        folder: the folder, made with its parents if it does not exist.
 
     Raises:
-        ValueError: it cannot be made or written.
+        ValueError: if it cannot be made or written.
 
     Example:
         >>> check_writable(tempfile.mkdtemp())
@@ -197,7 +197,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"`workdir` {folder} cannot be written ({error}); use another --workdir"
+            f"`folder` {folder} cannot be written ({error}); use a different one."
         ) from error
 
 
@@ -228,20 +228,21 @@ def save(
 def restore(
     manager: ocp.CheckpointManager, like: PyTree, step: int | None = None
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Restores a checkpoint exactly, or says what is wrong with it. Changes nothing on disk.
+    """Restores a checkpoint exactly, or says what is wrong with it; changes nothing on disk.
 
     Args:
         manager: from `open_manager`.
-        like: tree of arrays, or of `jax.ShapeDtypeStruct`, as the checkpoint must be: structure,
-            shapes, dtypes, shardings.
-        step: default the newest.
+        like: tree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes, dtypes and
+            shardings that the checkpoint must have.
+        step: step of the checkpoint; None for the newest.
 
     Returns:
         `(state, record)` as they were saved, the state with the shardings of `like`.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: leaves are missing, too many, of another shape or dtype; or it is corrupt.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if leaves are missing, unknown or of a different shape or dtype (it lists all of
+            them), or if the checkpoint is corrupt.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
@@ -268,18 +269,20 @@ def restore(
 
 
 def read_record(manager: ocp.CheckpointManager, step: int | None = None) -> dict[str, Any]:
-    """What was saved with a checkpoint, without its state: enough to know the shapes of that.
+    """Reads only the record of a checkpoint, not its arrays.
+
+    The record suffices to build the shapes to restore into.
 
     Args:
         manager: from `open_manager`.
-        step: default the newest.
+        step: step of the checkpoint; None for the newest.
 
     Returns:
         The record.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: it is corrupt.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is corrupt.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
@@ -291,18 +294,18 @@ def read_record(manager: ocp.CheckpointManager, step: int | None = None) -> dict
 
 
 def fingerprint(manager: ocp.CheckpointManager, step: int | None = None) -> str:
-    """Tells the states of checkpoints apart without reading them.
+    """Identifies the state of a checkpoint by a hash, without reading its arrays.
 
     Args:
         manager: from `open_manager`.
-        step: default the newest.
+        step: step of the checkpoint; None for the newest.
 
     Returns:
-        A hash of the paths, shapes, dtypes and checksums of all leaves.
+        A hash of the paths, shapes, dtypes and checksums of all leaves, 12 hexadecimal digits.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: it is corrupt.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is corrupt.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
@@ -318,29 +321,29 @@ def fingerprint(manager: ocp.CheckpointManager, step: int | None = None) -> str:
 def _read_record(
     manager: ocp.CheckpointManager, step: int | None
 ) -> tuple[int, Path, dict[str, list], dict[str, Any]]:
-    """Step, folder, description of the leaves, and record of a checkpoint."""
+    """Returns step, folder, description of the leaves, and record of a checkpoint."""
     step = manager.latest_step() if step is None else step
     if step is None:
-        raise FileNotFoundError(f"{manager.directory} holds no checkpoint")
+        raise FileNotFoundError(f"{manager.directory} holds no checkpoint.")
     folder = Path(str(manager.directory)) / str(step)
     try:
         items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         return step, folder, items["record"]["leaves"], items["record"]["record"]
-    except Exception as error:  # Orbax, JSON and the file system all raise their own kinds.
+    except Exception as error:  # Orbax, JSON and the file system raise different kinds
         raise _corrupt(folder, error) from error
 
 
 @contextlib.contextmanager
 def stop_signals(*signals: signal.Signals) -> Iterator[list[signal.Signals]]:
-    """Collects termination signals instead of dying of them, so that a loop can save first.
+    """Records termination signals instead of exiting, so that a loop can save first.
 
-    A second signal of the same kind acts as usual. For the main thread only, as Python demands.
+    A second signal of the same kind acts as usual. Use it in the main thread, as Python demands.
 
     Args:
-        *signals: default SIGTERM and SIGINT.
+        *signals: signals to record; default SIGTERM and SIGINT.
 
     Yields:
-        A list that fills up with the signals that arrived.
+        A list to which each signal that arrives is appended.
 
     Example:
         >>> import os
@@ -367,7 +370,7 @@ def stop_signals(*signals: signal.Signals) -> Iterator[list[signal.Signals]]:
 
 
 def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
-    """Leaf path -> [shape, dtype] or [shape, dtype, CRC-32 of its bytes]."""
+    """Maps the path of each leaf to [shape, dtype] or [shape, dtype, CRC-32 of its bytes]."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         row = [list(leaf.shape), str(leaf.dtype)]
@@ -380,7 +383,7 @@ def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
 
 
 def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path) -> None:
-    """Raises with every leaf whose presence, shape or dtype differs."""
+    """Raises an error that lists every leaf whose presence, shape or dtype differs."""
     bad = [f"  {path}: not in the checkpoint" for path in wanted if path not in saved]
     bad += [f"  {path}: only in the checkpoint" for path in saved if path not in wanted]
     for path in wanted:
@@ -389,15 +392,17 @@ def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path)
             bad.append(f"  {path}: {dtype}{shape} in the checkpoint, {dtype_now}{shape_now} now")
     if bad:
         raise ValueError(
-            f"checkpoint {folder} is of another model or optimizer:\n" + "\n".join(bad) + "\n"
-            "Use another --workdir, or the same options as that run."
+            f"checkpoint {folder} belongs to a different model or optimizer:\n"
+            + "\n".join(bad)
+            + "\n"
+            "Use the same options as that run, or a different folder."
         )
 
 
 def _corrupt(folder: Path, reason: Any) -> ValueError:
-    """The error for a checkpoint that cannot be read back."""
+    """Makes the error for a checkpoint that cannot be read back."""
     reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
     return ValueError(
-        f"checkpoint {folder} is corrupt ({str(reason)[:300]}); move this folder away to go on "
-        "from the one before it, or use another --workdir"
+        f"checkpoint {folder} is corrupt ({str(reason)[:300]}); move it away to continue from the "
+        "checkpoint before it, or start again in a different folder."
     )

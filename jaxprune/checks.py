@@ -1,4 +1,4 @@
-"""Whether the masks of an optimizer state hold for parameters, and what to do where they do not."""
+"""Checks whether the masks of an optimizer state hold for parameters, and suggests fixes."""
 
 from typing import Any, NamedTuple
 
@@ -11,39 +11,39 @@ from jaxprune import masks, processes, stacks, trees
 __all__ = ["Finding", "Report", "check"]
 
 _NO_MASK = (
-    "The state belongs to another model or to a part of this one. Initialise the optimizer with "
-    "these parameters, or check the part that it sees."
+    "The state belongs to a different model or to a part of this one. Initialise the optimizer "
+    "with these parameters, or check only the part that it sees."
 )
 _NOT_BOOL = (
-    "Something around the pruning transformation computes with its state, as an average of states "
-    "does. Put pruning inside of it, last in the chain of the inner optimizer."
+    "A wrapper around the pruning transformation computes with its state, for example an average "
+    "of states. Put pruning inside the wrapper, last in the chain of the inner optimizer."
 )
 _NOT_ZERO = (
-    "Put the pruning transformation last in the chain and nothing around it that changes updates "
+    "Put the pruning transformation last in the chain, and nothing around it that changes updates "
     "or parameters (averages, look-ahead, schedule-free). For parameters that come from elsewhere, "
     "such as an average, call `jaxprune.apply_masks(params, jaxprune.get_masks(opt_state))`."
 )
 _NOTHING_KEPT = (
     "Lower `sparsity`, give a budget with a larger floor, such as `budgets.global_budget(0.5)` or "
-    "`budgets.uniform`, or leave it out with `prunable`."
+    "`budgets.uniform`, or exclude the leaf with `prunable`."
 )
 _EMPTY_COPIES = (
-    "Give the transformation `stacked=` (`jaxprune.stacks`), so that each copy has a budget and a "
-    "floor of its own."
+    "Give the transformation `stacked=` (`jaxprune.stacks`), so that each copy has a separate "
+    "budget and floor."
 )
 _EMPTY_ROWS = (
-    "A row that is never seen has no gradient and is pruned first. Leave the embedding out with "
+    "A row that is never used has no gradient and is pruned first. Exclude the embedding with "
     "`prunable`, or rank it by `scores.magnitude`."
 )
 _NEVER_MOVED = (
     "Its gradient has always been 0, so nothing is known about its weights: it is frozen, behind "
-    "a factor that starts at 0, or never used. Leave it out with `prunable`, or start pruning "
-    "(`start=`) once it moves."
+    "a factor that starts at 0, or never used. Exclude it with `prunable`, or start pruning "
+    "(`start=`) only after it has moved."
 )
 
 
 class Finding(NamedTuple):
-    """One fault of one leaf.
+    """A problem of one leaf, and its fix.
 
     Example:
         >>> Finding("head/kernel", "keeps nothing", "Lower `sparsity`.").path
@@ -56,7 +56,7 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check` found; `str()` has a line for each finding, and each fix once.
+    """The findings of `check`; `str()` has a line for each finding, and each fix once.
 
     Example:
         >>> print(Report(findings=(), leaves=2, weights=768, pruned=576))
@@ -64,17 +64,17 @@ class Report(NamedTuple):
     """
 
     findings: tuple[Finding, ...]
-    leaves: int  # with a mask
-    weights: int  # in these leaves
-    pruned: int  # of these weights
+    leaves: int  # number of leaves with a mask
+    weights: int  # number of weights in these leaves
+    pruned: int  # number of pruned weights among them
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """True if there are no findings."""
         return not self.findings
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for `json.dumps`."""
+        """Returns plain Python values, ready for `json.dumps`."""
         findings = [finding._asdict() for finding in self.findings]
         return self._asdict() | {"ok": self.ok, "findings": findings}
 
@@ -91,28 +91,27 @@ class Report(NamedTuple):
 
 
 def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Report:
-    """Tells whether the masks in an optimizer state hold for parameters, and what is wrong if not.
+    """Checks whether the masks in an optimizer state hold for parameters, and what is wrong if not.
 
-    For each leaf: masked weights that are not 0; a mask of another shape, no longer bool, or
-    missing where the default rule would prune; nothing kept in a leaf, in a copy of a stack or in
-    a row of an embedding; an average of AGIP that is 0 throughout although steps were made, for a
-    leaf, a copy or a row.
+    For each leaf it reports masked weights that are not 0; a mask that has a different shape, is no
+    longer bool, or is missing although the default rule would prune the leaf; a leaf, a copy in a
+    stack or a row of an embedding that keeps nothing; and a leaf, copy or row whose AGIP average is
+    0 throughout although steps were made.
 
-    It runs on the host, between steps, and brings one array at a time there. With several processes
-    all of them must call it.
+    The check runs on the host, between steps, and copies one array at a time to the host. If there
+    are several processes, all of them must call it.
 
     Args:
-        params: tree of arrays, on any devices: those that are trained, or an average of them.
+        params: tree of arrays, on any devices: the trained parameters, or an average of them.
         opt_state: state of any Optax optimizer that contains a pruning transformation.
-        stacked: function `(path, leaf) -> axes` that number copies of a layer, see
+        stacked: function `(path, leaf) -> axes`, the axes that number copies of a layer, see
             `jaxprune.stacks`.
 
     Returns:
-        A `Report`: print it, or ask for `ok` and `findings`.
+        A `Report`: print it, or read `ok` and `findings`.
 
     Raises:
-        ValueError: if there is no pruning transformation in the state, or `stacked` matches no
-            leaf.
+        ValueError: if the state contains no pruning transformation, or `stacked` matches no leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,7 +128,7 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
     by_path, axes = trees.spread(held, params), stacks.axes_of(params, stacked)
     reasons = trees.reasons(params, axes)
     problems = [line.split(": ", 1) for line in trees.unmatched(by_path, trees.places(params))]
-    # The optimizer does not see the state of a whole model, and biases need no mask.
+    # Leaves that the default rule does not prune, such as norm state and biases, need no mask.
     findings = [Finding(path, text, _NO_MASK) for path, text in problems if not reasons.get(path)]
     leaves = weights = pruned = 0
     for path, leaf in trees.leaf_by_path(params).items():
@@ -149,7 +148,7 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
 
 
 def _no_bools(opt_state: Any) -> list[Finding]:
-    """Masks in the state that a wrapper has computed with; `get_masks` makes bools of them."""
+    """Finds masks in the state that are no longer bool; `get_masks` would convert them."""
     return [
         Finding(path, f"its mask has dtype {jnp.result_type(mask)}", _NOT_BOOL)
         for tree in trees.state_fields(opt_state, "masks")
@@ -159,7 +158,7 @@ def _no_bools(opt_state: Any) -> list[Finding]:
 
 
 def _zeros(path: str, leaf: Any, kept: np.ndarray) -> list[Finding]:
-    """Masked weights that are not 0."""
+    """Finds masked weights that are not 0."""
     with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
         lost = int(np.count_nonzero((processes.on_host(leaf) != 0) & ~kept))
     total = kept.size - int(np.count_nonzero(kept))
@@ -168,7 +167,7 @@ def _zeros(path: str, leaf: Any, kept: np.ndarray) -> list[Finding]:
 
 
 def _emptied(path: str, kept: np.ndarray, axes: tuple[int, ...]) -> list[Finding]:
-    """A leaf, copies or rows that keep nothing."""
+    """Finds a leaf, copies or rows that keep nothing."""
     if not kept.any():
         return [Finding(path, "keeps nothing", _NOTHING_KEPT)] if kept.size else []
     findings = []
@@ -180,7 +179,7 @@ def _emptied(path: str, kept: np.ndarray, axes: tuple[int, ...]) -> list[Finding
 
 
 def _never_moved(opt_state: Any, axes: dict[str, tuple[int, ...]]) -> list[Finding]:
-    """Leaves, copies or rows whose average has stayed 0 although steps were made."""
+    """Finds leaves, copies or rows whose average is still 0 although steps were made."""
     findings = []
     for state in jax.tree.leaves(opt_state, is_leaf=_has_average):
         if not _has_average(state) or not any(map(np.any, jax.tree.leaves(state.prune_step))):
@@ -193,18 +192,18 @@ def _never_moved(opt_state: Any, axes: dict[str, tuple[int, ...]]) -> list[Findi
             if copies := _empty_copies(moved, own):
                 findings.append(Finding(path, f"{copies} the average is 0", _NEVER_MOVED))
             if rows := _empty_rows(path, moved, own):
-                problem = f"{rows:,} rows were never seen: their average is 0"
+                problem = f"{rows:,} rows were never used: their average is 0"
                 findings.append(Finding(path, problem, _EMPTY_ROWS))
     return findings
 
 
 def _has_average(node: Any) -> bool:
-    """Whether a node of an optimizer state is that of AGIP on weights."""
+    """Returns whether a node of an optimizer state is the state of AGIP on weights."""
     return "gradient_average" in getattr(node, "_fields", ())
 
 
 def _empty_copies(bits: np.ndarray, axes: tuple[int, ...]) -> str:
-    """The copies of a stack in which all is False; empty if there are none."""
+    """Names the copies in a stack in which all bits are False; an empty text if there are none."""
     if not axes:
         return ""
     empty = np.argwhere(~bits.any(axis=_others(bits, axes))).tolist()
@@ -213,8 +212,8 @@ def _empty_copies(bits: np.ndarray, axes: tuple[int, ...]) -> str:
 
 
 def _empty_rows(path: str, bits: np.ndarray, axes: tuple[int, ...]) -> int:
-    """How many rows of an embedding are False; 0 for leaves that are none."""
-    # The same in Flax, Haiku and Equinox: a table `[entries, features]` in a module so named.
+    """Counts the rows of an embedding in which all bits are False; 0 for any other leaf."""
+    # Flax, Haiku and Equinox all store `[entries, features]` in a module named after "embed".
     others = _others(bits, axes)
     if len(others) != 2 or "embed" not in "/".join(path.lower().split("/")[-2:]):
         return 0
@@ -222,5 +221,5 @@ def _empty_rows(path: str, bits: np.ndarray, axes: tuple[int, ...]) -> int:
 
 
 def _others(bits: np.ndarray, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes within one copy."""
+    """Returns the axes within one copy."""
     return tuple(axis for axis in range(bits.ndim) if axis not in axes)

@@ -1,10 +1,10 @@
 """Exact counts of the entries of layers, at any size.
 
-A layer is a leaf, or one of the copies that a stacked leaf holds. Its copies are told apart by
-their index along the stacked axes, in row-major order, and the leaf stays one array.
+A layer is a leaf, or one of the copies in a stacked leaf. The copies are ordered by their index
+along the stacked axes, row-major, and the leaf remains one array.
 
-Counts are int32. A tree of 2**31 entries or more is counted in int64, which works without
-`jax_enable_x64`: `exact` switches it on for that arithmetic alone.
+Counts are int32. A tree of 2**31 entries or more is counted in int64. This needs no
+`jax_enable_x64`, because `exact` switches it on for the counting alone.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ Axes = tuple[int, ...]
 
 
 class Width(NamedTuple):
-    """Integer types that hold every count, and every place that a search can look at."""
+    """Integer types that can hold every count, and every position of a search."""
 
     count: Any  # signed
     place: Any  # unsigned, for keys and for indices
 
 
 NARROW, WIDE = Width(np.int32, np.uint32), Width(np.int64, np.uint64)
-# Up to here every integer is a float32.
+# Up to this number float32 can hold every integer.
 _FLOAT_LIMIT = 2**24
 
 
@@ -42,7 +42,7 @@ def count_kept(masks: Any, stacked: Sequence[Axes] | None = None) -> jax.Array:
         stacked: the axes of each leaf that number copies, in flattening order; None: no copies.
 
     Returns:
-        int32 [layers]; int64 inside of `exact` where there are 2**31 entries or more.
+        int32 [layers]; int64 inside `exact` if there are 2**31 entries or more.
 
     Example:
         >>> count_kept([jnp.array([True, False, True]), jnp.array([False])]).tolist()
@@ -56,13 +56,14 @@ def count_kept(masks: Any, stacked: Sequence[Axes] | None = None) -> jax.Array:
 
 
 def exact(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the entries of some arrays can be counted.
+    """Returns a context in which the entries of some arrays can be counted.
 
     Args:
         leaves: anything with shapes.
 
     Returns:
-        A context manager: 64-bit integers if there are 2**31 entries or more, else nothing.
+        A context manager that enables 64-bit integers if there are 2**31 entries or more, and does
+        nothing if there are fewer.
 
     Example:
         >>> with exact([jax.ShapeDtypeStruct((3, 2**30), jnp.float32)]):
@@ -75,40 +76,41 @@ def exact(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 def width_of(leaves: Iterable[Any]) -> Width:
-    """The smallest types that count these arrays."""
+    """Returns the smallest types that can count the entries of these arrays."""
     size = sum(math.prod(leaf.shape) for leaf in leaves)
     return NARROW if size <= np.iinfo(NARROW.count).max else WIDE
 
 
 class Stack(NamedTuple):
-    """How the copies of a layer lie in a leaf; static."""
+    """The shape of a leaf, and the axes that number copies of a layer; static."""
 
-    shape: tuple[int, ...]  # of the leaf
-    axes: Axes  # that number copies
+    shape: tuple[int, ...]  # the shape of the leaf
+    axes: Axes  # the axes that number copies
 
     @property
     def copies(self) -> int:
+        """The number of copies."""
         return math.prod(self.shape[axis] for axis in self.axes)
 
     @property
     def size(self) -> int:
-        """Entries of a copy."""
+        """The number of entries of a copy."""
         return math.prod(n for axis, n in enumerate(self.shape) if axis not in self.axes)
 
     def spread(self, values: jax.Array) -> jax.Array:
-        """One value for each copy, broadcastable to the leaf."""
+        """Reshapes a vector with one value for each copy so that it broadcasts to the leaf."""
         sizes = [n if axis in self.axes else 1 for axis, n in enumerate(self.shape)]
         return values.reshape(sizes)
 
 
 def stacks(leaves: Sequence[Any], stacked: Sequence[Axes] | None) -> list[Stack]:
-    """What is known of each leaf."""
+    """Returns the `Stack` of each leaf."""
     axes = [()] * len(leaves) if stacked is None else stacked
     return [Stack(leaf.shape, tuple(own)) for leaf, own in zip(leaves, axes, strict=True)]
 
 
 def by_leaf(layouts: Sequence[Stack], *values: jax.Array) -> list[tuple[jax.Array, ...]]:
-    """Parts of vectors over all layers, broadcastable to each leaf."""
+    """Splits vectors over all layers into one part for each leaf that broadcasts to the leaf."""
     ends = np.cumsum([stack.copies for stack in layouts])
     starts = ends - [stack.copies for stack in layouts]
     return [
@@ -118,24 +120,24 @@ def by_leaf(layouts: Sequence[Stack], *values: jax.Array) -> list[tuple[jax.Arra
 
 
 def total(counts: jax.Array) -> jax.Array:
-    """Adds counts up in their own type, whatever the default of JAX is."""
+    """Sums counts in their own dtype, whatever the default of JAX is."""
     return jnp.sum(counts, dtype=counts.dtype)
 
 
 def cumsum(counts: jax.Array) -> jax.Array:
-    """Adds up the counts so far, in their own type."""
+    """Computes the cumulative sum of counts in their own dtype."""
     return jnp.cumsum(counts, dtype=counts.dtype)
 
 
 def of_layers(flags: Sequence[Any], layouts: Sequence[Stack], width: Width) -> jax.Array:
-    """True entries of each layer."""
+    """Counts the True entries of each layer."""
     totals = [_total(own, stack.axes, width.count) for own, stack in zip(flags, layouts)]
     return jnp.concatenate(totals)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _total(flags: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
-    """True entries of each copy, [copies]."""
+    """Counts the True entries of each copy, [copies]."""
     rest = tuple(axis for axis in range(flags.ndim) if axis not in axes)
     return jax.lax.platform_dependent(
         flags,
@@ -145,11 +147,11 @@ def _total(flags: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
 
 
 def _total_of_bits(flags: jax.Array, rest: Axes, dtype: Any) -> jax.Array:
-    """Sums along `rest` by packed bits: XLA:CPU does not fuse a comparison into a large sum."""
+    """Counts along `rest` by packed bits: XLA:CPU does not fuse a comparison into a large sum."""
     if not rest:
         return flags.astype(dtype).reshape(-1)
     size, axis, columns = math.prod(flags.shape[i] for i in rest), rest[-1], flags.shape[rest[-1]]
-    # A device that holds a part of each row packs its part alone.
+    # Rows are split into as many parts as devices, so that each device packs only its own part.
     parts = math.gcd(columns, jax.device_count())
     before, after = flags.shape[:axis], flags.shape[axis + 1 :]
     split = flags.reshape(*before, parts, columns // parts, *after)
@@ -162,6 +164,6 @@ def _total_of_bits(flags: jax.Array, rest: Axes, dtype: Any) -> jax.Array:
 
 
 def sizes(layouts: Sequence[Stack], width: Width) -> jax.Array:
-    """Entries of each layer."""
+    """Returns the number of entries of each layer."""
     sizes = [size for stack in layouts for size in [stack.size] * stack.copies]
     return jnp.asarray(np.array(sizes, width.count))

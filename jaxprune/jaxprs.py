@@ -1,4 +1,4 @@
-"""What a jaxpr says of its operations, the same for every version of JAX that is supported."""
+"""Reads the parameters of jaxpr equations in the same way for every supported version of JAX."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,14 @@ __all__ = ["scan_counts"]
 
 
 def scan_counts(params: Mapping[str, Any], operands: int) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
+    """Counts the operands of a scan that are constants, and those that are carried.
 
     Args:
-        params: of the equation.
-        operands: how many it has.
+        params: the parameters of the equation.
+        operands: number of operands of the equation.
 
     Returns:
-        The two numbers; the other operands are what the scan runs over.
+        The two numbers; the scan runs over the rest of the operands.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it trains: metrics.jsonl, TensorBoard, a line or a bar."""
+"""Logs the numbers of a run while it trains: metrics.jsonl, TensorBoard, a line or a bar."""
 
 import contextlib
 import json
@@ -24,40 +24,40 @@ _SHOWN = {
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the whole lines of metrics.jsonl; a line that was cut short is left out.
+    """Reads the complete lines of metrics.jsonl; a line that was cut short is skipped.
 
-    A log may have lost lines. What a decision or a result rests on must not be read from it without
-    a count of what should be there, such as `records` of summary.json.
+    A log may have lost lines. Before a decision or a result rests on it, compare the number of
+    records with an independent count, such as `records` of summary.json.
 
     Args:
         path: the file.
 
     Returns:
-        The records in order; empty where there is no such file.
+        The records in order; empty if there is no such file.
 
     Example:
         >>> read_records("/nowhere/metrics.jsonl")
         []
     """
     path = Path(path)
-    # Bytes: a cut may fall inside of a character, and does not damage the lines before it.
+    # Read bytes: a line cut inside a character must not make the lines before it unreadable.
     lines = path.read_bytes().splitlines() if path.exists() else []
     parsed = [_parse(line) for line in lines]
     return [record for record in parsed if record]
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run.
+    """The metrics of one run, written to metrics.jsonl and TensorBoard.
 
-    What was written after the step it starts from is forgotten, so that a run that was killed and
-    goes on from its last checkpoint records nothing twice.
+    Records after the step it starts from are dropped, so a run that was killed and continues from
+    its last checkpoint records nothing twice.
 
     Args:
-        workdir: existing folder; gets `metrics.jsonl` and `tensorboard/`.
+        workdir: an existing folder, for `metrics.jsonl` and `tensorboard/`.
         step: the step that the run starts from.
-        expected: how many records there were up to that step, `count` when its checkpoint was
-            saved. `lost` says how many of them the file does not have.
-        write: False keeps records in memory only, as all but one of several processes do.
+        expected: number of records up to that step, which is `count` when its checkpoint was saved.
+            `lost` says how many of them the file lacks.
+        write: False keeps records in memory only, for all but one of several processes.
 
     Example:
         >>> import tempfile
@@ -91,24 +91,24 @@ class MetricsLog:
 
     @property
     def count(self) -> int:
-        """How many records the run has made, those that were lost among them."""
+        """The number of records that the run has made, including lost ones."""
         return len(self.records) + self.lost
 
     def has(self, step: int, name: str) -> bool:
-        """Whether there is a record of a step with a metric."""
+        """Tells whether a record of a step has a metric."""
         return any(record["step"] == step and name in record for record in self.records)
 
     def sync(self) -> None:
-        """Returns when all records are on disk, where the machine may fail. Call it before a save.
+        """Forces all records to disk, where they outlive the machine. Call it before a save.
 
-        A record is with the operating system as soon as it is written, which outlives the process.
+        `write` alone passes a record to the operating system, where it outlives the process.
         """
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one record; the process may be killed from then on."""
-        if step <= self._start:  # measured again, because it was lost
+        """Appends one record; it survives if the process is killed afterwards."""
+        if step <= self._start:  # a lost record, measured again
             self.lost = max(0, self.lost - 1)
         self.records.append({"step": step, **values})
         if self._file is None or self._board is None:
@@ -119,7 +119,7 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
 
     def __enter__(self) -> "MetricsLog":
-        """Itself."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,16 +133,16 @@ class MetricsLog:
 def show_progress(
     label: str, steps: int, step: int = 0, *, write: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Shows how a run is doing: a bar on a terminal, elsewhere a line per call.
+    """Shows the progress of a run: a bar on a terminal, elsewhere a line per call.
 
     Args:
         label: name of the run.
-        steps: how many steps the run has.
+        steps: number of steps of the run.
         step: the step that it starts from.
         write: False shows nothing.
 
     Yields:
-        `show(step, values)`. Metrics that a call does not give keep their last value.
+        `show(step, values)`. A metric not given in a call keeps its last value.
 
     Example:
         >>> with show_progress("demo", steps=100) as show:
@@ -172,20 +172,20 @@ def show_progress(
         def show(step: int, values: Mapping[str, float]) -> None:
             latest.update(values)
             bar.update(task, completed=step, left="".join(_time_left(steps - step, latest)))
-            # A line of its own: beside the bar it would not fit into 80 columns.
+            # Metrics have a separate line: beside the bar they would exceed 80 columns.
             screen.update(console.Group(bar, "  ".join(_parts(latest))))
 
         yield show
 
 
 def _parts(latest: Mapping[str, float]) -> list[str]:
-    """The metrics that are known, as text."""
+    """Formats the known metrics."""
     known = [(name, *shown) for name, shown in _SHOWN.items() if shown[0] in latest]
     return [f"{name} {form.format(latest[key])}" for name, key, form in known]
 
 
 def _time_left(steps: int, latest: Mapping[str, float]) -> list[str]:
-    """Minutes and seconds, once a step has been timed."""
+    """Formats the remaining minutes and seconds, once a step has been timed."""
     if "seconds_per_step" not in latest:
         return []
     seconds = round(steps * latest["seconds_per_step"])
@@ -193,7 +193,7 @@ def _time_left(steps: int, latest: Mapping[str, float]) -> list[str]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """One line of metrics.jsonl; empty where a kill cut it short."""
+    """Parses one line of metrics.jsonl; empty if a kill cut it short."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Masks beside parameters: read them from an optimizer state, put them there, apply them."""
+"""Reads masks from an optimizer state, puts masks into one, and applies masks to parameters."""
 
 import functools
 import operator
@@ -15,7 +15,7 @@ __all__ = ["apply_masks", "get_masks", "set_masks"]
 
 
 def get_masks(opt_state: Any) -> Any:
-    """Reads the masks from an optimizer state, wherever the pruning transformation sits.
+    """Reads the masks from an optimizer state, wherever the pruning transformation is.
 
     Args:
         opt_state: state of any Optax optimizer that contains a pruning transformation: in a
@@ -24,12 +24,12 @@ def get_masks(opt_state: Any) -> Any:
 
     Returns:
         Tree of bools like the parameters, True where a weight is kept. A leaf that no pruning
-        transformation sees has the scalar mask True, and so has a whole branch that
-        `optax.masked` or `optax.partition` hides by one flag or label: all that takes masks reads
-        a scalar as the mask of everything below it.
+        transformation sees has the scalar mask True. So does a whole branch that `optax.masked` or
+        `optax.partition` hides with one flag or label: all functions that take masks read a scalar
+        as the mask of everything below it.
 
     Raises:
-        ValueError: if there is no pruning transformation in the state, or two are of different
+        ValueError: if the state contains no pruning transformation, or two that belong to different
             trees of parameters.
 
     Example:
@@ -52,23 +52,24 @@ def get_masks(opt_state: Any) -> Any:
 
 
 def set_masks(opt_state: Any, masks: Any) -> Any:
-    """Puts other masks into an optimizer state, wherever the pruning transformation sits.
+    """Puts new masks into an optimizer state, wherever the pruning transformation is.
 
-    The parameters stay as they are: `apply_masks` zeroes them, or else the next update does.
+    The parameters do not change: the next update sets masked weights to 0, or `apply_masks` does so
+    at once.
 
     Args:
-        opt_state: state of an optimizer with a pruning transformation that leaves its masks
-            alone, such as `fixed_mask_transform()`.
+        opt_state: state of an optimizer with a pruning transformation that does not change its
+            masks, such as `fixed_mask_transform()`.
         masks: tree of bools with the paths of the parameters, True where a weight is kept. Each
-            has the shape of its leaf or is a scalar, also for a whole branch. A leaf whose place
-            is an `optax.MaskedNode` keeps the mask that it has.
+            mask has the shape of its leaf or is a scalar, which may cover a whole branch. A leaf
+            with an `optax.MaskedNode` in this tree keeps its current mask.
 
     Returns:
-        The state with these masks; structure, shapes and dtypes are as before.
+        The state with these masks; structure, shapes and dtypes do not change.
 
     Raises:
-        ValueError: if the state holds no masks; if paths or shapes differ, or a mask prunes
-            where the state has none, listing every such leaf.
+        ValueError: if the state holds no masks; if paths or shapes differ, or a mask prunes a leaf
+            that has no mask in the state, listing every such leaf.
 
     Example:
         >>> import optax
@@ -82,7 +83,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     """
     held_masks = get_masks(opt_state)
     now = trees.spread(held_masks, masks)
-    # What the state does not prune may be a function of a module and need no mask.
+    # A leaf that the state does not prune may be a function of a module, which needs no mask.
     free = {path for path, held in now.items() if held is not None and jnp.ndim(held) == 0}
     by_path = {
         path: None if path in free and not trees.is_numeric(mask) else mask
@@ -99,7 +100,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
             problems.append(f"{path}: pruned, but the optimizer does not prune it")
         elif jnp.ndim(held) and jnp.shape(mask) not in ((), jnp.shape(held)):
             problems.append(f"{path}: shape {jnp.shape(mask)}, but {jnp.shape(held)} in the state")
-    trees.raise_for(problems, "`masks` must be of the model that `opt_state` optimizes:")
+    trees.raise_for(problems, "`masks` must belong to the model that `opt_state` optimizes:")
 
     def renewed(state: Any) -> Any:
         if not _holds_masks(state):
@@ -114,13 +115,13 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
-    """Sets everything that is masked to zero.
+    """Sets all masked entries of a tree to zero.
 
     Args:
         tree: parameters, or any tree with the same paths: gradients, momentum, an average of
             the parameters.
         masks: tree of bools, True where a weight is kept. Each mask has the shape of its leaf
-            or is a scalar, also for a whole branch.
+            or is a scalar, which may cover a whole branch.
 
     Returns:
         Tree like `tree`, with the same dtypes.
@@ -138,16 +139,16 @@ def apply_masks(tree: Any, masks: Any) -> Any:
 
 
 def _masked(leaf: Any, mask: Any) -> Any:
-    """A leaf with zeros where its mask is False; what is no array stays what it is."""
+    """Returns a leaf with zeros where its mask is False; leaves non-arrays unchanged."""
     if not trees.is_numeric(mask) or not trees.is_numeric(leaf):
         return leaf
     if not trees.is_array(leaf) and trees.keeps_leaf(mask):
-        return leaf  # settings of a module, such as the rate of a dropout, must not become arrays
+        return leaf  # settings of a module, such as a dropout rate, must not become arrays
     return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
 def fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
-    """Masks by path; raises unless each fits its leaf in a tree."""
+    """Returns masks by path; raises unless each fits its leaf in a tree."""
     by_path, leaf_of = trees.spread(masks, tree), trees.leaf_by_path(tree)
     problems = trees.unmatched(by_path, trees.places(tree))
     problems += [
@@ -165,7 +166,7 @@ def fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
 
 
 def _placed_like(held: Any, mask: Any) -> jax.Array:
-    """A mask in the shape and, outside of `jit`, on the devices of the one that it replaces."""
+    """Returns a mask in the shape and, outside `jit`, on the devices of the one it replaces."""
     mask = jnp.broadcast_to(jnp.array(mask), held.shape)
     if isinstance(held, Tracer) or isinstance(mask, Tracer) or not held.committed:
         return mask
@@ -173,20 +174,20 @@ def _placed_like(held: Any, mask: Any) -> jax.Array:
 
 
 def _holds_masks(node: Any) -> bool:
-    """Whether a node of an optimizer state is the state of a pruning transformation."""
+    """Returns whether a node of an optimizer state is the state of a pruning transformation."""
     return "masks" in getattr(node, "_fields", ())
 
 
 def _merged(found: list[Any]) -> Any:
-    """One tree of the masks of several transformations, each of which sees a part of the leaves.
+    """Merges the masks of several transformations, each of which sees some of the leaves.
 
-    Where one hides a whole branch, the branch of another is taken, and True if all hide it.
+    Where one hides a whole branch, the masks come from the others, and are True if all hide it.
     """
     seen = [masks for masks in found if not trees.is_absent(masks)]
     if not seen:
         return jnp.array(True)
     if jax.tree_util.all_leaves(seen):
-        # Wrappers that mix states make integers of bools, and ~1 is -2.
+        # Wrappers that average states turn bools into integers, and ~1 is -2.
         return functools.reduce(operator.and_, [jnp.asarray(mask, bool) for mask in seen])
     levels = [
         jax.tree_util.tree_flatten_with_path(masks, is_leaf=lambda node, own=masks: node is not own)
@@ -198,6 +199,7 @@ def _merged(found: list[Any]) -> Any:
         kinds = "; ".join(", ".join(map(repr, own)) for own in children)
         raise ValueError(
             "`opt_state` must hold the masks of one tree of parameters, but two pruning "
-            f"transformations in it are of different ones: {kinds}. Read them one by one."
+            f"transformations in it belong to different trees: {kinds}. Read the masks of each "
+            "from its own state."
         )
     return levels[0][1].unflatten([_merged([own[name] for own in children]) for name in names])

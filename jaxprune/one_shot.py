@@ -1,4 +1,4 @@
-"""Prune once, without training: all at one time, or in rounds that score anew what remains."""
+"""Prunes without training: in one step, or in rounds that score the remaining weights again."""
 
 import functools
 from collections.abc import Callable
@@ -26,28 +26,28 @@ def prune(
     stacked: trees.Stacked = None,
     masks: Any = None,
 ) -> tuple[Any, Any]:
-    """Prunes once, without training.
+    """Prunes in one step, without training.
 
     Args:
         params: tree of arrays.
         sparsity: fraction of the prunable weights to set to zero, in [0, 1).
         score: function `(params, statistics) -> scores`, or a tree of scores like `params`, such
-            as those of `jaxprune.at_init`; the largest are kept.
+            as those of `jaxprune.at_init`; the weights with the largest scores are kept.
         statistics: tree like `params` for scores that need one: gradients or their averages.
         budget: function `(shapes, sparsity) -> Budget`; None is one global ranking in which
             each leaf keeps at least a tenth of its uniform budget.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
-        stacked: function `(path, leaf) -> axis, axes or None`: which axes number copies of a layer;
-            each copy counts as a leaf of its own, see `trees.stacked_axes`.
-        masks: what was pruned before, from `prune` or `get_masks`, and stays pruned.
+        stacked: function `(path, leaf) -> axis, axes or None`, the axes that number copies of a
+            layer; each copy counts as a separate leaf, see `trees.stacked_axes`.
+        masks: masks from `prune` or `get_masks`; weights that they prune remain pruned.
 
     Returns:
         The pruned parameters and the masks, a tree of bools like `params`.
 
     Raises:
-        ValueError: if `sparsity` is outside [0, 1), nothing can be pruned, a pattern or a budget
+        ValueError: if `sparsity` is outside [0, 1), no leaf can be pruned, a pattern or a budget
             does not fit, or a tree differs from `params`.
 
     Example:
@@ -63,7 +63,7 @@ def prune(
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
     if not weights:
-        raise ValueError("`params` must have a leaf that can be pruned, but has no leaves at all.")
+        raise ValueError("`params` must have a leaf that can be pruned, but has no leaves.")
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
         statistics = _of_paths(statistics, paths)
@@ -99,24 +99,25 @@ def prune_in_rounds(
     rounds: int = 100,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """Prunes a little, scores what is left again, and so on.
+    """Prunes in many small rounds and scores the remaining weights again before each.
 
-    With density `d = 1 - sparsity`, round `k` of `n` leaves the density `d ** (k / n)`. What
-    is pruned in one round stays pruned. This is how SynFlow keeps layers from being emptied.
+    With the final density `d = 1 - sparsity`, the density after round `k` of `n` is `d ** (k / n)`.
+    A weight that is pruned in one round remains pruned. SynFlow uses such rounds so that no layer
+    is emptied.
 
     Args:
         params: tree of arrays.
         sparsity: fraction of the prunable weights to set to zero, in [0, 1).
         score: function from the parameters, with zeros where they are pruned, to scores, a
             tree like the parameters.
-        rounds: how many, at least 1.
+        rounds: number of rounds, at least 1.
         **options: `budget`, `pattern`, `prunable` and `stacked` of `prune`.
 
     Returns:
-        The pruned parameters and the masks, as `prune`.
+        The pruned parameters and the masks, as `prune` returns them.
 
     Raises:
-        ValueError: if `rounds` is less than 1, and as `prune`.
+        ValueError: if `rounds` is less than 1, and as in `prune`.
 
     References:
         Tanaka et al., Pruning neural networks without any data, arXiv:2006.05467.
@@ -134,7 +135,7 @@ def prune_in_rounds(
     if not trees.is_rule(score):
         raise ValueError(
             "`score` must be a function from the parameters to a tree of scores, but is a tree "
-            f"({type(score).__name__}). Scores that stay the same are for `prune`."
+            f"({type(score).__name__}). Pass a fixed tree of scores to `prune`."
         )
     pruned, masks = params, jax.tree.map(lambda _: True, params)
     for k in range(1, rounds + 1):
@@ -147,7 +148,7 @@ def prune_in_rounds(
 def _selected(
     kinds: Any, stacked: Any, tables: Any, ranked: list[jax.Array], among: Any
 ) -> list[jax.Array]:
-    """Jitted with the counts as arguments, so that another sparsity does not recompile."""
+    """Selects the masks; jitted with counts as arguments, so a new sparsity does not recompile."""
     rankings = [
         timetables.Ranking(*kind, *counts) for kind, counts in zip(kinds, tables, strict=True)
     ]
@@ -162,13 +163,13 @@ def _selected(
 
 
 def _of_paths(tree: Any, paths: list[str]) -> list[Any]:
-    """The leaves at these paths, in this order, whatever the order of the tree."""
+    """Returns the leaves at the given paths, in the order of the paths."""
     by_path = trees.leaf_by_path(tree)
     return [by_path[path] for path in paths]
 
 
 def _full_masks(masks: Any, params: Any, paths: list[str]) -> list[jax.Array]:
-    """Masks of the leaves at these paths; the scalar True and None stand for all kept."""
+    """Returns the masks of the leaves at the given paths; True and None keep all of a leaf."""
     by_path = fitting(masks, params, "`masks` must have the paths and shapes of the parameters:")
     leaf_of = trees.leaf_by_path(params)
     kept = {path: True if by_path[path] is None else by_path[path] for path in paths}

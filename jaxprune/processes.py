@@ -1,4 +1,4 @@
-"""Several processes that train together: they find each other, agree, and stop at the same step.
+"""Coordinates processes that train together: they connect, agree, and stop at the same step.
 
 All of them run the same program on the same numbers; only the first one writes files and prints.
 Everything here works for a single process, too. With several, every process must make each call, in
@@ -32,24 +32,25 @@ __all__ = [
     "stop_together",
 ]
 
-LIMIT = 1 << 16  # bytes of what is compared
+LIMIT = 1 << 16  # largest number of bytes that `check_same` compares
 
 
 def on_first(call: Callable[[], Any]) -> Any:
-    """Calls a function on the first process; all processes continue with what it returned.
+    """Calls a function on the first process and returns its result on all of them.
 
-    Read this way what decides how a run continues, so that all processes decide alike whatever
-    their file systems show them at that moment. Write this way what others read: no process
-    continues before the file is there.
+    Read files with it that decide how a run continues: all processes then decide alike, whatever
+    their file systems show at that moment. Write files with it that others read: no process
+    continues before the file exists.
 
     Args:
-        call: returns what is ready for JSON. It must not wait for other processes.
+        call: a function whose result is ready for JSON. It must not wait for other processes.
 
     Returns:
-        What it returned; with several processes as JSON gives it back.
+        The result of `call`; with several processes, after a trip through JSON.
 
     Raises:
-        Exception: what it raised; on the others a ValueError with the same message.
+        Exception: if `call` raised: the same error on the first process, and a ValueError with the
+            same message on the others.
 
     Example:
         >>> on_first(lambda: {"step": 3})
@@ -72,7 +73,7 @@ def on_first(call: Callable[[], Any]) -> Any:
 
 
 def _broadcast(text: bytes) -> bytes:
-    """The bytes of the first process, on all of them."""
+    """Returns the bytes of the first process on all of them."""
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     # Every size compiles, so round up to powers of two.
     padded = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
@@ -82,9 +83,9 @@ def _broadcast(text: bytes) -> bytes:
 
 
 def from_first(tree: Any) -> Any:
-    """Arrays that each process has computed for itself, as the first one has them.
+    """Replaces arrays that each process computed by those of the first process.
 
-    Rounding can differ between machines, and so can a ranking.
+    Rounding can differ between machines, and so can a ranking of the results.
 
     Args:
         tree: arrays of the same shapes and dtypes on all processes.
@@ -102,10 +103,10 @@ def from_first(tree: Any) -> Any:
 
 
 def on_host(array: Any) -> np.ndarray:
-    """All of an array, also of one that is spread over processes.
+    """Copies an array to the host, also one that is spread over processes.
 
     Args:
-        array: of numbers, on any devices.
+        array: array of numbers on any devices.
 
     Returns:
         A NumPy array.
@@ -126,16 +127,16 @@ def start(
     """Connects to the other processes of a run, if there are any.
 
     Call it before anything else uses JAX. With `coordinator` it connects as told; under SLURM and
-    on the hosts of a TPU pod JAX finds the others by itself; elsewhere nothing happens.
+    on the hosts of a TPU pod JAX finds the other processes itself; elsewhere nothing happens.
 
     Args:
         coordinator: address of the first process, such as `"10.0.0.1:1234"`.
-        processes: how many there are; only with `coordinator`.
-        process: the number of this one, from 0; only with `coordinator`.
-        timeout: seconds without a sign of life after which a process counts as lost.
+        processes: number of processes; used only with `coordinator`.
+        process: number of this process, from 0; used only with `coordinator`.
+        timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-        ValueError: the other processes were not found.
+        ValueError: if the other processes were not found.
 
     Example:
         >>> start()  # alone: nothing to connect to
@@ -150,16 +151,26 @@ def start(
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"JAX has not found the other processes: {error}\nSay where the first one is with "
-                "`coordinator`, `processes` and `process`. Where there is none but this one, start "
-                "with TPU_SKIP_MDS_QUERY=1, or under SLURM with SLURM_NTASKS=1"
+                "`coordinator`, `processes` and `process`. If there is only this process, set "
+                "TPU_SKIP_MDS_QUERY=1, or SLURM_NTASKS=1 under SLURM."
             ) from error
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM started several tasks, or this may be one of several hosts of a TPU.
+    """Tells whether SLURM started several tasks, or this may be one of several hosts of a TPU.
 
-    A cluster of containers lists its hosts. Elsewhere a server knows them; JAX marks a machine with
-    TPU chips, and one without such a server.
+    A cluster of containers lists its hosts in a variable. Elsewhere a metadata server knows them,
+    so a machine with TPU chips may be one of several unless a variable says to skip that server.
+
+    Args:
+        environment: the environment variables, such as `os.environ`.
+
+    Returns:
+        True if JAX should look for other processes.
+
+    Example:
+        >>> is_cluster({"SLURM_NTASKS": "4"}), is_cluster({"TPU_WORKER_HOSTNAMES": "localhost"})
+        (True, False)
     """
     tasks = environment.get("SLURM_NTASKS", "1")
     names = environment.get("TPU_WORKER_HOSTNAMES")
@@ -169,30 +180,49 @@ def is_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and prints."""
+    """Tells whether this process is the one that writes files and prints.
+
+    Returns:
+        True on process 0.
+
+    Example:
+        >>> is_first()
+        True
+    """
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints, once for all processes."""
+    """Prints on the first process only.
+
+    Args:
+        text: the line to print.
+
+    Example:
+        >>> say("step 3")
+        step 3
+    """
     if is_first():
         print(text, flush=True)
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """An error on every process if they do not have the same values.
+    """Raises on every process if the processes do not have the same values.
 
     Args:
-        values: ready for JSON, under the names of the error.
+        values: name -> value that is ready for JSON; at most `LIMIT` bytes of JSON together.
 
     Raises:
-        ValueError: some differ; it lists each with the processes that have it.
+        ValueError: if values differ; it lists each value with the processes that have it.
+
+    Example:
+        >>> check_same({"seed": 0})  # a single process agrees with itself
     """
     if jax.process_count() == 1:
         return
     text = json.dumps(values, sort_keys=True).encode()
     if len(text) > LIMIT:
-        raise ValueError(f"values to compare are {len(text)} bytes; {LIMIT} is the most")
+        raise ValueError(f"`values` must be at most {LIMIT} bytes of JSON, but are {len(text)}.")
     padded = np.zeros(LIMIT, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
@@ -202,7 +232,15 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def differences(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each name whose value is not the same on all processes."""
+    """Makes a line for each name whose value is not the same on all processes.
+
+    Args:
+        found: the values of each process, in order.
+
+    Example:
+        >>> differences([{"seed": 0}, {"seed": 1}, {"seed": 0}])
+        ['  seed: 0 on process 0, 2; 1 on process 1']
+    """
     lines = []
     for name in sorted(set().union(*found)):
         values = [json.dumps(own.get(name)) for own in found]
@@ -216,14 +254,27 @@ def differences(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def signals() -> tuple[signal.Signals, ...]:
-    """What this process listens to itself."""
+    """Lists the signals that this process must handle itself.
+
+    Returns:
+        SIGTERM and SIGINT for a single process. With several, JAX handles SIGTERM.
+
+    Example:
+        >>> signal.SIGINT in signals()
+        True
+    """
     alone = jax.process_count() == 1
     return (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
 
 
 @contextlib.contextmanager
 def lost_is_an_error() -> Iterator[None]:
-    """Ends this process with a message when another one of the run is lost."""
+    """Ends this process with a message when a different process of the run is lost.
+
+    Example:
+        >>> with lost_is_an_error():
+        ...     total = 1 + 1  # training
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -231,21 +282,33 @@ def lost_is_an_error() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0][:200]
         print(
-            f"error: process {jax.process_index()} cannot go on ({reason}). Most likely another "
-            "one ended: see what it printed. The newest checkpoint is whole; the same command on "
-            "all hosts goes on from there.",
+            f"error: process {jax.process_index()} cannot continue ({reason}). Most likely a "
+            "different process ended: see what it printed. The newest checkpoint is complete; run "
+            "the same command on all hosts to continue from there.",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # an orderly end would wait for the lost one
+        os._exit(1)  # an orderly exit would wait for the lost process
 
 
 def stop_together(stopped: Sequence[Any]) -> Callable[[], bool]:
-    """A function that says whether to stop, after the same step on all processes.
+    """Makes a function that tells whether to stop, true after the same step on all processes.
 
     Args:
-        stopped: signals that this process got. With several processes it is JAX that hears SIGTERM,
-            and what else stops one of them is passed on as that.
+        stopped: a list to which the signals of this process are appended, such as from
+            `checkpoints.stop_signals`. With several processes JAX handles SIGTERM, and any other
+            signal of one process is passed on as SIGTERM.
+
+    Returns:
+        A function without arguments, to be called once after each step.
+
+    Example:
+        >>> stopped = []
+        >>> should_stop = stop_together(stopped)
+        >>> before = should_stop()
+        >>> stopped.append(signal.SIGTERM)
+        >>> before, should_stop()
+        (False, True)
     """
     if jax.process_count() == 1:
         return lambda: bool(stopped)

@@ -1,9 +1,9 @@
-"""Learning-rate factors for the weights that survive pruning.
+"""Learning-rate factors for the weights that are kept.
 
-A rate rule is a function `(statistic, mean, density) -> factor`, called once for each pruned
-leaf at every step: `statistic` has the leaf's shape, `mean` (the mean statistic of its kept
-weights) and `density` are scalars, measured at the last mask update. A dense leaf has the
-factor 1 under both rules here.
+A rate rule is a function `(statistic, mean, density) -> factor`, called once for each pruned leaf
+at every step. `statistic` has the shape of the leaf; `mean` (the mean statistic of its kept
+weights) and `density` are scalars, measured at the last mask update. Under both rules in this file
+a dense leaf has the factor 1.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ RateRule = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def by_density(power: float = 0.5, limit: float = 2.0) -> RateRule:
-    """The sparser a layer, the larger its rate: `min(limit, density ** -power)`.
+    """Makes a rule that raises the rate of sparse layers: `min(limit, density ** -power)`.
 
     Args:
-        power: 0.5 keeps the size of a layer's total update for SGD; 1 is the muP rule for Adam.
+        power: 0.5 preserves the size of a layer's total update under SGD; 1 is the muP rule for
+            Adam.
         limit: largest factor.
 
     Returns:
@@ -47,10 +48,10 @@ def by_density(power: float = 0.5, limit: float = 2.0) -> RateRule:
 
 
 def by_statistic(limit: float = 2.0) -> RateRule:
-    """Weights with larger gradients than the mean of their layer learn faster.
+    """Makes a rule that raises the rate of weights whose gradient is above the mean of their leaf.
 
-    `clip(1 + (1 - density) * (S / mean S - 1), 1 / limit, limit)`: the effect grows from
-    nothing in a dense layer to its full strength in a sparse one.
+    `clip(1 + (1 - density) * (S / mean S - 1), 1 / limit, limit)`: the effect grows from none in a
+    dense layer to its full strength in a sparse one.
 
     Args:
         limit: largest factor; its inverse is the smallest.
@@ -78,7 +79,7 @@ def by_statistic(limit: float = 2.0) -> RateRule:
 
 
 def _check(power: float, limit: float) -> None:
-    """Static checks shared by the rules."""
+    """Checks the arguments that the rules share."""
     if not power >= 0:
         raise ValueError(f"`power` must not be negative, but is {power!r}.")
     if not limit >= 1:

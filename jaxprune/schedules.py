@@ -1,4 +1,4 @@
-"""Step -> how much: the sparsity ramp and the fraction of weights that moves."""
+"""Schedules over steps: the sparsity, and the fraction of weights that are dropped and regrown."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ Schedule = Callable[[Any], Any]
 
 
 def cubic(final: float, start: int, stop: int, *, initial: float = 0.0) -> Schedule:
-    """The sparsity ramp of gradual pruning: fast at first, slow at the end.
+    """Makes the sparsity ramp of gradual pruning, which rises fast at first and slowly at the end.
 
-    With `t` the step, `s_i` the initial and `s_f` the final sparsity,
+    With the step `t`, the initial sparsity `s_i` and the final sparsity `s_f`,
     `s(t) = s_f + (s_i - s_f) * (1 - (t - start) / (stop - start)) ** 3` between `start` and
-    `stop`, constant outside.
+    `stop`; it is constant before and after.
 
     Args:
         final: sparsity from `stop` on.
@@ -27,7 +27,7 @@ def cubic(final: float, start: int, stop: int, *, initial: float = 0.0) -> Sched
         initial: sparsity until `start`.
 
     Returns:
-        An `optax.Schedule`. A Python integer gives a double, an array a float32 array.
+        An `optax.Schedule`. It maps a Python integer to a double, and an array to a float32 array.
 
     References:
         Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878.
@@ -46,7 +46,7 @@ def cubic(final: float, start: int, stop: int, *, initial: float = 0.0) -> Sched
 
 
 def cosine(initial: float, start: int, stop: int) -> Schedule:
-    """A fraction that falls from `initial` at `start` to 0 at `stop` along half a cosine.
+    """Makes a fraction that falls from `initial` at `start` to 0 at `stop` along half a cosine.
 
     `f(t) = initial / 2 * (1 + cos(pi * (t - start) / (stop - start)))`, as in RigL.
 
@@ -75,15 +75,15 @@ def cosine(initial: float, start: int, stop: int) -> Schedule:
 
 
 def mask_update_steps(start: int, stop: int, every: int) -> list[int]:
-    """The steps at which masks change: `start`, every `every` steps, and `stop` itself.
+    """Lists the steps at which masks change: every `every` steps from `start`, and `stop`.
 
     Args:
         start: first step.
-        stop: last step; it always is one of the steps, so that the target is reached.
+        stop: last step; it is always included, so that the target is reached.
         every: distance in steps.
 
     Returns:
-        Rising list of steps.
+        Ascending list of steps.
 
     Example:
         >>> mask_update_steps(0, 250, 100)
@@ -95,12 +95,12 @@ def mask_update_steps(start: int, stop: int, every: int) -> list[int]:
 def sparsity_at(schedule: Schedule, step: int) -> float:
     """Evaluates a sparsity schedule on the host, as the decimal number that was meant.
 
-    Optax schedules compute in float32, where 0.72 is 0.7200000286; the shortest decimal
-    that gives the same float32 is 0.72 again.
+    Optax schedules compute in float32, where 0.72 becomes 0.7200000286; the shortest decimal number
+    with the same float32 value is 0.72 again.
 
     Args:
         schedule: an `optax.Schedule`.
-        step: the step.
+        step: the step at which it is evaluated.
 
     Returns:
         A Python float.
@@ -115,7 +115,7 @@ def sparsity_at(schedule: Schedule, step: int) -> float:
 
 
 def _progress(step: Any, start: int, stop: int) -> Any:
-    """How much of the window has passed, between 0 and 1."""
+    """Returns the share of the window that has passed, between 0 and 1."""
     clip = jnp.clip if isinstance(step, jax.Array) else np.clip
     if start == stop:
         return clip(step - start + 1, 0, 1) * 1.0

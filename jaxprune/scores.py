@@ -1,8 +1,8 @@
-"""Parameters and statistics -> scores. The larger the score, the later a weight is pruned.
+"""Parameters and statistics -> scores. Weights with the lowest scores are pruned first.
 
-A score is a function `(params, statistics) -> scores` on two trees of the same structure,
-where a statistic is the running size of a weight's gradient. Scores are compared with each
-other in float32, across all leaves.
+A score is a function `(params, statistics) -> scores` of two trees with the same structure. A
+statistic is the running size of a weight's gradient. Scores are compared in float32, across all
+leaves.
 """
 
 import math
@@ -17,11 +17,11 @@ __all__ = ["Score", "draw", "gradient", "magnitude", "random", "rank_unmoved", "
 
 Score = Callable[[Any, Any], Any]
 
-_WORD = np.uint32  # of an index that is hashed at once
+_WORD = np.uint32  # the part of an index that is hashed at once
 
 
 def magnitude(params: Any, statistics: Any = None) -> Any:
-    """`|w|`: small weights go first.
+    """Scores each weight by its size, `|w|`, so that small weights are pruned first.
 
     Args:
         params: tree of floating-point arrays.
@@ -42,10 +42,10 @@ def magnitude(params: Any, statistics: Any = None) -> Any:
 
 
 def gradient(params: Any, statistics: Any) -> Any:
-    """The statistic alone: weights with consistently small gradients go first.
+    """Scores each weight by its statistic, so that weights with small gradients are pruned first.
 
-    This is what the news item about AGIP says to the letter. An important weight that has
-    converged has a small gradient too, which is why `taylor` is the better choice.
+    This follows the news item about AGIP to the letter. An important weight that has converged also
+    has a small gradient, which is why `taylor` is the better choice.
 
     Args:
         params: not used.
@@ -66,9 +66,13 @@ def gradient(params: Any, statistics: Any) -> Any:
 
 
 def taylor(params: Any, statistics: Any) -> Any:
-    """`|w| * S`: how much the loss would change, to first order, if the weight became 0.
+    """Scores each weight by `|w| * S`, the first-order change of the loss if it became 0.
 
-    Removing `w` changes the loss by about `g * w`; `S` is the running size of `g`.
+    Setting `w` to 0 changes the loss by about `-g * w`; `S` is the running size of `g`.
+
+    `structure.taylor` applies the same expansion to whole channels: it takes signed gradients and
+    returns `(sum of w * g) ** 2` over the entries of a channel, whose terms can cancel. Here every
+    weight is scored separately, by the size of its gradient.
 
     Args:
         params: tree of floating-point arrays.
@@ -91,14 +95,14 @@ def taylor(params: Any, statistics: Any) -> Any:
 
 
 def random(seed: int) -> Score:
-    """A fixed random ranking of all weights: the control for every other score.
+    """Makes a score that ranks all weights in a fixed random order, a baseline for other scores.
 
     Args:
         seed: a different seed gives a different ranking.
 
     Returns:
-        A score function; its scores are uniform in [0, 1) and depend on nothing but the seed,
-        the position of the leaf and the position in the leaf.
+        A score function; its scores are uniform in [0, 1) and depend only on the seed, the position
+        of the leaf and the position in the leaf.
 
     Example:
         >>> score = random(0)({"a": jnp.zeros(3), "b": jnp.zeros(3)})
@@ -114,10 +118,10 @@ def random(seed: int) -> Score:
 
 
 def draw(key: jax.Array, params: Any) -> Any:
-    """Uniform random scores in [0, 1), the same for the same key and shapes.
+    """Draws uniform random scores in [0, 1), the same for the same key and shapes.
 
     Args:
-        key: a key of `jax.random`.
+        key: a `jax.random` key.
         params: tree of arrays; only their shapes are used.
 
     Returns:
@@ -139,21 +143,21 @@ def rank_unmoved(
     statistics: Sequence[jax.Array],
     stacked: Sequence[tuple[int, ...]],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Gives layers that have never moved a ranking of their own, below that of all others.
+    """Ranks layers that have never moved within themselves, below the weights of all other layers.
 
-    A product of weight and gradient says nothing of a layer whose gradients are all 0, because none
-    has reached it yet, or whose weights are all 0, because it starts there. Such a layer is ranked
-    within itself: by `|w|`, or by the statistic where its weights are 0.
+    The product of weight and gradient says nothing about a layer whose gradients are all 0, because
+    none has reached it yet, or whose weights are all 0, because they start there. Such a layer is
+    ranked within itself: by `|w|`, or by the statistic if its weights are 0.
 
     Args:
-        scores: of each leaf, larger is kept.
-        params: like `scores`.
-        statistics: like `scores`, the size of each weight's gradient.
+        scores: one array for each leaf; weights with larger scores are kept.
+        params: weights, like `scores`.
+        statistics: size of each weight's gradient, like `scores`.
         stacked: axes of each leaf that number copies; each copy is a layer.
 
     Returns:
-        Scores, negative in the layers that have not moved, and bool [copies] for each leaf: True
-        where a layer has not moved.
+        Scores, which are negative in the layers that have not moved, and bool [copies] for each
+        leaf, True for a layer that has not moved.
 
     Example:
         >>> weights, gradients = [jnp.array([1.0, -4.0])], [jnp.zeros(2)]
@@ -168,7 +172,7 @@ def rank_unmoved(
         at_zero, unreached = (
             jnp.max(x, axis=rest, keepdims=True) == 0 for x in (weight, statistic)
         )
-        own = -1 / jnp.where(at_zero, statistic, weight)  # in the order of what it divides by
+        own = -1 / jnp.where(at_zero, statistic, weight)  # in the order of the divisor
         still = at_zero | unreached
         ranked.append(jnp.where(still, own, score))
         unmoved.append(still.reshape(-1))
@@ -176,23 +180,23 @@ def rank_unmoved(
 
 
 def _hashed(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A hash of each position, uniform in [0, 1).
+    """Hashes each position to a number that is uniform in [0, 1).
 
-    JAX's own generator takes 27 s to compile for the 54 kernels of a ResNet-50, and .6 s to run;
-    a ranking needs less. The mixing function is `lowbias32` of C. Wellons, Prospecting for hash
-    functions, 2018.
+    JAX's own generator takes 27 s to compile for the 54 kernels of a ResNet-50, and 0.6 s to run; a
+    ranking needs less randomness. The mixing function is `lowbias32` from C. Wellons, Prospecting
+    for hash functions, 2018.
     """
     bits = np.iinfo(_WORD).bits
     if math.prod(shape) <= 2**bits:
         return _uniform(_mix(_mix(_index(shape, np.uint32)) ^ word))
-    with jax.enable_x64(True):  # for the index alone
+    with jax.enable_x64(True):  # only for the index
         index = _index(shape, np.uint64)
         low, high = index.astype(_WORD), index >> np.uint64(bits)
         return _uniform(_mix(_mix(low.astype(jnp.uint32)) ^ _mix(high.astype(jnp.uint32)) ^ word))
 
 
 def _index(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The row-major index of each entry."""
+    """Returns the row-major index of each entry."""
     index, stride = jnp.zeros((1,) * len(shape), dtype), 1
     for axis in reversed(range(len(shape))):
         extent = (*(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
@@ -203,27 +207,27 @@ def _index(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
-    """The upper 24 bits as a fraction, float32 in [0, 1)."""
+    """Returns the upper 24 bits as a fraction, float32 in [0, 1)."""
     return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit integers in which every output bit depends on every input bit."""
+    """Mixes 32-bit integers by a bijection whose output bits each depend on every input bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
 def _required(statistics: Any) -> Any:
-    """The statistics, or an error that says where to get them."""
+    """Returns the statistics; raises an error that says where to get them if there are none."""
     if statistics is None:
         raise ValueError(
-            "`statistics` is missing: this score needs the size of each weight's gradient. Pass "
-            "gradients or their averages, a tree like the parameters, or use `scores.magnitude`."
+            "`statistics` is missing: this score needs the size of each weight's gradient. Pass a "
+            "tree like the parameters with gradients or their averages, or use `scores.magnitude`."
         )
     return statistics
 
 
 def _size(x: jax.Array) -> jax.Array:
-    """Absolute value in float32."""
+    """Returns the absolute value in float32."""
     return jnp.abs(x.astype(jnp.float32))

@@ -1,13 +1,13 @@
-"""Scores and budgets -> masks: exactly k largest, without a sort.
+"""Scores and budgets -> masks: selects exactly the k largest scores, without a sort.
 
-A float32 score becomes an unsigned integer key in the same order, and a search on the
-integers finds the threshold `T` with exactly `k` keys above it or at it. Equal scores at the
-threshold are kept in the order of their index, first by leaf and then row-major within the
-leaf, as a stable sort would; a search on the index finds the last one. Each pass of a search
-only counts, so it works on arrays of any shape where they lie: sharded arrays exchange one
-count for each layer, never weights.
+Each float32 score becomes an unsigned integer key in the same order, and a search over the integers
+finds the threshold `T` with exactly `k` keys at or above it. Equal scores at the threshold are kept
+in the order of their index, first by leaf and then row-major within the leaf, as in a stable sort;
+a search over the index finds the last one to keep. Each pass of a search only counts, so it works
+on arrays of any shape without moving them: the devices of a sharded array exchange one count for
+each layer, never weights.
 
-A layer is a leaf, or one of the copies that a stacked leaf holds, see `counting`.
+A layer is a leaf, or one of the copies in a stacked leaf, see `counting`.
 """
 
 import functools
@@ -24,9 +24,9 @@ from jaxprune import counting, trees
 __all__ = ["largest"]
 
 
-# Keys: 0 can never be kept, 1 is NaN, then -inf .. +inf. No key reaches _TOP.
+# Keys: 0 is never kept, 1 is NaN, then come -inf .. +inf. No key reaches _TOP.
 _NEVER, _NAN, _TOP = np.uint32(0), np.uint32(1), np.uint32(0xFF800001)
-# Widest bracket, in keys, in which counts are worth interpolating: sixteen binades of float32.
+# Widest bracket, in keys, within which counts are interpolated: sixteen binades of float32.
 _CLOSE = 1 << 27
 
 
@@ -40,15 +40,15 @@ def largest(
 ) -> Any:
     """Selects exactly the `keep` largest scores of a tree.
 
-    Every layer first keeps its largest `floors[i]` entries; what is left of `keep` goes to
-    the largest scores anywhere. Floors that add up to `keep` therefore select within each
-    layer, floors of 0 select globally. Ties keep the lower index. NaN ranks below -inf.
+    Every layer first keeps its `floors[i]` largest entries; the rest of `keep` goes to the largest
+    scores of all layers. Floors that add up to `keep` therefore select within each layer; floors of
+    0 select globally. Ties keep the lower index. NaN ranks below -inf.
 
     Args:
         scores: tree of floating-point arrays, compared in float32.
-        keep: an integer [], entries to select in all.
-        floors: None or integers [layers], entries to select at least in each layer: in each leaf,
-            or in each copy of a stacked leaf.
+        keep: an integer [], number of entries to select in total.
+        floors: None or integers [layers], smallest number of entries to select in each layer, that
+            is in each leaf or in each copy of a stacked leaf.
         among: None or a tree of bools like `scores`; only entries that are True can be selected.
         stacked: the axes of each leaf that number copies, in flattening order; None: no copies.
 
@@ -58,7 +58,7 @@ def largest(
 
     Raises:
         ValueError: if `scores` has no leaves, or leaves that are empty or not floating point;
-            if `floors` does not fit the layers, or `among` has other paths or shapes.
+            if `floors` does not fit the layers, or `among` has different paths or shapes.
 
     Example:
         >>> scores = {"a": jnp.array([0.1, 0.9]), "b": jnp.array([0.5, 0.5, 0.3])}
@@ -71,7 +71,8 @@ def largest(
     _check(scores)
     if among is not None:
         trees.check_same_structure("among", among, scores)
-        among = trees.leaves_like(scores, among)  # text keys sort "10" before "2", numbers do not
+        # Matched by path: string keys sort "10" before "2", integer keys do not.
+        among = trees.leaves_like(scores, among)
     allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     with counting.exact(leaves):
         width = counting.width_of(leaves)
@@ -99,7 +100,7 @@ def largest(
 
 
 def _check(scores: Any) -> None:
-    """Static checks of the arguments of `largest`."""
+    """Checks the scores that `largest` gets, as far as they are static."""
     named = trees.leaves_with_paths(scores)
     bad = [
         f"{path}: dtype {leaf.dtype}, {leaf.size} entries"
@@ -113,7 +114,7 @@ def _check(scores: Any) -> None:
 
 @jax.jit
 def _keys(score: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """Maps float32 to uint32 so that the order is kept; 0 where not allowed."""
+    """Maps float32 scores to uint32 keys in the same order; 0 where a mask is False."""
     score = score.astype(jnp.float32)
     score = jnp.where(score == 0, 0.0, score)  # -0.0 and 0.0 tie
     bits = jax.lax.bitcast_convert_type(score, jnp.uint32)
@@ -123,7 +124,7 @@ def _keys(score: jax.Array, allowed: jax.Array | None) -> jax.Array:
 
 
 class _Cut(NamedTuple):
-    """What each layer keeps: keys above `key`, and those equal to it up to index `last`."""
+    """The cut of each layer, which keeps keys above `key`, and equal keys up to index `last`."""
 
     key: jax.Array  # places [layers]
     last: jax.Array  # counts [layers], row-major within the layer
@@ -131,12 +132,12 @@ class _Cut(NamedTuple):
 
 
 class _Bracket(NamedTuple):
-    """Positions around the cut of each layer: the further, the fewer are kept."""
+    """Two positions around the cut of each layer; at a higher position fewer entries are kept."""
 
-    low: jax.Array  # places [layers], keeps the target or more
-    high: jax.Array  # places [layers], keeps less
-    at_low: jax.Array  # counts [layers], how many each keeps at `low`
-    at_high: jax.Array  # counts [layers]
+    low: jax.Array  # places [layers], at which the target or more is kept
+    high: jax.Array  # places [layers], at which less is kept
+    at_low: jax.Array  # counts [layers], number of entries kept at `low`
+    at_high: jax.Array  # counts [layers], number of entries kept at `high`
 
 
 def _cut(
@@ -147,11 +148,24 @@ def _cut(
     floors: jax.Array,
     able: jax.Array,
 ) -> _Cut:
-    """Finds where to cut each layer, in three searches that share one compiled loop.
+    """Finds where to cut each layer, in three passes that share one compiled loop.
 
-    The first one finds the key that all layers share, where `keep` entries or a few more
-    stay. The second one lowers it in the layers whose floor asks for more. The third one finds
-    the last of the equal keys that stays, in the layers where not all of them can.
+    1. *Common key* finds one key for all layers, at which `keep` entries or a few more are kept.
+    2. *Floors* lowers the key in the layers whose floor asks for more.
+    3. *Ties* finds the last of the equal keys to keep, in the layers that cannot keep all of them.
+
+    With the scores 9, 7, 7 in layer `a` and 2, 1, 2 in layer `b`, `keep` 3, and floors 0 and 1:
+
+    1. The common key is that of 7, where `a` keeps 3 and `b` keeps 0. With the floor of `b` these
+       are 4, one too many, so the share of `a` is 2 and that of `b` is 1.
+    2. The key of `b` falls to that of 2, where `b` keeps 2.
+    3. Both layers keep one too many: `a` keeps 9 and the first 7, `b` keeps the first 2.
+
+    Example:
+        >>> scores = {"a": jnp.array([9.0, 7.0, 7.0]), "b": jnp.array([2.0, 1.0, 2.0])}
+        >>> masks = largest(scores, 3, floors=jnp.array([0, 1]))
+        >>> masks["a"].tolist(), masks["b"].tolist()
+        ([True, True, False], [True, False, False])
     """
     sizes, zero = counting.sizes(layouts, width), jnp.zeros_like(able)
     everything = jnp.full_like(able, np.iinfo(width.count).max)
@@ -188,13 +202,13 @@ def _cut(
         return new, above, jnp.where(common, _shares(new.kept, above, keep, floors), share)
 
     nothing = _Cut(jnp.full_like(able, _TOP, dtype=width.place), everything, zero)
-    # Floors alone may be enough. Until its share is known, a layer may keep all that it can.
+    # The floors alone may be enough. Until its share is known, a layer may keep all its entries.
     share = jnp.where(counting.total(floors) >= keep, zero, able)
     return jax.lax.fori_loop(0, 3, search, (nothing, zero, share))[0]
 
 
 def _shares(reached: jax.Array, above: jax.Array, keep: jax.Array, floors: jax.Array) -> jax.Array:
-    """How many entries each layer keeps: ties at the common key go to the first layers."""
+    """Counts the entries that each layer keeps; ties at the common key go to the first layers."""
     certain = jnp.maximum(floors, above)
     spare = jnp.maximum(floors, reached) - certain
     before = counting.cumsum(spare) - spare
@@ -207,12 +221,12 @@ def _search(
     excess: Callable[[jax.Array], jax.Array],
     count: Callable[[jax.Array], jax.Array],
 ) -> _Bracket:
-    """Finds the furthest positions at which `excess(count(position))` is not negative.
+    """Finds the highest positions at which `excess(count(position))` is not negative.
 
-    A bracket is divided at round numbers until it spans a few powers of two of the score, and
-    then shrinks by the Illinois variant of regula falsi on the counts, with a division at a round
-    number every fifth pass as a safeguard. Scores that many entries share (0, all of bfloat16)
-    are round numbers. The search of a layer ends early where its excess is 0.
+    A bracket is first divided at round numbers, until it spans a few powers of two of the score.
+    Then it shrinks by the Illinois variant of regula falsi on the counts, and as a safeguard it is
+    divided at a round number in every fifth pass. Round numbers, because scores that many entries
+    share are round (0, all of bfloat16). The search of a layer ends early if its excess is 0.
     """
     one = jnp.ones(active.shape, jnp.float32)
 
@@ -248,7 +262,7 @@ def _search(
 
 
 def _roundest(low: jax.Array, high: jax.Array) -> jax.Array:
-    """The number from `low` to `high`, at least 1, that ends in the most zero bits."""
+    """Returns the number from `low` to `high`, at least 1, that ends in the most zero bits."""
     zeros = np.iinfo(low.dtype).bits - 1 - jax.lax.clz((low - 1) ^ high)
     return high >> zeros << zeros
 
@@ -257,8 +271,8 @@ def _roundest(low: jax.Array, high: jax.Array) -> jax.Array:
 def _flags(
     key: jax.Array, threshold: jax.Array, last: jax.Array, stack: counting.Stack
 ) -> jax.Array:
-    """True above the threshold, and at it up to a row-major index within the copy."""
-    # The index in two small parts, or XLA:CPU stores an array of it as large as the leaf.
+    """Marks keys above the threshold, and equal keys up to a row-major index within the copy."""
+    # The index is split into two small parts, or XLA:CPU would store it as large as the leaf.
     rest = tuple(axis for axis in range(key.ndim) if axis not in stack.axes)
     row, column = (_index(key.shape, rest, part, last.dtype) for part in (rest[:-1], rest[-1:]))
     threshold = threshold.astype(key.dtype)
@@ -268,7 +282,7 @@ def _flags(
 def _index(
     shape: tuple[int, ...], rest: counting.Axes, axes: counting.Axes, dtype: Any
 ) -> jax.Array:
-    """Row-major index within a copy along some of its axes, with length 1 along the others."""
+    """Returns the row-major index within a copy along some axes, with length 1 along the rest."""
     index = jnp.zeros((1,) * len(shape), dtype)
     for axis in axes:
         along = tuple(n if i == axis else 1 for i, n in enumerate(shape))

@@ -1,7 +1,7 @@
-"""Where the arrays of a run lie on many devices: a batch over all, parameters over the axis `fsdp`.
+"""Places the arrays of a run on many devices: batches over all, parameters over the axis `fsdp`.
 
-Masks, momentum and statistics have the shape of their parameter and lie where it lies, so that
-pruning never moves an array between devices.
+Masks, momentum and statistics have the shape of their parameter and are placed like it, so pruning
+never moves an array between devices.
 
     mesh = make_mesh(parse_mesh("data=4,fsdp=2"))
     state = jax.device_put(state, shardings_for(state, mesh, params=state.params))
@@ -31,25 +31,27 @@ __all__ = [
     "spec_for",
 ]
 
-# Each splits the batch; `fsdp` splits parameters as well.
+# Both axes split the batch; `fsdp` splits parameters as well.
 AXES = ("data", "fsdp")
 
-# Vectors of norms have fewer entries, kernels more. An exchange would cost more than it saves.
+# Below this number of entries an exchange costs more than it saves: vectors of norm layers have
+# fewer, kernels more.
 _SMALL = 4096
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads the axes of a mesh as they are written on a command line.
+    """Parses the axes of a mesh as written on a command line.
 
     Args:
-        text: such as `"data=8"` or `"data=4,fsdp=2"`. Each axis splits the batch; `fsdp` splits
-            parameters, too. In this order: neighbours on a pod get different parts of parameters.
+        text: axes and sizes, such as `"data=8"` or `"data=4,fsdp=2"`. Each axis splits the batch;
+            `fsdp` splits parameters as well. Put `fsdp` last, so that neighbours on a pod get
+            different parts of the parameters.
 
     Returns:
         Axis -> number of devices along it, in the order of the text.
 
     Raises:
-        ValueError: it is not of this form; all that is wrong is listed.
+        ValueError: if the text does not have this form; it lists all that is wrong.
 
     Example:
         >>> parse_mesh("data=4,fsdp=2")
@@ -64,7 +66,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         elif name not in AXES:
             problems.append(f"{part.strip()!r}: no such axis; use {' or '.join(AXES)}")
         elif name in axes:
-            problems.append(f"{part.strip()!r}: {name} is there already; name each axis once")
+            problems.append(f"{part.strip()!r}: {name} occurs twice; name each axis once")
         elif not (size.isascii() and size.isdigit() and int(size) > 0):
             problems.append(f"{part.strip()!r}: a size must be an integer of at least 1")
         else:
@@ -75,17 +77,18 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges devices; those of a TPU so that neighbours in the mesh are neighbours on the chip.
+    """Arranges devices in a mesh; on a TPU, neighbours in the mesh are neighbours in the network.
 
     Args:
-        axes: axis -> number of devices, as `parse_mesh` returns it; None puts all on `data`.
-        devices: default all devices of all processes; or those of an ahead-of-time topology.
+        axes: axis -> number of devices, as from `parse_mesh`; None puts all on `data`.
+        devices: devices to use, such as those of an ahead-of-time topology. Default: all devices
+            of all processes.
 
     Returns:
         A `jax.sharding.Mesh` with automatic axes.
 
     Raises:
-        ValueError: there are more or fewer devices than the axes need.
+        ValueError: if there are more or fewer devices than the axes need.
 
     Example:
         >>> make_mesh().axis_names
@@ -97,15 +100,15 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | No
     if needed != found:
         text = ",".join(f"{name}={size}" for name, size in axes.items())
         raise ValueError(
-            f"`mesh` must use every device: {text} needs {needed}, and there are {found}; use for "
-            f"example {_fitting(axes, found)}"
+            f"`mesh` must use every device: {text} needs {needed}, but there are {found}; use for "
+            f"example {_fitting(axes, found)}."
         )
     automatic = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic, devices=devices)
 
 
 def _fitting(axes: Mapping[str, int], count: int) -> str:
-    """Axes for so many devices, `fsdp` as it was if that divides them."""
+    """Suggests axes for `count` devices that keep the size of `fsdp` if it divides `count`."""
     fsdp = axes.get("fsdp", 1)
     if fsdp == 1 or count % fsdp:
         return f"data={count}"
@@ -113,7 +116,7 @@ def _fitting(axes: Mapping[str, int], count: int) -> str:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Examples over all devices.
+    """Splits the examples of a batch over all devices.
 
     Args:
         mesh: from `make_mesh`.
@@ -129,11 +132,11 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Places a tree whose arrays every process has in full.
+    """Places a tree whose arrays every process holds in full.
 
     Args:
-        tree: arrays; those that are spread over devices already may be on any mesh.
-        sharding: where they go, also to devices of other processes.
+        tree: arrays; an array that is already spread over devices may be on any mesh.
+        sharding: where to place them, also on devices of other processes.
 
     Returns:
         The same tree of `jax.Array`.
@@ -162,7 +165,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies a tree of arrays to every device of the mesh.
 
     Args:
-        tree: arrays, e.g. a `jaxprune.data.Split`; every process has all of it.
+        tree: arrays, such as a `jaxprune.data.Split`; every process holds all of them.
         mesh: from `make_mesh`.
 
     Returns:
@@ -176,14 +179,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Refuses a batch that cannot be split evenly over the devices of a mesh.
+    """Raises if a batch cannot be split evenly over the devices of a mesh.
 
     Args:
         batch_size: examples per step.
         mesh: from `make_mesh`.
 
     Raises:
-        ValueError: `batch_size` does not divide by the number of devices.
+        ValueError: if `batch_size` does not divide by the number of devices.
 
     Example:
         >>> check_batch(64, make_mesh({"data": jax.device_count()}))
@@ -192,22 +195,22 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         nearest = max(1, round(batch_size / mesh.size)) * mesh.size
         raise ValueError(
             f"`batch_size` must divide by the number of devices ({mesh.size}), got {batch_size}; "
-            f"use for example {nearest}"
+            f"use for example {nearest}."
         )
 
 
 def spec_for(
     shape: Sequence[int], mesh: Mesh | AbstractMesh, *, min_size: int = _SMALL
 ) -> PartitionSpec:
-    """How one parameter is split: along its largest dimension that divides by `fsdp`.
+    """Splits one parameter along its largest dimension that divides by `fsdp`.
 
     Args:
-        shape: of the parameter.
+        shape: shape of the parameter.
         mesh: from `make_mesh`; without an axis `fsdp` nothing is split.
-        min_size: parameters with fewer entries are whole on each device.
+        min_size: parameters with fewer entries are replicated.
 
     Returns:
-        A `PartitionSpec`; of equally large dimensions the last is split.
+        A `PartitionSpec`; among equally large dimensions it splits the last.
 
     Example:
         >>> mesh = AbstractMesh((4, 2), ("data", "fsdp"))
@@ -225,17 +228,17 @@ def spec_for(
 def shardings_for(
     tree: Any, mesh: Mesh | AbstractMesh, *, params: Any = None, min_size: int = _SMALL
 ) -> Any:
-    """Where each leaf of a tree lies, from paths and shapes alone.
+    """Chooses the sharding of each leaf of a tree from its path and shape.
 
-    A leaf whose path ends with that of a parameter and whose shape is the same lies where the
-    parameter lies: momentum, moments, masks, averages of gradients. All others, such as counters
-    and running statistics, are whole on each device.
+    A leaf whose path ends with that of a parameter and whose shape is the same is placed like the
+    parameter: momentum, moments, masks, averages of gradients. All others, such as counters and
+    running statistics, are replicated.
 
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`: the parameters, an optimizer state, or a train
             state.
         mesh: from `make_mesh`.
-        params: the parameters that the tree belongs to; None: the tree is the parameters.
+        params: the parameters that the tree belongs to; None if the tree is the parameters.
         min_size: see `spec_for`.
 
     Returns:
@@ -262,6 +265,6 @@ def shardings_for(
 
 
 def _is_owned(path: str, shape: tuple[int, ...], owners: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a path ends with that of a parameter of this shape."""
+    """Tells whether a path ends with that of a parameter of this shape."""
     parts = path.split("/")
     return any(owners.get("/".join(parts[start:])) == shape for start in range(len(parts)))

@@ -1,12 +1,13 @@
-"""Functions for the keyword `stacked=`: which axes of a leaf number copies of a layer.
+"""Functions for the argument `stacked`, which say which axes of a leaf number copies of a layer.
 
-Layers that are scanned (`nn.scan`, `nnx.scan`, `jax.lax.scan`, Haiku's `layer_stack`), mapped
-(`nnx.vmap`, `equinox.filter_vmap`) or chosen among (the experts of a mixture) keep the weights of
-all copies in one array. Such a function `(path, leaf) -> axis, tuple of axes, or None` says so:
+Layers that are scanned (`nn.scan`, `nnx.scan`, `jax.lax.scan`, Haiku's `layer_stack`) or mapped
+(`nnx.vmap`, `equinox.filter_vmap`), and the experts of a mixture, keep the weights of all copies in
+one array. A function `(path, leaf) -> axis, tuple of axes, or None` names the axes that number the
+copies. There are three ways to make one:
 
-* `under` states it for a part of the tree;
-* `from_layer` compares the stack with one single layer, in any framework;
-* `from_metadata` reads the axis names that Linen and NNX write if they are asked to.
+* `under` names the stacked parts of the tree;
+* `from_layer` compares the stack with a single layer, in any framework;
+* `from_metadata` reads the axis names that Linen and NNX write on request.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,14 +24,14 @@ StackedRule = Callable[[str, Any], Axes | None]
 
 
 def under(*prefixes: str, axis: Axes = 0) -> StackedRule:
-    """States that everything below some paths is stacked.
+    """Declares that everything below some paths is stacked.
 
     Args:
         *prefixes: paths of modules or leaves, such as `"layers"`; `""` is the whole tree.
         axis: the axis, or axes, that number the copies.
 
     Returns:
-        Function `(path, leaf) -> axis`, or None where nothing is stacked.
+        Function `(path, leaf) -> axis`; it returns None for a leaf that is not stacked.
 
     Raises:
         ValueError: if there is no prefix.
@@ -47,21 +48,22 @@ def under(*prefixes: str, axis: Axes = 0) -> StackedRule:
 
 
 def from_layer(layer: Any, prefix: str = "", *, axis: Axes = 0) -> StackedRule:
-    """Compares a stack with one single layer.
+    """Compares a stack with a single layer.
 
-    An axis numbers copies if the leaf without it has the shape of the layer's leaf. A leaf that has
-    the shape of the layer's itself is shared by all copies. So this works in every framework: make
-    one layer, or only its shapes with `jax.eval_shape`.
+    An axis numbers copies if the leaf without it has the shape of the layer's leaf. A leaf with the
+    same shape as the layer's leaf is shared by all copies. This works in every framework: make one
+    layer, or only its shapes with `jax.eval_shape`.
 
     Args:
-        layer: tree of arrays or shapes: one layer without the stack, with the paths that its leaves
-            have below `prefix`.
+        layer: tree of arrays or shapes: one layer without the stack, whose leaves have the paths
+            that they have below `prefix`.
         prefix: path of the stack; `""` is the whole tree.
         axis: the axis, or axes, that number the copies.
 
     Returns:
-        Function `(path, leaf) -> axes`, or None. It raises `ValueError` for a leaf below `prefix`
-        that the layer does not have or whose shape does not fit.
+        Function `(path, leaf) -> axes`; it returns None for a leaf that is not stacked, and raises
+        `ValueError` for a leaf below `prefix` that the layer does not have or whose shape does not
+        fit.
 
     Raises:
         ValueError: if `layer` has no arrays.
@@ -97,7 +99,7 @@ def from_layer(layer: Any, prefix: str = "", *, axis: Axes = 0) -> StackedRule:
         if _without(shape, axes) != shapes[name]:
             raise ValueError(
                 f"`axis` {axis} does not number the copies of {path}: its shape is {shape}, that "
-                f"of one layer {shapes[name]}. Give the axis that a single layer does not have."
+                f"of one layer is {shapes[name]}. Give the axis that a single layer does not have."
             )
         return axes
 
@@ -105,26 +107,26 @@ def from_layer(layer: Any, prefix: str = "", *, axis: Axes = 0) -> StackedRule:
 
 
 def from_metadata(tree: Any, *names: str) -> StackedRule:
-    """Reads the names that Linen and NNX give to axes.
+    """Reads the axis names that Linen and NNX write.
 
-    They are written only if the transformation is asked for them and the layer annotates its
+    They write names only if the transformation asks for them and the layer annotates its
     parameters: in Linen `nn.scan(..., metadata_params={nn.PARTITION_NAME: "layers"})` and
     `kernel_init=nn.with_partitioning(init, (None, None))`, in NNX `nnx.vmap` or `nnx.scan` with
     `transform_metadata={nnx.PARTITION_NAME: "layers"}` and `nnx.with_partitioning`. A parameter
     without names, such as a bias, is stacked like its neighbours in the same module.
 
     Args:
-        tree: variables of Linen with their boxes, a module or a state of NNX, with the paths of the
+        tree: Linen variables with their boxes, or an NNX module or state, with the paths of the
             tree to prune.
-        *names: of the axes that number copies; none: `"layers"`.
+        *names: names of the axes that number copies; `"layers"` if none is given.
 
     Returns:
-        Function `(path, leaf) -> axes`, or None. It raises `ValueError` for a path that `tree`
-        does not have.
+        Function `(path, leaf) -> axes`; it returns None for a leaf that is not stacked, and raises
+        `ValueError` for a path that `tree` does not have.
 
     Raises:
-        ValueError: if no leaf has such a name, or if it has to be guessed whether a kernel without
-            names is stacked.
+        ValueError: if no leaf has an axis of such a name, or if it would be a guess whether a
+            kernel without names is stacked.
 
     Example:
         >>> import jax.numpy as jnp
@@ -144,7 +146,7 @@ def from_metadata(tree: Any, *names: str) -> StackedRule:
         seen = sorted({text for own in labels.values() for label in own for text in _all_of(label)})
         raise ValueError(
             f"`tree` has no axis named {' or '.join(sorted(wanted))}. Names seen: "
-            f"{', '.join(seen) or 'none'}. Ask the transformation for them (`PARTITION_NAME`) and "
+            f"{', '.join(seen) or 'none'}. Ask the transformation for names (`PARTITION_NAME`) and "
             "annotate the kernels, or use `stacks.from_layer` or `stacks.under`."
         )
     stacks = {path: own for path, own in axes.items() if own}
@@ -173,7 +175,7 @@ def from_metadata(tree: Any, *names: str) -> StackedRule:
         if path not in leaves:
             raise ValueError(
                 f"`stacked` comes from a tree without {path}. Call `stacks.from_metadata` with the "
-                f"tree that is pruned; its first leaf was {next(iter(leaves))}."
+                f"tree that is pruned; the first leaf of its tree was {next(iter(leaves))}."
             )
         return axes.get(path) or None
 
@@ -181,18 +183,18 @@ def from_metadata(tree: Any, *names: str) -> StackedRule:
 
 
 def axes_of(params: Any, stacked: trees.Stacked) -> dict[str, tuple[int, ...]]:
-    """The stacked axes of all leaves of a tree.
+    """Returns the stacked axes of all leaves of a tree.
 
     Args:
         params: any pytree.
         stacked: function `(path, leaf) -> axes`, or None: nothing is stacked.
 
     Returns:
-        Dict from path to a rising tuple of axes, in flattening order.
+        Dict from path to an ascending tuple of axes, in flattening order.
 
     Raises:
-        ValueError: if `stacked` matches no leaf, which is most likely a wrong path, or returns
-            what is no axis.
+        ValueError: if `stacked` matches no leaf, most likely because of a wrong path, or returns
+            something that is not an axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -205,35 +207,35 @@ def axes_of(params: Any, stacked: trees.Stacked) -> dict[str, tuple[int, ...]]:
     if stacked is not None and leaves and not any(axes.values()):
         trees.raise_for(
             [f"{path}: shape {trees.shape_of(leaf)}" for path, leaf in list(leaves.items())[:8]],
-            "`stacked` matches no leaf; change the rule, or leave it out. The first leaves are:",
+            "`stacked` matches no leaf; change the rule, or omit it. The first leaves are:",
         )
     return axes
 
 
 def _below(path: str, prefix: str) -> bool:
-    """Whether a path is that of a module, or below it."""
+    """Returns whether a path is that of a module or lies below it."""
     prefix = prefix.strip("/")
     return not prefix or path == prefix or path.startswith(prefix + "/")
 
 
 def _without(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one copy."""
+    """Returns the shape of one copy."""
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def _only(leaf: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """How many copies there are along each axis; None if the leaf has no such axes."""
+    """Returns the number of copies along each axis; None if the leaf does not have these axes."""
     shape = trees.shape_of(leaf)
     return tuple(shape[axis] for axis in axes) if max(axes) < len(shape) else None
 
 
 def _all_of(label: Any) -> set[str]:
-    """The names of one axis: one, several or none."""
+    """Returns the names of one axis: one, several or none."""
     return set(label) if isinstance(label, tuple) else set() if label is None else {str(label)}
 
 
 def _axis_names(tree: Any) -> Mapping[str, tuple[Any, ...]]:
-    """The names of the axes of each leaf that has some, by path."""
+    """Returns the axis names of each leaf that has any, by path."""
     from flax import linen, nnx
 
     def is_box(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Gradients -> running statistics: how large each weight's gradient has been lately."""
+"""Gradients -> running statistics: the recent size of each weight's gradient."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,15 +13,15 @@ __all__ = ["all_finite", "faults", "first_moment", "rescaled", "unbias", "update
 
 
 def update_average(average: Any, gradients: Any, decay: float) -> Any:
-    """One step of the exponential average of `|g|`: `S <- decay * S + (1 - decay) * |g|`.
+    """Takes a step of the exponential average of `|g|`: `S <- decay * S + (1 - decay) * |g|`.
 
-    A gradient that is not finite, or too large for the dtype of the average, leaves its
-    weight's average as it was.
+    A gradient that is not finite, or too large for the dtype of the average, does not change the
+    average of its weight.
 
     Args:
         average: tree of floating-point arrays; starts at 0.
         gradients: tree of floating-point arrays like `average`.
-        decay: in [0, 1).
+        decay: the decay of the average, in [0, 1).
 
     Returns:
         Tree like `average`, in the dtypes of `average`, computed in float32.
@@ -44,8 +44,8 @@ def unbias(average: Any, decay: float, steps: jax.Array) -> Any:
 
     Args:
         average: tree of arrays.
-        decay: in [0, 1).
-        steps: int32 [], how many gradients have entered.
+        decay: the decay of the average, in [0, 1).
+        steps: int32 [], number of gradients that have entered the average.
 
     Returns:
         Tree of float32 arrays like `average`.
@@ -64,15 +64,15 @@ def unbias(average: Any, decay: float, steps: jax.Array) -> Any:
 def rescaled(statistics: Any) -> Any:
     """Multiplies tiny statistics by a power of two, so that products with weights do not vanish.
 
-    The ranking of `|w| * S` stays what it is, but float32 ends at 1e-38: with gradients of 1e-30
-    and weights of 1e-9 every product would be 0.
+    The ranking of `|w| * S` does not change, but float32 ends at 1e-38: with gradients of 1e-30 and
+    weights of 1e-9, every product would be 0.
 
     Args:
         statistics: tree of non-negative floating-point arrays.
 
     Returns:
-        Tree of the same arrays if the largest entry of all is above 1e-12; else each times the same
-        power of two, which makes the largest about 1. Dtypes stay.
+        The same tree if its largest entry is above 1e-12. If not, all arrays times the same power
+        of two, which makes the largest entry about 1. Dtypes do not change.
 
     Example:
         >>> rescaled([jnp.array([0.5]), jnp.array([0.25])])[0].tolist()
@@ -87,22 +87,22 @@ def rescaled(statistics: Any) -> Any:
     exponent = jnp.frexp(largest)[1]
     tiny = (largest > 0) & (exponent < -40)
     power = jnp.where(tiny, jnp.minimum(-exponent, 126), 0)
-    # Exactly 2 ** power, which `exp2` is not: its bits are the exponent alone.
+    # Built from the bits of the exponent, because `exp2` is not exact.
     bits = (power + 127).astype(jnp.int32) << 23
     factor = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return treedef.unflatten([leaf * factor.astype(leaf.dtype) for leaf in leaves])
 
 
 def first_moment(inner_state: Any, paths: Sequence[str]) -> list[jax.Array]:
-    """The momentum that optimizers already keep: SGD's `trace`, Adam's or Lion's `mu`.
+    """Finds the momentum that an optimizer keeps: SGD's `trace`, Adam's or Lion's `mu`.
 
     Args:
         inner_state: states of the transformations before the pruning transformation. Each may
             hold the momentum of some of the parameters, as in `optax.partition`.
-        paths: of parameters, as in `trees.leaf_by_path`.
+        paths: paths of parameters, as in `trees.leaf_by_path`.
 
     Returns:
-        An array for each path, in that order.
+        One array for each path, in the order of the paths.
 
     Raises:
         ValueError: if a parameter has no momentum or more than one, listing every such leaf.
@@ -112,7 +112,7 @@ def first_moment(inner_state: Any, paths: Sequence[str]) -> list[jax.Array]:
         >>> first_moment(state, ["w"])[0].tolist()
         [0.0, 0.0]
     """
-    found: dict[str, dict[str, Any]] = {}  # by path of the parameter, then by place in the state
+    found: dict[str, dict[str, Any]] = {}  # parameter's path -> place in the state -> momentum
     for name in ("trace", "mu"):
         for place, tree in _fields_with_places(inner_state, name):
             for path, leaf in trees.leaf_by_path(tree).items():
@@ -124,15 +124,15 @@ def first_moment(inner_state: Any, paths: Sequence[str]) -> list[jax.Array]:
             for path, own in zip(paths, held, strict=True)
             if len(own) != 1
         ],
-        "`decay=None` takes the momentum of the optimizer, so each pruned leaf must have exactly "
-        "one. Let `agip_transform` keep its own average, such as `decay=0.99`, or put an optimizer "
-        "with one `trace` or `mu` before it:",
+        "`decay=None` reads the momentum of the optimizer, so each pruned leaf must have exactly "
+        "one. Let `agip_transform` keep an average, for example with `decay=0.99`, or put an "
+        "optimizer with one `trace` or `mu` before it:",
     )
     return [next(iter(own.values())) for own in held]
 
 
 def _fields_with_places(state: Any, name: str) -> list[tuple[str, Any]]:
-    """Fields of that name in the NamedTuples of an optimizer state, with where they are."""
+    """Returns all fields with a given name in an optimizer state, with their places."""
 
     def is_field(path: tuple[Any, ...], value: Any) -> bool:
         del value
@@ -143,13 +143,13 @@ def _fields_with_places(state: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def faults(x: jax.Array) -> jax.Array:
-    """Marks infinities and NaNs, eight entries to a byte.
+    """Marks infinities and NaNs, with one bit for each entry.
 
     Args:
         x: floating-point array.
 
     Returns:
-        uint8, packed along the last dimension; 0 where eight entries are finite.
+        uint8 array, packed along the last dimension; 0 where all eight entries are finite.
 
     Example:
         >>> faults(jnp.array([1.0, jnp.nan, 3.0])).tolist()
@@ -159,7 +159,7 @@ def faults(x: jax.Array) -> jax.Array:
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no entry of a tree is infinite or NaN.
+    """Returns whether all entries of a tree are finite.
 
     Args:
         tree: tree of floating-point arrays.

@@ -235,9 +235,9 @@ def test_layouts_that_would_be_guessed_are_an_error_with_both_ways_out(rule):
     with pytest.raises(ValueError) as error:
         rule(shapes, 0.5)
     first, *lines = str(error.value).splitlines()
-    assert f"`{rule.__name__}` has to know" in first
-    assert "One of two ways is enough. Either the leaf is a stack of layers:" in first
-    assert '`stacked=jaxprune.stacks.under("layers")` or `stacked=found.stacked`. Or it' in first
+    assert f"`{rule.__name__}` must know" in first
+    assert "If a leaf is a stack of layers, name the axes that number them" in first
+    assert '`stacked=jaxprune.stacks.under("layers")` or `stacked=found.stacked`. If it' in first
     assert f"`budget=budgets.by_layout(budgets.{rule.__name__}, found)`" in first
     assert "`found = jaxprune.layouts.find(function, params, *args)`" in first
     assert lines == [f"  {path}: shape {shapes[path]}" for path in list(shapes)[:-1]]
@@ -627,8 +627,8 @@ def test_a_sparsity_beyond_the_own_ones_says_how_far_it_goes():
     with pytest.raises(ValueError) as error:
         rule(shapes, 0.95)
     assert str(error.value) == (
-        "`sparsity` 0.95 cannot be reached: with these sparsities of single leaves it is at most "
-        "0.825. Lower `sparsity`, raise them, or leave leaves out of `sparsities`:\n"
+        "`sparsity` 0.95 cannot be reached: with these limits of single leaves it is at most "
+        "0.825. Lower `sparsity`, raise limits, or remove leaves from `sparsities`:\n"
         "  a: 0.75 of 100 weights\n  b: 0.9 of 100 weights"
     )
     assert rule(shapes, 0.825).total == 35

@@ -66,7 +66,7 @@ def test_other_trees_are_refused_and_named(tmp_path):
     assert "params/blocks/0: float32[40, 30] in the checkpoint, bfloat16[40, 30] now" in message
     assert "params/blocks/1: only in the checkpoint" in message
     assert "params/blocks/2: not in the checkpoint" in message
-    assert "--workdir" in message
+    assert "or a different folder" in message
     with pytest.raises(ValueError, match=r"float32\[40, 30\] in the checkpoint, float32\[40, 31\]"):
         checkpoints.restore(manager, _state()._replace(params={"blocks": {0: jnp.ones((40, 31))}}))
 
@@ -103,8 +103,8 @@ def test_any_damaged_byte_is_reported_or_harmless(tmp_path):
         said = [text for text in pool.submit(_damage_each_file, tmp_path).result() if text]
     assert len(said) > 8
     for text in said:
-        assert "3 is corrupt" in text or "is of another model" in text
-        assert "--workdir" in text
+        assert "3 is corrupt" in text or "belongs to a different model" in text
+        assert "different folder" in text
     state, _ = checkpoints.restore(checkpoints.open_manager(tmp_path), _state(), 2)
     chex.assert_trees_all_equal(state, _state(2))
 
@@ -127,9 +127,9 @@ def test_checksums_catch_what_orbax_does_not(tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"`workdir` .*file cannot be written"):
+    with pytest.raises(ValueError, match=r"`folder` .*file cannot be written"):
         checkpoints.open_manager(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"`workdir` .* cannot be written"):
+    with pytest.raises(ValueError, match=r"`folder` .* cannot be written"):
         checkpoints.check_writable(tmp_path / "file" / "below")
 
 
@@ -153,7 +153,7 @@ def test_other_configurations_are_refused_and_listed():
     message = str(error.value)
     for part in ("runs/a", "seed: 0 there, 1 now", "sparsity: 0.72 there, 0.9 now", "flip"):
         assert part in message
-    assert "Go on with the same options, use another workdir" in message
+    assert "Continue with the same options, use a different folder" in message
 
 
 def test_second_signal_acts_as_usual():

@@ -219,7 +219,7 @@ def test_rows_never_seen_and_idle_experts():
     _, state = optimizer.update(gradients, state, params)
     report = jaxprune.check(params, state, stacked=stacks.under("experts"))
     assert _problems(report) == {
-        ("embedding", "2 rows were never seen: their average is 0"),
+        ("embedding", "2 rows were never used: their average is 0"),
         ("experts", "copies 1: the average is 0"),
     }
 

@@ -445,7 +445,7 @@ def test_mappings_are_immutable_and_name_the_closest_path():
     tree = {"net": {"w": jnp.zeros((4, 3)), "step": jnp.zeros((), int)}, "name": "net"}
     found = layouts.find(lambda p, x: x @ p["net"]["w"], tree, X)
     assert list(found) == ["net/w"] and len(found) == 1
-    assert dict(found.reasons) == {"net/step": "has dtype int32", "name": "is no array"}
+    assert dict(found.reasons) == {"net/step": "has dtype int32", "name": "is not an array"}
     assert "did you mean net/w?" in found.reason("w")
     assert repr(found).startswith("Layouts({'net/w': Layout(")
     with pytest.raises(TypeError):

@@ -326,7 +326,7 @@ def test_set_masks_names_every_misfit():
     state = jaxprune.fixed_mask_transform().init(PARAMS)
     off = jnp.zeros(7, bool).at[0].set(True)
     masks = {"conv": {"kernel": jnp.ones((3, 4), bool)}, "bias": off, "new": True}
-    with pytest.raises(ValueError, match="`masks` must be of the model") as error:
+    with pytest.raises(ValueError, match="`masks` must belong to the model") as error:
         jaxprune.set_masks(state, masks)
     for line in (
         "conv/kernel: shape (3, 4), but (3, 4, 5) in the state",
@@ -524,7 +524,7 @@ def test_sparsity_out_of_range(sparsity):
         ),
         ({"w": jnp.ones((2, 2), jnp.int8)}, {"prunable": {"w": True}}, "w: shape .*dtype int8"),
         ({"a": jnp.ones((1, 2)), "b": jnp.ones((1, 2))}, {}, "Lower `sparsity` or `floor`"),
-        ({}, {}, "has no leaves at all"),
+        ({}, {}, "but has no leaves"),
     ],
 )
 def test_prune_errors(params, arguments, message):
@@ -541,7 +541,7 @@ def test_a_parameter_named_masks_is_not_a_state_field():
 
 def test_paths_that_collide_are_an_error():
     tree = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
-    with pytest.raises(ValueError, match=r"told apart by their paths(.|\n)*a/b"):
+    with pytest.raises(ValueError, match=r"must have different paths(.|\n)*a/b"):
         jaxprune.apply_masks(tree, tree)
 
 

@@ -356,7 +356,7 @@ def _lines(leaves, rule):
     first, *lines = str(error.value).splitlines()
     assert first == (
         "each leaf must fit its pattern; exclude a leaf with `prunable`, or let `pattern` be a "
-        "function of path and leaf that returns another pattern, or None for single weights:"
+        "function of path and leaf that returns a different pattern, or None for single weights:"
     )
     return lines
 

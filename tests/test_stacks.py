@@ -72,7 +72,7 @@ def test_from_layer_finds_the_axis_that_one_layer_does_not_have():
     ("tree", "axis", "message"),
     [
         ({"a": jnp.zeros((3, 4, 5))}, 1, r"`axis` 1 .*a: its shape is \(3, 4, 5\).*\(4, 5\)"),
-        ({"a": jnp.zeros(4)}, 0, r"`axis` 0 .*\(4,\), that of one layer \(4, 5\)"),
+        ({"a": jnp.zeros(4)}, 0, r"`axis` 0 .*\(4,\), that of one layer is \(4, 5\)"),
         ({"b": jnp.zeros((3, 4))}, 0, "has no b for b. It has: a"),
     ],
 )

@@ -167,8 +167,8 @@ def test_a_falling_sparsity_and_moves_grow():
 @pytest.mark.parametrize(
     ("sparsity", "part"),
     [
-        (0.3, "`sparsity` 0.3 is too low to reach these patterns; raise it:\n  a: 2:4"),
-        (0.9, "`sparsity` 0.9 is more than these patterns prune; lower it to 1 - n / m:\n  a: 2:4"),
+        (0.3, "`sparsity` 0.3 is too low for these patterns; raise it:\n  a: 2:4"),
+        (0.9, "`sparsity` 0.9 is above that of these patterns; lower it to 1 - n / m:\n  a: 2:4"),
     ],
 )
 def test_n_m_must_be_what_the_sparsity_leads_to(sparsity, part):

@@ -1,4 +1,4 @@
-"""How many weights stay: in all, and at least in each leaf. Exact integers, on the host."""
+"""Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 from jaxprune.budgets._erdos_renyi import by_layout, erdos_renyi, erdos_renyi_kernel
 from jaxprune.budgets._rules import (

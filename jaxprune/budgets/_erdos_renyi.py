@@ -1,4 +1,4 @@
-"""Erdos-Renyi budgets, which depend on what the dimensions of a kernel are."""
+"""Erdos-Renyi budgets, which depend on the meaning of a kernel's dimensions."""
 
 import math
 import re
@@ -19,23 +19,23 @@ from jaxprune.budgets._rules import (
 
 __all__ = ["by_layout", "erdos_renyi", "erdos_renyi_kernel"]
 
-# Window sizes that are recognised: numbers of layers, heads and experts are almost always even.
+# Sizes that count as a window: odd, because numbers of layers, heads and experts are rarely odd.
 _WINDOW_SIZES = range(1, 16, 2)
 
 
 def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """The Erdos-Renyi distribution: the more inputs and outputs a layer has, the sparser it is.
+    """Follows the Erdos-Renyi distribution: a layer with more inputs and outputs is sparser.
 
     The density of a leaf is proportional to `(n_in + n_out) / (n_in * n_out)`. Leaves whose density
-    would exceed 1 stay dense, and the others share what is left. The counts are exact: a count
-    that is not an integer is rounded by largest remainder, ties to the earlier leaf, and every leaf
-    keeps at least one weight.
+    would exceed 1 remain dense, and the others share the rest of the budget. The counts are exact:
+    a count that is not an integer is rounded by largest remainder, ties to the earlier leaf, and
+    every leaf keeps at least one weight.
 
-    A matrix has its dimensions as `n_in` and `n_out`, in either order. A vector counts as
-    `n_in = 1`, a scalar as `n_in = n_out = 1`. A leaf of four dimensions is the kernel of a
-    convolution, its window first or last, if only one of these ends can be one: two odd sizes up
-    to 15, equal or one of them 1. All other leaves have to be explained: name stacks of layers
-    with `stacked=`, other kernels with `by_layout`.
+    The dimensions of a matrix are `n_in` and `n_out`, in either order. A vector counts as
+    `n_in = 1`, a scalar as `n_in = n_out = 1`. A leaf of four dimensions counts as the kernel of a
+    convolution, with its window first or last, if exactly one of its two ends can be a window: two
+    odd sizes up to 15 that are equal or one of which is 1. All other leaves need an explanation:
+    name stacks of layers with `stacked=`, other kernels with `by_layout`.
 
     Args:
         shapes: shapes of the pruned leaves by path, in flattening order.
@@ -45,8 +45,8 @@ def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         A `Budget` whose floors add up to its total.
 
     Raises:
-        ValueError: if not even one weight can stay in each leaf; lists every leaf whose inputs and
-            outputs would have to be guessed.
+        ValueError: if the sparsity keeps less than one weight for each leaf; lists every leaf whose
+            inputs and outputs would have to be guessed.
 
     Example:
         >>> erdos_renyi({"a": (100, 100), "b": (100, 10), "c": (10, 10)}, 0.5)
@@ -66,13 +66,13 @@ def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
 
 
 def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """The Erdos-Renyi-kernel distribution: `erdos_renyi` with the size of the kernel counted in.
+    """Follows the Erdos-Renyi-kernel distribution: `erdos_renyi` that counts the window as well.
 
     The density of a leaf is proportional to the sum of its dimensions divided by their product:
     `(n_in + n_out + width + height) / (n_in * n_out * width * height)` for a convolution.
-    Everything else is as in `erdos_renyi`, but for convolutions either end may be the window;
-    matrices get the same as there if there is nothing but matrices. A scalar counts as a vector of
-    one weight.
+    Everything else is as in `erdos_renyi`, except that either end of a convolution's kernel may be
+    the window. If all leaves are matrices, both rules give the same budget. A scalar counts as a
+    vector of one weight.
 
     Args:
         shapes: shapes of the pruned leaves by path, in flattening order.
@@ -82,8 +82,8 @@ def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         A `Budget` whose floors add up to its total.
 
     Raises:
-        ValueError: if not even one weight can stay in each leaf; lists every leaf whose dimensions
-            would have to be guessed.
+        ValueError: if the sparsity keeps less than one weight for each leaf; lists every leaf whose
+            dimensions would have to be guessed.
 
     Example:
         >>> erdos_renyi_kernel({"1x1": (1, 1, 64, 64), "3x3": (3, 3, 64, 64)}, 0.9)
@@ -101,15 +101,15 @@ def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
 
 
 def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
-    """A budget rule that sees every leaf as `(*positions, inputs, outputs)`.
+    """Makes a budget rule that sees every leaf as `(*positions, inputs, outputs)`.
 
-    Several input or output axes, such as heads and width of attention, count as one of their
-    product. Layouts are those of whole leaves: copies of stacked layers, whose paths end in their
-    number, are looked up by the path of their stack. A leaf of two dimensions at most that has no
-    layout, such as a table that is looked up, keeps its shape.
+    Several input or output axes, such as the heads and the width of attention, count as one axis of
+    their product. Layouts belong to whole leaves: the copies of a stacked layer, whose paths end in
+    their number, are looked up by the path of their stack. A leaf without a layout keeps its shape
+    if it has at most two dimensions, as a lookup table does.
 
     Args:
-        rule: `erdos_renyi`, `erdos_renyi_kernel` or another function `(shapes, sparsity) ->
+        rule: `erdos_renyi`, `erdos_renyi_kernel` or a different function `(shapes, sparsity) ->
             Budget`.
         layouts: from `jaxprune.layouts.find`.
 
@@ -117,9 +117,9 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
         A function `(shapes, sparsity) -> Budget`.
 
     Raises:
-        ValueError: from the returned function, lists every leaf of three dimensions or more
-            without a layout, and every leaf with another number of dimensions than its layout has
-            for one copy.
+        ValueError: from the returned function, lists every leaf of three or more dimensions without
+            a layout, and every leaf whose number of dimensions differs from that of one copy in its
+            layout.
 
     Example:
         >>> from jaxprune.layouts import Layout
@@ -136,7 +136,7 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
         ]
         trees.raise_for(
             problems,
-            "`layouts` must say what the dimensions of each leaf are. Find layouts from the tree "
+            "`layouts` must say what the dimensions of each leaf are. Find the layouts of the tree "
             "that is pruned (`found = jaxprune.layouts.find(function, params, *args)`), name the "
             "axes of copies with `stacked=found.stacked`, or exclude these leaves with "
             "`prunable`:",
@@ -147,11 +147,11 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
 
 
 class _Kernel(tuple[int, ...]):
-    """A shape that is known to be `(*positions, inputs, outputs)`."""
+    """A shape whose order is known to be `(*positions, inputs, outputs)`."""
 
 
 def _kernel(path: str, shape: Shape, layouts: Mapping[str, Any]) -> Shape | str:
-    """The shape of one copy of a leaf as that of a kernel, or why it is not known."""
+    """Returns the shape of one copy of a leaf as a kernel, or the reason why it is not known."""
     whole = path if path in layouts else re.sub(r"\[[\d, ]+\]$", "", path)
     if whole not in layouts:
         reason = getattr(layouts, "reason", lambda path: "not in `layouts`")(whole)
@@ -167,7 +167,7 @@ def _kernel(path: str, shape: Shape, layouts: Mapping[str, Any]) -> Shape | str:
 
 
 def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str) -> list[int]:
-    """The rate of each leaf; raises where it depends on which dimensions are inputs and outputs."""
+    """Returns the rate of each leaf; raises where its inputs and outputs would be a guess."""
 
     def is_window(pair: Shape) -> bool:
         known = all(size in _WINDOW_SIZES for size in pair)
@@ -182,10 +182,10 @@ def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str)
     rates = {path: possible(shape) for path, shape in shapes.items()}
     trees.raise_for(
         [f"{path}: shape {shapes[path]}" for path, found in rates.items() if len(found) != 1],
-        f"`{name}` has to know which dimensions of each leaf are inputs and outputs. One of two "
-        "ways is enough. Either the leaf is a stack of layers: name the axes that number them, "
-        'with `stacked=jaxprune.stacks.under("layers")` or `stacked=found.stacked`. Or it is a '
-        f"kernel of another shape: write `budget=budgets.by_layout(budgets.{name}, found)`. Only a "
+        f"`{name}` must know which dimensions of each leaf are inputs and outputs. If a leaf is a "
+        "stack of layers, name the axes that number them, with "
+        '`stacked=jaxprune.stacks.under("layers")` or `stacked=found.stacked`. If it is a kernel '
+        f"of a different shape, write `budget=budgets.by_layout(budgets.{name}, found)`. Only a "
         "stack of such kernels needs both. Here `found = jaxprune.layouts.find(function, params, "
         "*args)`. Not known for:",
     )
@@ -193,7 +193,7 @@ def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str)
 
 
 def _in_proportion(rates: list[int], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """Kept counts proportional to `rates`, between one weight and all of a leaf."""
+    """Keeps counts in proportion to `rates`, at least one weight and at most all of each leaf."""
     sizes = sizes_of(shapes)
     everything = sum(sizes.values())
     total = keep_count(everything, sparsity)

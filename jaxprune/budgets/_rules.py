@@ -1,4 +1,4 @@
-"""How many weights stay: in all, and at least in each leaf. Exact integers, on the host."""
+"""Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 import bisect
 import difflib
@@ -22,14 +22,15 @@ Shape = tuple[int, ...]
 
 
 class Budget(NamedTuple):
-    """How many weights stay.
+    """The number of weights that are kept, in total and at least in each leaf.
 
-    Leaves compete for what is left of `total` after each has its floor, so that floors
-    which add up to `total` fix every leaf, and floors of 0 leave everything to the scores.
+    Each leaf first gets its floor; all leaves then compete for the rest of `total`. Floors that add
+    up to `total` therefore fix the count of every leaf, and with floors of 0 the scores alone
+    decide.
 
     Args:
-        total: weights kept over all leaves.
-        floors: weights kept at least, for each leaf.
+        total: number of weights kept over all leaves.
+        floors: smallest number of weights kept in each leaf.
 
     Example:
         >>> Budget(total=10, floors=(2, 3)).total
@@ -44,9 +45,9 @@ BudgetRule = Callable[[Mapping[str, Shape], float], Budget]
 
 
 def keep_count(size: int, sparsity: float) -> int:
-    """How many of `size` weights stay: the rounding rule of the whole library.
+    """Computes how many of `size` weights are kept: the rounding rule of the whole library.
 
-    `size * sparsity` weights go, rounded to the nearest integer, halves up.
+    `size * sparsity` weights are removed, rounded to the nearest integer, halves up.
 
     Args:
         size: number of weights.
@@ -65,7 +66,7 @@ def keep_count(size: int, sparsity: float) -> int:
 
 
 def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """The same sparsity in every leaf, with at least one weight kept in each.
+    """Gives every leaf the same sparsity and keeps at least one weight in each.
 
     Args:
         shapes: shapes of the pruned leaves by path, in flattening order.
@@ -83,18 +84,18 @@ def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
 
 
 def global_budget(floor: float = 0.1) -> BudgetRule:
-    """All leaves compete in one ranking; each keeps a share of its uniform budget.
+    """Lets all leaves compete in one ranking; each keeps at least a share of its uniform budget.
 
     Args:
-        floor: share of the uniform budget that every leaf keeps at least, in [0, 1], never
+        floor: share of its uniform budget that every leaf keeps at least, in [0, 1], and never
             less than one weight: 0 is pure global competition, 1 is `uniform` up to rounding.
 
     Returns:
         A function `(shapes, sparsity) -> Budget`.
 
     Raises:
-        ValueError: if `floor` is outside [0, 1]; from the returned function, if not even one
-            weight can stay in each leaf.
+        ValueError: if `floor` is outside [0, 1]; from the returned function, if the floors need
+            more weights than the sparsity keeps.
 
     Example:
         >>> global_budget(0.5)({"a": (10, 10), "b": (20,)}, 0.9)
@@ -121,29 +122,29 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
 
 
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
-    """A sparsity of its own for some leaves; the others take up the rest.
+    """Limits the sparsity of some leaves; the other leaves make up for the difference.
 
-    At the sparsity `s` of the whole, every leaf is pruned to the same level `x`, but no leaf
-    beyond its own sparsity: `sum(n * min(own, x)) = s * sum(n)` over leaves of `n` weights.
-    So along a rising schedule a named leaf follows the others until it reaches its own
-    sparsity, and stays there. Counts that are not integers are rounded by largest remainder,
-    ties to the earlier leaf. A leaf without a name keeps at least one weight; a named leaf ends
-    at `keep_count(n, own)`, which can be 0 where it is tiny.
+    At an overall sparsity `s`, every leaf is pruned to the same level `x`, but no named leaf beyond
+    the limit given for it: `sum(n * min(limit, x)) = s * sum(n)` over leaves of `n` weights. Along
+    a rising schedule, a named leaf therefore follows the others until it reaches its limit, and
+    remains there. Counts that are not integers are rounded by largest remainder, ties to the
+    earlier leaf. An unnamed leaf keeps at least one weight; a named leaf ends at
+    `keep_count(n, limit)`, which can be 0 for a tiny leaf.
 
-    With a name for every leaf the largest `s` is the mean of the own sparsities, weighted by
-    size. Within half a weight for each leaf of that mean, the floors are `keep_count(n, own)`,
-    and the total is their sum.
+    If every leaf is named, the largest possible `s` is the mean of the limits, weighted by size. If
+    `s` is within half a weight per leaf of that mean, the floors are `keep_count(n, limit)` and the
+    total is their sum.
 
     Args:
-        sparsities: sparsity in [0, 1) by path; 0 keeps a leaf dense. The path of a stacked leaf
-            stands for all of its copies, `layers/kernel[3]` for one.
+        sparsities: largest sparsity of a leaf, in [0, 1), by path; 0 keeps the leaf dense. The path
+            of a stacked leaf stands for all its copies, `layers/kernel[3]` for one of them.
 
     Returns:
-        A function `(shapes, sparsity) -> Budget`, with floors that add up to the total.
+        A function `(shapes, sparsity) -> Budget`, whose floors add up to the total.
 
     Raises:
-        ValueError: if a value is outside [0, 1); from the returned function, if a path is not
-            that of a pruned leaf, or if the sparsity cannot be reached.
+        ValueError: if a value is outside [0, 1); from the returned function, if a path does not
+            belong to a pruned leaf, or if the sparsity cannot be reached.
 
     Example:
         >>> rule = custom({"first": 0.0, "last": 0.5})
@@ -176,7 +177,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
 
 
 def _of_copies(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> dict[str, float]:
-    """The sparsity of each copy of a stacked leaf that is named as a whole."""
+    """Gives each copy of a stacked leaf the sparsity that is given for the whole leaf."""
     own = dict(sparsities)
     for path in shapes:
         whole = path.rpartition("[")[0]
@@ -187,17 +188,17 @@ def _of_copies(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> 
 
 
 def _decimal(sparsity: float) -> Fraction:
-    """The decimal number that was written: 50 * 0.29 is below 14.5 in floating point."""
+    """Returns the decimal number that was written: 50 * 0.29 is below 14.5 in floating point."""
     return Fraction(str(float(sparsity)))
 
 
 def sizes_of(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Number of weights of each leaf, by path."""
+    """Returns the number of weights of each leaf, by path."""
     return {path: math.prod(shape) for path, shape in shapes.items()}
 
 
 def smallest(sizes: Mapping[str, int], count: int = 8) -> list[str]:
-    """The lines of an error that name the smallest leaves."""
+    """Returns the lines of an error that name the smallest leaves."""
     first = sorted(sizes, key=lambda path: sizes[path])[:count]
     return [f"{path}: size {sizes[path]}" for path in first]
 
@@ -207,15 +208,15 @@ def fill(
 ) -> list[Fraction]:
     """Solves `sum(clip(level * rates, least, most)) = total`, and returns the summands.
 
-    Needs `sum(least) <= total <= sum(most)` and rates above 0. Repeating the division
-    until no leaf is above its bound, as the papers do, solves the same equation without lower
-    bounds; here the level is found between the levels at which some leaf meets a bound.
+    Requires `sum(least) <= total <= sum(most)` and positive rates. The papers repeat the division
+    until no leaf is above its bound, which solves the same equation without lower bounds. Here the
+    level is interpolated between the two nearest levels at which a leaf meets a bound.
     """
     bounds = list(zip(rates, least, most, strict=True))
     corners = sorted({Fraction(b, rate) for rate, low, high in bounds for b in (low, high)})
 
     def scaled(level: Fraction) -> list[int]:
-        # Integers over one denominator: arithmetic on Fractions is ten times slower.
+        # Integers over one common denominator: arithmetic on Fractions is ten times slower.
         p, q = level.numerator, level.denominator
         return [min(max(p * rate, q * low), q * high) for rate, low, high in bounds]
 
@@ -232,7 +233,7 @@ def fill(
 
 
 def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
-    """Integers that add up to `total`, by largest remainder, ties to the lower index."""
+    """Rounds shares to integers that add up to `total`: largest remainder, ties to lower index."""
     counts = [math.floor(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
     for i in by_remainder[: total - sum(counts)]:
@@ -241,7 +242,7 @@ def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
 
 
 def _check_paths(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> None:
-    """Raises if a path is not that of a pruned leaf."""
+    """Raises if a path does not belong to a pruned leaf."""
     problems = []
     for path in sparsities:
         if path not in shapes:
@@ -251,7 +252,7 @@ def _check_paths(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -
 
 
 def _is_mean(sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int]) -> bool:
-    """Whether `sparsity` is the mean of the leaves' own, within half a weight for each leaf."""
+    """Returns whether `sparsity` is the mean of the limits, within half a weight for each leaf."""
     gone = sum(n * _decimal(own[path]) for path, n in sizes.items())
     return abs(sum(sizes.values()) * _decimal(sparsity) - gone) <= Fraction(len(sizes), 2)
 
@@ -259,13 +260,13 @@ def _is_mean(sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int]
 def _raise_unreachable(
     sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int], most: int
 ) -> None:
-    """Raises the error of `custom` for a sparsity above what the leaves' own allow."""
+    """Raises the error of `custom` for a sparsity above the largest that the limits allow."""
     everything = sum(sizes.values())
     # Rounded down, so that the value in the message can be used.
     highest = math.floor(Fraction(most * 10**4, everything)) / 10**4
     capped = [f"{path}: {own[path]} of {sizes[path]} weights" for path in own]
     trees.raise_for(
         capped or smallest(sizes),
-        f"`sparsity` {sparsity} cannot be reached: with these sparsities of single leaves it is "
-        f"at most {highest}. Lower `sparsity`, raise them, or leave leaves out of `sparsities`:",
+        f"`sparsity` {sparsity} cannot be reached: with these limits of single leaves it is at "
+        f"most {highest}. Lower `sparsity`, raise limits, or remove leaves from `sparsities`:",
     )

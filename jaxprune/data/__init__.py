@@ -1,8 +1,8 @@
 """Data sets as plain arrays, and the pipeline that batches and augments them.
 
 Nothing here needs TensorFlow. tensorflow-datasets, Grain and scikit-learn are imported only when a
-function that uses them is called, so that each data set needs only what it uses. ImageNet does not
-fit into memory: `imagenet` reads it batch by batch.
+function that uses them is called, so each data set needs only the packages that it uses. ImageNet
+does not fit into memory: `imagenet` reads it batch by batch.
 """
 
 import inspect
@@ -38,12 +38,12 @@ def load(
     source_dir: str | os.PathLike[str] | None = None,
     **synthetic: Any,
 ) -> Dataset:
-    """Load a data set by name, decoded, with the training images' mean and deviation.
+    """Loads a data set by name, decoded, with mean and deviation of its training images.
 
     Args:
         name: `"digits"` (comes with scikit-learn), `"fashion_mnist"` (downloaded or taken from a
             folder, prepared once) or `"synthetic"` (made from a seed, any shape).
-        data_dir: folder that keeps prepared data; default `$JAXPRUNE_DATA_DIR`, else
+        data_dir: folder for prepared data; default `$JAXPRUNE_DATA_DIR`, else
             `~/.cache/jaxprune`. Only `fashion_mnist` writes there.
         source_dir: folder with the four Fashion-MNIST files. Read only if nothing is prepared yet.
         **synthetic: keywords of `make_synthetic`, for `"synthetic"` only.
@@ -52,9 +52,9 @@ def load(
         A `Dataset` whose images are uint8 [N, H, W, C] and whose labels are int32 [N].
 
     Raises:
-        ValueError: the name is unknown, a keyword is out of range, or a file is corrupt.
-        TypeError: a keyword that this data set does not have.
-        FileNotFoundError: the files are absent and could not be downloaded.
+        ValueError: if the name is unknown, a keyword is out of range, or a file is corrupt.
+        TypeError: if this data set does not take a keyword.
+        FileNotFoundError: if the files are absent and could not be downloaded.
 
     Example:
         >>> digits = load("digits")

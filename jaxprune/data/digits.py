@@ -4,18 +4,18 @@ import numpy as np
 
 from jaxprune.data.splits import Split
 
-# Changing this key changes the split, and with it every accuracy ever reported on it.
+# A different key gives a different split and makes every reported accuracy incomparable.
 _SPLIT_KEY = 20240
 _TEST_EVERY = 5
 
 
 def load_digits() -> tuple[Split, Split, int]:
-    """Load the 1797 digits of 8 x 8 pixels, split into 1437 for training and 360 for testing.
+    """Loads the 1797 digits of 8 x 8 pixels, split into 1437 for training and 360 for testing.
 
-    Pixels 0 .. 16 are scaled to 0 .. 255. The split is always the same one: within each class the
-    images are put in a fixed random order, and every fifth of that list is for testing, so each
-    class has a fifth of its images, give or take one, in the test split. The images of one writer
-    are in both splits.
+    Pixels 0 .. 16 are scaled to 0 .. 255. The split is always the same: the images are ordered by
+    class, in a fixed random order within a class, and every fifth of this list is a test image. So
+    the test split has a fifth of each class, give or take one image. Images of one writer may be in
+    both splits.
 
     Returns:
         The training split, the test split and the number of classes, 10.
@@ -40,9 +40,9 @@ def load_digits() -> tuple[Split, Split, int]:
 
 
 def _split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and of the test images, ascending."""
-    # The raw output of Philox is the same in every NumPy; shuffles and scikit-learn's splitters
-    # do not promise that.
+    """Returns the indices of the training and of the test images, ascending."""
+    # The raw output of Philox is the same in every version of NumPy; shuffles and scikit-learn's
+    # splitters do not promise that.
     order = np.random.Philox(key=_SPLIT_KEY).random_raw(len(labels))
     is_test = np.zeros(len(labels), bool)
     is_test[np.lexsort((order, labels))[::_TEST_EVERY]] = True

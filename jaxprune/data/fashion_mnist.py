@@ -2,8 +2,8 @@
 
     official .gz files --checksums--> TFDS (array_record of PNGs) --decoded once--> one .npz
 
-The builder that TFDS brings needs TensorFlow to encode images; this one hands TFDS finished PNGs.
-On one core, writing the records takes 8 s and decoding them 6 s; reading the arrays takes .2 s.
+The builder in TFDS needs TensorFlow to encode images; this one gives TFDS encoded PNGs. On one
+core, writing the records takes 8 s and decoding them 6 s; reading the arrays takes 0.2 s.
 """
 
 import io
@@ -32,7 +32,7 @@ _CLASSES = (
 class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Fashion-MNIST for TFDS, in the order of the official files.
 
-    Not registered with TFDS, whose own `fashion_mnist` has the name already.
+    It is not registered with TFDS, which has a `fashion_mnist` already.
 
     Args:
         data_dir: TFDS data folder.
@@ -54,7 +54,7 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._source_dir = source_dir
 
     def _info(self) -> tfds.core.DatasetInfo:
-        """Features, and no shuffling: the records keep the order of the files."""
+        """Describes the features; without shuffling, records keep the order of the files."""
         features = {
             "image": tfds.features.Image(shape=(28, 28, 1)),
             "label": tfds.features.ClassLabel(names=_CLASSES),
@@ -69,7 +69,7 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        """Check all four files before the first example is written."""
+        """Checks all four files before the first example is written."""
         if self._source_dir is not None:
             paths = {name: self._source_dir / name for name in official.FILES}
         else:
@@ -81,7 +81,7 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
     def _generate_examples(self, images: bytes, labels: bytes) -> Iterator[tuple[int, Any]]:
-        """Number the examples and encode the images as PNG."""
+        """Numbers the examples and encodes the images as PNG."""
         pairs = zip(official.parse_idx(images), official.parse_idx(labels), strict=True)
         for number, (image, label) in enumerate(pairs):
             png = io.BytesIO()
@@ -94,11 +94,11 @@ def load_fashion_mnist(
     data_dir: str | os.PathLike[str] | None = None,
     source_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[Split, Split, int]:
-    """Load Fashion-MNIST, prepared first if it is not in `data_dir` yet.
+    """Loads Fashion-MNIST, after preparing it if it is not in `data_dir` yet.
 
-    The files come from `source_dir`, else from Debian's folder if it is there, else TFDS downloads
-    them. Everything is written under a temporary name and renamed when complete, so a run that is
-    killed leaves nothing that a later one would take for finished.
+    The files come from `source_dir`, else from Debian's folder if it exists, else TFDS downloads
+    them. Everything is written under a temporary name and renamed when complete, so a killed run
+    leaves no partial file that a later run would mistake for a complete one.
 
     Args:
         data_dir: folder for prepared data; default `$JAXPRUNE_DATA_DIR`, else `~/.cache/jaxprune`.
@@ -109,9 +109,9 @@ def load_fashion_mnist(
         classes, 10.
 
     Raises:
-        FileNotFoundError: the files are nowhere; says how to get them.
-        ValueError: a file is corrupt; names it, its checksum, the official one and the fix.
-        OSError: `data_dir` cannot be written.
+        FileNotFoundError: if the files are not found; the message says how to get them.
+        ValueError: if a file is corrupt; the message names it, both checksums and the fix.
+        OSError: if `data_dir` cannot be written.
 
     Example:
         >>> load_fashion_mnist("/no/data", "/no/files")
@@ -129,14 +129,14 @@ def load_fashion_mnist(
 
 
 def _download(dl_manager: Any) -> Mapping[str, Path]:
-    """Let TFDS fetch the files; it keeps them under downloads/ in the data folder."""
+    """Lets TFDS download the files to downloads/ in the data folder."""
     urls = {name: official.URL + name for name in official.FILES}
     try:
-        # Without internet TFDS would try again for minutes; ask once whether anybody answers.
+        # Without internet TFDS would retry for minutes; probe the server once.
         probe = urllib.request.Request(urls[official.TEST[1]], method="HEAD")
         urllib.request.urlopen(probe, timeout=20).close()
         return dl_manager.download(urls)
-    except Exception as error:  # whatever the network or TFDS raises, the way out is the same
+    except Exception as error:  # the network and TFDS may raise anything; the fix is the same
         raise FileNotFoundError(
             f"Fashion-MNIST is not on this machine and the download from {official.URL} failed "
             f"({type(error).__name__}: {error}). {official.HOW_TO_GET}"
@@ -144,7 +144,7 @@ def _download(dl_manager: Any) -> Mapping[str, Path]:
 
 
 def _prepare(root: Path, source_dir: str | os.PathLike[str] | None) -> FashionMnist:
-    """Write the TFDS records, unless they are there already."""
+    """Writes the TFDS records, unless they exist already."""
     if (root / FashionMnist.name / str(FashionMnist.VERSION)).exists():
         return FashionMnist(data_dir=root)
     source = official.find_source(source_dir)
@@ -153,8 +153,8 @@ def _prepare(root: Path, source_dir: str | os.PathLike[str] | None) -> FashionMn
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise OSError(
-            f"`data_dir` {root} cannot be written ({error}): "
-            "give another one or set JAXPRUNE_DATA_DIR"
+            f"`data_dir` must be writable, but writing to {root} failed ({error}): "
+            "give a different folder or set JAXPRUNE_DATA_DIR."
         ) from error
     builder = FashionMnist(data_dir=root, source_dir=source)
     try:
@@ -164,25 +164,25 @@ def _prepare(root: Path, source_dir: str | os.PathLike[str] | None) -> FashionMn
             file_format="array_record",
         )
     except OSError:
-        # Two runs may prepare at once: the second cannot rename over the first, and need not.
+        # Two runs may prepare at once: the second fails to rename over the first, harmlessly.
         if not builder.data_path.exists():
             raise
     return FashionMnist(data_dir=root)
 
 
 def _decode(builder: Any, split: str) -> Split:
-    """Decode every record of a split, in order."""
+    """Decodes every record of a split, in order."""
     try:
-        # TFDS alone reads and decodes 4,000 records a second; in bulk and undecoded it is 12,000.
+        # TFDS reads and decodes 4,000 records a second; read in bulk and decoded here it is 12,000.
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         examples = records.__getitems__(range(len(records)))
         images = [np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples]
         labels = np.array([example["label"] for example in examples], np.int32)
         return Split(np.stack(images)[..., None], labels)
-    except Exception as error:  # array_record, TFDS and Pillow each have their own
+    except Exception as error:  # array_record, TFDS and Pillow have different ones
         raise ValueError(
             f"prepared data in {builder.data_path} cannot be read "
-            f"({type(error).__name__}: {error}): delete this folder and load again"
+            f"({type(error).__name__}: {error}): delete this folder and load again."
         ) from error
 
 
@@ -199,10 +199,10 @@ def _write_npz(path: Path, train: Split, test: Split) -> None:
 
 
 def _read_npz(path: Path) -> tuple[Split, Split]:
-    """Read both splits; the zip container checks a CRC of every array."""
+    """Reads both splits; the zip container checks a CRC of every array."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             train = Split(arrays["train_images"], arrays["train_labels"])
             return train, Split(arrays["test_images"], arrays["test_labels"])
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is corrupt ({error}): delete it and load again") from error
+        raise ValueError(f"{path} is corrupt ({error}): delete it and load again.") from error

@@ -1,4 +1,4 @@
-"""The four official Fashion-MNIST files: where they are, if they are intact, what they hold."""
+"""The four official Fashion-MNIST files: finds, checks and parses them."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 
 
 class Official(NamedTuple):
-    """What identifies one of the files.
+    """The checksum and time stamp that identify one of the files.
 
     Example:
         >>> FILES["train-labels-idx1-ubyte.gz"].mtime
@@ -51,16 +51,16 @@ HOW_TO_GET = (
 
 
 def find_source(source_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Decide which folder the files are read from.
+    """Decides which folder the files are read from.
 
     Args:
-        source_dir: a folder, which must hold all four; None looks in `DEBIAN_DIR`.
+        source_dir: a folder that must hold all four files; None looks in `DEBIAN_DIR`.
 
     Returns:
         The folder, or None if the files must be downloaded.
 
     Raises:
-        FileNotFoundError: `source_dir` lacks a file.
+        FileNotFoundError: if `source_dir` lacks a file.
 
     Example:
         >>> find_source("/no/such/folder")
@@ -80,16 +80,16 @@ def find_source(source_dir: str | os.PathLike[str] | None) -> Path | None:
 
 
 def read_official(paths: Mapping[str, os.PathLike[str]]) -> dict[str, bytes]:
-    """Read the files, repair their headers, check them all, decompress them.
+    """Reads the files, restores their headers, checks and decompresses them.
 
     Args:
-        paths: where each file of `FILES` is, by name.
+        paths: name of each file in `FILES` -> its path.
 
     Returns:
-        The decompressed idx data, by name.
+        Name -> decompressed idx data.
 
     Raises:
-        ValueError: files whose SHA-256 is not the official one; names all of them.
+        ValueError: if the SHA-256 of a file is not the official one; it lists all such files.
 
     Example:
         >>> read_official({name: Path("/dev/null") for name in FILES})
@@ -115,13 +115,13 @@ def read_official(paths: Mapping[str, os.PathLike[str]]) -> dict[str, bytes]:
 
 
 def restore_header(data: bytes, name: str, mtime: int) -> bytes:
-    """Give a gzip file back the name and time that its header had before it was repackaged.
+    """Restores the name and time that the header of a gzip file had before it was repackaged.
 
-    Debian stores the files without them, which changes the checksum. The compressed data is left
-    alone, so the whole file is byte for byte the official one again.
+    Debian stores the files without them, which changes the checksum. The compressed data does not
+    change, so the result equals the official file byte for byte.
 
     Args:
-        data: a gzip file. If its header has optional fields already it is returned unchanged.
+        data: a gzip file. If its header has optional fields already, it is returned unchanged.
         name: the name of the file before compression.
         mtime: seconds since 1970.
 
@@ -140,13 +140,13 @@ def restore_header(data: bytes, name: str, mtime: int) -> bytes:
 
 
 def parse_idx(data: bytes) -> np.ndarray:
-    """Read an idx file of bytes: two zeros, type 8, the number of axes, the axes, the values.
+    """Reads an idx file of bytes: two zeros, type 8, the number of axes, their sizes, the values.
 
     Args:
         data: the decompressed file.
 
     Returns:
-        A read-only uint8 array of the shape that the file states.
+        A read-only uint8 array of the shape given in the file.
 
     Example:
         >>> parse_idx(bytes([0, 0, 8, 2, 0, 0, 0, 1, 0, 0, 0, 3, 7, 8, 9]))

@@ -1,5 +1,4 @@
-"""ImageNet (ILSVRC 2012) from its two tars: batches of augmented images, whatever the number of
-processes, workers and restarts.
+"""ImageNet (ILSVRC 2012) from its two tars, as batches of augmented images.
 
     tars --offsets, once--> Images --shuffled by (seed, epoch)--> Grain workers: read, decode, crop
     --> uint8 batches in the host's memory --> the device, where `normalize` does the rest
@@ -8,8 +7,8 @@ processes, workers and restarts.
     batches = imagenet.train_batches(dataset.train, 256, seed=0, start=step, workers=8)
     for images, labels, _ in batches: ...
 
-A batch depends on the data, the batch size, the seed and the number of the step, on nothing else:
-a run that stopped goes on from the number of its next step.
+A batch depends only on the data, the batch size, the seed and the step number, not on the number of
+processes, workers or restarts: a stopped run continues from the number of its next step.
 """
 
 import importlib.util
@@ -40,15 +39,15 @@ __all__ = [
     "train_batches",
 ]
 
-# Of the training images / 255, per channel; the numbers that everybody uses.
+# Statistics of the training images / 255, per channel, as in common use.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-_HOLD_OUT_KEY = 20240  # changing it changes what is held out
+_HOLD_OUT_KEY = 20240  # a different key holds out different images
 
 
 class ImageNet(NamedTuple):
-    """Training and test images, and what `normalize` needs to know; fields as in `Dataset`.
+    """Training and test images with the statistics for `normalize`; its fields are as in `Dataset`.
 
     Example:
         >>> ImageNet._fields
@@ -57,7 +56,7 @@ class ImageNet(NamedTuple):
 
     name: str
     train: Images
-    test: Images  # the validation images: nobody has the labels of the test images
+    test: Images  # the validation images, as the labels of the test images are not published
     num_classes: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
@@ -69,22 +68,23 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     contents: Contents | None = None,
 ) -> ImageNet:
-    """Find every image in the two tars; the first time this reads all headers, which takes minutes.
+    """Finds every image in the two tars; the first call reads all headers, which takes minutes.
 
     Args:
         source_dir: folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-        data_dir: folder that keeps where the images are (20 MB); default `$JAXPRUNE_DATA_DIR`, else
-            `~/.cache/jaxprune`. A tar of another size or with other contents is read anew.
-        contents: what the tars must hold; default: ILSVRC 2012. Others make subsets possible.
+        data_dir: folder for the index of the images (20 MB); default `$JAXPRUNE_DATA_DIR`, else
+            `~/.cache/jaxprune`. A tar whose size or contents changed is indexed anew.
+        contents: the expected contents of the tars; default: ILSVRC 2012. Give them to use subsets.
 
     Returns:
         The images of both tars, with labels as in TFDS's `imagenet2012`; nothing is decoded yet.
 
     Raises:
-        FileNotFoundError: a tar is missing; says how to get it.
-        ValueError: a tar is truncated, corrupt or has other contents; all of it is named.
-        OSError: `data_dir` cannot be written.
-        ModuleNotFoundError: the extra `imagenet` is not installed.
+        FileNotFoundError: if a tar is missing; the message says how to get it.
+        ValueError: if a tar is truncated or corrupt, or its contents are not the expected ones; it
+            lists all that is wrong.
+        OSError: if `data_dir` cannot be written.
+        ModuleNotFoundError: if the extra `imagenet` is not installed.
 
     Example:
         >>> load("/no/files")
@@ -117,20 +117,20 @@ def load(
 
 
 def hold_out(images: Images, count: int) -> tuple[Images, Images]:
-    """Set images aside, of all classes alike, to choose options by.
+    """Holds out training images, evenly from all classes, to choose options on.
 
-    Always the same ones: within each class images are put in a fixed random order, the classes
-    follow one another, and `count` images evenly spaced along that list are set aside.
+    The choice is always the same: the images are ordered by class, in a fixed random order within a
+    class, and `count` evenly spaced images of this list are held out.
 
     Args:
         images: training images.
-        count: how many, at least 1 and fewer than there are.
+        count: number of images to hold out, at least 1 and less than `len(images)`.
 
     Returns:
-        The other images, and those set aside.
+        The remaining images, and the held-out images.
 
     Raises:
-        ValueError: `count` is out of range.
+        ValueError: if `count` is out of range.
 
     Example:
         >>> zeros = np.zeros(6, np.int64)
@@ -140,7 +140,7 @@ def hold_out(images: Images, count: int) -> tuple[Images, Images]:
     """
     if not 1 <= count < len(images):
         raise ValueError(
-            f"`count` must be at least 1 and less than the {len(images)} images; got {count}"
+            f"`count` must be at least 1 and less than the {len(images)} images; got {count}."
         )
     order = np.random.Philox(key=_HOLD_OUT_KEY).random_raw(len(images))
     places = (2 * np.arange(count) + 1) * len(images) // (2 * count)

@@ -1,8 +1,8 @@
-"""From an encoded image to uint8 pixels of a fixed size: at random for training, fixed for testing.
+"""Decodes images to uint8 pixels of a fixed size: random crops for training, fixed for testing.
 
     JPEG --size from its header--> box --decoded at 1, 1/2, 1/4 or 1/8--> cropped, resized, mirrored
 
-Everything is OpenCV, which releases the interpreter lock, so threads decode side by side.
+OpenCV does all of it and releases the interpreter lock, so threads decode in parallel.
 """
 
 import functools
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-TRIES = 10  # boxes that are drawn for an image before a central one is taken
-DRAWS = 2 * TRIES + 3  # random numbers for an image
+TRIES = 10  # number of boxes drawn for an image before a central one is taken
+DRAWS = 2 * TRIES + 3  # number of random numbers for an image
 _JPEG = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that state a size
 _ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # JPEG markers without content
@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
 @functools.cache
 def one_thread() -> None:
-    """Turn OpenCV's own threads off in this process: many images are worked on side by side.
+    """Turns OpenCV's threads off in this process, as many images are processed in parallel.
 
     Example:
         >>> one_thread()
@@ -46,7 +46,7 @@ def one_thread() -> None:
 
 
 def random_draws(seed: int, step: int, count: int) -> np.ndarray:
-    """The random numbers of the images of a step.
+    """Draws the random numbers for the images of a step.
 
     Args:
         seed: 0 .. 2**64 - 1.
@@ -54,13 +54,14 @@ def random_draws(seed: int, step: int, count: int) -> np.ndarray:
         count: number of images.
 
     Returns:
-        float64 [count, DRAWS], uniform in [0, 1); the same on every machine and in every NumPy.
+        float64 [count, DRAWS], uniform in [0, 1); the same on every machine and in every version
+        of NumPy.
 
     Example:
         >>> random_draws(0, 7, 4).shape
         (4, 23)
     """
-    # The counter keeps clear of the streams of `index_batches`, which have keys of the same form.
+    # The counter avoids the streams of `index_batches`, which have keys of the same form.
     key, counter = np.array([seed, step], np.uint64), np.array([0, 0, 0, 1], np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw(count * DRAWS)
     return (raw >> np.uint64(11)).reshape(count, DRAWS) * 2.0**-53
@@ -73,15 +74,15 @@ def random_box(
     area: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """Draw the part of an image that is resized to a training image.
+    """Draws the part of an image that becomes a training image.
 
-    Its area is uniform, as a fraction of the image's; the logarithm of its width over its height is
-    uniform; its place is uniform. Where that does not fit into the image it is drawn again; after
-    `TRIES` of them the largest central box with an allowed ratio is taken.
+    The area (as a fraction of the image), the logarithm of width / height and the position are
+    uniform. A box that does not fit into the image is drawn again; after `TRIES` boxes the largest
+    central box with an allowed ratio is taken.
 
     Args:
-        height: of the image.
-        width: of the image.
+        height: height of the image.
+        width: width of the image.
         draws: `DRAWS` numbers in [0, 1).
         area: smallest and largest area.
         ratio: smallest and largest width over height.
@@ -110,13 +111,14 @@ def random_box(
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG, from its header.
+    """Reads height and width of a JPEG from its header.
 
     Args:
         data: the file.
 
     Returns:
-        Both, before any rotation that the file asks for; None if this is no JPEG or a damaged one.
+        Height and width, before any rotation given in the file; None if this is no JPEG or a
+        damaged one.
 
     Example:
         >>> image_size(b"no image") is None
@@ -140,15 +142,15 @@ def image_size(data: bytes) -> tuple[int, int] | None:
 
 
 def decode(data: bytes, reduction: int = 1) -> np.ndarray | None:
-    """Decode an image to RGB.
+    """Decodes an image to RGB.
 
-    Grey images get three equal channels, CMYK is converted, PNG is taken too. A rotation that the
-    file asks for is ignored, as TensorFlow and torchvision do.
+    Grey images get three equal channels, CMYK is converted, and PNG is accepted too. A rotation
+    given in the file is ignored, as in TensorFlow and torchvision.
 
     Args:
         data: the file.
-        reduction: 1, 2, 4 or 8: a JPEG is decoded at that fraction of its size, averaged, which
-            leaves out most of the inverse transform.
+        reduction: 1, 2, 4 or 8: a JPEG is decoded at 1 / reduction of its size, averaged, which
+            skips most of the inverse transform.
 
     Returns:
         uint8 [ceil(height / reduction), ceil(width / reduction), 3]; None if the image is damaged.
@@ -168,16 +170,16 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray | None:
     flags = scales[reduction] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # of no bytes, or of a size that nobody means
+    except cv2.error:  # no bytes, or an absurd size
         return None
 
 
 def reduction_for(side: int, size: int) -> int:
-    """The reduction at which a side is still at least as long as it must be.
+    """Chooses the strongest reduction that leaves a side long enough.
 
     Args:
-        side: pixels that there are.
-        size: pixels that are needed.
+        side: length of the side, in pixels.
+        size: length needed, in pixels.
 
     Returns:
         8, 4, 2 or 1.
@@ -190,13 +192,13 @@ def reduction_for(side: int, size: int) -> int:
 
 
 def full_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of an image of any kind; a JPEG is not decoded for it.
+    """Finds height and width of an image of any format; a JPEG is not decoded for it.
 
     Args:
         data: the file.
 
     Returns:
-        Both; None if the image is damaged.
+        Height and width; None if the image is damaged.
 
     Example:
         >>> full_size(b"no image") is None
@@ -204,23 +206,23 @@ def full_size(data: bytes) -> tuple[int, int] | None:
     """
     if data[:2] == _JPEG:
         return image_size(data)
-    pixels = decode(data)  # ImageNet has one PNG: it may be decoded twice
+    pixels = decode(data)  # decoding twice is fine, as ImageNet has only one PNG
     return None if pixels is None else (pixels.shape[0], pixels.shape[1])
 
 
 def decode_for(
     data: bytes, full: tuple[int, int], side: int, size: int
 ) -> tuple[np.ndarray | None, int]:
-    """Decode an image at the strongest reduction that leaves a side long enough.
+    """Decodes an image at the strongest reduction that leaves a side long enough.
 
     Args:
         data: the file.
-        full: its height and width.
-        side: pixels of the side, in the full image.
-        size: pixels that it must still have.
+        full: height and width of the image.
+        side: length of the side in the full image, in pixels.
+        size: length needed, in pixels.
 
     Returns:
-        As `decode`, and the reduction.
+        The pixels as from `decode`, and the reduction.
 
     Example:
         >>> decode_for(b"no image", (600, 500), 500, 224)
@@ -234,14 +236,14 @@ def decode_for(
 
 
 def cut_out(pixels: np.ndarray, box: Box, reduction: int, mirrored: bool, out: np.ndarray) -> None:
-    """Resize a part of an image, bilinearly, and mirror it if asked.
+    """Resizes a part of an image bilinearly, and mirrors it if asked.
 
     Args:
         pixels: uint8 [H, W, 3], the image at 1 / `reduction` of its size.
-        box: the part, in pixels of the full image; rounded to pixels that there are.
+        box: the part, in pixels of the full image; it is rounded to the pixels of `pixels`.
         reduction: 1, 2, 4 or 8.
-        mirrored: whether left and right change places.
-        out: uint8 [size, size, 3], C-contiguous; gets the result.
+        mirrored: whether to exchange left and right.
+        out: uint8 [size, size, 3], C-contiguous; receives the result.
 
     Example:
         >>> out = np.zeros((1, 1, 3), np.uint8)
@@ -263,16 +265,16 @@ def cut_out(pixels: np.ndarray, box: Box, reduction: int, mirrored: bool, out: n
 def train_image(
     data: bytes, draws: Sequence[float], out: np.ndarray, *, min_area: float = 0.08
 ) -> bool:
-    """Decode an image, crop it at random, resize it, mirror one of two.
+    """Decodes an image, crops it at random, resizes it, and mirrors it with probability 1/2.
 
     Args:
         data: the file.
         draws: `DRAWS` numbers in [0, 1).
-        out: uint8 [size, size, 3], C-contiguous; gets the result.
-        min_area: least fraction of the image that is kept.
+        out: uint8 [size, size, 3], C-contiguous; receives the result.
+        min_area: smallest fraction of the image that a crop keeps.
 
     Returns:
-        Whether the image could be decoded; if not, `out` is as it was.
+        Whether the image could be decoded; if not, `out` is unchanged.
 
     Example:
         >>> train_image(b"no image", [0.5] * DRAWS, np.zeros((4, 4, 3), np.uint8))
@@ -290,15 +292,15 @@ def train_image(
 
 
 def eval_image(data: bytes, out: np.ndarray, *, resize: int = 256) -> bool:
-    """Decode an image, resize its short side, cut out the centre.
+    """Decodes an image, resizes its short side, and cuts out the centre.
 
     Args:
         data: the file.
-        out: uint8 [size, size, 3], C-contiguous; gets the result.
+        out: uint8 [size, size, 3], C-contiguous; receives the result.
         resize: length of the short side, at least `size`; the long side is rounded down.
 
     Returns:
-        Whether the image could be decoded; if not, `out` is as it was.
+        Whether the image could be decoded; if not, `out` is unchanged.
 
     Example:
         >>> eval_image(b"no image", np.zeros((4, 4, 3), np.uint8), resize=5)

@@ -1,8 +1,8 @@
-"""Batches of ImageNet: which images, decoded and augmented by Grain's workers, and the bad ones.
+"""Batches of ImageNet, decoded and augmented by Grain's workers, with a record of corrupt images.
 
-A batch is one element of the pipeline. So a worker makes it from the number of its step alone,
-the order does not depend on how many workers there are, and OpenCV writes each image right where
-it lies in the batch.
+A batch is one element of the pipeline. So a worker makes it from the number of its step alone, the
+order does not depend on the number of workers, and OpenCV writes each image into its place in the
+batch without a copy.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from jaxprune.data import imagenet_augment as augment
 from jaxprune.data.imagenet_files import Images
 
-_SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps what processes share
+_SHARED_MEMORY = Path("/dev/shm")  # shared memory of processes under Linux
 
 
 class Batch(NamedTuple):
@@ -32,14 +32,14 @@ class Batch(NamedTuple):
 
     images: np.ndarray  # uint8 [B, H, W, 3]
     labels: np.ndarray  # int32 [B]
-    weights: np.ndarray  # float32 [B]; 0: not an example, 1: one
+    weights: np.ndarray  # float32 [B]: 1 for an example, 0 for padding
 
 
 class Batches(Iterator[Batch]):
-    """Batches from `train_batches` or `eval_batches`; `close` ends their workers.
+    """An iterator of batches from `train_batches` or `eval_batches`; `close` ends its workers.
 
-    Also a context manager, which closes at its end. `corrupt` has the images that could not be
-    decoded so far: their number in the split -> their name.
+    It is also a context manager that closes at its end. `corrupt` holds the images that could not
+    be decoded so far: number in the split -> name.
 
     Example:
         >>> Batches(iter([]), Images((), *np.zeros((4, 0), int)), 0.0).corrupt
@@ -56,7 +56,7 @@ class Batches(Iterator[Batch]):
         *arrays, corrupt = next(self._source)
         if new := [index for index in corrupt.tolist() if index not in self.corrupt]:
             self._report(new)
-        # Grain's arrays are a subclass in shared memory, which stays as long as a view of it.
+        # Grain's arrays are a subclass in shared memory that lives as long as a view of it.
         return Batch(*map(np.asarray, arrays))
 
     def __enter__(self) -> "Batches":
@@ -71,12 +71,12 @@ class Batches(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; there are no batches after that."""
+        """Ends the workers; no batches follow."""
         if hasattr(self._source, "close"):
             self._source.close()
 
     def _report(self, new: list[int]) -> None:
-        """Takes note of images that could not be decoded; too many of them are an error."""
+        """Records images that could not be decoded; raises if there are too many."""
         names = {index: self._images.name(index) for index in new}
         self.corrupt.update(names)
         shown = ", ".join(list(names.values())[:5])
@@ -85,12 +85,12 @@ class Batches(Iterator[Batch]):
         if len(self.corrupt) > self._limit:
             self.close()
             raise ValueError(
-                f"{what} cannot be decoded: {len(self.corrupt)} of {len(self._images)} images by "
-                f"now, and `max_corrupt` allows {self._limit}. Get the tar again, or allow more"
+                f"{what} cannot be decoded: {len(self.corrupt)} of {len(self._images)} images so "
+                f"far, but `max_corrupt` allows {self._limit}. Get the tar again or raise it."
             )
         warnings.warn(
-            f"{what} cannot be decoded: left out ({len(self.corrupt)} by now; `max_corrupt` "
-            f"allows {self._limit})",
+            f"{what} cannot be decoded and is left out ({len(self.corrupt)} so far; `max_corrupt` "
+            f"allows {self._limit}).",
             stacklevel=3,
         )
 
@@ -110,37 +110,39 @@ def train_batches(
     threads: int | None = None,
     max_corrupt: float = 1e-4,
 ) -> Batches:
-    """Iterate over batches of training images: shuffled, cropped at random, half of them mirrored.
+    """Iterates over batches of training images: shuffled, cropped at random, half of them mirrored.
 
-    Step `s` takes the images that batch `s` of `index_batches(len(images), batch_size, seed=seed)`
-    names: each epoch is a fresh permutation cut into full batches, and what is left over sits it
-    out. Process p of n gets rows p * batch_size / n and on of every batch. See `random_box` for the
-    crops. An image that cannot be decoded gives its place to the next one of the split that can.
+    Step `s` takes the images of batch `s` of `index_batches(len(images), batch_size, seed=seed)`:
+    each epoch is a fresh permutation cut into full batches, and the remaining images are skipped in
+    that epoch. Process p of n gets the rows from p * batch_size / n on of every batch. See
+    `random_box` for the crops. An image that cannot be decoded is replaced by the next image of the
+    split that can.
 
     Args:
-        images: of `load(...).train`.
+        images: `load(...).train`, or a part of it.
         batch_size: images per step, over all processes.
-        seed: 0 .. 2**64 - 1; of order, crops and mirroring.
+        seed: 0 .. 2**64 - 1; it decides order, crops and mirroring.
         start: number of the first step.
-        stop: number of the step after the last one; None: there is no last one.
+        stop: number of the step after the last one; None for no end.
         image_size: height and width of the results.
-        min_area: least fraction of an image's area that a crop keeps.
+        min_area: smallest fraction of an image's area that a crop keeps.
         process_index: `jax.process_index()`.
         process_count: `jax.process_count()`, a divisor of `batch_size`.
-        workers: processes that make batches; 0: none but this one. Threads are cheaper to start and
-            copy nothing, processes do not compete with this one for the interpreter lock.
-        threads: of each such process; None: 1 with workers, 4 without. Each makes a whole batch, so
-            memory grows with them. OpenCV's own threads are turned off in all of them.
-        max_corrupt: fraction of the images that may turn out not to be decodable.
+        workers: number of processes that make batches; 0 uses threads of this process. Threads are
+            cheaper to start and copy nothing; processes do not compete with this one for the
+            interpreter lock.
+        threads: number of threads in each such process; None for 1 with workers, 4 without. Each
+            makes a whole batch, so memory grows with their number. OpenCV's own threads are off.
+        max_corrupt: largest fraction of the images that may be undecodable.
 
     Returns:
-        `Batches` of batch_size / process_count images; all weights are 1. Neither `workers` nor
-        `threads` nor `start` changes what a step gets.
+        `Batches` of batch_size / process_count images; all weights are 1. `workers`, `threads` and
+        `start` do not change the batch of a step.
 
     Raises:
-        ValueError: an argument is out of range, all of them are named; while iterating: too many
-            images cannot be decoded, or a tar has become shorter.
-        OSError: while iterating: a tar cannot be read.
+        ValueError: if an argument is out of range (it lists all of them); while iterating, if too
+            many images cannot be decoded or a tar has become shorter.
+        OSError: while iterating, if a tar cannot be read.
 
     Example:
         >>> none = Images((), *np.zeros((4, 0), np.int64))
@@ -157,7 +159,7 @@ def train_batches(
         bad.append(f"`seed` must be in 0 .. 2**64 - 1; got {seed}")
     last = 2**62 if stop is None else stop
     if not 0 <= start <= last:
-        bad.append(f"`start` must be at least 0 and at most `stop`; got {start}, {stop}")
+        bad.append(f"`start` must be at least 0 and at most `stop` ({stop}); got {start}")
     if not 0 < min_area <= 1:
         bad.append(f"`min_area` must be in (0, 1]; got {min_area}")
     rows = _rows(batch_size, process_index, process_count, bad)
@@ -187,29 +189,29 @@ def eval_batches(
     threads: int | None = None,
     max_corrupt: float = 1e-4,
 ) -> Batches:
-    """Iterate over all images once, in order: short side resized, centre cut out.
+    """Iterates over all images once, in order: short side resized, centre cut out.
 
-    All processes get equally many batches. Rows after the last image, and those of images that
-    cannot be decoded, are black and have label 0 and weight 0. So every image counts exactly once:
+    All processes get the same number of batches. Rows after the last image, and rows of images that
+    cannot be decoded, are black with label 0 and weight 0. So every image counts exactly once:
     accuracy is the sum of weights * hits over the sum of weights.
 
     Args:
-        images: of `load(...).test`.
+        images: `load(...).test`, or held-out images.
         batch_size: images per step, over all processes.
         image_size: height and width of the results.
         resize: length of the short side before the centre is cut out.
-        process_index: as in `train_batches`, and so are all that follow.
+        process_index: see `train_batches`, also for the arguments below.
         process_count: a divisor of `batch_size`.
-        workers: processes that make batches.
-        threads: of each process.
-        max_corrupt: fraction of the images that may turn out not to be decodable.
+        workers: number of processes that make batches.
+        threads: number of threads in each process.
+        max_corrupt: largest fraction of the images that may be undecodable.
 
     Returns:
         ceil(images / batch_size) `Batches` of batch_size / process_count images.
 
     Raises:
-        ValueError: as in `train_batches`.
-        OSError: while iterating: the tar cannot be read.
+        ValueError: as for `train_batches`.
+        OSError: while iterating, if the tar cannot be read.
 
     Example:
         >>> list(eval_batches(Images((), *np.zeros((4, 0), np.int64)), 8))
@@ -238,7 +240,7 @@ class _TrainBatch:
     batch_size: int
     seed: int
     min_area: float
-    limit: int  # more images that cannot be decoded end the batch, and then the run
+    limit: int  # more undecodable images than this end the batch, and then the run
 
     def __call__(self, step: int) -> tuple[np.ndarray, ...]:
         augment.one_thread()
@@ -255,7 +257,7 @@ class _TrainBatch:
                 corrupt.add(index)
                 if len(corrupt) > self.limit:
                     return *batch, np.array(sorted(corrupt))
-                # A class's images are neighbours: what takes the place mostly has the same label.
+                # Images of a class are adjacent, so the replacement mostly has the same label.
                 index = (index + 1) % total
             batch.labels[row] = self.images.labels[index]
             batch.weights[row] = 1
@@ -264,7 +266,7 @@ class _TrainBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _EvalBatch:
-    """Makes this process's part of the batch of a number."""
+    """Makes this process's part of the batch with a number."""
 
     images: Images
     image_size: int
@@ -287,16 +289,16 @@ class _EvalBatch:
 
 
 def _empty(rows: slice, image_size: int) -> Batch:
-    """A black batch of weight 0."""
+    """Makes a black batch of weight 0."""
     size = rows.stop - rows.start
     images = np.zeros((size, image_size, image_size, 3), np.uint8)
     return Batch(images, np.zeros(size, np.int32), np.zeros(size, np.float32))
 
 
-# Two: batches of the last and of the next epoch are made at the same time.
+# Two permutations, as batches of this and of the next epoch are made at the same time.
 @functools.lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch; that of `index_batches`."""
+    """Returns the order of an epoch, the same as that of `index_batches`."""
     draws = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     return np.argsort(draws, kind="stable")
 
@@ -304,18 +306,18 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 def _iterate(
     make: Callable[[int], Any], start: int, stop: int, workers: int, threads: int
 ) -> Iterator[Any]:
-    """Calls `make` for each number of a range, ahead of time, in order."""
+    """Calls `make` for each number of a range in order, ahead of time."""
     if start == stop:
         return iter(())
     import grain
 
-    # Grain's defaults, 16 threads and 500 elements ahead, are meant for elements of kilobytes.
+    # Grain's defaults, 16 threads and 500 elements ahead, are for elements of kilobytes.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
     if workers:
         from absl import flags
 
-        # Grain's processes read a flag of absl, which only programs run by absl have parsed.
+        # Grain's processes read an absl flag, which only programs run by absl have parsed.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -323,7 +325,7 @@ def _iterate(
 
 
 def _rows(batch_size: int, index: int, count: int, bad: list[str]) -> slice:
-    """The rows of a batch that belong to a process; adds to `bad` what is wrong."""
+    """Returns the rows of a batch that belong to a process; adds problems to `bad`."""
     if count < 1 or batch_size % count:
         bad.append(f"`process_count` must divide `batch_size` ({batch_size}); got {count}")
         return slice(0, 0)
@@ -336,7 +338,7 @@ def _rows(batch_size: int, index: int, count: int, bad: list[str]) -> slice:
 def _check(
     bad: list[str], image_size: int, workers: int, threads: int, max_corrupt: float, rows: slice
 ) -> None:
-    """Raises one error that names all arguments that are out of range."""
+    """Raises one error that names all arguments out of range."""
     if image_size < 1:
         bad.append(f"`image_size` must be at least 1; got {image_size}")
     if workers < 0:
@@ -345,13 +347,13 @@ def _check(
         bad.append(f"`threads` must be at least 1; got {threads}")
     if not 0 <= max_corrupt <= 1:
         bad.append(f"`max_corrupt` must be in [0, 1]; got {max_corrupt}")
-    # A worker that writes where no memory is left dies without a word.
+    # A worker that writes to full shared memory dies without any message.
     needed = (2 * max(0, workers) + 1) * (rows.stop - rows.start) * 3 * max(0, image_size) ** 2
     if workers > 0 and _SHARED_MEMORY.exists():
         free = shutil.disk_usage(_SHARED_MEMORY).free
         if needed > free:
             bad.append(
-                f"`workers` {workers} hand over up to {needed / 1e6:.0f} MB of batches in "
+                f"`workers` {workers} need up to {needed / 1e6:.0f} MB for batches in "
                 f"{_SHARED_MEMORY}, which has {free / 1e6:.0f} MB left: use fewer, or 0 and more "
                 "`threads`, or give the container more (docker run --shm-size)"
             )
@@ -360,5 +362,5 @@ def _check(
 
 
 def _limit(images: Images, max_corrupt: float) -> int:
-    """How many images may turn out not to be decodable: never all of them."""
+    """Returns how many images may be undecodable: never all of them."""
     return min(int(max_corrupt * len(images)), len(images) - 1)

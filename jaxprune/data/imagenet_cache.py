@@ -1,7 +1,7 @@
 """Smaller copies of all images, for machines whose processors decode too slowly.
 
-A cache is a folder of tars of JPEGs, in the order of the images that it was made from, so the same
-seed gives the same batches from it, at a lower resolution.
+A cache is a folder of tars of JPEGs in the order of the original images, so the same seed gives the
+same batches at a lower resolution.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jaxprune import files
 from jaxprune.data import imagenet_augment as augment
 from jaxprune.data.imagenet_files import Images, index_tars, read_index, write_index
 
-_AT_ONCE = 256  # images that are in memory at the same time
+_AT_ONCE = 256  # number of images in memory at the same time
 
 
 def cache_images(
@@ -30,27 +30,27 @@ def cache_images(
     threads: int | None = None,
     per_file: int = 10_000,
 ) -> Images:
-    """Write images again with a shorter short side, or find those that an earlier call wrote.
+    """Writes images again with a shorter short side, or finds those that an earlier call wrote.
 
-    Images whose short side is not longer are copied as they are, and so are those that cannot be
-    decoded, so that numbers and labels stay. Each file is renamed when it is complete and the index
-    comes last: a call that is killed goes on at the file where it was.
+    Images whose short side is no longer than `short_side` are copied unchanged, and so are images
+    that cannot be decoded, so numbers and labels do not change. Each file is renamed when complete
+    and the index is written last: after a kill, the next call continues with the unfinished file.
 
     Args:
-        images: of `load`.
-        folder: where the files go: one folder for each split and choice of options.
-        short_side: pixels; the long side is rounded down.
-        quality: of the JPEGs, 1 .. 100.
-        threads: images that are worked on at once; None: one for each processor.
-        per_file: images in a file.
+        images: images from `load`.
+        folder: folder for the files, one for each split and choice of options.
+        short_side: length of the short side in pixels; the long side is rounded down.
+        quality: quality of the JPEGs, 1 .. 100.
+        threads: number of images processed at once; None for one per processor.
+        per_file: number of images in a file.
 
     Returns:
         The smaller images, for `train_batches` and `eval_batches`.
 
     Raises:
-        ValueError: an argument is out of range, or the folder holds a cache of other images or
-            options, or a damaged one.
-        OSError: the folder cannot be written, or an image cannot be read.
+        ValueError: if an argument is out of range, or the folder holds a damaged cache or one of
+            different images or options.
+        OSError: if the folder cannot be written, or an image cannot be read.
 
     Example:
         >>> import numpy as np
@@ -79,12 +79,12 @@ def cache_images(
         write_index(index, index_tars(paths, images.labels))
     cached = read_index(index, paths)
     if len(cached) != len(images) or not cached.matches_headers():
-        raise ValueError(f"the cache in {root} is damaged: delete the folder and make it again")
+        raise ValueError(f"the cache in {root} is damaged: delete the folder and make it again.")
     return cached
 
 
 def _fingerprint(images: Images) -> str:
-    """Tells sets of images apart, wherever their files lie."""
+    """Returns a hash that identifies a set of images, wherever its files lie."""
     digest = hashlib.sha256()
     for array in (images.numbers, images.offsets, images.sizes, images.labels):
         digest.update(array.astype("<i8").tobytes())
@@ -135,13 +135,13 @@ def _write_tar(
 
 
 def _shrunk(data: bytes, short_side: int, quality: int) -> bytes:
-    """The image with a shorter short side, or as it is."""
+    """Returns the image with a shorter short side, or unchanged if that is short already."""
     import cv2
 
     full = augment.full_size(data)
     if full is None or min(full) <= short_side:
         return data
-    # Made once, so decoding all of it and averaging are worth their time.
+    # This runs once per image, so decoding at full size and averaging are worth their time.
     pixels = augment.decode(data)
     if pixels is None:
         return data
@@ -152,5 +152,5 @@ def _shrunk(data: bytes, short_side: int, quality: int) -> bytes:
 
 
 def _batched(numbers: range, size: int) -> Iterator[range]:
-    """Ranges of `size` numbers, the last one shorter."""
+    """Cuts a range into ranges of `size` numbers; the last one may be shorter."""
     return itertools.takewhile(len, (numbers[i : i + size] for i in itertools.count(0, size)))

@@ -1,7 +1,7 @@
-"""Images inside tars: where each of them lies, and how it is read.
+"""Images inside tars: an index of their places, and random access to them.
 
-A tar stores files as they are, so the offset and the size of each image are all that random access
-needs: there is no second copy of the data, and nothing to unpack.
+A tar stores files unchanged, so random access needs only the offset and size of each image: there
+is no second copy of the data, and nothing to unpack.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ import numpy as np
 
 from jaxprune.files import replacing
 
-_BLOCK = 512  # a tar is made of blocks of so many bytes
+_BLOCK = 512  # bytes in a block of a tar
 
 
 class OpenFiles:
-    """Files that stay open from the first read on; pickles as none open.
+    """A set of files that remain open after their first read; pickling closes them.
 
     Example:
         >>> OpenFiles().read(Path(__file__), 3, 15)
@@ -35,30 +35,30 @@ class OpenFiles:
         return OpenFiles, ()
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # `os` may be empty already when the interpreter ends.
+        # `close` is a default argument because `os` may be empty when the interpreter ends.
         for descriptor in self._descriptors.values():
             close(descriptor)
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Bytes of a file from `offset` on; fewer than `size` where it ends."""
+        """Reads `size` bytes of a file from `offset` on, or fewer where the file ends."""
         descriptor = self._descriptors.get(path)
         if descriptor is None:
             mine = os.open(path, os.O_RDONLY)
-            # Two threads may be here: one descriptor stays.
+            # Two threads may get here at once: only one descriptor is kept.
             descriptor = self._descriptors.setdefault(path, mine)
             if descriptor != mine:
                 os.close(mine)
             elif hasattr(os, "posix_fadvise"):
-                # Reading ahead would fetch what lies between headers: all the images.
+                # Reading ahead between headers would fetch all the images.
                 os.posix_fadvise(mine, 0, 0, os.POSIX_FADV_RANDOM)
         return os.pread(descriptor, size, offset)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-    """Encoded images in tars and their labels, to be read one by one in any order.
+    """Encoded images in tars and their labels, for random access.
 
-    Processes and threads may share it. Pickled it takes 18 bytes an image.
+    Processes and threads may share it. Pickled, it takes 18 bytes per image.
 
     Example:
         >>> none = np.zeros(0, np.int64)
@@ -67,36 +67,36 @@ class Images:
     """
 
     files: tuple[Path, ...]
-    numbers: np.ndarray  # int16 [N]: in which of the files
-    offsets: np.ndarray  # int64 [N]: where the image begins, in bytes
-    sizes: np.ndarray  # int32 [N]: bytes
+    numbers: np.ndarray  # int16 [N]: index into `files`
+    offsets: np.ndarray  # int64 [N]: first byte of the image
+    sizes: np.ndarray  # int32 [N]: size in bytes
     labels: np.ndarray  # int32 [N]
     open_files: OpenFiles = dataclasses.field(default_factory=OpenFiles, repr=False)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> "Images":
-        """The images of some numbers, in that order."""
+        """Returns the images with the given numbers, in that order."""
         names = ("numbers", "offsets", "sizes", "labels")
         return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in names})
 
     def read(self, index: int) -> bytes:
-        """The encoded image; ValueError if the file has become shorter, OSError if it is gone."""
+        """Reads an encoded image; ValueError if the file became shorter, OSError if it is gone."""
         path, offset, size = self._place(index)
         data = self.open_files.read(path, offset, size)
         if len(data) < size:
-            raise ValueError(f"{path} has become shorter while it was read: get it again")
+            raise ValueError(f"{path} has become shorter since it was indexed: get it again.")
         return data
 
     def name(self, index: int) -> str:
-        """The image's name in its tar."""
+        """Returns the name of an image in its tar."""
         path, offset, _ = self._place(index)
         return _header(self.open_files.read(path, offset - _BLOCK, _BLOCK)).name
 
     def matches_headers(self, count: int = 64) -> bool:
-        """Whether `count` of the tars' headers, evenly spread, still say what is on record."""
+        """Tells whether `count` evenly spread headers of the tars still agree with the index."""
         for index in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int):
             path, offset, size = self._place(index)
             try:
@@ -121,22 +121,22 @@ class Member(NamedTuple):
     """
 
     name: str  # without folders
-    offset: int  # where its bytes begin
+    offset: int  # its first byte
     size: int
 
 
 def index_tars(paths: Iterable[Path], labels: np.ndarray) -> Images:
-    """Index plain tars of images, in the order in which they lie there.
+    """Indexes plain tars of images, in the order of the images in the tars.
 
     Args:
         paths: the tars.
-        labels: int32 [N], of all their images.
+        labels: int32 [N], labels of all their images.
 
     Returns:
         The `Images`.
 
     Raises:
-        ValueError: a tar is truncated or corrupt, or the number of images is not N.
+        ValueError: if a tar is truncated or corrupt, or the number of images is not N.
 
     Example:
         >>> index_tars([], np.zeros(1, np.int32))
@@ -176,44 +176,44 @@ def write_index(path: Path, images: Images) -> None:
 
 
 def read_index(path: Path, files: tuple[Path, ...]) -> Images:
-    """Read an index.
+    """Reads an index.
 
     Args:
         path: the .npz file.
-        files: the tars that it speaks of.
+        files: the tars that it indexes.
 
     Returns:
         The `Images`.
 
     Raises:
-        ValueError: the index is corrupt.
+        ValueError: if the index is corrupt.
 
     Example:
         >>> read_index(Path("/dev/null"), ())
         Traceback (most recent call last):
-        ValueError: /dev/null is corrupt (...): delete it and load again
+        ValueError: /dev/null is corrupt (...): delete it and load again.
     """
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             return Images(files, *(arrays[n] for n in ("numbers", "offsets", "sizes", "labels")))
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is corrupt ({error}): delete it and load again") from error
+        raise ValueError(f"{path} is corrupt ({error}): delete it and load again.") from error
 
 
 def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") -> Iterator[Member]:
-    """Find the files in a tar, or in a tar that lies in a tar, by reading headers only.
+    """Finds the files in a tar, or in a tar inside a tar, by reading headers only.
 
     Args:
         path: the outermost tar.
-        start: first byte of the one to look into.
-        stop: the byte after its last one; None: the end of the file.
-        inside: what errors say before the path.
+        start: first byte of the tar to read.
+        stop: the byte after its last one; None for the end of the file.
+        inside: text before the path in errors.
 
     Yields:
         Each regular file, in order.
 
     Raises:
-        ValueError: a header is corrupt, or a file reaches beyond the end.
+        ValueError: if a header is corrupt, or a file reaches beyond the end.
 
     Example:
         >>> next(walk(Path(__file__)))
@@ -222,7 +222,7 @@ def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") 
     """
     open_files, at = OpenFiles(), start
     end = path.stat().st_size if stop is None else stop
-    # A tar that ends without its two empty blocks is taken: who counts notices what is lost.
+    # A tar without its two empty blocks at the end is accepted: counting finds lost images.
     while at < end:
         block = open_files.read(path, at, _BLOCK)
         if len(block) == _BLOCK and not any(block):
@@ -232,15 +232,15 @@ def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") 
         except tarfile.HeaderError as error:
             raise ValueError(
                 f"{inside}{path} is corrupt at byte {at} ({error}), where the header of a file "
-                "must be: delete this tar and get it again"
+                "must be: delete this tar and get it again."
             ) from error
         offset = at + _BLOCK
         if offset + header.size > end:
             raise ValueError(
                 f"{inside}{path} is truncated: {header.name} must reach to byte "
-                f"{offset + header.size}, and there are {end}: delete this tar and get it again"
+                f"{offset + header.size}, but there are {end}: delete this tar and get it again."
             )
-        # Folders and the extra headers that some programs write are no images.
+        # Skip folders and the extra headers that some programs write.
         if header.isreg():
             yield Member(posixpath.basename(header.name), offset, header.size)
         at = offset + -(-header.size // _BLOCK) * _BLOCK
@@ -249,12 +249,12 @@ def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") 
 def make_images(
     files: Sequence[Path], members: Sequence[tuple[int, Member]], labels: Iterable[int]
 ) -> Images:
-    """Put together what was found.
+    """Makes `Images` from the members found in tars.
 
     Args:
         files: the tars.
-        members: of each image, in which of the files it lies, and where.
-        labels: of each image.
+        members: for each image, the index of its tar in `files` and its member there.
+        labels: the label of each image.
 
     Returns:
         The `Images`.
@@ -273,5 +273,5 @@ def make_images(
 
 
 def _header(block: bytes) -> tarfile.TarInfo:
-    """What a block says; tarfile.HeaderError if it is none."""
+    """Parses a block as a header; tarfile.HeaderError if it is none."""
     return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")

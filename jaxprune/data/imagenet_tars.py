@@ -1,10 +1,10 @@
-"""The two tars of ImageNet (ILSVRC 2012): what they must hold, and where each image lies in them.
+"""The two tars of ImageNet (ILSVRC 2012): their expected contents, and an index of their images.
 
     ILSVRC2012_img_train.tar    1000 tars n01440764.tar, ... of JPEGs n01440764_10026.JPEG, ...
     ILSVRC2012_img_val.tar      50,000 JPEGs ILSVRC2012_val_00000001.JPEG, ...
 
-TFDS's builder would need TensorFlow to write all of it a second time. Here the header of each image
-is read once, 512 bytes of every 110,000.
+The builder in TFDS needs TensorFlow and writes all images a second time. Here the header of each
+image is read once, 512 of every 110,000 bytes.
 """
 
 import hashlib
@@ -19,36 +19,36 @@ from jaxprune.data.imagenet_files import Images, make_images, read_index, walk, 
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "test": "ILSVRC2012_img_val.tar"}
 HOW_TO_GET = (
-    "Register at https://image-net.org/download-images, download both and put them there: "
-    "nobody may hand them on."
+    "Register at https://image-net.org/download-images, download both and put them there; "
+    "the terms of use do not allow passing them on."
 )
-_SHOWN = 5  # so many faults of a kind are named
+_SHOWN = 5  # largest number of faults of a kind that an error names
 
 
 class Contents(NamedTuple):
-    """What the tars must hold.
+    """The expected contents of the tars.
 
     Example:
         >>> Contents(("n01440764", "n01443537"), ("n01443537",), 3).classes.index("n01443537")
         1
     """
 
-    classes: tuple[str, ...]  # WordNet ids, ascending; a label is the place in this list
+    classes: tuple[str, ...]  # WordNet ids, ascending; a label is an index into this list
     validation: tuple[str, ...]  # class of each validation image, in the order of their names
     train_size: int  # number of training images
 
 
 def official() -> Contents:
-    """What ILSVRC 2012 holds: from two lists that come with tensorflow-datasets.
+    """Reads the contents of ILSVRC 2012 from two lists that come with tensorflow-datasets.
 
-    The validation tar does not say what its images show. The lists are read as plain files; neither
-    tensorflow-datasets nor TensorFlow is imported. The labels are those of TFDS's `imagenet2012`.
+    The validation tar has no labels. The lists are read as plain files; neither tensorflow-datasets
+    nor TensorFlow is imported. The labels are those of TFDS's `imagenet2012`.
 
     Returns:
-        1000 classes, the classes of 50,000 validation images, and 1,281,167.
+        1000 classes, the classes of 50,000 validation images, and 1,281,167 training images.
 
     Raises:
-        ModuleNotFoundError: tensorflow-datasets is not installed.
+        ModuleNotFoundError: if tensorflow-datasets is not installed.
 
     Example:
         >>> contents = official()
@@ -68,20 +68,20 @@ def official() -> Contents:
 
 
 def index_train(path: Path, contents: Contents) -> Images:
-    """Index the training tar: every image of every class tar in it, ordered by name.
+    """Indexes the training tar: every image of every class tar in it, ordered by name.
 
     Args:
         path: the tar.
-        contents: what it must hold.
+        contents: its expected contents.
 
     Returns:
         The `Images`.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is truncated or corrupt, a class is unknown, missing or without images, an
-            image lies in a class that is not its own, or images are too few or too many. All
-            faults but the first two kinds are collected.
+        FileNotFoundError: if the tar does not exist.
+        ValueError: if it is truncated or corrupt, a class is unknown, missing or without images, an
+            image lies in the tar of a different class, or there are too few or too many images. It
+            lists all faults except the first two kinds.
 
     Example:
         >>> index_train(Path("/no/train.tar"), Contents(("n01440764",), (), 1))
@@ -104,14 +104,14 @@ def index_train(path: Path, contents: Contents) -> Images:
         found += [(labels[wnid], member) for member in members]
     found.sort(key=lambda entry: entry[1].name)
     faults = [
-        ("tars that are of no known class", unknown),
+        ("tars of unknown classes", unknown),
         (
-            "classes that are there more than once",
+            "classes that occur more than once",
             [name for name, count in seen.items() if count > 1],
         ),
         ("missing classes", [name for name in contents.classes if name not in seen]),
         ("classes without images", empty),
-        ("images in a class that is not their own", astray),
+        ("images in the tar of a different class", astray),
         ("images of the same name", _repeated(member.name for _, member in found)),
     ]
     _check(path, faults, len(found), contents.train_size)
@@ -119,19 +119,19 @@ def index_train(path: Path, contents: Contents) -> Images:
 
 
 def index_validation(path: Path, contents: Contents) -> Images:
-    """Index the validation tar, ordered by name, as the list of its classes is.
+    """Indexes the validation tar, ordered by name like the list of its classes.
 
     Args:
         path: the tar.
-        contents: what it must hold.
+        contents: its expected contents.
 
     Returns:
         The `Images`.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is truncated or corrupt, a class is unknown, or images are too few or too
-            many.
+        FileNotFoundError: if the tar does not exist.
+        ValueError: if it is truncated or corrupt, a class is unknown, or there are too few or too
+            many images.
 
     Example:
         >>> index_validation(Path("/no/val.tar"), Contents(("n01440764",), (), 1))
@@ -150,21 +150,21 @@ def index_validation(path: Path, contents: Contents) -> Images:
 
 
 def load_index(split: str, path: Path, contents: Contents, folder: Path) -> Images:
-    """The images of a tar: from the index of an earlier run if that still fits, else made anew.
+    """Loads the index of a tar that an earlier run wrote, or makes and writes it.
 
     Args:
         split: "train" or "test".
         path: the tar.
-        contents: what it must hold.
-        folder: keeps the index, about 20 MB. It is written under another name and renamed.
+        contents: its expected contents.
+        folder: folder of the index (about 20 MB), which is written atomically.
 
     Returns:
         The `Images`.
 
     Raises:
-        FileNotFoundError: the tar is not there.
-        ValueError: see `index_train` and `index_validation`; or the index is corrupt.
-        OSError: `folder` cannot be written.
+        FileNotFoundError: if the tar does not exist.
+        ValueError: as for `index_train` and `index_validation`, or if the index is corrupt.
+        OSError: if `folder` cannot be written.
 
     Example:
         >>> load_index("train", Path("/no/train.tar"), Contents((), (), 0), Path("/no"))
@@ -183,14 +183,14 @@ def load_index(split: str, path: Path, contents: Contents, folder: Path) -> Imag
         write_index(index, images)
     except OSError as error:
         raise OSError(
-            f"`data_dir` {folder} cannot be written ({error}): "
-            "give another one or set JAXPRUNE_DATA_DIR"
+            f"`data_dir` must be writable, but writing to {folder} failed ({error}): "
+            "give a different folder or set JAXPRUNE_DATA_DIR."
         ) from error
     return images
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
-    """Names that occur more than once."""
+    """Lists the names that occur more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -202,9 +202,8 @@ def _check(path: Path, faults: list[tuple[str, list[str]]], count: int, expected
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             bad.append(f"{kind}: {', '.join(names[:_SHOWN])}{more}")
     if count != expected:
-        bad.append(f"{count} images where {expected} must be")
+        bad.append(f"{count} images, but there must be {expected}")
     if bad:
         raise ValueError(
-            f"{path} is not what it must be: {'; '.join(bad)}. Delete it and get it again. "
-            f"{HOW_TO_GET}"
+            f"{path} has wrong contents: {'; '.join(bad)}. Delete it and get it again. {HOW_TO_GET}"
         )

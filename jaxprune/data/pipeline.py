@@ -1,4 +1,4 @@
-"""From a data set in memory to batches: which examples, augmented how, in what units.
+"""Turns a data set in memory into batches: chooses examples, augments and normalises them.
 
 data = load("fashion_mnist")
 images = jax.device_put(data.train.images)             # once: the whole set lives on the device
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def index_batches(size: int, batch_size: int, *, seed: int) -> "grain.DatasetIterator[Any]":
-    """Iterate forever over shuffled batches of example indices.
+    """Iterates forever over shuffled batches of example indices.
 
-    Each epoch is a fresh permutation of 0 .. size - 1 that depends on `seed` and the epoch only,
+    Each epoch is a fresh permutation of 0 .. size - 1 that depends only on `seed` and the epoch,
     cut into size // batch_size batches. Batches are always full and never span two epochs: the
-    size % batch_size examples at the end of the permutation sit that epoch out, and since it is
-    reshuffled they are different ones each time.
+    size % batch_size examples at the end of the permutation are skipped in that epoch, different
+    ones in each.
 
-    The iterator's `get_state()` is a dict of ints (`{"next_index": batches handed out so far}`),
-    so it goes into JSON as it is; `set_state()` of a new iterator with the same arguments
-    continues exactly there, for the price of one permutation. Size, batch size and seed are not
-    part of the state: keep them with the configuration.
+    The iterator's `get_state()` is a dict of ints (`{"next_index": number of batches so far}`),
+    ready for JSON. `set_state()` of a new iterator with the same arguments continues exactly there,
+    for the price of one permutation. Size, batch size and seed are not part of the state: store
+    them with the configuration.
 
     Args:
         size: number of examples.
@@ -40,7 +40,7 @@ def index_batches(size: int, batch_size: int, *, seed: int) -> "grain.DatasetIte
         A Grain iterator over int32 [batch_size] NumPy arrays.
 
     Raises:
-        ValueError: an argument is out of range; all of them are named.
+        ValueError: if an argument is out of range; it lists all of them.
 
     Example:
         >>> batches = index_batches(10, 5, seed=0)
@@ -58,7 +58,7 @@ def index_batches(size: int, batch_size: int, *, seed: int) -> "grain.DatasetIte
             "every batch is full, so choose one that the data set can fill"
         )
     if not 0 <= seed < 2**64:
-        bad.append(f"`seed` must be in 0 .. 2**64 - 1; got {seed}: choose another")
+        bad.append(f"`seed` must be in 0 .. 2**64 - 1; got {seed}: choose a different one")
     if bad:
         raise ValueError("; ".join(bad))
     import grain
@@ -67,7 +67,7 @@ def index_batches(size: int, batch_size: int, *, seed: int) -> "grain.DatasetIte
 
     @functools.lru_cache(maxsize=1)
     def permutation(epoch: int) -> np.ndarray:
-        # The raw output of Philox is the same in every NumPy, which `permutation` does not promise.
+        # Philox's raw output is the same in every version of NumPy; `permutation` promises nothing.
         draws = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
         return np.argsort(draws, kind="stable").astype(np.int32)
 
@@ -75,30 +75,31 @@ def index_batches(size: int, batch_size: int, *, seed: int) -> "grain.DatasetIte
         start = within * batch_size
         return permutation(index // per_epoch)[start : start + batch_size].copy()
 
-    # Grain's own shuffle and batch take 9 us an example (1.2 ms a batch of 128, 4.8 ms of 512);
-    # with whole batches as elements it is .04 and .12 ms. No threads: nothing here waits.
+    # Grain's own shuffle and batch take 9 us per example (1.2 ms for a batch of 128, 4.8 ms for
+    # 512); with whole batches as elements it is 0.04 and 0.12 ms. Threads would not help, as
+    # nothing here waits.
     dataset = grain.MapDataset.range(per_epoch).repeat().map_with_index(batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
 
 def augment(key: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.Array:
-    """Shift each image by up to `pad` pixels either way, and mirror about half of them.
+    """Shifts each image by up to `pad` pixels in each direction, and mirrors about half of them.
 
     Each image is padded with `pad` zeros on all sides, and a window of the old size is cut out at
     an offset drawn from 0 .. 2 * pad for each axis. Then, if `flip`, it is mirrored left to right
-    with probability 1/2. With pad 0 and no flip the images come back as they are.
+    with probability 1/2. With pad 0 and no flip the images are returned unchanged.
 
     Args:
-        key: one key per batch; every image gets draws of its own.
-        images: [B, H, W, C], any type. Zero is the padding, so augment before normalizing.
-        pad: pixels on each side; static.
-        flip: whether to mirror; static. Leave it off where left and right mean something (digits).
+        key: one key per batch; every image gets separate draws.
+        images: [B, H, W, C], any dtype. The padding is 0, so augment before normalizing.
+        pad: number of pixels on each side; static.
+        flip: whether to mirror; static. Use False where left and right have a meaning (digits).
 
     Returns:
-        [B, H, W, C] of the same type.
+        [B, H, W, C] of the same dtype.
 
     Raises:
-        ValueError: `pad` is negative or `images` has not four dimensions.
+        ValueError: if `pad` is negative or `images` does not have four dimensions.
 
     Example:
         >>> images = jnp.ones((2, 8, 8, 1), jnp.uint8)
@@ -121,7 +122,7 @@ def augment(key: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.A
 
 
 def _crop(images: jax.Array, offsets: jax.Array, pad: int) -> jax.Array:
-    """Pad with zeros and cut a window of the old size at offsets [B, 2]."""
+    """Pads with zeros and cuts out windows of the old size at offsets [B, 2]."""
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
     def window(image: jax.Array, offset: jax.Array) -> jax.Array:
@@ -136,19 +137,20 @@ def normalize(
     std: Sequence[float],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Scale pixels to zero mean and unit variance: (images / 255 - mean) / std.
+    """Scales pixels to zero mean and unit variance: (images / 255 - mean) / std.
 
     Args:
         images: [..., C], uint8 or float, in 0 .. 255.
-        mean: per channel, of images / 255; Python floats.
-        std: per channel, of images / 255; Python floats.
-        dtype: of the result. The arithmetic is float32.
+        mean: mean of images / 255 per channel; Python floats.
+        std: standard deviation of images / 255 per channel; Python floats.
+        dtype: dtype of the result. The arithmetic is float32.
 
     Returns:
-        [..., C] of type `dtype`.
+        [..., C] of dtype `dtype`.
 
     Raises:
-        ValueError: `mean` or `std` has not one entry per channel, or a deviation is not positive.
+        ValueError: if `mean` or `std` does not have one entry per channel, or a deviation is not
+            positive.
 
     Example:
         >>> normalize(jnp.array([[0, 255]], jnp.uint8), (0.5, 0.5), (0.5, 0.25))
@@ -164,7 +166,7 @@ def normalize(
         bad.append(f"`std` must be positive; got {tuple(std)}: use 1 for a constant channel")
     if bad:
         raise ValueError("; ".join(bad))
-    # Folded in float64, so that one multiplication and one addition per pixel remain.
+    # Fold the constants in float64; one multiplication and one addition per pixel remain.
     divisor = np.asarray(std, np.float64)
     scale = (1 / (255 * divisor)).astype(np.float32)
     shift = (-np.asarray(mean, np.float64) / divisor).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What every data set looks like once it is loaded."""
+"""The form of every data set in memory: two splits of images and labels."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A training and a test split, and what `normalize` needs to know.
+    """A training and a test split, with the statistics for `normalize`.
 
     Example:
         >>> Dataset._fields
@@ -29,26 +29,26 @@ class Dataset(NamedTuple):
     train: Split
     test: Split
     num_classes: int
-    mean: tuple[float, ...]  # per channel, of the training images / 255
-    std: tuple[float, ...]  # per channel, of the training images / 255
+    mean: tuple[float, ...]  # of the training images / 255, per channel
+    std: tuple[float, ...]  # of the training images / 255, per channel
 
 
 def make_dataset(name: str, train: Split, test: Split, num_classes: int) -> Dataset:
-    """Put two splits together with the mean and standard deviation of the training images.
+    """Makes a data set of two splits and computes mean and deviation of the training images.
 
     The sums are taken in integers, so the statistics do not depend on the order of the images.
 
     Args:
-        name: what to call the data set.
+        name: name of the data set.
         train: images uint8 [N, H, W, C] and labels int32 [N].
-        test: the same, for testing.
+        test: images and labels for testing, of the same form.
         num_classes: labels are 0 .. num_classes - 1.
 
     Returns:
         The `Dataset`.
 
     Raises:
-        ValueError: a shape, a type or a label does not fit; all of them are named.
+        ValueError: if a shape, a dtype or a label does not fit; it lists all of them.
 
     Example:
         >>> images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)
@@ -58,7 +58,7 @@ def make_dataset(name: str, train: Split, test: Split, num_classes: int) -> Data
     """
     bad = _problems("train", train, num_classes) + _problems("test", test, num_classes)
     if not bad and train.images.shape[1:] != test.images.shape[1:]:
-        bad = [f"train is {train.images.shape[1:]} an image and test {test.images.shape[1:]}"]
+        bad = [f"train images are {train.images.shape[1:]}, test images {test.images.shape[1:]}"]
     if bad:
         raise ValueError(f"data set `{name}` does not fit together: {'; '.join(bad)}")
     mean, std = _mean_and_std(train.images)
@@ -66,7 +66,7 @@ def make_dataset(name: str, train: Split, test: Split, num_classes: int) -> Data
 
 
 def _problems(name: str, split: Split, num_classes: int) -> list[str]:
-    """What is wrong with one split, in words."""
+    """Lists what is wrong with one split."""
     images, labels = split
     if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
         return [f"{name} images must be uint8 [N, H, W, C]; got {images.dtype} {images.shape}"]
@@ -79,11 +79,11 @@ def _problems(name: str, split: Split, num_classes: int) -> list[str]:
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of images / 255, per channel."""
+    """Computes mean and standard deviation of images / 255, per channel."""
     count = images[..., 0].size
     axes = (0, 1, 2)
     mean = images.sum(axis=axes, dtype=np.uint64) / count
-    # 255^2 fits in 16 bits: the squares take twice the memory of the images, not eight times.
+    # 255**2 fits in 16 bits, so the squares take twice the memory of the images, not eight times.
     mean_square = np.square(images, dtype=np.uint16).sum(axis=axes, dtype=np.uint64) / count
     std = np.sqrt(np.maximum(mean_square - mean**2, 0.0))
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

@@ -1,4 +1,4 @@
-"""Images made from a seed, of any shape: for benchmarks and tests."""
+"""Images of any shape made from a seed, for benchmarks and tests."""
 
 import numpy as np
 
@@ -15,10 +15,10 @@ def make_synthetic(
     test_size: int = 256,
     seed: int = 0,
 ) -> tuple[Split, Split, int]:
-    """Make images that a network can learn: each class has a coarse pattern, half hidden by noise.
+    """Makes images that a network can learn: each class has a coarse pattern under noise.
 
     A pixel is pattern // 2 + noise // 2, both uniform in 0 .. 255; labels are uniform. The same
-    arguments give the same arrays, on every machine and in every NumPy.
+    arguments give the same arrays on every machine and in every version of NumPy.
 
     Args:
         image_shape: height, width and channels.
@@ -31,7 +31,7 @@ def make_synthetic(
         The training split, the test split and `num_classes`.
 
     Raises:
-        ValueError: a number is out of range; all of them are named.
+        ValueError: if a number is out of range; it lists all of them.
 
     Example:
         >>> train, test, _ = make_synthetic(image_shape=(8, 8, 1), train_size=6, test_size=3)
@@ -60,26 +60,26 @@ def make_synthetic(
 def _split(
     patterns: np.ndarray, seed: int, stream: int, size: int, image_shape: tuple[int, int, int]
 ) -> Split:
-    """Labels from stream `stream` and noisy images from the stream after it."""
+    """Makes labels from stream `stream` and noisy images from the next stream."""
     height, width, channels = image_shape
     draws = _philox(seed, stream).random_raw(size)
     labels = (draws % np.uint64(len(patterns))).astype(np.int32)
     rows = np.arange(height) * _CELLS // height
     columns = np.arange(width) * _CELLS // width
     images = _bytes(seed, stream + 1, (size, height, width, channels)) // 2
-    # One image at a time: all patterns at full size could be larger than the data set.
+    # Add one image at a time: all patterns at full size could be larger than the data set.
     for image, label in zip(images, labels, strict=True):
         image += patterns[label][rows[:, None], columns[None, :]] // 2
     return Split(images, labels)
 
 
 def _philox(seed: int, stream: int) -> np.random.Philox:
-    """One of many independent streams of a seed."""
+    """Returns one of many independent streams of a seed."""
     return np.random.Philox(key=np.array([seed, stream], np.uint64))
 
 
 def _bytes(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform uint8 numbers; the raw output of Philox is the same in every NumPy."""
+    """Draws uniform uint8 numbers; Philox's raw output is the same in every version of NumPy."""
     count = int(np.prod(shape))
     words = _philox(seed, stream).random_raw(-(-count // 8))
     return words.astype("<u8", copy=False).view(np.uint8)[:count].reshape(shape)

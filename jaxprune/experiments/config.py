@@ -1,8 +1,9 @@
-"""Configurations of the training scripts: every knob of a run, and the named sets of them."""
+"""The configuration of a run: every option, its range, and named sets of options."""
 
 import dataclasses
 import math
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ModelName = Literal[
     "resnet8", "resnet20", "resnet32", "resnet56", "resnet110",
@@ -19,76 +20,111 @@ _PATTERNED = ("none", "agip", "gradient", "magnitude", "saliency", "random")
 Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
 
 
+Range = tuple[str, Callable[[Any], bool]]  # a rule in words, and whether a value obeys it
+
+
+def _ranges() -> dict[str, Range]:
+    """Returns the range of each number, by name."""
+    at_least_0 = "at least 0", lambda x: x >= 0
+    at_least_1 = "at least 1", lambda x: x >= 1
+    above_0 = "above 0", lambda x: 0 < x < math.inf
+    below_1 = "in [0, 1)", lambda x: 0 <= x < 1
+    fraction = "in [0, 1]", lambda x: 0 <= x <= 1
+    groups: dict[Range, tuple[str, ...]] = {
+        at_least_0: (
+            "steps", "pad", "warmup_steps", "weight_decay", "chunk", "seed", "switches",
+            "switch_steps", "multiple", "rewarm_steps", "validation", "process", "workers",
+            "threads",
+        ),
+        at_least_1: (
+            "batch_size", "eval_batch_size", "image_size", "prune_every", "eval_every",
+            "save_every", "parts", "processes", "host_timeout", "log_every", "init_images",
+            "switch_delay",
+        ),
+        above_0: ("epochs", "learning_rate"),
+        below_1: ("sparsity", "momentum", "label_smoothing", "ema", "regrow", "drop", "saving"),
+        fraction: ("prune_start", "prune_stop", "phase", "small_until"),
+        ("in (0, 1]", lambda x: 0 < x <= 1): ("small_images",),
+        ("in [0, 1)", lambda x: x is None or 0 <= x < 1): ("decay",),
+    }  # fmt: skip
+    return {name: rule for rule, names in groups.items() for name in names}
+
+
+_RANGES = _ranges()
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob of a run; the comments are the help text."""
+    """Every option of a run; the comments are the help text."""
 
-    dataset: DatasetName = "digits"  # images to train on
-    data_dir: str = ""  # folder of prepared data; empty: the user's cache
-    source_dir: str = ""  # folder with the data set's original files; empty: download them
-    image_size: int = 224  # height and width of synthetic images and of ImageNet's crops
-    workers: int = 0  # imagenet2012: processes that decode; 0: threads of this one
-    threads: int = 0  # imagenet2012: of each such process; 0: 1 with workers, 4 without
-    model: ModelName = "resnet8"  # 18, 34, 50, 101: for large images; the others: for small ones
-    widths: str = ""  # of all layers as JSON, such as summary.json has; empty: the published ones
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
-    remat: bool = False  # keep only convolutions for the backward pass: less memory, not on CPU
-    parts: int = 1  # of a batch, one after the other: less memory; fewer as a network gets smaller
-    seed: int = 0  # of initialisation, data order and augmentation
+    dataset: DatasetName = "digits"  # data set to train on
+    data_dir: str = ""  # folder of prepared data; empty = the user's cache
+    source_dir: str = ""  # folder with the data set's original files; empty = download them
+    image_size: int = 224  # height and width of synthetic images and of ImageNet crops, in pixels
+    workers: int = 0  # imagenet2012: processes that decode images; 0 = decode in threads
+    threads: int = 0  # imagenet2012: threads per such process; 0 = 1 with workers, 4 without
+    model: ModelName = (
+        "resnet8"  # resnet18 to 101 are for ImageNet-sized images, the rest for small
+    )
+    widths: str = ""  # widths of all layers as JSON, as in summary.json; empty = the published ones
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
+    remat: bool = False  # recompute cheap operations in the backward pass: less memory, not on CPU
+    parts: int = 1  # micro-batches per batch (less memory); lowered as the network shrinks
+    seed: int = 0  # seed of initialization, data order and augmentation
 
     epochs: float = 30.0  # passes over the training images
-    steps: int = 0  # training steps; 0: as many as the epochs give
+    steps: int = 0  # training steps; 0 = follow from epochs
     batch_size: int = 128  # images per step, over all devices
-    pad: int = 0  # augmentation: shift by up to so many pixels
+    pad: int = 0  # augmentation: shift images by up to this many pixels
     flip: bool = False  # augmentation: mirror half of the images
-    small_images: float = 1.0  # height and width of the images at first, relative to the data's
-    small_until: float = 0.3  # until when images are small, as a fraction of all steps
-    validation: int = 0  # so many training images, the last ones, take the place of the test images
+    small_images: float = 1.0  # size of the images at first, relative to the data set's; 1 = off
+    small_until: float = 0.3  # fraction of all steps after which images have their full size
+    validation: int = 0  # hold out the last N training images and evaluate on them instead
 
-    learning_rate: float = 0.1  # the highest one, after the warm-up
-    schedule: Literal["cosine", "steps"] = "cosine"  # cosine: falls to 0; steps: x .1 at 1/2, 3/4
+    learning_rate: float = 0.1  # highest learning rate, reached after the warm-up
+    schedule: Literal["cosine", "steps"] = "cosine"  # cosine to 0, or times 0.1 at 1/2 and 3/4
     warmup_steps: int = 0  # steps in which the learning rate rises from 0 to its peak
-    momentum: float = 0.9  # of SGD, in [0, 1)
-    nesterov: bool = False  # Nesterov's momentum
-    weight_decay: float = 5e-4  # of kernels; biases and norm parameters have none
+    momentum: float = 0.9  # momentum of SGD, in [0, 1)
+    nesterov: bool = False  # use Nesterov's momentum
+    weight_decay: float = 5e-4  # weight decay of kernels; biases and norms have none
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
-    ema: float = 0.0  # decay of an average of the parameters that is tested instead; 0: none
+    ema: float = 0.0  # decay of the parameter average (EMA) used for evaluation; 0 = off
 
-    method: Method = "agip"  # none: dense; gradient: agip by gradient alone; see docs/methods.md
-    sparsity: float = 0.72  # fraction of the kernels' weights that end as zeros, in [0, 1)
-    prune_start: float = 0.1  # when sparsity starts to rise, as a fraction of all steps
-    prune_stop: float = 0.6  # when sparsity is reached, as a fraction of all steps
+    method: Method = "agip"  # pruning method, see docs/methods.md; none trains a dense network
+    sparsity: float = 0.72  # fraction of prunable weights that are zero in the end, in [0, 1)
+    prune_start: float = 0.1  # fraction of all steps at which sparsity starts to rise
+    prune_stop: float = 0.6  # fraction of all steps at which sparsity is reached
     prune_every: int = 100  # steps between two mask updates
-    budget: Budget = "default"  # default: the method's own; global: one ranking of all weights
-    decay: float | None = 0.99  # agip: of the average of gradients; None: use the momentum
-    regrow: float = 0.0  # agip: fraction of the kept weights that moves at the first mask update
+    budget: Budget = "default"  # sparsity per layer: the method's rule, one global ranking, ...
+    decay: float | None = 0.99  # agip: decay of the gradient average; None = use the momentum
+    regrow: float = 0.0  # agip: fraction of kept weights that moves at the first mask update
     rate: Literal["none", "density", "statistic"] = "none"  # agip: what survivors' rates adapt to
-    drop: float = 0.3  # set, rigl: fraction of the kept weights that moves at the first mask update
+    drop: float = 0.3  # set, rigl: fraction of kept weights that moves at the first mask update
     phase: float = 0.05  # acdc: length of a phase, as a fraction of all steps
-    pattern: Pattern = "weights"  # weights: which of them fall together; 4x4: inputs x outputs
+    pattern: Pattern = "weights"  # weights pruned together: single, n:m, inputs x outputs, filters
     granularity: Literal["weights", "channels"] = "weights"  # channels: agip, magnitude, random
-    compact: bool = False  # channels: remove what is masked while training goes on
-    switches: int = 4  # compact: how often at most
+    compact: bool = False  # channels: remove masked channels while training
+    switches: int = 4  # compact: highest number of switches to a smaller network
     saving: float = 0.2  # compact: fraction of a step that a switch must save at least
-    switch_steps: float = 50.0  # compact: what a switch costs, in steps of the dense network
-    switch_delay: int = 10  # compact: steps in which the next network is compiled meanwhile
+    switch_steps: float = 50.0  # compact: price of a switch, in steps of the dense network
+    switch_delay: int = 10  # compact: steps in which the next network compiles in the background
     rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
-    multiple: int = 0  # compact: of the widths that are left; 0: 8 on accelerators, 1 on CPU
-    init_images: int = 1024  # snip, grasp: training images that are scored, in a single batch
+    multiple: int = 0  # compact: round widths up to this multiple; 0 = 8 on accelerators, 1 on CPU
+    init_images: int = 1024  # snip, grasp: training images to score with, as one batch
 
-    mesh: str = ""  # such as data=4,fsdp=2; fsdp splits parameters too; empty: data=all devices
+    mesh: str = ""  # device mesh such as data=4,fsdp=2; fsdp also splits parameters; empty = data
     coordinator: str = ""  # several processes: address of the first, such as 10.0.0.1:1234
-    processes: int = 1  # with coordinator: how many there are
-    process: int = 0  # with coordinator: which one this is
-    host_timeout: int = 100  # seconds after which a process that is not heard of is lost
+    processes: int = 1  # with coordinator: number of processes
+    process: int = 0  # with coordinator: number of this process, from 0
+    host_timeout: int = 100  # seconds without a sign of life after which a process is lost
 
-    workdir: str = ""  # folder of all outputs; empty: runs/ and a name made of the main options
-    overwrite: bool = False  # delete the run that the workdir holds and start afresh
+    workdir: str = ""  # folder of all outputs; empty = runs/ and a name made of the main options
+    overwrite: bool = False  # delete the run that the workdir holds and start again
     eval_every: int = 200  # steps between two evaluations on the test images
-    eval_batch_size: int = 512  # images per step of an evaluation
+    eval_batch_size: int = 512  # images per evaluation step
     save_every: int = 500  # steps between two checkpoints
     log_every: int = 50  # steps between two lines of metrics
-    chunk: int = 0  # steps per call; 0: 1 on CPU (convolutions in loops are slow there), else 50
+    chunk: int = 0  # steps per call; 0 = 1 on CPU (convolutions in loops are slow there), else 50
 
     def __post_init__(self) -> None:
         """Checks every value; one error names all that are out of range."""
@@ -99,23 +135,10 @@ class Config:
             for name, names in choices.items()
             if getattr(self, name) not in names
         ]
-        at_least_0 = "steps pad warmup_steps weight_decay chunk seed switches switch_steps multiple"
-        at_least_0 += " rewarm_steps validation process workers threads"
-        at_least_1 = "batch_size eval_batch_size image_size prune_every eval_every save_every parts"
-        at_least_1 += " processes host_timeout"
-        fractions = "sparsity momentum label_smoothing ema regrow drop saving"
-        rules = [
-            ("at least 0", lambda x: x >= 0, at_least_0),
-            ("at least 1", lambda x: x >= 1, f"{at_least_1} log_every init_images switch_delay"),
-            ("above 0", lambda x: 0 < x < math.inf, "epochs learning_rate"),
-            ("in [0, 1)", lambda x: 0 <= x < 1, fractions),
-            ("in [0, 1)", lambda x: x is None or 0 <= x < 1, "decay"),
-            ("in [0, 1]", lambda x: 0 <= x <= 1, "prune_start prune_stop phase small_until"),
-            ("in (0, 1]", lambda x: 0 < x <= 1, "small_images"),
-        ]
-        for rule, holds, names in rules:
-            values = [(name, getattr(self, name)) for name in names.split()]
-            bad += [f"`{name}` must be {rule}; got {x}" for name, x in values if not holds(x)]
+        for name, (rule, holds) in _RANGES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                bad.append(f"`{name}` must be {rule}; got {value}")
         if self.granularity == "channels" and self.method not in _OF_CHANNELS:
             names = ", ".join(_OF_CHANNELS)
             bad.append(f"`method` must be one of {names} with channels; got {self.method!r}")
@@ -136,8 +159,8 @@ class Config:
             bad.append(f"`parts` must divide `batch_size` ({self.batch_size}); got {self.parts}")
         if self.compact and self.switch_delay >= self.prune_every:
             bad.append(
-                f"`switch_delay` must be less than `prune_every` ({self.prune_every}): masks must "
-                f"not change meanwhile; got {self.switch_delay}"
+                f"`switch_delay` must be less than `prune_every` ({self.prune_every}), as masks "
+                f"must not change before the switch; got {self.switch_delay}"
             )
         if self.prune_stop < self.prune_start:
             bad.append(
@@ -191,7 +214,7 @@ CONFIGS = {
         Config(dataset="fashion_mnist", model="resnet20", pad=2, flip=True, eval_every=500),
     ),
     "synthetic_resnet50": (
-        "ResNet-50 on made-up ImageNet-sized images: a benchmark.",
+        "ResNet-50 on synthetic ImageNet-sized images: a benchmark.",
         Config(
             dataset="synthetic", model="resnet50", dtype="bfloat16", steps=200, eval_batch_size=128
         ),
@@ -201,11 +224,11 @@ CONFIGS = {
         _IMAGENET,
     ),
     "imagenet_resnet50_agip": (
-        "The same with AGIP: 72 % of the weights go between 10 and 60 % of the steps.",
+        "The same with AGIP: 72 % of the weights are pruned between 10 % and 60 % of the steps.",
         dataclasses.replace(_IMAGENET, method="agip"),
     ),
     "imagenet_resnet50_rewind": (
-        "The same for scripts/rewind.py: step schedule, retraining at the early learning rate.",
+        "The same for scripts/rewind.py: a step schedule, retrained at the early learning rate.",
         dataclasses.replace(_IMAGENET, schedule="steps", ema=0.0),
     ),
 }

@@ -3,8 +3,7 @@
 import resource
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
@@ -12,52 +11,44 @@ import optax
 
 import jaxprune
 from jaxprune import checkpoints, models, processes, reports, structure, training
-from jaxprune.experiments import stages
-from jaxprune.experiments.config import Config
-from jaxprune.experiments.experiment import Experiment, make_optimizer
+from jaxprune.experiments.optimizer import make_optimizer
 from jaxprune.logs import MetricsLog
+
+if TYPE_CHECKING:
+    from jaxprune.experiments.train import Run
 
 Records = Sequence[Mapping[str, Any]]  # as in metrics.jsonl
 
 
-def write_results(
-    config: Config,
-    experiment: Experiment,
-    present: stages.Present,
-    state: training.TrainState,
-    masks: Any,
-    log: MetricsLog,
-    measured: Mapping[str, Any],
-    workdir: Path,
-) -> dict[str, Any]:
-    """Writes everything; the summary comes last, because it marks a finished run.
+def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
+    """Writes all results of a finished run; the summary comes last, because it marks the end.
 
     Args:
-        config: of the run.
-        experiment: of the run.
-        present: its last stage.
-        state: at the end.
-        masks: at the end.
-        log: metrics.jsonl; it may have lost lines.
-        measured: sparsity, seconds and peaks.
-        workdir: gets summary.json, summary.txt, report.html, training.png and densities.png.
+        run: it has trained to its end. Its workdir gets summary.json, summary.txt, report.html,
+            training.png and densities.png.
+        state: the state at the end.
 
     Returns:
-        What is in summary.json.
+        The contents of summary.json.
     """
-    state, masks = jax.tree.map(processes.on_host, (state, masks))
+    workdir, log = run.workdir, run.metrics
+    measured = (
+        {"sparsity": run.sparsity(state)} | run.total | peaks(run.stages.peak_bytes, run.peaks)
+    )
+    dense = make_optimizer(run.config, optax.constant_schedule(0), None)
+    state, masks = jax.tree.map(processes.on_host, (state, run.masks(state)))
     table = jaxprune.summarize(state.params, masks)
-    records = log.records
-    summary = summarize(config, state, masks, records, log.lost) | dict(measured)
+    summary = figures(log.records, int(state.step), log.lost)
+    summary |= sizes(state, masks, dense) | environment() | measured
     summary |= {"records": log.count}
-    summary |= {"switches": list(present.history)}
+    summary |= {"switches": list(run.stages.shrinking.history)}
     summary |= {"widths": models.widths_of(state.params)._asdict()}
-    summary |= {"macs": stages.costs(config, experiment, present)["macs"]}
+    summary |= {"macs": run.stages.shrinking.cost}
     if not processes.is_first():
         return summary
-    reports.plot_training({config.method: records}, workdir / "training.png")
+    reports.plot_training({run.config.method: log.records}, workdir / "training.png")
     reports.plot_densities(table, workdir / "densities.png")
-    write_page(config, present, state, summary, records, workdir / "report.html")
+    write_page(run, state, summary)
     text = f"{table}\n\n" + "\n".join(f"{name:22} {value}" for name, value in summary.items())
     checkpoints.write_text(workdir / "summary.txt", text + "\n")
     checkpoints.write_json(workdir / "summary.json", summary)
@@ -65,19 +56,18 @@ def write_results(
     return summary
 
 
-def summarize(
-    config: Config, state: training.TrainState, masks: Any, records: Records, lost: int
+def sizes(
+    state: training.TrainState, masks: Any, dense: optax.GradientTransformation
 ) -> dict[str, Any]:
-    """What other scripts read from summary.json."""
+    """Returns counts and bytes of a state; `dense` is its optimizer without pruning."""
 
     def nbytes(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     total = jaxprune.summarize(state.params, masks).total
     dense_bytes, sparse_bytes = reports.checkpoint_bytes(state.params, masks)
-    dense = make_optimizer(config, optax.constant_schedule(0), None)
     state_bytes = nbytes(state.opt_state)
-    return figures(records, int(state.step), lost) | {
+    return {
         "parameters": total.parameters,
         "nonzeros": total.nonzeros,
         "dense_bytes": dense_bytes,
@@ -85,6 +75,12 @@ def summarize(
         "state_bytes": state_bytes,
         "pruning_state_bytes": state_bytes - nbytes(jax.eval_shape(dense.init, state.params)),
         "steps": int(state.step),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Returns the device and the versions that a result was made with."""
+    return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, jaxprune)},
     }
@@ -123,50 +119,45 @@ def figures(records: Records, end: int, lost: int) -> dict[str, Any]:
     return found | {"missing": missing}
 
 
-def write_page(
-    config: Config,
-    present: stages.Present,
-    state: training.TrainState,
-    summary: Mapping[str, Any],
-    records: Records,
-    path: Path,
-) -> None:
-    """The story of a run as a page."""
-    widths, network = {}, present.stage.network
-    if network is not None and config.method != "none":
-        keep = structure.masked_channels(network.groups, state.opt_state)
-        widths = {
-            name: (group.full, int(keep[name].sum())) for name, group in network.groups.items()
-        }
+def write_page(run: "Run", state: training.TrainState, summary: Mapping[str, Any]) -> None:
+    """Writes the story of a run as a page."""
+    config, groups = run.config, run.stages.stage.groups
+    widths = {}
+    if groups and config.method != "none":
+        keep = structure.masked_channels(groups, state.opt_state)
+        widths = {name: (group.full, int(keep[name].sum())) for name, group in groups.items()}
     facts = {
         "Test accuracy": f"{summary['test_accuracy']:.2%}",
         "Parameters": summary["parameters"],
-        "MACs of an image": summary["macs"],
+        "MACs per image": summary["macs"],
         "Training": f"{summary['seconds']:.0f} s, {summary['steps']} steps",
         "Sparsity": f"{summary['sparsity']:.1%}",
         "Device": summary["device"],
         "Versions": summary["versions"],
     }
-    title = f"{config.model} on {config.dataset}: {config.method}, seed {config.seed}"
-    switches = summary["switches"]
     reports.write_page(
-        path, title=title, records=records, switches=switches, facts=facts, widths=widths
+        run.workdir / "report.html",
+        title=f"{config.model} on {config.dataset}: {config.method}, seed {config.seed}",
+        records=run.metrics.records,
+        switches=summary["switches"],
+        facts=facts,
+        widths=widths,
     )
 
 
-def peaks(present: stages.Present, earlier: Mapping[str, Any]) -> dict[str, int | None]:
-    """The most bytes so far, of this process and of those that trained before it.
+def peaks(step_bytes: int, earlier: Mapping[str, Any]) -> dict[str, int | None]:
+    """Returns the most bytes so far, of this process and of those that trained before it.
 
     Args:
-        present: the stage of the run.
-        earlier: what this has returned before; checkpoints hold it.
+        step_bytes: of a step of the present stage.
+        earlier: what this function has returned before; checkpoints hold it.
 
     Returns:
         Bytes by name; None where the device does not count.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     now = {
-        "step_peak_bytes": present.peak_bytes,
+        "step_peak_bytes": step_bytes,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -1,46 +1,70 @@
-"""Where the images of a run come from: a small set that lives on the devices, or files.
+"""The images of a run: a small data set that lives on the devices, or files.
 
-A small set is decoded once; a batch is a row of indices. Of ImageNet each process reads, decodes
-and crops its part of every batch, in workers beside the training.
+A small data set is decoded once, and a batch is a row of indices. For ImageNet, workers beside the
+training read, decode and crop this process's part of every batch.
 """
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxprune import data, sharding
 from jaxprune.experiments.config import Config
 
+Size = tuple[int, int]  # height and width of images
+
 
 class Source(NamedTuple):
-    """Images, and how a network gets them."""
+    """A data set, and how a network gets its images."""
 
     size: int  # training images
     image_shape: tuple[int, ...]  # height, width, channels
     num_classes: int
     train: Any  # data.Split on the devices; None where batches are read
     test: Any  # the same, or a function that yields batches, see training.make_evaluate
-    batches: Callable[[int, int], Iterator[Any]]  # (seed, number of the first), see training.fit
-    first: Callable[[int], data.Split]  # so many images of the training set, in memory
+    batches: Callable[[int, int], Iterator[Any]]  # (seed, first batch), see training.fit
+    first: Callable[[int], data.Split]  # the first training images, in memory
     augment: Callable[[jax.Array, jax.Array], jax.Array]  # (key, uint8 images) -> uint8 images
     prepare: Callable[[jax.Array], jax.Array]  # uint8 images -> what the model takes
     fingerprint: Callable[[], int]  # of the data; the same on all processes
+    example: Any  # a few prepared images on all devices, or their shapes
 
 
 def open_source(config: Config, mesh: Mesh) -> Source:
-    """The data set of a configuration; errors are for the user."""
-    return files(config) if config.dataset == "imagenet2012" else resident(config, mesh)
+    """Opens the data set of a configuration."""
+    return files(config, mesh) if config.dataset == "imagenet2012" else resident(config, mesh)
+
+
+def image_sizes(config: Config, full: Size, steps: int) -> Mapping[int, Size]:
+    """Returns step -> size of the training images from then on."""
+    if config.small_images == 1 or config.small_until == 0:
+        return {0: full}
+    height, width = (round(side * config.small_images) for side in full)
+    if min(height, width) < 4:
+        raise ValueError(
+            f"`small_images` {config.small_images} makes images of {height} x {width} pixels of "
+            f"{full[0]} x {full[1]}; at least 4 x 4 must be left"
+        )
+    # With the last mask update if both end at the same fraction.
+    growth = min(round(steps * config.small_until), steps - 1) + 1
+    return {0: (height, width), growth: full}
 
 
 def resident(config: Config, mesh: Mesh) -> Source:
-    """A small set, on every device."""
+    """Puts a small data set on every device."""
     dataset = held_out(load_data(config), config.validation)
-    train, test = sharding.replicate((dataset.train, dataset.test), mesh)
+    few = dataset.train.images[:8]
+    train, test, few = sharding.replicate((dataset.train, dataset.test, few), mesh)
+
+    def prepare(images: jax.Array) -> jax.Array:
+        return data.normalize(images, dataset.mean, dataset.std, config.dtype)
+
     size = len(dataset.train.labels)
 
     def batches(seed: int, start: int) -> Iterator[Any]:
@@ -52,7 +76,9 @@ def resident(config: Config, mesh: Mesh) -> Source:
 
     def fingerprint() -> int:
         parts = [*dataset.train, *dataset.test]
-        return functools.reduce(lambda crc, part: zlib.crc32(np.asarray(part), crc), parts, 0)
+        return functools.reduce(
+            lambda crc, part: zlib.crc32(np.asarray(part).tobytes(), crc), parts, 0
+        )
 
     return Source(
         size=size,
@@ -63,13 +89,14 @@ def resident(config: Config, mesh: Mesh) -> Source:
         batches=batches,
         first=lambda count: data.Split(*(part[:count] for part in dataset.train)),
         augment=lambda key, images: data.augment(key, images, pad=config.pad, flip=config.flip),
-        prepare=lambda images: data.normalize(images, dataset.mean, dataset.std, config.dtype),
+        prepare=prepare,
         fingerprint=fingerprint,
+        example=prepare(few),
     )
 
 
-def files(config: Config) -> Source:
-    """ImageNet; crops and mirroring happen where images are decoded."""
+def files(config: Config, mesh: Mesh) -> Source:
+    """Opens ImageNet; crops and mirroring happen where images are decoded."""
     from jaxprune.data import imagenet
 
     found = imagenet.load(config.source_dir or ".", data_dir=config.data_dir or None)
@@ -102,6 +129,9 @@ def files(config: Config) -> Source:
         ) as made:
             return data.Split(*next(made)[:2])
 
+    def prepare(images: jax.Array) -> jax.Array:
+        return data.normalize(images, found.mean, found.std, config.dtype)
+
     def fingerprint() -> int:
         return zlib.crc32(test.labels.tobytes(), zlib.crc32(train.labels.tobytes()))
 
@@ -114,23 +144,24 @@ def files(config: Config) -> Source:
         batches=batches,
         first=first,
         augment=lambda key, images: images,
-        prepare=lambda images: data.normalize(images, found.mean, found.std, config.dtype),
+        prepare=prepare,
         fingerprint=fingerprint,
+        example=sharding.replicate(prepare(jnp.asarray(first(8).images)), mesh),
     )
 
 
 def load_data(config: Config) -> data.Dataset:
-    """A small set; of synthetic images just enough for four batches."""
-    folders = {"data_dir": config.data_dir or None, "source_dir": config.source_dir or None}
+    """Loads a small data set; of synthetic images just enough for four batches."""
     if config.dataset != "synthetic":
-        return data.load(config.dataset, **folders)
+        source = config.source_dir or None
+        return data.load(config.dataset, data_dir=config.data_dir or None, source_dir=source)
     shape = (config.image_size, config.image_size, 3)
-    sizes = {"train_size": 4 * config.batch_size, "test_size": config.batch_size}
-    return data.load("synthetic", image_shape=shape, num_classes=1000, **sizes)
+    options: dict[str, Any] = {"train_size": 4 * config.batch_size, "test_size": config.batch_size}
+    return data.load("synthetic", image_shape=shape, num_classes=1000, **options)
 
 
 def held_out(dataset: data.Dataset, count: int) -> data.Dataset:
-    """The last training images in the place of the test images, to choose options by."""
+    """Holds out the last training images and evaluates on them instead of the test images."""
     size = len(dataset.train.labels)
     if not count:
         return dataset

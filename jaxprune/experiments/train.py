@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import operator
 import shutil
 import signal
 import sys
@@ -32,30 +31,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from flax import nnx
 
 import jaxprune
-from jaxprune import (
-    at_init,
-    budgets,
-    checkpoints,
-    patterns,
-    processes,
-    rates,
-    scores,
-    training,
-    trees,
-)
-from jaxprune.experiments import results, stages
+from jaxprune import checkpoints, processes, training, trees
+from jaxprune.experiments import results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
-from jaxprune.experiments.experiment import Setting, build, rewarmed
+from jaxprune.experiments.experiment import Experiment
+from jaxprune.experiments.optimizer import rewarmed
+from jaxprune.experiments.pruning import pruning_of
+from jaxprune.experiments.stages import Stages, unranked_groups
 from jaxprune.logs import MetricsLog, show_progress
 
-AT_INIT = ("snip", "grasp", "synflow")
-# What may change when a run goes on; all else must be as it was.
+# What may change when a run is resumed; all else must be as it was.
 FREE = {"workdir", "overwrite", "data_dir", "source_dir", "workers", "threads", "mesh"}
 FREE |= {"coordinator", "processes", "process", "host_timeout"}
 SECONDS = "seconds", "cpu_seconds"  # of training, without evaluations and checkpoints
@@ -64,162 +53,216 @@ OUTPUTS = (
     "summary.json", "summary.txt", "report.html", "training.png", "densities.png",
     "metrics.jsonl", "checkpoints", "tensorboard", "config.json",
 )  # fmt: skip
+# Of checkpoints. 1: before 0.1.0; names in the optimizer state and the record of a stage changed.
+FORMAT = 2
 
 
 def train(config: Config) -> dict[str, Any]:
-    """One run, from the configuration to the summary; goes on where an earlier one stopped."""
-    began = clock()
-    workdir = Path(config.workdir or default_workdir(config))
-    options = checkpoints.fields(config, leave_out=FREE)
-    with plain_errors():
-        checkpoints.check_writable(workdir)
-        processes.check_same(options | {"mesh": config.mesh})
-        if config.overwrite:
-            processes.on_first(lambda: delete_run(workdir))
-        saved = processes.on_first(lambda: checkpoints.read_json(workdir / "config.json"))
-        summary = processes.on_first(lambda: checkpoints.read_json(workdir / "summary.json"))
-        if saved is not None:
-            checkpoints.check_config(saved, options, str(workdir))
-        if summary is not None:
-            processes.say((workdir / "summary.txt").read_text())
-            processes.say(f"{workdir} is finished; --overwrite trains it anew.")
-            return summary
+    """Trains one run, from the configuration to the summary; resumes one that was stopped."""
+    run = Run(config)
+    summary = run.open()
+    if summary is not None:
+        return summary
+    state = run.restore()
+    with run.logging():
+        state = run.loop(state)
+    run.close(state)
+    return results.write(run, state)
 
-    def make_pruning(setting: Setting) -> optax.GradientTransformation | None:
-        if config.method in AT_INIT:
-            masks = processes.from_first(masks_at_init(config, setting))
-            return jaxprune.fixed_mask_transform(masks)
-        if config.method == "none":
-            return None
-        if setting.groups is not None:
-            return stages.pruning(config, setting.steps, setting.groups)
-        return gradual_pruning(config, setting.steps)
 
-    experiment = build(config, make_pruning)
-    steps = experiment.steps
-    stage, history, coming = stages.first(experiment), (), None
-    with plain_errors():
-        images = {"the images": experiment.source.fingerprint()}
-        processes.check_same(images)
-        state = experiment.create(config.seed)
-    # Methods that are sparse from the start have masks already.
-    state = state._replace(params=jaxprune.apply_masks(state.params, masks_of(config, state)))
+class Run:
+    """One training run in its folder: what it has reached, and how it is saved.
 
-    # Restore.
-    earlier = np.zeros(2)  # seconds of training before this process
-    peaks: dict[str, Any] = {}  # bytes, of this process and those before it
-    expected = 0  # records of metrics
-    with plain_errors():
-        manager = checkpoints.open_manager(workdir / "checkpoints")
-        record = None
-        if manager.latest_step() is not None:
-            record = checkpoints.read_record(manager)
-            now = options | images
-            checkpoints.check_config(images | record["config"] | record, now, str(workdir))
-            stage = stages.from_record(experiment, record["stage"])
-            state, record = checkpoints.restore(manager, experiment.at(stage).like)
-            history = tuple(record["stage"]["history"])
-            earlier = np.array([record[name] for name in SECONDS])
-            peaks, expected = record.get("peaks", {}), record.get("records", 0)
-            processes.say(f"{workdir}: going on from step {int(state.step)}")
-        present = stages.begin(config, experiment, stage, history)
-        if record is not None:
-            coming = stages.coming_of(config, experiment, present, state, record["stage"])
-    resolved = dataclasses.asdict(config) | {"workdir": str(workdir), "resolved_steps": steps}
-    processes.on_first(lambda: checkpoints.write_json(workdir / "config.json", resolved))
-    batches = experiment.source.batches(config.seed, int(state.step))
-    aside: list[Any] = []  # seconds of evaluations and checkpoints
+    The methods are called in this order: `open`, `restore`, `loop` inside of `logging`, `close`.
 
-    def spent() -> dict[str, float]:
-        return dict(zip(SECONDS, (earlier + clock() - began - sum(aside)).tolist(), strict=True))
+    Args:
+        config: the configuration.
+    """
 
-    def save(step: int, state: training.TrainState) -> None:
-        record = {"data": {"next_index": step}, "config": resolved} | images | spent()
-        record["stage"] = stages.to_record(present, coming)
-        record |= {"peaks": peaks, "records": metrics.count}
-        with timed(aside), plain_errors():
-            metrics.sync()  # what a checkpoint goes on from is not lost
-            checkpoints.save(manager, step, state, record)
+    def __init__(self, config: Config) -> None:
+        """Starts the clock; touches nothing."""
+        self.began = clock()
+        self.config, self.workdir = config, Path(config.workdir or default_workdir(config))
+        self.options = checkpoints.fields(config, leave_out=FREE) | {"format": FORMAT}
+        self.earlier = np.zeros(2)  # seconds of training before this process
+        self.aside: list[Any] = []  # seconds of evaluations and checkpoints
+        self.peaks: dict[str, Any] = {}  # bytes, of this process and those before it
+        self.expected = 0  # records of metrics up to the step that it starts from
 
-    # Loop.
-    with (
-        MetricsLog(
-            workdir, int(state.step), expected=expected, write=processes.is_first()
-        ) as metrics,
-        show_progress(config.model, steps, int(state.step), write=processes.is_first()) as show,
-        # Of several processes JAX hears SIGTERM, so that all of them stop.
-        checkpoints.stop_signals(*processes.signals()) as stopped,
-    ):
-        should_stop = processes.stop_together(stopped)
+    def open(self) -> dict[str, Any] | None:
+        """Checks the folder and builds the experiment; returns the summary of a finished run."""
+        config, workdir = self.config, self.workdir
+        with plain_errors():
+            checkpoints.check_writable(workdir)
+            processes.check_same(self.options | {"mesh": config.mesh})
+            if config.overwrite:
+                processes.on_first(lambda: delete_run(workdir))
+            saved = processes.on_first(lambda: checkpoints.read_json(workdir / "config.json"))
+            summary = processes.on_first(lambda: checkpoints.read_json(workdir / "summary.json"))
+            if saved is not None:
+                check_format(saved, workdir)
+                checkpoints.check_config(saved, self.options, str(workdir))
+            if summary is not None:
+                processes.say((workdir / "summary.txt").read_text())
+                processes.say(f"{workdir} is finished; --overwrite trains it again.")
+                return summary
+            self.experiment = Experiment(config, pruning_of)
+            self.images = {"the images": self.experiment.source.fingerprint()}
+            processes.check_same(self.images)
+        resolved = {"workdir": str(workdir), "resolved_steps": self.experiment.steps}
+        self.resolved = dataclasses.asdict(config) | resolved | {"format": FORMAT}
+        return None
 
-        def sparsity(state: training.TrainState) -> float:
-            if config.granularity == "channels" and config.method != "none":
-                return stages.sparsity_of(experiment, present, state)
-            return sparsity_of(state.params, masks_of(config, state))
+    def restore(self) -> training.TrainState:
+        """Returns the state of the newest checkpoint, or a new one, and compiles its step."""
+        experiment, workdir = self.experiment, self.workdir
+        with plain_errors():
+            self.manager, record = checkpoints.open_manager(workdir / "checkpoints"), None
+            if self.manager.latest_step() is not None:
+                record = checkpoints.read_record(self.manager)
+                saved = self.images | record["config"] | record
+                checkpoints.check_config(saved, self.options | self.images, str(workdir))
+            self.stages = Stages(experiment, None if record is None else record["stage"])
+            if record is None:
+                state = experiment.create(self.config.seed)
+                # Methods that are sparse from the start have masks already.
+                params = jaxprune.apply_masks(state.params, self.masks(state))
+                state = state._replace(params=params)
+            else:
+                state, record = checkpoints.restore(self.manager, self.stages.like())
+                self.earlier = np.array([record[name] for name in SECONDS])
+                self.peaks, self.expected = record.get("peaks", {}), record.get("records", 0)
+                processes.say(f"{workdir}: resumes at step {int(state.step)}")
+            self.stages.begin(state)
+        path = self.workdir / "config.json"
+        processes.on_first(lambda: checkpoints.write_json(path, self.resolved))
+        self.start = int(state.step)
+        return state
 
-        def log(step: int, state: training.TrainState, values: dict[str, float]) -> None:
-            values |= spent()
-            peaks.update(results.peaks(present, peaks))
-            values["sparsity"] = sparsity(state)
-            rates = rewarmed(experiment.schedule, present.stage.cut, config.rewarm_steps)
-            values["learning_rate"] = float(rates(step - 1))
-            values |= stages.costs(config, experiment, present)
-            if unranked := stages.unranked_groups(state):
-                values["unranked"] = unranked
-                processes.say(
-                    f"step {step}: {unranked} groups had no statistic at the last mask update and "
-                    "were ranked by gradients or norms; a later --prune-start has more to go by"
-                )
-            show(step, values)
-            if not math.isfinite(values["train_loss"]):
-                sys.exit(
-                    f"error: the loss is {values['train_loss']} at step {step}; lower "
-                    f"`learning_rate` ({config.learning_rate}). Earlier checkpoints are kept."
-                )
-            metrics.write(step, values)
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Opens what a run writes while it trains, and listens to signals."""
+        is_first, steps = processes.is_first(), self.experiment.steps
+        with (
+            show_progress(self.config.model, steps, self.start, write=is_first) as self.show,
+            MetricsLog(
+                self.workdir, self.start, expected=self.expected, write=is_first
+            ) as self.metrics,
+            # With several processes JAX handles SIGTERM, so that all of them stop.
+            checkpoints.stop_signals(*processes.signals()) as self.stopped,
+        ):
+            yield
 
-        def test(step: int, state: training.TrainState) -> None:
-            values = spent()
-            with timed(aside):
-                values |= present.steps.evaluate(state)
-            show(step, values)
-            metrics.write(step, values)
-
-        hooks = [training.Hook(config.eval_every, test), training.Hook(config.save_every, save)]
+    def loop(self, state: training.TrainState) -> training.TrainState:
+        """Trains to the end, or to the step at which it is stopped, and saves."""
+        config, experiment, stages = self.config, self.experiment, self.stages
+        steps, should_stop = experiment.steps, processes.stop_together(self.stopped)
+        batches = experiment.source.batches(config.seed, int(state.step))
+        hooks = [
+            training.Hook(config.eval_every, self.test),
+            training.Hook(config.save_every, self.save),
+        ]
         while int(state.step) < steps and not should_stop():
-            pause = stages.next_pause(config, experiment, present, int(state.step), coming)
+            pause = stages.shrinking.next_step(int(state.step))
             state = training.fit(
-                state, pause, present.steps.run, experiment.train_set, batches,
+                state, pause, stages.steps.run, experiment.train_set, batches,
                 jax.random.key(config.seed), experiment.mesh,
-                chunk=experiment.chunk, log_every=config.log_every, on_log=log, hooks=hooks,
+                chunk=experiment.chunk, log_every=config.log_every, on_log=self.log, hooks=hooks,
                 should_stop=should_stop, is_pause=pause < steps,
             )  # fmt: skip
             if should_stop() or int(state.step) == steps:
                 continue
-            if coming is None:
-                coming = stages.decide(config, experiment, present, state)
-            elif int(state.step) == coming.step:
-                with plain_errors():
-                    present, state = stages.switch(config, experiment, present, coming, state)
-                    # Masks may have changed while it was being prepared.
-                    coming = stages.decide(config, experiment, present, state)
-                processes.say(stages.describe(present))
-                save(int(state.step), state)
-        if int(state.step) == steps and results.is_untested(metrics, steps):
-            test(steps, state)
-        save(int(state.step), state)
-        total = spent()
-    manager.close()
-    if int(state.step) < steps:
-        processes.say(
-            f"stopped and saved at step {int(state.step)}; the same command goes on from there"
-        )
-        sys.exit(130 if signal.SIGINT in stopped else 0)
+            switches = len(stages.shrinking.history)
+            with plain_errors():
+                state = stages.advance(state)
+            if len(stages.shrinking.history) > switches:
+                processes.say(stages.describe_last())
+                self.save(int(state.step), state)
+        if int(state.step) == steps and results.is_untested(self.metrics, steps):
+            self.test(steps, state)
+        self.save(int(state.step), state)
+        self.total = self.spent()
+        return state
 
-    measured = {"sparsity": sparsity(state)} | total | results.peaks(present, peaks)
-    return results.write_results(
-        config, experiment, present, state, masks_of(config, state), metrics, measured, workdir
-    )
+    def close(self, state: training.TrainState) -> None:
+        """Closes the checkpoints; ends the program if the run was stopped before its end."""
+        self.manager.close()
+        if int(state.step) < self.experiment.steps:
+            processes.say(
+                f"stopped and saved at step {int(state.step)}; the same command resumes from there"
+            )
+            sys.exit(130 if signal.SIGINT in self.stopped else 0)
+
+    # ---- while it trains
+
+    def log(self, step: int, state: training.TrainState, values: dict[str, float]) -> None:
+        """Writes the metrics of the last steps."""
+        config, stage = self.config, self.stages.stage
+        values |= self.spent()
+        self.peaks.update(results.peaks(self.stages.peak_bytes, self.peaks))
+        values["sparsity"] = self.sparsity(state)
+        rates = rewarmed(self.experiment.schedule, stage.cut, config.rewarm_steps)
+        values["learning_rate"] = float(np.asarray(rates(step - 1)))
+        values |= self.stages.costs()
+        if unranked := unranked_groups(state):
+            values["unranked"] = unranked
+            processes.say(
+                f"step {step}: {unranked} groups had no statistic at the last mask update and "
+                "were ranked by gradients or norms; a later --prune-start gives them more steps"
+            )
+        self.show(step, values)
+        if not math.isfinite(values["train_loss"]):
+            sys.exit(
+                f"error: the loss is {values['train_loss']} at step {step}; lower "
+                f"`learning_rate` ({config.learning_rate}). Earlier checkpoints are kept."
+            )
+        self.metrics.write(step, values)
+
+    def test(self, step: int, state: training.TrainState) -> None:
+        """Evaluates on the test images."""
+        values = self.spent()
+        with timed(self.aside):
+            values |= self.stages.steps.evaluate(state)
+        self.show(step, values)
+        self.metrics.write(step, values)
+
+    def save(self, step: int, state: training.TrainState) -> None:
+        """Writes a checkpoint with all that a resumed run needs."""
+        record = {"data": {"next_index": step}, "config": self.resolved}
+        record |= self.images | self.spent()
+        record |= {"stage": self.stages.to_record(), "peaks": self.peaks}
+        record |= {"records": self.metrics.count}
+        with timed(self.aside), plain_errors():
+            self.metrics.sync()  # a resumed run needs the records that this checkpoint counts
+            checkpoints.save(self.manager, step, state, record)
+
+    def spent(self) -> dict[str, float]:
+        """Returns the seconds of training so far, those of earlier processes included."""
+        seconds = self.earlier + clock() - self.began - sum(self.aside)
+        return dict(zip(SECONDS, seconds.tolist(), strict=True))
+
+    def masks(self, state: training.TrainState) -> Any:
+        """Returns the masks; all True for a dense run."""
+        if self.config.method == "none":
+            return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), state.params)
+        return jaxprune.get_masks(state.opt_state)
+
+    def sparsity(self, state: training.TrainState) -> float:
+        """Returns the fraction of weights, or of parameters in channels, that is pruned."""
+        if self.config.granularity == "channels" and self.config.method != "none":
+            return self.stages.sparsity(state)
+        return sparsity_of(state.params, self.masks(state))
+
+
+def check_format(saved: dict[str, Any], workdir: Path) -> None:
+    """Refuses a folder whose checkpoints have other names than this version writes."""
+    if saved.get("format", 1) != FORMAT:
+        raise ValueError(
+            f"`workdir` {workdir} holds a run of format {saved.get('format', 1)}, and this version "
+            f"reads format {FORMAT} (before 0.1.0 leaves of the optimizer state had other names, "
+            "see CHANGELOG.md); name another --workdir, or finish the run with the version that "
+            "began it"
+        )
 
 
 def default_workdir(config: Config) -> str:
@@ -250,92 +293,11 @@ def delete_run(workdir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def gradual_pruning(config: Config, steps: int) -> optax.GradientTransformation:
-    """The transformation of a method that prunes while training."""
-    start, stop = stages.prune_window(config, steps)
-    options: dict[str, Any] = {"every": config.prune_every, "start": start, "stop": stop}
-    options |= {"budget": budget_of(config)}
-    method = config.method
-    if config.pattern != "weights":
-        options |= {"pattern": pattern_of(config)}
-    if method in ("agip", "gradient"):
-        rules = {"none": None, "density": rates.by_density(), "statistic": rates.by_statistic()}
-        options |= {"decay": config.decay, "regrow": config.regrow, "rate": rules[config.rate]}
-        options |= {"score": scores.taylor if method == "agip" else scores.gradient}
-        method = "agip"
-    elif method in ("set", "rigl"):
-        options |= {"drop": config.drop, "seed": config.seed}
-    elif method == "random":
-        options |= {"seed": config.seed}
-    elif method == "acdc":
-        options |= {"every": max(1, round(steps * config.phase))}
-    return getattr(jaxprune, f"{method}_transform")(config.sparsity, **options)
-
-
-def masks_at_init(config: Config, setting: Setting) -> Any:
-    """The masks of a method that prunes before training."""
-    source, model = setting[:2]
-    if config.method == "synflow":
-        model.eval()
-    graphdef, *states = nnx.split(model, nnx.Param, ...)
-    params, rest = map(nnx.to_pure_dict, states)
-    # The last norm of a residual branch starts with the scale 0; no weight before it would count.
-    params = jax.tree.map_with_path(
-        lambda path, x: jnp.ones_like(x) if trees.path_string(path).endswith("scale") else x, params
-    )
-    images, labels = map(jnp.asarray, source.first(config.init_images))
-    images = source.prepare(images)
-
-    def apply(params: Any, images: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params, rest)(images)
-
-    def loss(params: Any, temperature: float) -> jax.Array:
-        return jnp.mean(training.cross_entropy(apply(params, images) / temperature, labels))
-
-    budget = budget_of(config)
-    if config.method == "synflow":
-        score = jax.jit(lambda params: at_init.synflow(apply, params, images[:1]))
-        return jaxprune.prune_in_rounds(params, config.sparsity, score, budget=budget)[1]
-    # The temperature of GraSP's authors, and none for SNIP.
-    temperature = 200.0 if config.method == "grasp" else 1.0
-    score = jax.jit(lambda params: getattr(at_init, config.method)(loss, params, temperature))
-    return jaxprune.prune(params, config.sparsity, score=score(params), budget=budget)[1]
-
-
-def budget_of(config: Config) -> budgets.BudgetRule | None:
-    """The budget rule; None is the method's own."""
-    rules = {"global": budgets.global_budget(), "uniform": budgets.uniform}
-    return (rules | {"erdos_renyi_kernel": budgets.erdos_renyi_kernel}).get(config.budget)
-
-
-def pattern_of(config: Config) -> patterns.PatternRule:
-    """Which weights of a kernel [..., inputs, outputs] fall together."""
-    if config.pattern == "filters":
-        return patterns.channels(axis=-1)
-    # Weights of layers that do not fit, such as the first one, go one by one.
-    if ":" in config.pattern:
-        n, m = map(int, config.pattern.split(":"))
-        return lambda path, leaf: patterns.n_m(n, m, axis=-2) if leaf.shape[-2] % m == 0 else None
-    size = tuple(map(int, config.pattern.split("x")))
-
-    def blocks(path: str, leaf: Any) -> patterns.Pattern:
-        fits = all(map(operator.ge, leaf.shape[-2:], size))
-        return patterns.blocks((None,) * (leaf.ndim - 2) + size) if fits else None
-
-    return blocks
-
-
-def masks_of(config: Config, state: training.TrainState) -> Any:
-    """The masks; all True for a dense run."""
-    if config.method == "none":
-        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), state.params)
-    return jaxprune.get_masks(state.opt_state)
-
-
 def sparsity_of(params: Any, masks: Any) -> float:
     """Fraction of the prunable weights that is masked."""
     flags = trees.prunable_flags(params)
-    kernels = [mask for mask, flag in zip(jax.tree.leaves(masks), flags, strict=True) if flag]
+    by_path = trees.leaf_by_path(masks)
+    kernels = [by_path[path] for path, flag in zip(trees.leaf_by_path(params), flags) if flag]
     kept = sum(int(count) for count in jax.device_get(count_true(kernels)))
     return 1 - kept / sum(mask.size for mask in kernels)
 
@@ -347,6 +309,7 @@ def count_true(masks: list[jax.Array]) -> list[jax.Array]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     with plain_errors():
         config = tyro.extras.overridable_config_cli(CONFIGS, description=__doc__, args=args)

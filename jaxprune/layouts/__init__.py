@@ -1,10 +1,9 @@
-"""Which axes of a parameter are inputs, outputs, window positions and copies of a layer.
+"""Finds which axes of a parameter are inputs, outputs, window positions and copies of a layer.
 
 Frameworks store kernels in different orders: `[in, out]`, `[out, in]`, `[d, heads, width]`, with
-the window first or last, many layers in one array. N:M groups have to lie along inputs, and
-Erdos-Renyi budgets count them; `find` reads the order from the jaxpr of the function that uses the
-parameters. What `find` returns is accepted by `patterns.n_m`, `patterns.channels` and
-`budgets.by_layout`.
+the window first or last, or with many layers in one array. N:M groups must lie along the inputs,
+and Erdos-Renyi budgets count them. `find` reads the order from the jaxpr of the function that uses
+the parameters. `patterns.n_m`, `patterns.channels` and `budgets.by_layout` accept its result.
 """
 
 from jaxprune.layouts._finding import Layouts, capture, find

@@ -1,4 +1,4 @@
-"""From a function and its parameters to the layout of each leaf."""
+"""Finds the layout of each leaf from a function and its parameters."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ __all__ = ["Layouts", "capture", "find"]
 
 
 class Layouts(Mapping[str, Layout]):
-    """The layouts of the leaves that are kernels, by path; made by `find`, never changed.
+    """The layouts of the leaves that are kernels, by path; immutable. `find` makes one.
 
     Args:
         layouts: layout by path, in the order of the parameters.
-        reasons: why the other leaves have none, by path.
-        copies: axes that number copies, by path, of leaves whose layout does not say so.
+        reasons: why each of the other leaves has no layout, by path.
+        copies: axes that number copies, by path, for leaves whose layout does not name them.
 
     Example:
         >>> layouts = Layouts({"kernel": Layout((0,), (1,))}, {"table": "used by `gather`"})
@@ -55,7 +55,7 @@ class Layouts(Mapping[str, Layout]):
         return f"Layouts({dict(self._layouts)}, {dict(self.reasons)}, {dict(self._copies)})"
 
     def reason(self, path: str) -> str:
-        """Why a leaf has no layout."""
+        """Says why a leaf has no layout."""
         if path in self.reasons:
             return self.reasons[path]
         known = [*self._layouts, *self.reasons]
@@ -65,20 +65,20 @@ class Layouts(Mapping[str, Layout]):
         return f"there is no such leaf among the parameters whose layouts were found{hint}"
 
     def stacked(self, path: str, leaf: Any) -> tuple[int, ...] | None:
-        """Returns the axes of a leaf that number copies, for the argument `stacked`.
+        """Returns the axes of a leaf that number copies; pass this method as `stacked`.
 
-        A leaf whose layout has inputs has its `copies`. Other leaves, such as biases and factors
-        of norms, have the axes that number copies in each of their uses: a scan (`jax.lax.scan`,
-        `jax.lax.map`) runs over them, or they are batch dimensions of a product or of a lookup,
-        as `jax.vmap` makes. An elementwise use does not show what `vmap` ran over, and an index
-        does not tell a layer from a row of a table.
+        If the layout of a leaf has inputs, these are its `copies`. For other leaves, such as biases
+        and scales of norms, they are the axes that number copies in every use of the leaf: a scan
+        (`jax.lax.scan`, `jax.lax.map`) runs over them, or they are batch dimensions of a product or
+        of a lookup, as `jax.vmap` makes them. An elementwise use does not show what `vmap` ran
+        over, and an index does not tell a layer from a row of a table.
 
         Args:
-            path: of the leaf.
-            leaf: anything; it is not looked at.
+            path: the path of the leaf.
+            leaf: anything; it is ignored.
 
         Returns:
-            Rising tuple of axes, or None if no axis is proven to number copies.
+            Ascending tuple of axes, or None if no axis is proven to number copies.
 
         Example:
             >>> def apply(params, x):
@@ -98,26 +98,27 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
     """Finds which axes of each leaf are inputs, outputs, window positions and copies.
 
     The function is traced, never run. A leaf has a layout if the trace proves that it is the
-    kernel of products (`dot_general`) or convolutions (`conv_general_dilated`), and each of its
-    axes plays the same part in all of them. On the way it may be cast, transposed, reshaped,
-    sliced, reversed, masked or scaled element by element by what does not depend on `args`,
-    scanned over (`jax.lax.scan` over stacked layers), mapped (`jax.vmap`), or pass `jit`,
-    `jax.checkpoint` and custom derivatives. Beside these uses it may be reduced, as in a penalty.
-    A leaf that is looked up, multiplied by another leaf, or used in another way has none.
+    kernel of products (`dot_general`) or convolutions (`conv_general_dilated`), and that each of
+    its axes has the same role in all of them. Before such a use, the leaf may be cast, transposed,
+    reshaped, sliced, reversed, or masked or scaled element by element with values that do not
+    depend on `args`. It may be scanned over (`jax.lax.scan` over stacked layers), mapped
+    (`jax.vmap`), or passed through `jit`, `jax.checkpoint` and custom derivatives. It may also be
+    reduced, as in a penalty. A leaf that is looked up, multiplied by another leaf, or used in any
+    other way has no layout.
 
     Args:
         function: function `(params, *args) -> anything` of any framework, such as the loss or the
             model.
-        params: tree of arrays, or of `jax.ShapeDtypeStruct`; the tree that is pruned, since
-            layouts are found again by path. Leaves that are no arrays stay as they are.
-        *args: the other arguments of the function: trees of arrays or shapes; leaves that are no
-            arrays stay as they are.
+        params: tree of arrays, or of `jax.ShapeDtypeStruct`. Pass the tree that is pruned, because
+            layouts are looked up by path. Leaves that are not arrays are passed unchanged.
+        *args: the other arguments of the function: trees of arrays or shapes; leaves that are not
+            arrays are passed unchanged.
 
     Returns:
-        `Layouts`: an immutable mapping from path to `Layout`, whose `reason(path)` says why a leaf
-        has none, and whose method `stacked` is a function for the argument of that name: with
-        `found = layouts.find(...)` write `stacked=found.stacked`. It knows the copies of leaves
-        without a layout as well.
+        `Layouts`: an immutable mapping from path to `Layout`. Its `reason(path)` says why a leaf
+        has no layout. Its method `stacked` can be passed as the argument of that name: with
+        `found = layouts.find(...)` write `stacked=found.stacked`. This method also knows the copies
+        of leaves without a layout.
 
     Raises:
         ValueError: if two leaves have the same path.
@@ -155,7 +156,7 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
         found.append(capture(call, by_path, inputs, wanted))
 
     jax.eval_shape(trace, arrays, [_abstract(leaf) for leaf in data if _is_array(leaf)])
-    reasons = {path: "is no array" for path in leaves if path not in arrays}
+    reasons = {path: "is not an array" for path in leaves if path not in arrays}
     reasons |= {p: f"has dtype {x.dtype}" for p, x in arrays.items() if p not in wanted}
     for path, reason in found[0].problems:
         reasons.setdefault(path, reason)
@@ -181,7 +182,7 @@ def capture(
     wanted: Sequence[str],
     take: Take | None = None,
 ) -> Found:
-    """Follows leaves through a function to the products that they are kernels of.
+    """Follows leaves through a function to the products in which they are kernels.
 
     Args:
         function: function `(leaves, inputs) -> anything`.
@@ -189,11 +190,11 @@ def capture(
         inputs: tree of arrays; may be traced.
         wanted: paths of the leaves to follow.
         take: None; or function `(equation, other operand, shape of the kernel, its side) ->
-            (statistic, rows)`, called at each product. Then leaves have to be used as they are: no
-            slices, nothing elementwise.
+            (statistic, rows)`, called at each product. With it, leaves must be used unchanged: no
+            slices and no elementwise functions.
 
     Returns:
-        `Found`: by path, the `uses` and the sums of statistic and rows over them, and `problems`,
+        `Found`: by path, the `uses` and the sums of statistic and rows over them; and `problems`,
         pairs of path and reason.
 
     Example:
@@ -208,7 +209,7 @@ def capture(
         result = function(dict(zip(leaves, arrays, strict=True)), inputs)
         return [x for x in jax.tree.leaves(result) if _is_array(x)]
 
-    # As a list: a dict would come out of the trace sorted.
+    # The leaves are passed as a list, because tracing would sort the keys of a dict.
     closed = jax.make_jaxpr(outputs)(list(leaves.values()), inputs)
     values = [
         Value(leaf, view_of(path, jnp.shape(leaf)) if path in wanted else None)
@@ -221,10 +222,10 @@ def capture(
 
 
 def _is_array(leaf: Any) -> bool:
-    """An array of JAX or NumPy, or its shape."""
+    """Returns whether a leaf is a JAX or NumPy array, or its abstract value."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array."""
+    """Returns the shape and dtype of an array."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

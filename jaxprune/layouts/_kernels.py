@@ -1,4 +1,4 @@
-"""Products and convolutions: what the dimensions of their kernels are."""
+"""The meaning of a kernel's dimensions in products and convolutions."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ __all__ = ["Arrangement", "Layout", "agree", "arrange"]
 
 
 class Layout(NamedTuple):
-    """What each axis of a leaf is where the leaf is used as a kernel.
+    """The role of each axis of a leaf that is used as a kernel.
 
-    Each axis is in exactly one of the four tuples. They rise.
+    Each axis is in exactly one of the four tuples, which are ascending.
 
     Args:
-        inputs: axes that are summed over in a product, and the input channels of a convolution.
-        outputs: axes that the result of the product has, and output channels.
-        positions: window of a convolution.
+        inputs: axes that a product sums over, and input channels of a convolution.
+        outputs: axes that remain in the result of a product, and output channels of a convolution.
+        positions: axes of a convolution's window.
         copies: axes that number independent kernels: stacked layers, experts, ensembles.
 
     Example:
@@ -36,11 +36,11 @@ class Layout(NamedTuple):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Arrangement:
-    """How a parameter leaf becomes matrices that multiply rows of input features.
+    """The way a leaf is arranged as matrices that multiply rows of input features.
 
-    A dense layer is one group. The kernels of a grouped convolution, of a product with batch
-    dimensions (experts) or of a scan over layers are one matrix for each group. Features are
-    window positions times inputs. Each field but the first lists factors of the leaf's axes.
+    A dense layer has one group. A grouped convolution, a product with batch dimensions (experts)
+    and a scan over layers have one matrix for each group. Features are window positions times
+    inputs. Each field except the first lists factors of the leaf's axes.
 
     Args:
         shape: shape of the leaf.
@@ -63,32 +63,32 @@ class Arrangement:
 
     @property
     def parts(self) -> tuple[tuple[Atom, ...], ...]:
-        """The factors of groups, features and outputs."""
+        """The factors of the groups, the features and the outputs."""
         return self.groups, (*self.positions, *self.inputs), self.outputs
 
     @property
     def end(self) -> tuple[int, int, int]:
-        """The shape (groups, features, outputs)."""
+        """The shape (groups, features, outputs) of the matrices."""
         groups, features, outputs = (math.prod(size for _, _, size in part) for part in self.parts)
         return groups, features, outputs
 
     @property
     def layout(self) -> Layout | str:
-        """The part that each axis plays, or why one plays two."""
+        """The role of each axis, or the reason why an axis has two roles."""
         groups, outputs = self.groups, self.outputs
         if groups and self.positions and not outputs:
-            # A convolution for each channel: one input, and the channels are the outputs.
+            # A depthwise convolution: one input per channel, so the channels are the outputs.
             groups, outputs = groups[:-1], groups[-1:]
         axes = {
             "inputs": {axis for axis, _, _ in self.inputs},
             "outputs": {axis for axis, _, _ in outputs},
             "positions": {axis for axis, _, _ in self.positions},
         }
-        # The output channels of a grouped convolution are groups times outputs.
+        # The output channels of a grouped convolution are its groups times its outputs.
         axes["copies"] = {axis for axis, _, _ in groups} - axes["outputs"]
         for axis, size in enumerate(self.shape):
             found = [name for name, members in axes.items() if axis in members]
-            if not found:  # taken away by an index; one of size 1 is a window of one position
+            if not found:  # removed by an index; an axis of size 1 is a window of one position
                 axes["positions" if size == 1 else "copies"].add(axis)
             elif len(found) > 1:
                 return f"axis {axis} is in part {' and in part '.join(found)}"
@@ -96,25 +96,25 @@ class Arrangement:
 
 
 def arrange(equation: Any, view: View, side: int) -> Arrangement | str:
-    """What the dimensions of a view are in a product or convolution, or why it is no kernel.
+    """Returns the arrangement of a view in a product or convolution, or why it is not a kernel.
 
-    `side` is the place of the view among the operands: 0 left, 1 right.
+    `side` is the position of the view among the operands: 0 left, 1 right.
     """
     kind = {"dot_general": _product, "conv_general_dilated": _convolution}
     return kind[equation.primitive.name](equation.params, view, side)
 
 
 def _product(parameters: dict[str, Any], view: View, side: int) -> Arrangement:
-    """`dot_general`: contracting axes are inputs, batch axes groups, the rest outputs."""
+    """Arranges the kernel of `dot_general`: contracting axes are inputs, batch axes are groups."""
     contracting, batch = (axes[side] for axes in parameters["dimension_numbers"])
     free = [a for a in range(len(view.dims)) if a not in (*contracting, *batch)]
-    # Features in the order of the kernel's axes, whatever the order in the equation.
+    # Features have the order of the kernel's axes, whatever their order in the equation.
     groups, inputs, outputs = (_atoms(view, axes) for axes in (batch, sorted(contracting), free))
     return Arrangement(view.shape, view.copies + groups, (), inputs, outputs)
 
 
 def _convolution(parameters: dict[str, Any], view: View, side: int) -> Arrangement | str:
-    """`conv_general_dilated`: groups are consecutive runs of the output channels."""
+    """Arranges the kernel of `conv_general_dilated`: groups are runs of its output channels."""
     if side == 0:
         return "is the image of a convolution, not its kernel"
     if parameters["batch_group_count"] != 1:
@@ -130,17 +130,17 @@ def _convolution(parameters: dict[str, Any], view: View, side: int) -> Arrangeme
 
 
 def _atoms(view: View, axes: Any) -> tuple[Atom, ...]:
-    """The atoms of some dimensions of a view."""
+    """Returns the atoms of some dimensions of a view."""
     return tuple(atom for axis in axes for atom in view.dims[axis])
 
 
 def agree(one: Arrangement, other: Arrangement) -> bool:
-    """Whether two arrangements of a leaf put every weight at the same place."""
+    """Returns whether two arrangements of a leaf put every weight in the same place."""
     return [_merged(part) for part in one.parts] == [_merged(part) for part in other.parts]
 
 
 def _merged(atoms: tuple[Atom, ...]) -> list[Atom]:
-    """The same order of entries with as few atoms as possible."""
+    """Merges atoms into as few as possible without changing the order of entries."""
     result: list[Atom] = []
     for atom in atoms:
         last = result[-1] if result else None

@@ -1,7 +1,7 @@
-"""Arrays that hold the values of one parameter leaf, and where each of its axes went.
+"""Views: arrays that hold the values of one leaf, with the position of each of its axes.
 
 Every dimension of a view is a row-major product of *atoms*: whole axes of the leaf, or factors of
-one where a reshape has split it. Transpositions move atoms, reshapes split and merge them.
+an axis that a reshape has split. Transpositions move atoms; reshapes split and merge them.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ __all__ = ["Atom", "View", "as_kernel", "reshaped", "same_values", "view_of"]
 Shape = tuple[int, ...]
 
 _SAME_VALUE = {"convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
-# What keeps every entry in its place, while its value may change.
+# Primitives that keep every entry in its place, although its value may change.
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "cos", "div"),
     *("eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le"),
@@ -33,25 +33,25 @@ class Atom(NamedTuple):
 
 
 class View(NamedTuple):
-    """That an array holds the values of a leaf, and which atoms make up its dimensions."""
+    """An array that holds the values of a leaf: the leaf, and the atoms of each dimension."""
 
     path: str
     shape: Shape  # of the leaf
     dims: tuple[tuple[Atom, ...], ...]
-    copies: tuple[Atom, ...] = ()  # what enclosing scans run over
+    copies: tuple[Atom, ...] = ()  # atoms that enclosing scans run over
 
     def one_of_stack(self) -> "View":
-        """The same inside of a scan over the first dimension."""
+        """Returns the view inside a scan over its first dimension."""
         return self._replace(dims=self.dims[1:], copies=(*self.copies, *self.dims[0]))
 
     def stack(self, depth: int) -> "View | None":
-        """The same after the scan that collects it, which lies inside of `depth` others' copies."""
-        if len(self.copies) <= depth:  # the same in all steps
+        """Returns the view after the scan that stacks it; `depth` atoms belong to outer scans."""
+        if len(self.copies) <= depth:  # every step returns the same values
             return None
         return self._replace(dims=(self.copies[depth:], *self.dims), copies=self.copies[:depth])
 
     def numbered(self, batch: Collection[int] = ()) -> frozenset[int]:
-        """The axes of the leaf that number copies, in whole, if these dimensions do as well."""
+        """Returns the whole axes of the leaf that number copies if the `batch` dimensions do."""
         split = [dim for i, dim in enumerate(self.dims) if i not in batch]
         copies = {atom.axis for i in batch for atom in self.dims[i]}
         copies |= {atom.axis for atom in self.copies}
@@ -59,12 +59,12 @@ class View(NamedTuple):
 
 
 def view_of(path: str, shape: Shape) -> View:
-    """The view that is the leaf itself."""
+    """Returns the view of the leaf itself."""
     return View(path, shape, tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape)))
 
 
 def reshaped(dims: tuple[tuple[Atom, ...], ...], shape: Shape) -> tuple | None:
-    """The dimensions after a reshape; None if some would mix parts of axes."""
+    """Returns the dimensions after a reshape, or None if a dimension would mix parts of axes."""
     atoms = [atom for dim in dims for atom in dim]
     result = []
     for size in shape:
@@ -87,13 +87,13 @@ def reshaped(dims: tuple[tuple[Atom, ...], ...], shape: Shape) -> tuple | None:
         result.append(tuple(taken))
     if any(atom.size != 1 for atom in atoms):
         return None
-    if result:  # axes of size 1 that are left
+    if result:  # the remaining atoms are axes of size 1
         result[-1] += tuple(atoms)
     return tuple(result)
 
 
 def same_values(equation: Any, view: View) -> View | None:
-    """The result of a cast, transposition or reshape of a view; None for other equations."""
+    """Returns the result of a cast, transposition or reshape of a view; None for all others."""
     if len(equation.invars) != 1 or len(equation.outvars) != 1:
         return None
     name, parameters = equation.primitive.name, equation.params
@@ -116,10 +116,10 @@ def same_values(equation: Any, view: View) -> View | None:
 
 
 def as_kernel(equation: Any, views: list[View | None], data: list[bool]) -> list[View] | None:
-    """The results of an equation that keeps axes in their places, though not all values.
+    """Returns the results of an equation that keeps the axes, though not all values.
 
-    These are elementwise functions of the leaf and what does not depend on data (masks, scales,
-    rounding), slices and reversals. None for other equations.
+    Such equations are elementwise functions of the leaf and of values that do not depend on data
+    (masks, scales, rounding), slices and reversals. Returns None for all others.
     """
     name, outputs = equation.primitive.name, [v.aval for v in equation.outvars]
     view = next(view for view in views if view)
@@ -139,12 +139,12 @@ def as_kernel(equation: Any, views: list[View | None], data: list[bool]) -> list
 
 
 def _broadcasts(shape: Shape, to: Shape) -> bool:
-    """Whether an operand has one entry for each entry of another, or for a row of them."""
+    """Returns whether an operand of a given shape broadcasts to another shape."""
     return not shape or all(size in (1, n) for size, n in zip(shape, to, strict=True))
 
 
 def _sliced(dims: tuple[tuple[Atom, ...], ...], before: Shape, after: Shape) -> tuple | None:
-    """The dimensions of a slice; None if it cuts a dimension that several axes make up."""
+    """Returns the dimensions of a slice; None if it cuts a dimension made of several axes."""
     result = []
     for dim, old, new in zip(dims, before, after, strict=True):
         real = [atom for atom in dim if atom.size > 1]

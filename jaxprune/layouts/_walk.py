@@ -1,21 +1,21 @@
-"""Follows the parameters of a model through its jaxpr, to the products that they are kernels of.
+"""Follows the parameters of a model through its jaxpr to the products in which they are kernels.
 
-An interpreter evaluates the jaxpr equation by equation. Beside every array it carries whether the
+An interpreter evaluates the jaxpr equation by equation. With every array it stores whether the
 array is a *view* of a parameter leaf. An equation that touches a view is one of
 
 * a cast, transposition or reshape: its result is a view too;
-* a call (`jit`, `remat`, a custom derivative): the interpreter goes inside;
-* a scan: the interpreter goes inside, where a leaf that the scan runs over is one of its copies;
+* a call (`jit`, `remat`, a custom derivative): the interpreter enters it;
+* a scan: the interpreter enters it; a leaf that the scan runs over is a single copy there;
 * a product or a convolution with the view as its kernel: a use of the leaf. The other operand is
-  the input of the layer; `take` makes a statistic of it on the spot, so that no input outlives its
+  the input of the layer; `take` computes a statistic of it at once, so that no input outlives its
   equation;
-* anything else: the leaf is not understood, and the name of the primitive says why.
+* anything else: the leaf has no layout, and the name of the primitive says why.
 
 Whatever the use is, the scans around it and the batch dimensions of its equation prove which axes
 of the leaf number copies.
 
-Without `take` only the part that each axis plays is wanted. Then a view may also be sliced, or
-pass through elementwise functions.
+Without `take`, only the role of each axis is needed. Then a view may also be sliced, or pass
+through elementwise functions.
 
 All of this is decided while tracing, from shapes alone.
 """
@@ -35,7 +35,7 @@ __all__ = ["Found", "Take", "Value", "walk"]
 
 _CALLS = {"jit", "closed_call", "call", "remat2", "custom_jvp_call", "custom_vjp_call"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
-# Penalties, norms and means: they say nothing against a use as a kernel.
+# Penalties, norms and means: a leaf that is reduced may still be a kernel elsewhere.
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
 
 # (equation, other operand, shape of the kernel, its side) -> statistic [groups, ...] and its rows
@@ -43,15 +43,15 @@ Take = Callable[[Any, jax.Array, tuple[int, ...], int], tuple[jax.Array, int]]
 
 
 class Value(NamedTuple):
-    """What the interpreter knows of a variable."""
+    """The value of a variable, and what the interpreter knows about it."""
 
     array: Any
-    view: View | None = None  # None: not a parameter leaf that is followed
+    view: View | None = None  # None: not a view of a followed leaf
     data: bool = False  # whether it may depend on the input of the model
 
 
 class Found(NamedTuple):
-    """What the interpreter has collected; the dicts are in the order of use."""
+    """The results of the interpreter; the dicts are in the order of use."""
 
     take: Take | None
     uses: dict[str, Arrangement]
@@ -90,13 +90,13 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -
 
 
 def _body(parameters: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
-    """The jaxpr of a call and its constants."""
+    """Returns the jaxpr of a call and its constants."""
     inner = parameters["call_jaxpr" if "call_jaxpr" in parameters else "jaxpr"]
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
 
 
 def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | None:
-    """Records what an equation does with a view; the views among its results, if there are any."""
+    """Records what an equation does with views; returns the views among its results, or None."""
     name = equation.primitive.name
     views = [operand.view for operand in operands]
     touched = [view for view in views if view]
@@ -107,7 +107,7 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
             return results
         if name in _REDUCTIONS:
             for view in touched:
-                if view.copies:  # a penalty on the whole stack says nothing against copies
+                if view.copies:  # a penalty on a whole stack does not rule out copies
                     _narrow(found, view.path, view.numbered())
             return None
     for side, view in enumerate(views):
@@ -118,7 +118,7 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
     elif len(touched) == 1:
         _record(equation, operands, 0 if views[0] else 1, found)
     elif operands[0].data != operands[1].data:
-        # An entry of a table, looked up by what depends on data, is the input of the other leaf.
+        # A table entry that was looked up by data is the input of the other leaf.
         table = 0 if operands[0].data else 1
         found.problems.append((touched[table].path, "looked up by its index"))
         _record(equation, operands, 1 - table, found)
@@ -128,15 +128,15 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
 
 
 def _narrow(found: Found, path: str, axes: frozenset[int]) -> None:
-    """Keeps the axes that number copies in this use of a leaf and in all before."""
+    """Keeps the axes that number copies in this use of a leaf and in all earlier ones."""
     found.copies[path] = found.copies.get(path, axes) & axes
 
 
 def _batch(equation: Any, side: int) -> tuple[int, ...]:
-    """The dimensions of an operand along which an equation is one computation for each index."""
+    """Returns the dimensions of an operand whose indices an equation computes independently."""
     numbers = equation.params.get("dimension_numbers")
     if equation.primitive.name == "dot_general":
-        # Without a sum it multiplies entries, as `jnp.einsum("nd,d->nd", x, scale)` does.
+        # Without contracting axes it is elementwise, like `jnp.einsum("nd,d->nd", x, scale)`.
         return tuple(numbers[1][side]) if numbers[0][side] else ()
     if equation.primitive.name == "gather" and side == 0:
         return tuple(numbers.operand_batching_dims)
@@ -144,7 +144,7 @@ def _batch(equation: Any, side: int) -> tuple[int, ...]:
 
 
 def _record(equation: Any, operands: list[Value], side: int, found: Found) -> None:
-    """Takes the statistic of one use of a leaf."""
+    """Records one use of a leaf, with its statistic."""
     view, other = operands[side].view, operands[1 - side].array
     assert view is not None
     arrangement = arrange(equation, view, side)
@@ -160,7 +160,7 @@ def _record(equation: Any, operands: list[Value], side: int, found: Found) -> No
 def _add(
     found: Found, path: str, arrangement: Arrangement, taken: tuple[jax.Array, int] | None
 ) -> None:
-    """Adds one use of a leaf to those before; all must put its weights at the same places."""
+    """Adds one use of a leaf to the earlier ones; all must put its weights in the same places."""
     before = found.uses.setdefault(path, arrangement)
     if taken is None:
         if before.layout != arrangement.layout:
@@ -175,13 +175,13 @@ def _add(
 
 
 def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> list[Value]:
-    """Evaluates a scan, and records the products of its body for all of its steps."""
+    """Evaluates a scan, and records the products of its body for all steps."""
     closed, length = parameters["jaxpr"], parameters["length"]
     body = closed.jaxpr
     consts, count = jaxprs.scan_counts(parameters, len(operands))
     ends = consts + count
     fixed, carried, over = operands[:consts], operands[consts:ends], operands[ends:]
-    # A value that each step hands on as it is stays a view.
+    # A carried value that every step passes on unchanged remains a view.
     starts = []
     for value, new, old in zip(carried, body.outvars, body.invars[consts:ends]):
         same = new is old
@@ -195,7 +195,7 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
     ends_views: list[View | None] = []
 
     def step(carry: Any, slices: Any) -> Any:
-        for part in inner[1:]:  # JAX may trace this more than once
+        for part in inner[1:]:  # JAX may trace this function more than once
             part.clear()
         carries = [value._replace(array=x) for value, x in zip(starts, carry, strict=True)]
         parts = [
@@ -211,7 +211,8 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
     slices = [value.array for value in over]
     one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in slices]
     _, _, shapes = jax.eval_shape(step, first, one)
-    # What all steps share is summed on the way: its statistics for every step need not fit.
+    # Statistics of leaves that all steps share are summed in the carry, because those of all steps
+    # together may not fit into memory.
     totals = {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items() if p not in mapped}
 
     def summed(state: Any, slices: Any) -> Any:
@@ -236,7 +237,7 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             _add(found, path, arrangement, taken)
     results = [value._replace(array=x) for value, x in zip(starts, last, strict=True)]
     for value, view in zip(starts, ends_views):
-        if view and not value.view:  # one step's copy is used in the next
+        if view and not value.view:  # the next step uses the copy of this step
             found.problems.append((view.path, "carried on by `scan`"))
             _narrow(found, view.path, frozenset())
     for array, view in zip(outputs, ends_views[len(last) :], strict=True):

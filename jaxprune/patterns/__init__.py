@@ -1,9 +1,9 @@
-"""Which weights fall together: N of every M in a row, blocks, whole channels.
+"""Patterns of weights that are pruned together: N of every M in a row, blocks, whole channels.
 
-A pattern describes a leaf. Blocks and channels cut it into units: the scores of a unit are
-pooled, units are selected like single weights (`selection`), and the mask of the units is
-spread over the weights. With N:M every group of M weights is a selection of its own.
-Everything keeps the number of dimensions, so sharded leaves stay where they are.
+A pattern describes a leaf. Blocks and channels divide it into units: the scores of a unit are
+pooled, units are selected like single weights (`selection`), and the mask of the units is expanded
+to the weights. With N:M, the weights of every group of M are selected separately. All arrays keep
+the number of dimensions of the leaf, so sharded leaves stay on their devices.
 """
 
 from jaxprune.patterns._kinds import (

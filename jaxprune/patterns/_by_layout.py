@@ -1,11 +1,11 @@
-"""What patterns take from layouts: where the inputs and outputs of a leaf are."""
+"""The inputs and outputs of a leaf, which patterns read from layouts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Unfit(NamedTuple):
-    """What a rule returns for a leaf that its pattern cannot be made for; `patterns_of` raises."""
+    """A rule's answer for a leaf that the pattern does not fit; makes `patterns_of` raise."""
 
     reason: str
 
@@ -21,14 +21,14 @@ def check_one_way(
             f"either `axis` or `layouts` must say which axis of each leaf holds its {wanted}, but "
             f"{seen} given: write `{call}{comma}axis={example})` if all kernels are [..., in, "
             f"out], or `{call}{comma}layouts=jaxprune.layouts.find(function, params, *args))` to "
-            "have it found."
+            "find the axes."
         )
 
 
 def axes_of(layouts: Mapping[str, Any], path: str, leaf: Any, part: str) -> tuple[int, ...] | Unfit:
-    """The input or output axes of a leaf or of one of its copies, or why they are not known.
+    """Returns the input or output axes of a leaf or one copy of it, or why they are not known.
 
-    With `stacked=` a rule sees one copy, which lacks the axes that number copies.
+    With `stacked=`, a rule sees a single copy, without the axes that number copies.
     """
     if path not in layouts:
         reason = getattr(layouts, "reason", lambda path: "it is not in `layouts`")(path)

@@ -1,4 +1,4 @@
-"""What a pattern is, and whether it fits a leaf."""
+"""The kinds of patterns, and checks whether a pattern fits a leaf."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
@@ -12,19 +12,22 @@ from jaxprune.patterns._by_layout import Unfit, axes_of, check_one_way
 
 Shape = tuple[int, ...]
 
-# m (m - 1) / 2 comparisons for each leaf: 0.1 s to compile for 4, 2.5 s for 32, 13 s for 64.
+# Each leaf needs m (m - 1) / 2 comparisons, which compile in 0.1 s for m = 4, in 2.5 s for 32 and
+# in 13 s for 64.
 MAX_M = 32
 _POOLS = ("mean", "max", "sum")
 _WANTED = "None or made by `n_m`, `blocks` or `channels`"
 
 
 class NM(NamedTuple):
-    """Of every `m` consecutive weights along an axis, `n` are kept. `n_m` checks the numbers.
+    """A pattern that keeps `n` of every `m` consecutive weights along an axis.
+
+    Make it with `n_m`, which checks the arguments.
 
     Args:
-        n: weights kept in each group.
+        n: number of weights kept in each group.
         m: size of a group.
-        axis: along which groups lie.
+        axis: the axis along which groups lie.
 
     Example:
         >>> NM(2, 4, axis=-2)
@@ -37,11 +40,14 @@ class NM(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks of this shape fall together. `blocks` checks the arguments.
+    """A pattern of blocks, each of which is pruned as a whole.
+
+    Make it with `blocks`, which checks the arguments.
 
     Args:
-        shape: for the trailing dimensions of the leaf; None is the whole dimension.
-        pool: how the scores of a block become one: `"mean"`, `"max"` or `"sum"`.
+        shape: size of a block along the trailing dimensions of the leaf; None is the whole
+            dimension.
+        pool: how the scores of a block are combined: `"mean"`, `"max"` or `"sum"`.
 
     Example:
         >>> Blocks((4, None), "mean").shape
@@ -53,11 +59,13 @@ class Blocks(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """Whole slices of the leaf fall together. `channels` checks the arguments.
+    """A pattern of slices across the whole leaf, each of which is pruned as a whole.
+
+    Make it with `channels`, which checks the arguments.
 
     Args:
-        axis: one slice for each index along this axis.
-        pool: how the scores of a slice become one: `"mean"`, `"max"` or `"sum"`.
+        axis: the axis whose indices each select one slice.
+        pool: how the scores of a slice are combined: `"mean"`, `"max"` or `"sum"`.
 
     Example:
         >>> Channels(-1, "mean")
@@ -79,23 +87,24 @@ def n_m(n: int, m: int, *, layouts: Mapping[str, Any]) -> Callable[[str, Any], A
 def n_m(
     n: int, m: int, axis: int | None = None, *, layouts: Mapping[str, Any] | None = None
 ) -> NM | Callable[[str, Any], Any]:
-    """N:M sparsity: of every `m` consecutive weights along an axis, `n` are kept.
+    """Makes a pattern of N:M sparsity: `n` of every `m` consecutive weights along an axis are kept.
 
-    Hardware with 2:4 sparsity wants groups along the inputs of a kernel, and frameworks store
-    inputs in different places, so there is no default: pass `axis` or `layouts`.
+    Hardware for 2:4 sparsity needs groups along the inputs of a kernel. Frameworks store inputs on
+    different axes, so there is no default: pass `axis` or `layouts`.
 
     Args:
-        n: weights kept in each group, from 1 to `m`.
+        n: number of weights kept in each group, from 1 to `m`.
         m: size of a group, at most 32.
-        axis: of every leaf. -2 is the input of kernels `[..., in, out]`, -1 of `[out, in]`.
+        axis: the axis of every leaf along which groups lie: -2 is the input of kernels
+            `[..., in, out]`, -1 that of `[out, in]`.
         layouts: from `jaxprune.layouts.find`: groups lie along the last input axis of each leaf.
 
     Returns:
         A pattern for `axis`; for `layouts` a function `(path, leaf) -> pattern`.
 
     Raises:
-        ValueError: if the numbers are out of range or not integers, or unless one of `axis` and
-            `layouts` is given.
+        ValueError: if the numbers are out of range or not integers, or unless exactly one of `axis`
+            and `layouts` is given.
 
     References:
         Mishra et al., Accelerating sparse deep neural networks, arXiv:2104.08378.
@@ -123,14 +132,15 @@ def n_m(
 
 
 def blocks(shape: tuple[int | None, ...], pool: str = "mean") -> Blocks:
-    """Blocks of weights that fall together.
+    """Makes a pattern of blocks of weights, each of which is pruned as a whole.
 
     Args:
-        shape: of a block; None is the whole dimension. If the leaf has more dimensions, the
-            block is one weight thick along the leading ones. Blocks at the far edges of a leaf
-            are smaller where the shape does not divide it.
-        pool: how the scores of a block become one: `"mean"` over the weights that exist,
-            `"max"` or `"sum"`. Ragged blocks of equal weights tie under `"mean"` only.
+        shape: the shape of a block; None is the whole dimension. If the leaf has more dimensions,
+            the block has size 1 along the leading ones. Blocks at the far edges of a leaf are
+            smaller where the block does not divide it.
+        pool: how the scores of a block are combined: `"mean"` over the weights that exist,
+            `"max"` or `"sum"`. Only under `"mean"` does a smaller edge block tie with a full block
+            of the same weights.
 
     Returns:
         A pattern.
@@ -152,23 +162,23 @@ def channels(*, pool: str = "mean", layouts: Mapping[str, Any]) -> Callable[[str
 def channels(
     axis: int | None = None, pool: str = "mean", *, layouts: Mapping[str, Any] | None = None
 ) -> Channels | Callable[[str, Any], Any]:
-    """Whole slices of a leaf, of any number of dimensions, that fall together.
+    """Makes a pattern of slices across the whole leaf, each of which is pruned as a whole.
 
     Args:
-        axis: one slice for each index along this axis of every leaf: -1 is the output channels
-            of kernels `[..., in, out]`, -2 their input channels. There is no default, because
-            frameworks store outputs in different places: pass `axis` or `layouts`.
-        pool: how the scores of a slice become one: `"mean"`, `"max"` or `"sum"`.
-        layouts: from `jaxprune.layouts.find`: the slices are the output channels of each leaf.
-            With several output axes, one slice for each of their entries; with copies of a layer,
-            one for each output of each copy.
+        axis: the axis of every leaf whose indices each select one slice: -1 selects the output
+            channels of kernels `[..., in, out]`, -2 their input channels. Frameworks store outputs
+            on different axes, so there is no default: pass `axis` or `layouts`.
+        pool: how the scores of a slice are combined: `"mean"`, `"max"` or `"sum"`.
+        layouts: from `jaxprune.layouts.find`: the slices are the output channels of each leaf. With
+            several output axes there is one slice for each of their entries; with copies of a
+            layer, one for each output of each copy.
 
     Returns:
         A pattern for `axis`; for `layouts` a function `(path, leaf) -> pattern`.
 
     Raises:
-        ValueError: if `axis` is not an integer, `pool` is unknown, or unless one of `axis` and
-            `layouts` is given.
+        ValueError: if `axis` is not an integer, `pool` is unknown, or unless exactly one of `axis`
+            and `layouts` is given.
 
     Example:
         >>> channels(axis=-1)
@@ -201,17 +211,18 @@ def channels(
 
 
 def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
-    """The pattern of each leaf, checked against its shape.
+    """Returns the pattern of each leaf, checked against its shape.
 
     Args:
         leaves: path -> anything with a `shape`, in flattening order.
         rule: one pattern for all leaves, or a function `(path, leaf) -> pattern`.
 
     Returns:
-        One pattern for each leaf; None is single weights.
+        One pattern for each leaf; None stands for single weights.
 
     Raises:
-        ValueError: if `rule` is neither; or lists every leaf that its pattern does not fit.
+        ValueError: if `rule` is neither a pattern nor a function; or lists every leaf that its
+            pattern does not fit.
 
     Example:
         >>> leaves = {"stem/kernel": jnp.zeros((3, 8)), "head/kernel": jnp.zeros((8, 2))}
@@ -240,22 +251,22 @@ def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
     trees.raise_for(
         problems,
         "each leaf must fit its pattern; exclude a leaf with `prunable`, or let `pattern` be a "
-        "function of path and leaf that returns another pattern, or None for single weights:",
+        "function of path and leaf that returns a different pattern, or None for single weights:",
     )
     return found
 
 
 def unit_shape(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) -> Shape:
-    """The shape of the units of a leaf: what a budget counts.
+    """Returns the shape of the array of units of a leaf, which budgets count.
 
     Args:
-        pattern: of the leaf, or of each of its copies.
-        shape: of the leaf.
-        stacked: axes of the leaf that number copies; the pattern counts the other axes only.
+        pattern: the pattern of the leaf, or of each of its copies.
+        shape: the shape of the leaf.
+        stacked: axes of the leaf that number copies; the pattern counts only the other axes.
 
     Returns:
-        As many dimensions as `shape`; a ragged block counts as one. With N:M, the shape of the
-        groups, which are not units: each keeps `n` of its weights.
+        A shape with as many dimensions as `shape`; a smaller block at an edge counts as one. With
+        N:M, the shape of the array of groups, which are not units: each keeps `n` of its weights.
 
     Raises:
         ValueError: if the pattern does not fit the shape.
@@ -272,19 +283,19 @@ def unit_shape(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) ->
 
 
 def _checked(pattern: Any) -> Any:
-    """The pattern itself if its arguments are valid."""
+    """Returns the pattern itself; raises if its arguments are invalid."""
     if fault := _argument_fault(pattern):
         raise ValueError(f"{fault}.")
     return pattern
 
 
 def is_int(x: Any) -> bool:
-    """Python or NumPy integer, and not a bool."""
+    """Returns whether an object is a Python or NumPy integer, and not a bool."""
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
 def _argument_fault(pattern: Any) -> str:
-    """What is wrong with a pattern whatever the leaf, or nothing."""
+    """Says what is wrong with a pattern for any leaf; an empty text if nothing is."""
     match pattern:
         case None:
             return ""
@@ -315,7 +326,7 @@ def _argument_fault(pattern: Any) -> str:
 
 
 def _fault(pattern: Pattern, shape: Shape) -> str:
-    """Why a valid pattern does not fit a leaf of this shape, or nothing."""
+    """Says why a valid pattern does not fit a leaf of this shape; an empty text if it fits."""
     if isinstance(pattern, Blocks):
         lead = len(shape) - len(pattern.shape)
         if lead < 0:
@@ -334,15 +345,15 @@ def _fault(pattern: Pattern, shape: Shape) -> str:
 
 
 def _axes(numbers: list[int]) -> str:
-    """`axis 1`, or `axes 0, 1`."""
+    """Names axes in an error: `axis 1`, or `axes 0, 1`."""
     return f"ax{'es' if len(numbers) > 1 else 'is'} {', '.join(map(str, numbers))}"
 
 
 def copy_shape(shape: Shape, stacked: tuple[int, ...]) -> Shape:
-    """The shape of one copy of a stacked leaf.
+    """Returns the shape of one copy of a stacked leaf.
 
     Args:
-        shape: of the leaf.
+        shape: the shape of the leaf.
         stacked: axes that number copies.
 
     Returns:
@@ -356,15 +367,15 @@ def copy_shape(shape: Shape, stacked: tuple[int, ...]) -> Shape:
 
 
 def axis_of(pattern: NM, shape: Shape, stacked: tuple[int, ...]) -> int:
-    """The axis of the leaf along which N:M groups lie; the pattern counts those of a copy.
+    """Returns the axis of a leaf along which N:M groups lie; a pattern counts the axes of a copy.
 
     Args:
-        pattern: of each copy.
-        shape: of the leaf.
+        pattern: the pattern of each copy.
+        shape: the shape of the leaf.
         stacked: axes that number copies.
 
     Returns:
-        An axis, not negative.
+        A non-negative axis.
 
     Example:
         >>> axis_of(n_m(2, 4, axis=-2), (64, 12, 256), stacked=(1,))
@@ -374,7 +385,7 @@ def axis_of(pattern: NM, shape: Shape, stacked: tuple[int, ...]) -> int:
 
 
 def block_of(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) -> Shape:
-    """Size of a unit, or of an N:M group, along each dimension of a leaf."""
+    """Returns the size of a unit, or of an N:M group, along each dimension of a leaf."""
     if stacked:
         own = iter(block_of(pattern, copy_shape(shape, stacked)))
         return tuple(1 if axis in stacked else next(own) for axis in range(len(shape)))
@@ -391,7 +402,7 @@ def block_of(pattern: Pattern, shape: Shape, stacked: tuple[int, ...] = ()) -> S
 
 
 def as_float32(scores: Any) -> jax.Array:
-    """Scores as they are compared."""
+    """Converts scores to float32, in which they are compared."""
     scores = jnp.asarray(scores)
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(f"`scores` must be floating point, but are {scores.dtype}; convert them.")

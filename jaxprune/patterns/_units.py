@@ -1,4 +1,4 @@
-"""From weights to units and back: pooled scores, masks spread over the weights."""
+"""From weights to units and back: pooled scores, masks expanded to the weights."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jaxprune.patterns._kinds import (
 
 
 def pool(pattern: Pattern, scores: jax.Array, stacked: tuple[int, ...] = ()) -> jax.Array:
-    """The scores of the units: mean, maximum or sum over the weights of each.
+    """Pools scores to one for each unit: the mean, maximum or sum over its weights.
 
     Args:
         pattern: None, blocks or channels.
@@ -51,19 +51,19 @@ def pool(pattern: Pattern, scores: jax.Array, stacked: tuple[int, ...] = ()) -> 
 def expand(
     pattern: Pattern, unit_mask: jax.Array, shape: Shape, stacked: tuple[int, ...] = ()
 ) -> jax.Array:
-    """The mask of a leaf from the mask of its units.
+    """Expands the mask of a leaf's units to the mask of its weights.
 
     Args:
         pattern: None, blocks or channels.
         unit_mask: bool array of `unit_shape(pattern, shape, stacked)`.
-        shape: of the leaf.
+        shape: the shape of the leaf.
         stacked: as in `pool`.
 
     Returns:
         bool array of `shape`.
 
     Raises:
-        ValueError: if the pattern is N:M or does not fit, or `unit_mask` has another shape.
+        ValueError: if the pattern is N:M or does not fit, or `unit_mask` has a different shape.
 
     Example:
         >>> from jaxprune import patterns
@@ -85,7 +85,7 @@ def expand(
 
 
 def any_kept(pattern: Pattern, mask: jax.Array, stacked: tuple[int, ...] = ()) -> jax.Array:
-    """Which units hold a weight that is kept. After `expand` this gives the units back.
+    """Returns which units contain a kept weight; undoes `expand`.
 
     Args:
         pattern: None, blocks or channels.
@@ -108,14 +108,14 @@ def any_kept(pattern: Pattern, mask: jax.Array, stacked: tuple[int, ...] = ()) -
 
 
 def _unit_block(pattern: Pattern, shape: Shape, stacked: tuple[int, ...]) -> Shape:
-    """Size of a unit along each dimension; N:M has no units."""
+    """Returns the size of a unit along each dimension; raises for N:M, which has no units."""
     if isinstance(pattern, NM):
         raise ValueError(f"`pattern` must have units, but is {pattern}; use `n_m_mask`.")
     return block_of(pattern, shape, stacked)
 
 
 def _reduce(reduction: Callable[..., jax.Array], x: jax.Array, block: Shape, fill: Any) -> Any:
-    """Reduces each block to one entry; ragged blocks are filled up."""
+    """Reduces each block to one entry; smaller blocks at the edges are padded with `fill`."""
     if math.prod(block) == 1:
         return x
     units = [-(-size // step) for size, step in zip(x.shape, block)]
@@ -127,7 +127,7 @@ def _reduce(reduction: Callable[..., jax.Array], x: jax.Array, block: Shape, fil
 
 
 def _entries(block: Shape, shape: Shape) -> int | jax.Array:
-    """How many weights each block has, broadcastable to the units; fewer at ragged edges."""
+    """Counts the weights of each block, fewer at the edges; broadcastable to the units."""
     count: int | jax.Array = 1
     for axis, (step, size) in enumerate(zip(block, shape)):
         if size % step:

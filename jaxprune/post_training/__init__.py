@@ -1,7 +1,8 @@
-"""Pruning after training, in one shot, from a few batches of calibration data.
+"""Prunes a trained model in one shot, from a few batches of calibration data.
 
-`wanda` and `sparsegpt` take any function of parameters and a batch. The inputs of each kernel are
-found in its jaxpr, so models need no hooks: Linen, NNX, Equinox and plain functions work alike.
+`wanda` and `sparsegpt` return the pruned parameters and the masks, `(params, masks)`. They take any
+function of parameters and a batch. They find the inputs of each kernel in its jaxpr, so models need
+no hooks: Linen, NNX, Equinox and plain functions work alike.
 """
 
 from jaxprune.post_training._inputs import (

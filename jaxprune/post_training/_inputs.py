@@ -1,4 +1,4 @@
-"""What arrives at each kernel of a model, summed over calibration data."""
+"""Statistics of the inputs of each kernel of a model, summed over calibration data."""
 
 import collections
 from collections.abc import Callable, Iterable
@@ -24,13 +24,13 @@ Apply = Callable[[Any, Any], Any]
 
 
 class InputStatistics(NamedTuple):
-    """What the calibration data say about the inputs of one kernel.
+    """A statistic of the inputs of one kernel, summed over the calibration data.
 
     Args:
-        value: sum over all rows of the statistic: float32 [groups, features, features] for
+        value: sum of the statistic over all rows: float32 [groups, features, features] for
             `gram`, [groups, features] for `squared_norms`.
-        rows: number of rows: examples, times positions in sequences and images.
-        arrangement: how the kernel becomes [groups, features, outputs].
+        rows: number of rows: examples times positions in sequences and images.
+        arrangement: the way the kernel is arranged as [groups, features, outputs].
 
     Example:
         >>> params, x = {"kernel": jnp.ones((5, 2))}, jnp.ones((3, 2))
@@ -45,7 +45,7 @@ class InputStatistics(NamedTuple):
 
 
 def gram(inputs: jax.Array) -> jax.Array:
-    """`X^T X`, from which SparseGPT takes its Hessian.
+    """Computes `X^T X`, from which SparseGPT takes its Hessian.
 
     Args:
         inputs: float32 [groups, rows, features].
@@ -61,7 +61,7 @@ def gram(inputs: jax.Array) -> jax.Array:
 
 
 def squared_norms(inputs: jax.Array) -> jax.Array:
-    """`||X_j||^2` of every feature: the diagonal of `gram`, at a small part of its cost.
+    """Computes `||X_j||^2` for every feature: the diagonal of `gram` at a fraction of its cost.
 
     Args:
         inputs: float32 [groups, rows, features].
@@ -87,37 +87,37 @@ def input_statistics(
 ) -> dict[str, InputStatistics]:
     """Runs calibration data through a model and sums a statistic of the inputs of every kernel.
 
-    Supported are the kernels of `dot_general` (any contracting and batch dimensions) and
-    `conv_general_dilated` (any strides, padding, dilation and groups), behind casts,
-    transpositions and reshapes, also inside `jit`, `remat`, custom derivatives and scans. Features
-    are in the order of `kernel.reshape(features, outputs)` for kernels (in, out) and (height,
-    width, in, out); kernels stored in another order are brought into this one by `arrangement`.
-    Stacked layers that a scan runs over are groups, each with the inputs of its own layer. The
-    uses of a leaf that is used more than once add up.
+    It supports the kernels of `dot_general` (any contracting and batch dimensions) and
+    `conv_general_dilated` (any strides, padding, dilation and groups), after casts, transpositions
+    and reshapes, and inside `jit`, `remat`, custom derivatives and scans. Features have the order
+    of `kernel.reshape(features, outputs)` for kernels (in, out) and (height, width, in, out);
+    `arrangement` brings kernels that are stored differently into this order. Stacked layers that a
+    scan runs over are groups, each with the inputs of its own layer. If a leaf is used more than
+    once, the statistics of its uses are added.
 
-    Memory: a convolution writes its patches, height x width times its input, for one batch at a
-    time; make batches smaller if that is too much.
+    Memory: a convolution writes the patches of one batch at a time, which are height x width times
+    as large as its input; use smaller batches if they do not fit.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
         params: tree of arrays.
-        batches: iterable of batches, each what `apply` takes as its second argument: an array
-            or a tree of arrays. Read once.
-        statistic: function of one layer's inputs, float32 [groups, rows, features], to an array
-            that is summed over batches: `gram` or `squared_norms`.
+        batches: iterable of batches, each a second argument of `apply`: an array or a tree of
+            arrays. It is read once.
+        statistic: function from the inputs of one layer, float32 [groups, rows, features], to an
+            array that is summed over batches: `gram` or `squared_norms`.
         prunable: which leaves to capture, see `trees.prunable_flags`.
         stacked: function `(path, leaf) -> axis, tuple of axes, or None`, the axes that number
-            copies of a layer. They are found without it; given, it is compared with what is found,
-            and its axes do not count as dimensions when `prunable` is None.
+            copies of a layer. They are found without it. If it is given, it is compared with the
+            axes found, and its axes do not count as dimensions when `prunable` is None.
 
     Returns:
         Dict from leaf path to `InputStatistics`, in the order in which `apply` uses the leaves.
 
     Raises:
         TypeError: if `batches` is a single array.
-        ValueError: lists every leaf that `apply` uses in another way or never, every leaf whose
-            `stacked` axes are no copies, and every leaf whose inputs are not finite; or if there
-            is no batch.
+        ValueError: lists every leaf that `apply` uses in a different way or never, every leaf whose
+            `stacked` axes do not number copies, and every leaf whose inputs are not finite; or if
+            there is no batch.
 
     Example:
         >>> def apply(params, x):
@@ -137,7 +137,7 @@ def input_statistics(
             for path, leaf in trees.leaves_with_paths(params)
             if not trees.is_numeric(leaf)
         ],
-        "`params` must hold arrays only; take the rest out of the tree (`nnx.split`, "
+        "`params` must hold arrays only; remove all other leaves (`nnx.split`, "
         "`equinox.partition`):",
     )
     flags = prunable_kernels(params, prunable, stacked)
@@ -155,8 +155,8 @@ def input_statistics(
     _check_stacked(params, stacked, found)
     trees.raise_for(
         not_finite(values),
-        "`batches`: the inputs of these leaves are not finite, or their squares overflow; check "
-        "the calibration data and the parameters:",
+        "`batches` must give finite inputs whose squares do not overflow; check the calibration "
+        "data and the parameters. These leaves have inputs that are not finite:",
     )
     return {
         path: InputStatistics(values[path], rows[path], inputs.arrangement)
@@ -167,7 +167,7 @@ def input_statistics(
 def prunable_kernels(
     params: Any, prunable: trees.Prunable, stacked: trees.Stacked
 ) -> tuple[bool, ...]:
-    """Decides for each leaf whether it is pruned; by default, not vectors that are stacked."""
+    """Decides for each leaf whether it is pruned; the default excludes vectors that are stacked."""
     flags = trees.prunable_flags(params, prunable)
     if prunable is not None:
         return flags
@@ -178,7 +178,7 @@ def prunable_kernels(
 
 
 def _check_stacked(params: Any, stacked: trees.Stacked, found: dict[str, InputStatistics]) -> None:
-    """Raises for leaves whose copies are others than those that the products show."""
+    """Raises for leaves whose `stacked` axes differ from the copies that the products show."""
     problems = []
     for path, leaf in trees.leaf_by_path(params).items() if stacked else ():
         if path in found:
@@ -190,13 +190,13 @@ def _check_stacked(params: Any, stacked: trees.Stacked, found: dict[str, InputSt
                 )
     trees.raise_for(
         problems,
-        "`stacked` must name axes that number copies of a kernel; change it, or leave it out, "
-        "since they are found without it:",
+        "`stacked` must name axes that number copies of a kernel; change it, or omit it, because "
+        "they are found without it:",
     )
 
 
 def not_finite(leaves: dict[str, Any]) -> list[str]:
-    """The paths of arrays that hold NaN or infinities."""
+    """Returns the paths of arrays that contain NaN or infinities."""
     finite = jax.device_get(_finite(leaves))
     return [path for path in leaves if not finite[path]]
 
@@ -208,7 +208,7 @@ def _capture_batch(
     flags: tuple[bool, ...],
     statistic: Callable[[jax.Array], jax.Array],
 ) -> dict[str, InputStatistics]:
-    """The statistics of one batch, in the order of use; can be traced."""
+    """Computes the statistics of one batch, in the order of use; can be traced."""
 
     def take(
         equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
@@ -228,16 +228,16 @@ def _capture_batch(
     reasons = {f"{path}: {reason}" for path, reason in found.problems}
     trees.raise_for(
         sorted(reasons | {f"{path}: `apply` never multiplies it" for path in unused}),
-        "each pruned leaf must be the kernel of products or convolutions and nothing else; exclude "
+        "each pruned leaf must be used as the kernel of products or convolutions only; exclude "
         "these with `prunable`:",
     )
-    # An OrderedDict: `jit` returns a plain dict sorted.
+    # An OrderedDict, because `jit` sorts the keys of a plain dict.
     return collections.OrderedDict(
         (path, InputStatistics(*found.sums[path], arrangement))
         for path, arrangement in found.uses.items()
     )
 
 
-# One compilation for all leaves.
+# Each compiles once for all leaves.
 _add = jax.jit(lambda old, new: jax.tree.map(jnp.add, old, new))
 _finite = jax.jit(lambda leaves: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), leaves))

@@ -1,4 +1,4 @@
-"""What the methods share: checks, the order of the layers, and the tree of masks."""
+"""Code that the methods share: checks, the order of the layers, and the tree of masks."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,7 +18,7 @@ from jaxprune.post_training._inputs import (
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
 NM = tuple[int, int]
-# A leaf and what is known of its inputs -> the pruned leaf and its mask.
+# (a leaf, the statistics of its inputs) -> (the pruned leaf, its mask)
 Method = Callable[[Any, InputStatistics], tuple[jax.Array, jax.Array]]
 
 
@@ -34,10 +34,10 @@ def prune_layers(
     stacked: trees.Stacked,
     sequential: bool,
 ) -> tuple[Any, Any]:
-    """Prunes every prunable leaf from the statistic of its inputs: parameters and masks."""
-    # A single array is refused by `input_statistics`.
+    """Prunes each leaf by the statistic of its inputs; returns parameters and masks."""
+    # `input_statistics` raises if `batches` is a single array.
     batches = batches if isinstance(batches, jax.Array | np.ndarray) else list(batches)
-    # Nothing is computed here: which leaves, in which order, in which layout.
+    # The plan is only the leaves, their order and their arrangement; the statistic is a dummy.
     plan = input_statistics(
         apply,
         params,
@@ -62,25 +62,26 @@ def prune_layers(
             leaves[path], masks[path] = method(leaves[path], inputs)
         trees.raise_for(
             not_finite({path: leaves[path] for path in plan if path in paths}),
-            "the Hessians of these leaves have no inverse in float32; raise `damping`, or pass "
-            "more calibration data:",
+            "`batches` must give Hessians that can be inverted in float32; raise `damping`, or "
+            "pass more calibration data. No inverse was found for:",
         )
     return treedef.unflatten(list(leaves.values())), treedef.unflatten(list(masks.values()))
 
 
 def largest(scores: jax.Array, keep: int | jax.Array) -> jax.Array:
-    """Mask of the `keep` largest entries of a vector; ties keep the lower index."""
-    # A sort, because each shape is used once: it compiles ten times faster than `selection`.
+    """Returns the mask of the `keep` largest entries of a vector; ties keep the lower index."""
+    # A sort, because each shape is used only once and it compiles ten times faster than
+    # `selection`.
     order = jnp.argsort(scores, stable=True, descending=True)
     return jnp.zeros(scores.shape, bool).at[order].set(jnp.arange(scores.size) < keep)
 
 
 def check_amount(sparsity: float | None, n_m: NM | None) -> None:
-    """Raises unless exactly one of the two says how much goes, and does so sensibly."""
+    """Raises unless exactly one of the two is given and is valid."""
     if (sparsity is None) == (n_m is None):
         raise ValueError(
             f"exactly one of `sparsity` and `n_m` must be given, but they are {sparsity!r} and "
-            f"{n_m!r}; n of m kept is the sparsity 1 - n / m."
+            f"{n_m!r}; to keep n of m is the sparsity 1 - n / m."
         )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
@@ -91,15 +92,15 @@ def check_amount(sparsity: float | None, n_m: NM | None) -> None:
 
 
 def _check_leaves(leaves: dict[str, Any], plan: dict[str, InputStatistics], n_m: NM | None) -> None:
-    """Raises for weights that are not finite, and features that m does not divide."""
+    """Raises for weights that are not finite and for features whose number m does not divide."""
     trees.raise_for(
         not_finite({path: leaves[path] for path in plan}),
-        "`params`: these leaves are not finite:",
+        "`params` must be finite, but these leaves are not finite:",
     )
     features = {path: inputs.arrangement.end[1] for path, inputs in plan.items()}
     if n_m is not None:
         trees.raise_for(
             [f"{path}: {size} features" for path, size in features.items() if size % n_m[1]],
-            f"`n_m` needs numbers of input features that {n_m[1]} divides; exclude these leaves "
-            "with `prunable`:",
+            f"`n_m` needs numbers of input features that are multiples of {n_m[1]}; exclude these "
+            "leaves with `prunable`:",
         )

@@ -1,4 +1,4 @@
-"""How a kernel becomes matrices [groups, features, outputs], and back."""
+"""Arranges a kernel as matrices [groups, features, outputs], and back."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["from_matrices", "to_matrices"]
 
 
 def to_matrices(leaf: Any, arrangement: Arrangement) -> Any:
-    """Brings a leaf into matrices.
+    """Arranges a leaf as matrices.
 
     Args:
         leaf: NumPy or JAX array of shape `arrangement.shape`: a kernel or its mask.
@@ -31,7 +31,7 @@ def to_matrices(leaf: Any, arrangement: Arrangement) -> Any:
 
 
 def from_matrices(matrices: Any, arrangement: Arrangement) -> Any:
-    """Brings matrices back into the shape of the leaf; undoes `to_matrices`.
+    """Arranges matrices in the shape of the leaf; undoes `to_matrices`.
 
     Args:
         matrices: NumPy or JAX array [groups, features, outputs].
@@ -51,7 +51,7 @@ def from_matrices(matrices: Any, arrangement: Arrangement) -> Any:
 
 
 def _order(arrangement: Arrangement) -> tuple[list[int], list[int]]:
-    """The leaf's axes split into their factors, and the permutation that makes the matrices."""
+    """Returns the factors of the leaf's axes, and their permutation that makes the matrices."""
     wanted = [tuple(atom) for part in arrangement.parts for atom in part]
     stored = sorted(wanted, key=lambda atom: (atom[0], -atom[1]))
     split = [size for _, _, size in stored]

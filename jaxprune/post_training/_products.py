@@ -13,9 +13,9 @@ __all__ = ["rows_of_features"]
 def rows_of_features(
     equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
 ) -> jax.Array:
-    """The inputs of a kernel, float32 [groups, rows, features], in the order of its matrices.
+    """Returns the inputs of a kernel, float32 [groups, rows, features], in its matrices' order.
 
-    `shape` is that of the kernel in the equation and `side` its place: 0 left, 1 right.
+    `shape` is the shape of the kernel in the equation, `side` its position: 0 left, 1 right.
     """
     kind = {"dot_general": _product, "conv_general_dilated": _convolution}
     inputs = kind[equation.primitive.name](equation.params, other, shape, side)
@@ -25,9 +25,9 @@ def rows_of_features(
 def _product(
     parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...], side: int
 ) -> jax.Array:
-    """`dot_general`: contracting axes are features, batch axes groups, what is left rows."""
+    """Arranges inputs of `dot_general`: features are contracting axes, groups are batch axes."""
     contracting, batch = parameters["dimension_numbers"]
-    # Features in the order of the kernel's axes, whatever the order in the equation.
+    # Features have the order of the kernel's axes, whatever their order in the equation.
     features = [a for _, a in sorted(zip(contracting[side], contracting[1 - side], strict=True))]
     groups = list(batch[1 - side])
     rows = [a for a in range(other.ndim) if a not in (*features, *groups)]
@@ -38,9 +38,9 @@ def _product(
 def _convolution(
     parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...], side: int
 ) -> jax.Array:
-    """`conv_general_dilated`: features are window positions, row-major, times input channels."""
+    """Arranges inputs of a convolution: features are window positions times input channels."""
     del side
-    image, kernel, _ = parameters["dimension_numbers"]  # each: batch or output, channels, spatial
+    image, kernel, _ = parameters["dimension_numbers"]  # each: (batch or output, channels, spatial)
     groups = parameters["feature_group_count"]
     window = tuple(shape[axis] for axis in kernel[2:])
     channels = shape[kernel[1]]
@@ -50,8 +50,8 @@ def _convolution(
 
 
 def _patches(image: jax.Array, window: tuple[int, ...], parameters: dict[str, Any]) -> jax.Array:
-    """What each window sees: [batch, *spatial, channels] -> [batch, *out, windows, channels]."""
-    # Slices of the padded image: `conv_general_dilated_patches` would multiply by ones.
+    """Cuts out windows: [batch, *spatial, channels] -> [batch, *out, positions, channels]."""
+    # By slices of the padded image, because `conv_general_dilated_patches` multiplies by ones.
     padding = [
         (low, high, dilation - 1)
         for (low, high), dilation in zip(

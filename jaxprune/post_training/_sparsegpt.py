@@ -1,4 +1,4 @@
-"""SparseGPT: prune feature by feature, and let the features that follow make up for it."""
+"""SparseGPT: prunes one input feature after another and corrects the later ones."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -28,40 +28,40 @@ def sparsegpt(
     damping: float = 0.01,
     sequential: bool = False,
 ) -> tuple[Any, Any]:
-    """Prunes a trained model in one shot, and corrects the weights that stay.
+    """Prunes a trained model in one shot, and corrects the weights that are kept.
 
-    Each layer keeps `||X W - X W'||` small, where X are its inputs on the calibration data:
+    Each layer keeps `||X W - X W'||` small, where `X` are its inputs on the calibration data:
     `H = 2 X^T X / n`, with `damping * mean(diag H)` added to its diagonal, has the inverse `H^-1 =
-    U^T U` with `U` upper triangular. Input features are taken in blocks. Of a block's features x
-    outputs weights, the `keep_count` largest `w^2 / U_jj^2` stay; ties keep the lower index. Then,
-    feature by feature, what a pruned weight did is handed to the features after it: with `e_j =
-    (w_j - q_j) / U_jj`, where `q_j` is `w_j` with its pruned weights 0, the weights of each later
-    feature `k` become `w_k - U_jk e_j`. A feature `j` that is 0 in all calibration data has its
-    weights set to 0, whether they are pruned or not, and `H_jj = 1`.
+    U^T U` with `U` upper triangular. Input features are processed in blocks. Of a block's features
+    x outputs weights, those with the `keep_count` largest `w^2 / U_jj^2` are kept; ties keep the
+    lower index. Then, feature by feature, the later features are corrected for the pruned weights:
+    with `e_j = (w_j - q_j) / U_jj`, where `q_j` is `w_j` with its pruned weights set to 0, the
+    weights of each later feature `k` become `w_k - U_jk e_j`. If a feature `j` is 0 in all
+    calibration data, its weights are set to 0, whether they are pruned or not, and `H_jj = 1`.
 
     Inputs are those of the dense model. With `sequential`, the layers are pruned in the order in
-    which `apply` uses them and each sees inputs from predecessors that are already pruned, as in
-    the paper (which does it by transformer block): the data run once for each leaf, and one Gram
-    matrix is in memory at a time instead of all, at 4 bytes x features^2 each.
+    which `apply` uses them, and each sees inputs from layers that are already pruned, as in the
+    paper (which prunes by transformer block). The data then run once for each leaf, and one Gram
+    matrix of 4 bytes x features^2 is in memory at a time instead of all.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
         params: tree of arrays.
-        batches: iterable of batches, each what `apply` takes as its second argument. Kept in
-            memory; the authors use 128 examples.
+        batches: iterable of batches, each a second argument of `apply`. They are kept in memory;
+            the authors use 128 examples.
         sparsity: fraction of the weights of each block to set to zero, in [0, 1).
         prunable: which leaves are pruned, see `trees.prunable_flags`. Each must be the kernel of
-            products or convolutions; embeddings that are looked up are not.
-        stacked: see `input_statistics`. Each copy of a stacked layer is pruned as a layer of its
-            own, with the inputs that it sees, whether this is given or not.
-        n_m: in place of `sparsity`: (n, m) keeps n of every m consecutive input features of each
+            products or convolutions; an embedding that is looked up is not.
+        stacked: see `input_statistics`. With or without it, each copy of a stacked layer is pruned
+            as a separate layer, with its own inputs.
+        n_m: instead of `sparsity`: (n, m) keeps n of every m consecutive input features of each
             output, chosen when the sweep reaches them. For convolutions these are input channels
-            of one window position, where m divides their number.
-        block: input features that are compared with each other, and swept before the rest is
-            updated. A multiple of m.
-        damping: share of the mean of the Hessian's diagonal that is added to it, above 0.
+            of one window position, if m divides the number of channels.
+        block: number of input features that are compared with each other, and processed before the
+            rest is updated. A multiple of m.
+        damping: share of the mean of the Hessian's diagonal that is added to the diagonal, above 0.
         sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
-            a stack are one leaf, and see each other as they were.
+            a stack are one leaf, so each of them sees the others unpruned.
 
     Returns:
         The pruned and corrected parameters and the masks, a tree of bools like `params`.
@@ -69,7 +69,7 @@ def sparsegpt(
     Raises:
         TypeError: if `batches` is a single array.
         ValueError: lists every leaf that cannot be pruned, with the reason; or if an argument or
-            the data are bad.
+            the data are invalid.
 
     References:
         Frantar and Alistarh, SparseGPT: massive language models can be accurately pruned in
@@ -79,7 +79,7 @@ def sparsegpt(
         >>> def apply(params, x):
         ...     return x @ params["kernel"]
         >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
-        >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0]])  # the second feature can stand in
+        >>> x = jnp.array([[1.0, 1.0], [2.0, 2.0]])  # the second feature can replace the first
         >>> pruned, masks = sparsegpt(apply, params, [x], 0.5, damping=1e-4)
         >>> pruned["kernel"].round(2).tolist(), masks["kernel"].tolist()
         ([[0.0], [3.0]], [[False], [True]])
@@ -87,7 +87,7 @@ def sparsegpt(
     check_amount(sparsity, n_m)
     if block < 1 or (n_m is not None and block % n_m[1]):
         raise ValueError(
-            f"`block` must be a positive multiple of m, but is {block} (`n_m`: {n_m})."
+            f"`block` must be a positive multiple of m, but is {block} with `n_m` {n_m}."
         )
     if not damping > 0:
         raise ValueError(f"`damping` must be above 0, but is {damping!r}.")
@@ -114,7 +114,7 @@ def _prune(
     n_m: NM | None,
     block: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """One leaf and its mask."""
+    """Prunes one leaf; returns it and its mask."""
 
     def one(matrix: jax.Array, hessian: jax.Array) -> tuple[jax.Array, jax.Array]:
         dead = jnp.diagonal(hessian) == 0
@@ -129,11 +129,11 @@ def _prune(
 
 
 def _factor(hessian: jax.Array, damping: jax.Array | float) -> jax.Array:
-    """Upper triangular `U` with `U^T U` the inverse of the damped Hessian."""
+    """Returns the upper triangular `U` for which `U^T U` is the inverse of the damped Hessian."""
     eye = jnp.eye(hessian.shape[0], dtype=hessian.dtype)
     hessian = hessian + damping * jnp.mean(jnp.diagonal(hessian)) * eye
-    # Backwards, the lower Cholesky factor is an upper R with H = R R^T, and U = R^-1: one
-    # factorisation where "invert, then factorise" takes three.
+    # With rows and columns reversed, the lower Cholesky factor is an upper R with H = R R^T, and
+    # U = R^-1: one factorisation, whereas "invert, then factorise" takes three.
     upper = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(upper, eye)
 
@@ -141,13 +141,13 @@ def _factor(hessian: jax.Array, damping: jax.Array | float) -> jax.Array:
 def _sweep(
     matrix: jax.Array, factor: jax.Array, *, sparsity: float | None, n_m: NM | None, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Prunes and corrects the rows of a matrix [features, outputs] in their order."""
+    """Prunes and corrects the rows of a matrix [features, outputs] in order."""
     features, outputs = matrix.shape
     block = min(block, features)
     starts = range(0, features, block)
     sizes = [min(block, features - start) * outputs for start in starts]
     keep = jnp.array([budgets.keep_count(size, sparsity or 0.0) for size in sizes], jnp.int32)
-    # Rows of zeros fill the last block. They come last, so they lose every tie.
+    # Rows of zeros pad the last block. They come last, so they lose every tie.
     total = len(starts) * block
     matrix = jnp.pad(matrix, ((0, total - features), (0, 0)))
     factor = jnp.eye(total, dtype=factor.dtype).at[:features, :features].set(factor)
@@ -182,7 +182,7 @@ def _sweep(
 def _sweep_block(
     rows: jax.Array, factor: jax.Array, choose: Callable[[jax.Array], jax.Array], *, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Corrected rows [block, outputs], their masks, and the errors `e`; masks `width` at a time."""
+    """Returns corrected rows [block, outputs], masks, chosen `width` rows at a time, and errors."""
     diagonal = jnp.diagonal(factor)[:, None]
 
     def sweep_group(index: jax.Array, carry: Any) -> Any:
@@ -195,7 +195,7 @@ def _sweep_block(
             rows, errors = carry
             here = start + offset
             error = jnp.where(mask[here], 0.0, rows[here] / diagonal[here])
-            # The factor is triangular: this leaves the rows before alone.
+            # The factor is triangular, so this does not change earlier rows.
             rows = rows - factor[here][:, None] * error[None, :]
             return rows, errors.at[here].set(error)
 
@@ -207,10 +207,10 @@ def _sweep_block(
 
 
 def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """`size` rows of a matrix."""
+    """Returns `size` rows of a matrix."""
     return jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
 def _put_rows(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    """The matrix with these rows in place of its own."""
+    """Replaces rows of a matrix."""
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, axis=0)

@@ -1,4 +1,4 @@
-"""Wanda: weights times the norms of their inputs, compared within each output."""
+"""Wanda: scores weights by the norms of their inputs and compares them within each output."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -26,32 +26,32 @@ def wanda(
     n_m: NM | None = None,
     sequential: bool = False,
 ) -> tuple[Any, Any]:
-    """Prunes a trained model in one shot, without changing a weight that stays.
+    """Prunes a trained model in one shot, without changing the weights that are kept.
 
     The score is `|W_ji| * ||X_j||_2`, where `||X_j||_2` is the norm of input feature `j` over all
     rows of the calibration data. Of the weights of each output `i`, `keep_count(features,
-    sparsity)` stay; ties keep the lower index. Kernels are seen as matrices (features, outputs),
-    see `input_statistics`.
+    sparsity)` are kept; ties keep the lower index. Kernels are treated as matrices (features,
+    outputs), see `input_statistics`.
 
     Inputs are those of the dense model. With `sequential`, the layers are pruned in the order in
-    which `apply` uses them and each sees inputs from predecessors that are already pruned, as in
-    the authors' code (which does it by transformer block): the data run once for each leaf.
+    which `apply` uses them, and each sees inputs from layers that are already pruned, as in the
+    authors' code (which prunes by transformer block). The data then run once for each leaf.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
         params: tree of arrays.
-        batches: iterable of batches, each what `apply` takes as its second argument. Kept in
-            memory; the authors use 128 examples.
+        batches: iterable of batches, each a second argument of `apply`. They are kept in memory;
+            the authors use 128 examples.
         sparsity: fraction of the weights of each output to set to zero, in [0, 1).
         prunable: which leaves are pruned, see `trees.prunable_flags`. Each must be the kernel of
-            products or convolutions; embeddings that are looked up are not.
-        stacked: see `input_statistics`. Each copy of a stacked layer is pruned as a layer of its
-            own, with the inputs that it sees, whether this is given or not.
-        n_m: in place of `sparsity`: (n, m) keeps n of every m consecutive input features of each
-            output. For convolutions these are input channels
-            of one window position, where m divides their number.
+            products or convolutions; an embedding that is looked up is not.
+        stacked: see `input_statistics`. With or without it, each copy of a stacked layer is pruned
+            as a separate layer, with its own inputs.
+        n_m: instead of `sparsity`: (n, m) keeps n of every m consecutive input features of each
+            output. For convolutions these are input channels of one window position, if m divides
+            the number of channels.
         sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
-            a stack are one leaf, and see each other as they were.
+            a stack are one leaf, so each of them sees the others unpruned.
 
     Returns:
         The pruned parameters and the masks, a tree of bools like `params`.
@@ -59,7 +59,7 @@ def wanda(
     Raises:
         TypeError: if `batches` is a single array.
         ValueError: lists every leaf that cannot be pruned, with the reason; or if an argument or
-            the data are bad.
+            the data are invalid.
 
     References:
         Sun et al., A simple and effective pruning approach for large language models,
@@ -91,7 +91,7 @@ def wanda(
 def _prune(
     leaf: jax.Array, inputs: InputStatistics, *, sparsity: float | None, n_m: NM | None
 ) -> tuple[jax.Array, jax.Array]:
-    """One leaf and its mask."""
+    """Prunes one leaf; returns it and its mask."""
     matrices = to_matrices(leaf, inputs.arrangement).astype(jnp.float32)
     scores = jnp.abs(matrices) * jnp.sqrt(inputs.value)[:, :, None]
     if n_m is None:

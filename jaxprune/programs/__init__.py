@@ -1,6 +1,6 @@
-"""Compiled programs: compile for devices that are not here, and read what a program does.
+"""Compiles for devices that this machine does not have, and reads what a compiled program does.
 
-`tpu_devices` and `gpu_devices` give devices to build a mesh of and to compile for. `collectives`,
+`tpu_devices` and `gpu_devices` return devices to build a mesh of and compile for. `collectives`,
 `arguments` and `costs` read the text of a compiled program, `compiled.as_text()`.
 """
 

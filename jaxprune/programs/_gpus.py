@@ -1,6 +1,6 @@
-"""NVIDIA GPUs for XLA to compile for: what it must know of them where there are none.
+"""Describes NVIDIA GPUs to XLA, so that it compiles for them on a machine without any.
 
-Figures are those of XLA's own descriptions (openxla/xla, xla/backends/gpu/target_config/specs:
+The figures are those of XLA's own descriptions (openxla/xla, xla/backends/gpu/target_config/specs:
 a100_sxm_80, h100_sxm, b200).
 """
 
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from jax.experimental import topologies
 
 GPU_EXAMPLE = "h100:8"
-FRACTION = 0.75  # of memory, which JAX takes when it starts: XLA_CLIENT_MEM_FRACTION
+FRACTION = 0.75  # of memory that JAX allocates at its start, see XLA_CLIENT_MEM_FRACTION
 
 
 class Gpu(NamedTuple):
     """A GPU as XLA sees it."""
 
-    description: str  # how the driver calls it
-    facts: dict[str, Any]  # of stream_executor.GpuDeviceInfoProto
+    description: str  # the driver's name for it
+    facts: dict[str, Any]  # fields of stream_executor.GpuDeviceInfoProto
 
 
 SHARED = {
@@ -84,7 +84,24 @@ VERSIONS = {
 
 
 def gpu_devices(topology: str) -> list[Any]:
-    """What JAX's CUDA plugin compiles for; no GPU is looked for."""
+    """Returns devices that JAX's CUDA plugin compiles for; no GPU is needed.
+
+    Args:
+        topology: model and number of GPUs, such as `"h100:8"`, or model, machines and GPUs of each,
+            such as `"h100:2x8"`. Models are the keys of `GPUS`.
+
+    Returns:
+        Devices for `sharding.make_mesh`.
+
+    Raises:
+        ValueError: if the topology does not have this form, the CUDA plugin is not installed, or it
+            cannot compile for the topology.
+
+    Example:
+        >>> gpu_devices("k80:1")
+        Traceback (most recent call last):
+        ValueError: `topology` must be one of a100, h100, b200 and ...
+    """
     gpu, machines, each = parse(topology)
     shape = f"1x{machines}x{each}"
     try:
@@ -104,16 +121,16 @@ def gpu_devices(topology: str) -> list[Any]:
 
 
 def parse(topology: str) -> tuple[Gpu, int, int]:
-    """The GPU, how many machines, and how many GPUs each of them has."""
+    """Returns the GPU, the number of machines, and the number of GPUs in each."""
     name, _, sides = topology.partition(":")
     if name not in GPUS:
         raise ValueError(
-            f"`topology` must be one of {', '.join(GPUS)} and how many of them; use for example "
+            f"`topology` must be one of {', '.join(GPUS)} and a number of GPUs; use for example "
             f"{GPU_EXAMPLE}; got {topology!r}"
         )
     if not re.fullmatch(r"([1-9][0-9]*x)?[1-9][0-9]*", sides):
         raise ValueError(
-            f"`topology` must say how many GPUs, or how many machines and GPUs of each; use for "
+            f"`topology` must give the number of GPUs, or of machines and of GPUs in each; use for "
             f"example {name}:8 or {name}:2x8; got {topology!r}"
         )
     machines, _, each = sides.rpartition("x")
@@ -121,13 +138,13 @@ def parse(topology: str) -> tuple[Gpu, int, int]:
 
 
 def target_config(gpu: Gpu) -> str:
-    """The text of a stream_executor.GpuTargetConfigProto."""
+    """Writes the text of a stream_executor.GpuTargetConfigProto."""
     facts = {"gpu_device_info": SHARED | gpu.facts, **VERSIONS}
     return proto_text({**facts, "device_description_str": f'"{gpu.description}"'})
 
 
 def proto_text(fields: Mapping[str, Any]) -> str:
-    """Fields of a message in the text format of protocol buffers."""
+    """Writes the fields of a message in the text format of protocol buffers."""
     lines = []
     for name, value in fields.items():
         is_message = isinstance(value, Mapping)
@@ -136,5 +153,19 @@ def proto_text(fields: Mapping[str, Any]) -> str:
 
 
 def gpu_memory(topology: str) -> int:
-    """Bytes that JAX takes of a GPU."""
+    """Returns the bytes of a GPU's memory that JAX allocates at its start.
+
+    Args:
+        topology: as in `gpu_devices`.
+
+    Returns:
+        Bytes of one GPU: three quarters of its memory, the default of JAX.
+
+    Raises:
+        ValueError: if the topology does not have the form of `gpu_devices`.
+
+    Example:
+        >>> gpu_memory("h100:8")
+        63707234304
+    """
     return int(FRACTION * parse(topology)[0].facts["device_memory_size"])

@@ -1,9 +1,25 @@
-"""Channels that are removed for real: what must shrink together, and functions on smaller arrays.
+"""Removes channels for real: finds what shrinks together and runs functions on smaller arrays.
 
 groups = structure.find_groups(apply, variables, images)     # from the jaxpr, any framework
 plan = groups.plan({"conv1/kernel:3": kept})                 # bools, one for each channel
 small = plan.compact(variables)                              # smaller arrays
 output = jax.jit(plan.wrap(apply))(small, images)            # the same function on them
+
+Why: zeros save no time on dense hardware; smaller arrays do. Removing a channel shrinks the kernel
+that produces it, the norm layer behind it and every kernel that reads it, and a residual connection
+ties several layers together. Finding these ties by hand is where channel pruning goes wrong.
+
+What is unusual: nothing here knows layers or frameworks. A function is traced once to a jaxpr, and
+each index of each dimension of each array gets a node in a union-find (`_nodes`). A rule for each
+primitive (`_rules`) joins the nodes that must be removed together and notes what is known of
+removed entries, such as that they are 0 (`_values`). A primitive without a rule freezes what it
+touches, so an unknown operation costs freedom and never correctness. The smaller function is the
+same jaxpr, run on smaller arrays (`_execution`); no user code changes.
+
+What to read first: `_values` (the facts), `_rules/elementwise` and `_rules/products` (rules),
+`_analysis` (one pass over a function), `_joining` (passes -> groups), `_plans` (what users hold).
+The rest stands on these: `_scores` and `_allocation` choose channels, `_costs` counts,
+`_optimizer` slices optimizer states, and `_shrinking` removes channels while a network trains.
 """
 
 from jaxprune.structure._allocation import (
@@ -20,14 +36,15 @@ from jaxprune.structure._nnx import FromNNX, from_nnx
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plans import Plan, load_plan, plan_of
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
-from jaxprune.structure._shrinking import (
+from jaxprune.structure._shrinking import Shrinking, Stage
+from jaxprune.structure._switching import (
     Network,
     Policy,
     Switch,
+    dense_network,
     masked_channels,
     pays,
     shrink,
-    start,
 )
 from jaxprune.structure._traces import Model, Trace
 
@@ -43,12 +60,15 @@ __all__ = [
     "Network",
     "Plan",
     "Policy",
+    "Shrinking",
+    "Stage",
     "Switch",
     "Trace",
     "byte_cost",
     "compact_state",
     "count_macs",
     "count_parameters",
+    "dense_network",
     "filter_norms",
     "find_groups",
     "fpgm",
@@ -64,6 +84,5 @@ __all__ = [
     "pays",
     "plan_of",
     "shrink",
-    "start",
     "taylor",
 ]

@@ -1,4 +1,4 @@
-"""How many channels each group keeps, and which."""
+"""Chooses how many channels each group keeps, and which."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -22,23 +22,24 @@ def keep_uniform(
     ceiling: Fractions = 1.0,
     ignore: Callable[[Group], bool] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Keeps the same fraction of each group.
+    """Keeps the same fraction of the channels in each group.
 
     Args:
         groups: from `find_groups`.
-        scores: of the groups that are pruned; the largest stay, ties the lower index.
-        density: fraction of the channels that stay, in (0, 1].
-        floor: fraction of a group that stays at least, one for all or a mapping from names; one
-            channel always stays.
-        ceiling: fraction of a group that stays at most, likewise.
-        ignore: which groups stay whole and are in no ranking.
+        scores: group name -> float [channels]. The largest scores are kept; ties keep the lower
+            index. Groups without scores are kept whole.
+        density: fraction of the channels to keep, in (0, 1].
+        floor: smallest fraction of a group to keep: one number for all groups, or a mapping from
+            group names. At least one channel is always kept.
+        ceiling: largest fraction of a group to keep, given in the same way.
+        ignore: `group -> bool`: groups to keep whole and leave out of the ranking.
 
     Returns:
-        Name of a group -> bools, for `Groups.plan`.
+        Group name -> bool [channels], for `Groups.plan`.
 
     Raises:
-        ValueError: a value is out of range, scores do not fit the groups, a name is not that of a
-            group with scores, or `ignore` matches none of these.
+        ValueError: if a value is out of range, scores do not fit their groups, a name belongs to no
+            group with scores, or `ignore` matches none or all of these groups.
 
     Example:
         >>> from jaxprune.structure import Group
@@ -62,21 +63,24 @@ def keep_global(
     ceiling: Fractions = 1.0,
     ignore: Callable[[Group], bool] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Keeps the highest scores of all groups together.
+    """Keeps the channels with the highest scores in one ranking of all groups.
+
+    Keeping a fraction d of the channels keeps about d ** 2 of the parameters between two pruned
+    layers, as these lose both inputs and outputs.
 
     Args:
         groups: from `find_groups`.
-        scores: of the groups that are pruned, comparable between them, see `normalized`.
-        density: fraction of all their channels that stays, in (0, 1].
-        floor: see `keep_uniform`, and so `ceiling` and `ignore`.
-        ceiling: see there.
-        ignore: see there.
+        scores: group name -> float [channels], comparable between groups; see `normalized`.
+        density: fraction of the channels of all ranked groups to keep, in (0, 1].
+        floor: see `keep_uniform`.
+        ceiling: see `keep_uniform`.
+        ignore: see `keep_uniform`.
 
     Returns:
-        Name of a group -> bools, for `Groups.plan`.
+        Group name -> bool [channels], for `Groups.plan`.
 
     Raises:
-        ValueError: as `keep_uniform`.
+        ValueError: as for `keep_uniform`.
 
     Example:
         >>> from jaxprune.structure import Group
@@ -105,18 +109,18 @@ def keep_within(
     Args:
         groups: from `find_groups`.
         scores: see `keep_global`.
-        limit: largest cost.
-        cost: of a plan, such as `count_parameters`; must not fall when more is kept.
+        limit: largest cost allowed.
+        cost: `plan -> number`, such as `count_parameters`; it must not fall when more is kept.
         floor: see `keep_uniform`.
-        ceiling: see there.
-        ignore: see there.
-        multiple: of the widths, as in `Groups.plan`.
+        ceiling: see `keep_uniform`.
+        ignore: see `keep_uniform`.
+        multiple: widths are rounded up to a multiple of this, as in `Groups.plan`.
 
     Returns:
-        Name of a group -> bools, for `Groups.plan`.
+        Group name -> bool [channels], for `Groups.plan`.
 
     Raises:
-        ValueError: as `keep_uniform`, or even the floors cost more than the limit.
+        ValueError: as for `keep_uniform`, or if the floors alone cost more than the limit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -145,13 +149,13 @@ def keep_within(
 
 
 def count_parameters(plan: Plan) -> int:
-    """How many entries the parameters have after compaction.
+    """Counts the entries of the compacted parameters.
 
     Args:
         plan: from `Groups.plan`.
 
     Returns:
-        An exact count.
+        The exact count.
 
     Example:
         >>> from jaxprune.structure import Model
@@ -163,14 +167,14 @@ def count_parameters(plan: Plan) -> int:
 
 
 class _Bounds(NamedTuple):
-    """How many channels a group keeps."""
+    """The smallest and the largest number of channels that a group keeps."""
 
     least: int
     most: int
 
 
 def _keep(scores: Scores, bounds: Mapping[str, _Bounds], count: int) -> dict[str, np.ndarray]:
-    """The least that each group keeps, and then the best of all that is allowed."""
+    """Keeps the smallest number in each group, then the best of all that the bounds allow."""
     kept = {name: _largest(scores[name], own.least) for name, own in bounds.items()}
     allowed = {name: _largest(scores[name], own.most) for name, own in bounds.items()}
     flat = np.concatenate([scores[name] for name in bounds])
@@ -183,7 +187,7 @@ def _keep(scores: Scores, bounds: Mapping[str, _Bounds], count: int) -> dict[str
 
 
 def _largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """The `count` largest; ties keep the lower index."""
+    """Marks the `count` largest scores; ties keep the lower index."""
     kept = np.zeros(len(scores), bool)
     kept[np.argsort(-np.asarray(scores), kind="stable")[:count]] = True
     return kept
@@ -197,7 +201,7 @@ def _bounds(
     ceiling: Fractions,
     ignore: Callable[[Group], bool] | None,
 ) -> dict[str, _Bounds]:
-    """Least and most for each group that is ranked; refuses what does not fit."""
+    """Checks the arguments and returns the bounds of each ranked group."""
     problems = []
     for name, own in scores.items():
         if name not in groups:
@@ -210,7 +214,7 @@ def _bounds(
         raise ValueError("`scores` must name at least one group, but is empty.")
     if not 0 < density <= 1:
         raise ValueError(f"`density` must lie in (0, 1], but is {density}.")
-    # In the order of the groups, which decides ties: `scores` may be sorted, as `jit` returns them.
+    # Rank in the order of the groups, which decides ties: `jit` returns `scores` sorted by name.
     named = [name for name in groups if name in scores]
     ranked = [name for name in named if ignore is None or not ignore(groups[name])]
     if ignore is not None and len(ranked) in (0, len(scores)):
@@ -228,7 +232,7 @@ def _bounds(
 def _by_name(
     argument: str, value: Fractions, default: float, ranked: list[str]
 ) -> dict[str, float]:
-    """A fraction for each group that is ranked."""
+    """Returns a fraction for each ranked group."""
     given = value if isinstance(value, Mapping) else dict.fromkeys(ranked, value)
     problems = [f"{name}: not a group that is ranked" for name in given if name not in ranked]
     problems += [f"{n}: {own} is not in [0, 1]" for n, own in given.items() if not 0 <= own <= 1]

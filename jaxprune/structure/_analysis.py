@@ -1,4 +1,7 @@
-"""Follows a traced function once and finds which indices of its parameters belong together."""
+"""Follows a traced function once and finds which indices of its parameters belong together.
+
+Read `_values` first: it defines the facts that are known of removed entries.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +28,7 @@ from jaxprune.structure._values import (
     NOTHING,
     SAME,
     SAME_GATE,
+    SAME_SOFT,
     UNGATED,
     ZERO,
     ZERO_GATE,
@@ -45,11 +49,14 @@ RULES: dict[str, Rule] = {
     **control.RULES,
 }
 INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
-# What only moves entries: nothing is computed from those that it leaves out.
+# Primitives that only move entries: nothing is computed from the entries that they leave out.
 _MOVES = frozenset(
     "slice split squeeze reshape transpose broadcast_in_dim convert_element_type copy".split()
 )
-_FEW = 65536  # constants up to this size are looked at
+_FEW = 65536  # constants with at most this many entries are inspected
+# Each fact beside its two stronger forms; `_values` says what they mean.
+_SOFT = {ZERO: ZERO_SOFT, SAME: SAME_SOFT}
+_GATE = {ZERO: ZERO_GATE, SAME: SAME_GATE}
 
 
 class Analysis:
@@ -57,8 +64,8 @@ class Analysis:
 
     Args:
         consumers: `(leaf, dimension)` pairs that only consume a width, from an earlier pass.
-        factors: which factor of a split dimension may shrink, see `split_factor`.
-        vectors: leaves that an earlier pass found in `vectors` and not in `tables`.
+        factors: split -> the factor of that dimension that may shrink; see `split_factor`.
+        vectors: leaves that an earlier pass found in `vectors` but not in `tables`.
 
     Example:
         >>> analysis = Analysis()
@@ -73,36 +80,37 @@ class Analysis:
         factors: Mapping[Split, int] | None = None,
         vectors: frozenset[int] = frozenset(),
     ) -> None:
-        """Knows no function yet."""
+        """Starts without a function."""
         self.nodes = Nodes()
         self.leaves: list[Value] = []
         self.used: set[int] = set()  # leaves that some operation reads
-        # Leaves come first, so their nodes are 1, 2, ...: where those of each dimension start.
+        # Leaves come first, so their nodes are 1, 2, ... in order.
         self._places: list[tuple[int, int]] = []  # (leaf, dimension)
-        self._starts: list[int] = []
+        self._starts: list[int] = []  # the first node of each place, minus 1
         self._leaf_nodes = 0
         self.known_consumers = consumers
         self.factors = dict(factors or {})
-        self.splits: dict[Split, list[np.ndarray]] = {}  # nodes of the factors, where all is free
+        self.splits: dict[Split, list[np.ndarray]] = {}  # nodes of the factor that may shrink
         self.consumers: set[tuple[int, int]] = set()
         self.producers: set[tuple[int, int]] = set()
-        self.freezes: list[tuple[list[tuple[int, int]], str]] = []  # dimensions hit, reason
-        self.inexact: list[tuple[np.ndarray, str]] = []  # nodes, reason
-        self.ungated: list[np.ndarray] = []  # nodes that zeroed vectors alone do not remove
-        self.rests: list[tuple[np.ndarray, frozenset[int]]] = []  # nodes these vectors do remove
+        self.freezes: list[tuple[list[tuple[int, int]], str]] = []  # (dimensions frozen, reason)
+        self.inexact: list[tuple[np.ndarray, str]] = []  # (nodes, reason), see `Group.reasons`
+        self.ungated: list[np.ndarray] = []  # nodes that zeroing vectors alone does not remove
+        self.rests: list[tuple[np.ndarray, frozenset[int]]] = []  # nodes, and vectors that remove
         self.known_vectors = vectors
-        self.vectors: set[int] = set()  # leaves that meet data entry by entry along one dimension
-        self.tables: set[int] = set()  # leaves that meet data in another way
-        self.kernels: set[int] = set()  # leaves with two dimensions or more in one product
-        self.scales: set[int] = set()  # vectors that multiply data, so that zeros switch it off
-        self.unknown: dict[str, int] = {}
-        self.op = Op("update", None, {}, [], [], "of a variable")  # what is being followed
-        self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules that are being followed
+        # How parameters meet data: entry by entry along one dimension, or in any other way.
+        self.vectors: set[int] = set()
+        self.tables: set[int] = set()
+        self.kernels: set[int] = set()  # leaves with two or more dimensions in one product
+        self.scales: set[int] = set()  # vectors that multiply data, so that their zeros remove it
+        self.unknown: dict[str, int] = {}  # primitive -> how often it froze something
+        self.op = Op("update", None, {}, [], [], "of a variable")  # the current operation
+        self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules being followed
 
     # ---- values
 
     def leaf(self, aval: Any, zeroed: bool, cached: bool = False) -> Value:
-        """An array that shrinks: a parameter that is masked (`zeroed`), a cache, or other state."""
+        """Makes a variable: a parameter that masks zero (`zeroed`), a cache, or other state."""
         index, value = len(self.leaves), Value(aval, of_params=not cached)
         value.leaf = index
         is_vector = zeroed and (
@@ -126,13 +134,13 @@ class Analysis:
         return value
 
     def data(self, aval: Any) -> Value:
-        """An input that keeps its shape."""
+        """Makes an input that keeps its shape."""
         value = Value(aval, of_data=True)
         self.fix(value)
         return value
 
     def constant(self, array: Any) -> Value:
-        """An array that the function holds; it shrinks with what it meets."""
+        """Makes an array that the function holds; it shrinks with whatever it is combined with."""
         aval = jax.typeof(array)
         value = Value(aval, of_params=True, of_data=True, constant=array)
         value.nodes = [self.nodes.new(n) if n > 1 else frozen(n) for n in value.shape]
@@ -148,19 +156,19 @@ class Analysis:
         return value
 
     def fix(self, value: Value) -> None:
-        """Says of a value that it keeps its shape and that nothing else is known."""
+        """Makes a value keep its shape, with nothing else known about it."""
         value.nodes = [frozen(n) for n in value.shape]
         value.facts = [np.zeros(n, np.uint8) for n in value.shape]
         value.origins = [frozenset()] * len(value.shape)
 
-    # ---- what rules do
+    # ---- used by rules
 
     def root(self, nodes: np.ndarray) -> np.ndarray:
-        """See `Nodes.root`."""
+        """Returns the root of each node, see `Nodes.root`."""
         return self.nodes.root(nodes)
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        """See `Nodes.unite`; what meets a width that must stay is frozen, and that is noted."""
+        """Joins nodes pairwise, see `Nodes.unite`; what joins a frozen node is noted as frozen."""
         if a is b:
             return
         frozen_a, frozen_b = self.nodes.is_frozen(a), self.nodes.is_frozen(b)
@@ -169,11 +177,15 @@ class Analysis:
         self.nodes.unite(a, b)
 
     def split_factor(self, roots: np.ndarray) -> int:
-        """Which factor of a dimension that is split keeps its freedom: a choice, noted in `splits`.
+        """Chooses which factor may shrink when a reshape splits a dimension; returns its index.
 
-        The outermost, unless another is known to be better: a first pass may have frozen it.
+        Only one factor may shrink. It is the outermost, unless `factors` names a different one
+        because an earlier pass found the outermost frozen.
+
+        Args:
+            roots: int64, one dimension for each factor.
         """
-        for factor in range(roots.ndim):  # what shrinks by one factor already needs no choice
+        for factor in range(roots.ndim):  # no choice where the entries are tied along a factor
             along = rows_of(roots, factor)
             if (along == along[:, :1]).all():
                 return factor
@@ -184,27 +196,27 @@ class Analysis:
         return 0
 
     def note_split(self, roots: np.ndarray, nodes: np.ndarray) -> None:
-        """Notes the nodes of the factor that kept its freedom."""
+        """Notes the nodes of the factor that may shrink."""
         free = roots[roots != FROZEN]
         if len(free) and self.nodes.of_leaf[free.min()]:
             self.splits.setdefault(Split(int(free.min()), roots.shape), []).append(nodes)
 
     def use(self, values: Sequence[Value]) -> None:
-        """Notes that something is computed from values, or that they are an output."""
+        """Notes that values enter a computation or are an output."""
         for value in values:
             for nodes in value.nodes:
                 self.nodes.used[self.root(nodes)] = True
 
     def is_free(self, nodes: np.ndarray) -> np.ndarray:
-        """Bools: whether each may be removed."""
+        """Tells for each node whether it may be removed, as bools."""
         return ~self.nodes.is_frozen(nodes)
 
     def any_free(self, values: Sequence[Value]) -> bool:
-        """Whether anything of the values may be removed."""
+        """Tells whether any index of the values may be removed."""
         return any(self.is_free(nodes).any() for value in values for nodes in value.nodes)
 
     def freeze(self, nodes: np.ndarray, reason: str) -> None:
-        """Nodes that must be kept, and why; the reason is noted for each parameter hit."""
+        """Marks nodes that must be kept and notes the reason for each dimension of a leaf hit."""
         roots = self.root(nodes)
         roots = roots[roots != FROZEN]
         if not len(roots):
@@ -219,7 +231,7 @@ class Analysis:
         self.nodes.unite(roots, np.zeros_like(roots))
 
     def freeze_all(self, op: Op, reason: str) -> bool:
-        """Freezes all operands; outputs keep their shapes. Returns True, as done."""
+        """Freezes all operands and keeps the shapes of outputs; returns True for "done"."""
         for value in op.ins:
             for nodes in value.nodes:
                 self.freeze(nodes, f"{reason} {op.where}")
@@ -228,20 +240,20 @@ class Analysis:
         return True
 
     def need(self, nodes: np.ndarray, facts: np.ndarray, fact: np.uint8, reason: str) -> None:
-        """A pruned index must have this fact (`ZERO` or `SAME`), or else be kept."""
+        """Freezes the nodes that lack a fact (`ZERO` or `SAME`) which removing them relies on."""
         free = self.is_free(nodes)
         bad = free & (facts & fact == 0)
         if bad.any():
             self.freeze(nodes[bad], reason)
-        unless = free & ~bad & (facts & fact * (ZERO_SOFT // ZERO) == 0)
+        unless = free & ~bad & (facts & _SOFT[fact] == 0)
         if unless.any():
             self.inexact.append((nodes[unless], reason))
-        gated = facts & fact * (ZERO_GATE // ZERO) > 0
+        gated = facts & _GATE[fact] > 0
         self.ungated.append(nodes[free & ~bad & ~gated])
         self.rest(nodes[free & gated], *[value.support for value in self.op.ins])
 
     def rest(self, nodes: np.ndarray, *supports: frozenset[int]) -> None:
-        """Notes the vectors whose zeros are enough to remove these nodes."""
+        """Notes the vectors whose zeros suffice to remove these nodes."""
         self.rests.append((nodes, frozenset().union(*supports)))
 
     # ---- following a function
@@ -282,7 +294,7 @@ class Analysis:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _follow(self, op: Op) -> None:
-        """Fills in the outputs of an operation by its rule."""
+        """Fills in the outputs of an operation with its rule."""
         of_params = all(value.of_params for value in op.ins)
         of_data = all(value.of_data for value in op.ins)
         for out in op.outs:
@@ -301,19 +313,19 @@ class Analysis:
                 out.origins = [frozenset()] * len(out.shape)
             for dimension, size in enumerate(out.shape):
                 assert len(out.nodes[dimension]) == len(out.facts[dimension]) == size, op.name
-                if size == 1:  # removing it would change what it broadcasts to
+                if size == 1:  # removing the one index would change what it broadcasts to
                     self.freeze(out.nodes[dimension], f"size 1 in `{op.name}` {op.where}")
-            if of_data:  # no mask changes it, so what is removed can be computed
+            if of_data:  # no mask changes the value, so its removed entries can be computed
                 out.facts = [facts | ALWAYS_SAME for facts in out.facts]
             if out.number == 0:
                 out.facts = [np.full(n, ALWAYS_ZERO, np.uint8) for n in out.shape]
             out.support = out.support or self._support(op, out)
-            if not of_params:  # dimensions of parameters that live on in data: they produce
+            if not of_params:  # a parameter dimension that survives into data is a producer
                 self.producers.update(*out.origins)
                 out.origins = [frozenset()] * len(out.shape)
 
     def _note_meeting(self, op: Op) -> None:
-        """Notes how parameters enter data."""
+        """Notes how the parameters among the operands meet data."""
         for value in op.ins:
             leaves = {leaf for origins in value.origins for leaf, _ in origins}
             if value.of_params and leaves:
@@ -327,7 +339,7 @@ class Analysis:
                     self.scales |= value.support
 
     def _switches(self, value: Value) -> bool:
-        """Whether zeros in vectors make all that may be removed of a value 0."""
+        """Tells whether zeros in vectors alone make every removable entry of a value 0."""
         return all(
             (facts[self.is_free(nodes)] & ZERO_GATE > 0).all()
             for nodes, facts, origins in zip(value.nodes, value.facts, value.origins, strict=True)
@@ -335,7 +347,10 @@ class Analysis:
         )
 
     def _support(self, op: Op, out: Value) -> frozenset[int]:
-        """The vectors that the facts of a result rest on: of a product, those of one factor."""
+        """Returns the vectors that the facts of a result rest on.
+
+        One factor suffices for a product, so the one with the fewest vectors is taken.
+        """
         if op.name == "mul":
             enough = [value.support for value in op.ins if self._makes_zero(value, out)]
             if enough:
@@ -343,7 +358,7 @@ class Analysis:
         return frozenset().union(*[value.support for value in op.ins])
 
     def _makes_zero(self, value: Value, out: Value) -> bool:
-        """Whether a factor alone makes all of a product 0 that is known to be."""
+        """Tells whether one factor alone makes 0 all entries of a product that are known to be."""
         for dimension, nodes in enumerate(out.nodes):
             known = out.facts[dimension] & (ZERO_GATE | SAME_GATE) > 0
             known &= self.is_free(nodes)
@@ -355,12 +370,12 @@ class Analysis:
 
 
 def frozen(size: int) -> np.ndarray:
-    """Nodes that must be kept."""
+    """Returns `size` nodes that must be kept, int64 [size]."""
     return np.zeros(size, np.int64)
 
 
 def live_equations(jaxpr: Any) -> list[Any]:
-    """The equations whose results are used. What nothing uses must not freeze anything."""
+    """Returns the equations whose results are used: dead code must not freeze any dimension."""
     used = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
     live = []
     for equation in reversed(jaxpr.eqns):

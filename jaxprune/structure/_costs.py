@@ -1,4 +1,4 @@
-"""What a function costs: multiply-accumulates, for all plans from one analysis."""
+"""Counts what a function costs: multiply-accumulates and bytes, for all plans from one analysis."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,18 +23,18 @@ Counter = Callable[[Execution], int]
 
 
 def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Sequence[Shape]) -> int:
-    """Multiply-accumulates of a product of matrices or a convolution.
+    """Counts the multiply-accumulates of a matrix product or a convolution.
 
-    Padding of a convolution counts as if it were there, zeros between its inputs do not.
+    The padding of a convolution counts as inputs; zeros between inputs (dilation) do not.
 
     Args:
-        name: of the primitive.
-        params: of the equation.
+        name: name of the primitive.
+        params: parameters of the equation.
         ins: shapes of the operands.
         outs: shapes of the results.
 
     Returns:
-        An exact count.
+        The exact count.
 
     Example:
         >>> macs_of("dot_general", {"dimension_numbers": (((1,), (0,)), ((), ()))},
@@ -60,7 +60,10 @@ def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Seque
 def _along(
     out: int, taps: int, stride: int, between: int, apart: int, padding: tuple[int, int]
 ) -> int:
-    """Products along one dimension of space; inputs are `between` places apart, taps `apart`."""
+    """Counts products along one spatial dimension.
+
+    Inputs are `between` places apart, the taps of the kernel `apart`.
+    """
     if between == 1:
         return out * taps
     places = stride * np.arange(out)[:, None] + apart * np.arange(taps) - padding[0]
@@ -68,23 +71,23 @@ def _along(
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:
-    """Multiply-accumulates of one call, from the jaxpr: products of matrices and convolutions.
+    """Counts the multiply-accumulates of one call: matrix products and convolutions in its jaxpr.
 
-    A loop counts as often as it runs, a branch as its dearest side, `while` as one pass; what no
-    result needs does not count. Padding counts, as it does in publications. XLA's `cost_analysis`
-    counts two operations for each of ours, leaves padding out, and adds what is done entry by
-    entry: for a ResNet-20 at 32 pixels, half of its number is 0.93 of ours.
+    A scan counts as often as it runs, a `cond` as its most expensive branch, a `while` as one pass;
+    dead code does not count. Padding counts, as it does in publications. XLA's `cost_analysis`
+    counts two operations for each of ours, leaves padding out, and adds elementwise operations: for
+    a ResNet-20 at 32 pixels, half of its number is 0.93 of ours.
 
     Args:
         function: any JAX function.
-        *args: arrays or `jax.ShapeDtypeStruct`.
+        *args: its arguments: arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-        An exact count.
+        The exact count.
 
     Raises:
-        ValueError: there are products in a primitive that may run them any number of times, such as
-            a kernel of Pallas.
+        ValueError: if there are products inside a primitive that may run them any number of times,
+            such as a Pallas kernel.
 
     Example:
         >>> import jax.numpy as jnp
@@ -109,39 +112,40 @@ def _of_equation(equation: Any) -> int:
 
 
 def _nothing_in(name: str, params: dict[str, Any]) -> int:
-    """Zero, the cost of a primitive that is not understood; refuses products inside of it."""
+    """Returns 0 for a primitive that is not understood; raises if there are products inside it."""
     if any(_of_jaxpr(own) for own in core.jaxprs_in_params(params)):
         raise ValueError(
-            "`function` must have no products of matrices inside of primitives that may run them "
-            f"any number of times, but `{name}` has some; count that part by itself."
+            "`function` must have no matrix products inside primitives that may run them any "
+            f"number of times, but `{name}` has some; count that part by itself."
         )
     return 0
 
 
 def _together(name: str, params: dict[str, Any], inner: Sequence[int]) -> int:
-    """The cost of control flow from those of the functions inside."""
+    """Combines the costs of the functions inside control flow."""
     return max(inner) if name == "cond" else sum(inner) * params.get("length", 1)
 
 
 def mac_cost(
     groups: Groups, function: Callable[..., Any], variables: Any, *args: Any
 ) -> Callable[[Plan], int]:
-    """Multiply-accumulates of one call after compaction, as a function of the plan.
+    """Makes a function from plans to the multiply-accumulates of one call of the smaller function.
 
     The function is analysed once; a plan of a ResNet-50 then takes some hundredths of a second.
 
     Args:
         groups: from `find_groups`.
-        function: one of those that were analysed.
+        function: one of the functions given to `find_groups`.
         variables: dense arrays or `jax.ShapeDtypeStruct`.
-        *args: of the function, likewise; one image gives the cost of an image.
+        *args: arguments of `function`, arrays or `jax.ShapeDtypeStruct`; a batch of one image gives
+            the cost of an image.
 
     Returns:
-        A function from plans of these groups to exact counts, as those of `count_macs`; for
+        A function from plans of these groups to exact counts like those of `count_macs`, for
         `keep_within`. It raises `ValueError` for a plan that does not fit the function.
 
     Raises:
-        ValueError: as `count_macs`.
+        ValueError: as for `count_macs`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -160,14 +164,14 @@ def mac_cost(
 
     def cost(plan: Plan) -> int:
         if plan.model.shapes != groups.model.shapes:
-            raise ValueError("`plan` must be made from the groups of this cost, but has others.")
+            raise ValueError("`plan` must be made from the groups of this cost, but is not.")
         return count(Execution(analysis, plan.kept_nodes(analysis)))
 
     return cost
 
 
 def _counter(graph: Graph) -> Counter:
-    """The cost of a function from what stays of its values."""
+    """Makes the counter of a traced function; it reads the smaller shapes of an execution."""
     counters = [own for own in map(_counter_of_op, graph.ops) if own is not None]
     return lambda execution: sum(count(execution) for count in counters)
 
@@ -185,7 +189,7 @@ def _counter_of_op(op: Op) -> Counter | None:
 
 
 def byte_cost(variables: Any) -> Callable[[Plan], int]:
-    """Bytes of all variables after compaction, as a function of the plan.
+    """Makes a function from plans to the bytes of all compacted variables.
 
     Args:
         variables: dense arrays or `jax.ShapeDtypeStruct`.

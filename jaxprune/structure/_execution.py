@@ -13,11 +13,11 @@ from jaxprune.structure._values import ZERO, Graph, Op, Value
 
 
 class Execution:
-    """One run of a traced function with some of its indices removed.
+    """One run of a traced function without its removed indices.
 
     Args:
-        analysis: of the function, on dense shapes.
-        kept: bool for each node, by its root.
+        analysis: the analysis of the function on dense shapes.
+        kept: bool [nodes], valid at roots.
 
     Example:
         >>> Execution(Analysis(), np.ones(1, bool)).arrays
@@ -25,18 +25,18 @@ class Execution:
     """
 
     def __init__(self, analysis: Analysis, kept: np.ndarray) -> None:
-        """Nothing has run yet."""
+        """Starts with nothing computed."""
         self.analysis, self._kept = analysis, kept
         self._shapes: dict[int, tuple[int, ...]] = {}
-        self.arrays: dict[int, Any] = {}  # by id of the value
+        self.arrays: dict[int, Any] = {}  # id of a value -> its smaller array
         self._removed: dict[tuple[int, int], Any] = {}
 
     def kept(self, value: Value, dimension: int) -> np.ndarray:
-        """Bools: which indices of a dimension are there."""
+        """Tells which indices of a dimension are kept, as bools."""
         return self._kept[self.analysis.root(value.nodes[dimension])]
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        """Of the smaller array."""
+        """Returns the shape of the smaller array of a value."""
         if id(value) not in self._shapes:
             dimensions = range(len(value.shape))
             sizes = tuple(int(self.kept(value, dimension).sum()) for dimension in dimensions)
@@ -44,7 +44,7 @@ class Execution:
         return self._shapes[id(value)]
 
     def take(self, array: Any, value: Value, but: int | None = None) -> Any:
-        """What is there of a dense array; one dimension may be left as it is."""
+        """Takes the kept entries of a dense array; dimension `but` is not touched."""
         for dimension in range(len(value.shape)):
             kept = self.kept(value, dimension)
             if dimension != but and not kept.all():
@@ -52,12 +52,15 @@ class Execution:
         return array
 
     def is_zero(self, value: Value, dimension: int) -> bool:
-        """Whether all removed entries are 0 in the dense function."""
+        """Tells whether all removed entries of a dimension are 0 in the dense function."""
         removed = ~self.kept(value, dimension)
         return bool((value.facts[dimension][removed] & ZERO).all())
 
     def removed(self, value: Value, dimension: int) -> Any:
-        """The entries at the removed indices of a dimension; size 1 along it if all are alike."""
+        """Computes the entries at the removed indices of a dimension.
+
+        The result has size 1 along the dimension if all removed entries are equal.
+        """
         key = id(value), dimension
         if key not in self._removed:
             self._removed[key] = self._find_removed(value, dimension)
@@ -96,7 +99,7 @@ class Execution:
         raise AssertionError(f"no removed entries of `{op.name}` {op.where}")
 
     def dense(self, value: Value) -> Any:
-        """The whole array of what no parameter has to do with."""
+        """Computes the dense array of a value that depends on no parameter."""
         if value.constant is not None:
             return value.constant
         if value.op is None:
@@ -104,19 +107,19 @@ class Execution:
         return self.bind(value.op, list(map(self.dense, value.op.ins)))[value.op.outs.index(value)]
 
     def _operand(self, value: Value, dimension: int) -> Any:
-        """Of an operation entry by entry: what it has at the removed indices."""
+        """Returns an elementwise operand at the removed indices; it may broadcast there."""
         spreads = value.shape and value.shape[dimension] > 1
         return self.removed(value, dimension) if spreads else self.read(value)
 
     def read(self, value: Value) -> Any:
-        """The array of a value."""
+        """Returns the smaller array of a value."""
         if id(value) in self.arrays:
             return self.arrays[id(value)]
         assert value.constant is not None, "used before it is computed"
         return self.take(value.constant, value)
 
     def graph(self, graph: Graph, arrays: Sequence[Any]) -> list[Any]:
-        """The outputs of a function for smaller inputs."""
+        """Runs a traced function on smaller inputs and returns its outputs."""
         outer = self.arrays, self._removed
         self.arrays, self._removed = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
         for op in graph.ops:
@@ -129,8 +132,8 @@ class Execution:
             for value, array in zip(op.outs, results, strict=True):
                 if tuple(array.shape) != self.shape(value):
                     raise ValueError(
-                        f"`{op.name}` {op.where} gave shape {tuple(array.shape)} where the plan "
-                        f"needs {self.shape(value)}; please report this"
+                        f"`{op.name}` {op.where} must give shape {self.shape(value)} under the "
+                        f"plan, but gave {tuple(array.shape)}; please report this."
                     )
                 self.arrays[id(value)] = array
         results = [self.read(value) for value in graph.outs]
@@ -138,11 +141,11 @@ class Execution:
         return results
 
     def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
-        """Runs the primitive as it is."""
+        """Runs the primitive unchanged."""
         subfunctions, params = [], op.params
         if self._has_functions(op):
             bound = op.primitive.get_bind_params(op.params)
-            # Older versions of JAX return the functions apart.
+            # Older versions of JAX return the functions separately.
             subfunctions, params = bound if isinstance(bound, tuple) else ([], bound)
         results = op.primitive.bind(*subfunctions, *arrays, **params)
         return list(results) if op.primitive.multiple_results else [results]
@@ -156,7 +159,7 @@ class Execution:
 
 
 def _alike(arrays: Sequence[Any], dimension: int) -> list[Any]:
-    """Arrays of size 1 along a dimension as long as the others there."""
+    """Repeats arrays of size 1 along a dimension to the size of the others."""
     longest = max([array.shape[dimension] for array in arrays if array.ndim], default=1)
 
     def spread(array: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From the traces of a function to its groups."""
+"""Finds the groups of a function: traces it, analyses the traces, and joins the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from jaxprune.structure._traces import (
 )
 from jaxprune.structure._values import Graph, Split
 
-_CHOICES = 8  # passes over all traces in which factors of splits may still be tried
+_CHOICES = 8  # number of passes that may still try a different factor of a split dimension
 
 
 def find_groups(
@@ -33,28 +33,29 @@ def find_groups(
 ) -> Groups:
     """Finds which dimensions of a function's variables can shrink, and which shrink together.
 
-    Nothing runs: the function is traced, and every index of every dimension is followed through its
+    The function is traced, not run, and every index of every dimension is followed through its
     operations. An operation that is not understood freezes what it touches.
 
     Args:
-        function: `function(variables, *args)` of any framework; or a list of `Trace` for all
-            ways in which the variables will be used, such as evaluation and training.
+        function: `function(variables, *args)` of any framework; or a list of `Trace`, one for each
+            way in which the variables will be used, such as evaluation and training.
         variables: tree of arrays or `jax.ShapeDtypeStruct`: parameters and other state.
-        *args: arrays or `jax.ShapeDtypeStruct`; batch sizes may be others later.
+        *args: arrays or `jax.ShapeDtypeStruct`; later calls may use different batch sizes.
         updates: see `Trace`.
-        parameters: `(path, leaf) -> bool`: what a mask may set to zero. Default all floating-point
-            leaves but caches and state: what `updates` says, what no gradient reaches in a trace
-            that uses it, and, because a function in evaluation mode has a gradient for its running
-            statistics, what lies in a `batch_stats` or is called `mean` or `var` and is no kernel
-            of a product. Where statistics have other names and no trace trains, say it here.
+        parameters: `(path, leaf) -> bool`: the leaves that a mask may set to zero. Default: all
+            floating-point leaves except caches and state. State is what `updates` returns, what no
+            gradient reaches in a trace that uses it, and, because running statistics have a
+            gradient in evaluation mode, leaves under `batch_stats` or named `mean` or `var` that
+            are no kernel of a product. Give this argument if statistics have different names and no
+            trace trains.
         caches: `(path, leaf) -> bool`: state that is 0 before it is first written, such as keys and
-            values of earlier tokens. Default leaves with `cache` in a part of their path.
+            values of earlier tokens. Default: leaves with `cache` in their path.
 
     Returns:
-        The groups.
+        The groups, a mapping from names to `Group`.
 
     Raises:
-        ValueError: if `updates` returns something that is not in the variables, or all variables
+        ValueError: if `updates` returns something that is not in the variables, or if all variables
             are state.
 
     Example:
@@ -96,8 +97,12 @@ def _refine(
     tried: dict[Split, int],
     choose: bool,
 ) -> Model:
-    """What a pass over all traces taught: what consumes, which caches do not stay 0, and, if it may
-    `choose`, another factor of each split whose factor was frozen (`tried` counts them)."""
+    """Returns the model with what a pass over all traces found.
+
+    These are the dimensions that only consume and the caches that do not stay 0. If it may
+    `choose`, it also moves on to the next factor of each split whose factor was frozen; `tried`
+    counts how often.
+    """
     consumers: set[tuple[int, int]] = set()
     producers: set[tuple[int, int]] = set()
     broken: set[str] = set()
@@ -124,13 +129,13 @@ def _refine(
 
 
 def _vectors(passes: Sequence[tuple[Traced, Analysis, Graph]]) -> frozenset[int]:
-    """Leaves that meet data only entry by entry, along one dimension."""
+    """Returns the leaves that meet data only entry by entry, along one dimension."""
     plain = set[int]().union(*[analysis.vectors for _, analysis, _ in passes])
     return frozenset(plain.difference(*[analysis.tables for _, analysis, _ in passes]))
 
 
 def _default_parameters(traced: Sequence[Traced], leaves: Mapping[str, Any]) -> set[str]:
-    """See `find_groups`."""
+    """Returns the paths of the parameters, see `parameters` of `find_groups`."""
     floating = {
         path
         for path, leaf in leaves.items()
@@ -141,8 +146,8 @@ def _default_parameters(traced: Sequence[Traced], leaves: Mapping[str, Any]) -> 
         trees.raise_for(
             [f"{path}: {state[path]}" for path in sorted(floating)],
             f"`variables` must hold parameters, but all of {', '.join(sorted(floating))} are "
-            "state. Say what are parameters with `parameters=lambda path, leaf: ...`, which "
-            "overrides all of these reasons, or leave them out of `updates`:",
+            "state. Name the parameters with `parameters=lambda path, leaf: ...`, which overrides "
+            "these reasons, or leave them out of `updates`:",
         )
     return floating - state.keys()
 

@@ -1,4 +1,4 @@
-"""Whether a function that reads widths from its arrays may run on the smaller arrays as it is."""
+"""Decides whether a function that reads widths from arrays may run unchanged on smaller ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ _INLINED = frozenset(
     "remat".split()
 )
 _SAME_SHAPE = {"broadcast_in_dim", "reshape", "convert_element_type", "copy", "copy_p", "squeeze"}
-_MOST = 8  # reasons that are listed
-_LONGEST = 60  # letters of a parameter in a reason
+_MOST = 8  # largest number of reasons listed
+_LONGEST = 60  # largest number of letters shown of a parameter in a reason
 
 
 class Fit(NamedTuple):
-    """What `Plan.fits` found; true if the function may run on the smaller arrays.
+    """The result of `Plan.fits`; true if the function may run on the smaller arrays.
 
     Example:
         >>> bool(Fit(False, False, 0.33, ("`mul` by 4.0, in the dense network by 5.6",)))
@@ -30,12 +30,12 @@ class Fit(NamedTuple):
     """
 
     fits: bool
-    proven: bool  # both are the same operations with the same constants
-    difference: float | None  # of numbers, relative to the largest entry; None if none were run
-    reasons: tuple[str, ...]  # where the functions differ
+    proven: bool  # whether both consist of the same operations with the same constants
+    difference: float | None  # of outputs, relative to the largest entry; None if none were run
+    reasons: tuple[str, ...]  # the places where the functions differ
 
     def __bool__(self) -> bool:
-        """Whether it fits."""
+        """Tells whether the function fits."""
         return self.fits
 
 
@@ -46,14 +46,14 @@ def compare(
     args: tuple[Any, ...],
     tolerance: float,
 ) -> Fit:
-    """Compares a function with its compacted form, both on the smaller arrays.
+    """Compares a function with its wrapped form, both on the compacted arrays.
 
     Args:
         function: `function(variables, *args)`.
-        wrapped: the same from `Plan.wrap`.
-        small: arrays or `jax.ShapeDtypeStruct`.
-        args: of the functions, likewise.
-        tolerance: of the relative difference.
+        wrapped: the same function from `Plan.wrap`.
+        small: compacted arrays or `jax.ShapeDtypeStruct`.
+        args: arguments of the functions, arrays or `jax.ShapeDtypeStruct`.
+        tolerance: largest relative difference allowed.
 
     Returns:
         A `Fit`.
@@ -70,7 +70,7 @@ def compare(
     planned, outputs = jax.make_jaxpr(wrapped, return_shape=True)(shapes[0], *shapes[1])
     try:
         found, own = jax.make_jaxpr(function, return_shape=True)(shapes[0], *shapes[1])
-    except Exception as error:  # whatever the user's code raises for shapes that it does not expect
+    except Exception as error:  # user code may raise anything for shapes that it does not expect
         message = str(error).strip().splitlines() or [""]
         return Fit(False, False, None, (f"it raises {type(error).__name__}: {message[0]}",))
     unlike = _unlike(_forms(own), _forms(outputs))
@@ -81,7 +81,7 @@ def compare(
         return Fit(True, True, None, ())
     if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(small)):
         return Fit(False, False, None, reasons)
-    # Zeros that a network starts from, such as those of its head, would hide any difference.
+    # Compare at moved variables too: initial zeros, such as those of a head, hide any difference.
     gaps = []
     for variables in (small, _moved(small)):
         outs = [jax.tree.leaves(jax.jit(call)(variables, *args)) for call in (wrapped, function)]
@@ -91,14 +91,15 @@ def compare(
 
 
 def relative_gap(a: Any, b: Any) -> float:
-    """The largest difference, relative to the largest entry; of integers, whether any differs.
+    """Returns the largest difference relative to the largest entry of `a`.
 
     Args:
         a: array.
         b: array of the same shape.
 
     Returns:
-        A number; NaN if an entry is.
+        The relative difference; NaN if an entry is NaN. For integers, 1.0 if any entry differs and
+        0.0 if none does.
 
     Example:
         >>> relative_gap(jnp.array([2.0, 1.0]), jnp.array([2.0, 2.0]))
@@ -116,7 +117,7 @@ def _forms(outputs: Any) -> dict[str, str]:
 
 
 def _unlike(own: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
-    """Outputs of other types or shapes."""
+    """Lists the outputs whose types or shapes differ."""
     return tuple(
         f"output {path}: {own.get(path, 'nothing')}, must be {wanted.get(path, 'nothing')}"
         for path in {**own, **wanted}
@@ -125,7 +126,7 @@ def _unlike(own: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...
 
 
 def _moved(variables: Any) -> Any:
-    """Other variables: larger ones, as variances must not be negative."""
+    """Adds noise to the variables; the noise is positive, as variances must not be negative."""
     leaves, structure = jax.tree.flatten(variables)
     generator = np.random.default_rng(0)
     moved = [
@@ -141,11 +142,11 @@ class _Expression(NamedTuple):
     """One operation of a program."""
 
     equation: Any
-    ins: tuple[int, ...]  # numbers of what goes in
+    ins: tuple[int, ...]  # numbers of the operands
 
 
 class _Numbering:
-    """Gives expressions numbers: the same one only to the same computation."""
+    """Numbers expressions so that two have the same number only if they compute the same."""
 
     def __init__(self) -> None:
         self._known: dict[Any, int] = {}
@@ -154,12 +155,12 @@ class _Numbering:
         return self._known.setdefault(key, len(self._known))
 
     def program(self, closed: Any) -> tuple[list[int], dict[int, _Expression]]:
-        """Numbers of the outputs, and all expressions by number, in order."""
+        """Returns the numbers of the outputs, and all expressions by number, in order."""
         seen: dict[int, _Expression] = {}
         return self._follow(closed.jaxpr, closed.consts, self.inputs(closed.jaxpr), seen), seen
 
     def inputs(self, jaxpr: Any) -> list[int]:
-        """Numbers of what goes into a program."""
+        """Returns the numbers of a program's inputs."""
         return [self.number("input", i, str(v.aval)) for i, v in enumerate(jaxpr.invars)]
 
     def constant(self, array: Any) -> int:
@@ -196,7 +197,7 @@ class _Numbering:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _content(self, value: Any) -> Any:
-        """A parameter of an operation as something that can be compared."""
+        """Turns a parameter of an operation into a value that can be compared."""
         if isinstance(value, Mapping):
             return tuple((name, self._content(own)) for name, own in sorted(value.items()))
         if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
@@ -209,19 +210,19 @@ class _Numbering:
 
 
 def _is_same(equation: Any) -> bool:
-    """Whether an operation hands its operand on as it is."""
+    """Tells whether an operation returns its operand unchanged."""
     before, after = equation.invars[0].aval, equation.outvars[0].aval
     return before.shape == after.shape and before.dtype == after.dtype
 
 
 def _differences(found: Any, planned: Any) -> tuple[str, ...] | None:
-    """Where two programs part; None if they are the same."""
+    """Lists where two programs differ; None if they are the same."""
     numbering = _Numbering()
     own_outs, own = numbering.program(found)
     outs, theirs = numbering.program(planned)
     if own_outs == outs:
         return None
-    # The first operations that differ: what they compute from is the same in both.
+    # List only the first operations that differ: those whose operands are the same in both.
     shared = set(numbering.inputs(found.jaxpr))
     for key in own.keys() & theirs.keys():
         results = range(len(own[key].equation.outvars))
@@ -232,17 +233,17 @@ def _differences(found: Any, planned: Any) -> tuple[str, ...] | None:
             others = (other for number, other in theirs.items() if number not in own)
             partner = next((other for other in others if _is_partner(expression, other)), None)
             reasons += _describe(expression.equation, partner and partner.equation)
-    return tuple(dict.fromkeys(reasons))[:_MOST] or ("it does other operations",)
+    return tuple(dict.fromkeys(reasons))[:_MOST] or ("it runs different operations",)
 
 
 def _operands(expression: _Expression) -> set[int]:
-    """Numbers of the operands that are no constants of the program."""
+    """Returns the numbers of the operands that are no constants of the program."""
     atoms = zip(expression.equation.invars, expression.ins, strict=True)
     return {number for atom, number in atoms if not isinstance(atom, core.Literal)}
 
 
 def _is_partner(one: _Expression, other: _Expression) -> bool:
-    """Whether both do the same to the same operands, with other constants."""
+    """Tells whether both apply the same primitive to the same operands, constants aside."""
     same = one.equation.primitive is other.equation.primitive
     return same and _operands(one) == _operands(other)
 
@@ -267,4 +268,4 @@ def _describe(equation: Any, partner: Any) -> list[str]:
     unlike = [pair for pair in pairs if pair[0] != pair[1]]
     if unlike:
         return [f"{text} has {unlike[0][0]}, in the dense network {unlike[0][1]}"]
-    return [f"{text} meets other constants"]
+    return [f"{text} uses different constants"]

@@ -1,4 +1,4 @@
-"""Groups of channels that shrink together, as `find_groups` returns them."""
+"""Holds groups of channels that shrink together, as `find_groups` returns them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ class Member(NamedTuple):
 
     path: str
     dimension: int
-    channels: np.ndarray  # int [size]: which channel of the group each index is; -1: of none
-    produces: bool  # an output of a layer, not an input
+    channels: np.ndarray  # int [size]: the channel of the group at each index, or -1 for none
+    produces: bool  # True for an output of a layer, False for an input
 
 
 class Group(NamedTuple):
-    """Channels that can be removed, one by one, from all members at once.
+    """A set of channels, each of which can be removed from all members at once.
 
     Example:
         >>> Group("conv/kernel:3", 8, (), ()).exact
@@ -34,36 +34,35 @@ class Group(NamedTuple):
     """
 
     name: str
-    size: int
+    size: int  # number of channels
     members: tuple[Member, ...]
-    # Why zeroing producers alone is not the same as removing; empty if it is.
+    # Why zeroing the producers alone differs from removing the channel; empty if it does not.
     reasons: tuple[str, ...]
-    # What zeroing removes a channel's effect with the fewest entries: scales and biases of norms if
-    # they suffice, or else what produces it, or else all members that are parameters.
+    # The members with the fewest entries whose zeros remove a channel's effect: scales and biases
+    # of norm layers if they suffice, else all producers, else all members that are parameters.
     gates: tuple[Member, ...] = ()
-    filters: tuple[
-        Member, ...
-    ] = ()  # makers that are contracted, looked up, or have two dimensions
-    # Vectors that multiply a channel entry by entry, so that their zeros switch it off: the scales
-    # of norm layers, whatever they are called.
+    # Producers that are contracted, looked up, or have two dimensions: kernels, no vectors.
+    filters: tuple[Member, ...] = ()
+    # Vectors that multiply a channel entry by entry, so that their zeros remove its effect: the
+    # scales of norm layers, whatever their names.
     scales: tuple[Member, ...] = ()
-    # The scales and what is added behind them, which together switch off what reads the channel.
+    # The scales and the biases added after them; zeros in both remove what reads the channel.
     norms: tuple[Member, ...] = ()
-    removed: int = 0  # channels that earlier plans took away, see `Groups.compact`
+    removed: int = 0  # number of channels that earlier plans removed, see `Groups.compact`
 
     @property
     def full(self) -> int:
-        """How many channels the dense network has."""
+        """The number of channels in the dense network."""
         return self.size + self.removed
 
     @property
     def exact(self) -> bool:
-        """Whether zeroing what produces a channel is as good as removing it."""
+        """Whether zeroing the producers of a channel equals removing it."""
         return not self.reasons
 
 
 class Frozen(NamedTuple):
-    """A dimension that keeps its size, and why.
+    """A dimension that keeps its size, and the reason.
 
     Example:
         >>> Frozen("head/kernel", 1, "output").reason
@@ -76,7 +75,7 @@ class Frozen(NamedTuple):
 
 
 class Groups(Mapping[str, Group]):
-    """The groups of a function by name, and the reasons for everything that is in none.
+    """The groups of a function by name, with the reasons for all dimensions that are in none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,38 +95,38 @@ class Groups(Mapping[str, Group]):
         frozen: Sequence[Frozen],
         unknown: Mapping[str, int],
     ) -> None:
-        """Made by `find_groups`."""
+        """Stores what `find_groups` found."""
         self.model = model
         self.frozen = tuple(frozen)
         self.unknown = dict(unknown)  # primitive -> how often it froze something
         self._groups = {group.name: group for group in groups}
 
     def __getitem__(self, name: str) -> Group:
-        """The group of that name."""
+        """Returns the group of that name."""
         return self._groups[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the leaves."""
+        """Iterates over the names in the order of the leaves."""
         return iter(self._groups)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of groups."""
         return len(self._groups)
 
     def plan(self, keep: Mapping[str, Any], *, multiple: int | None = None) -> Plan:
-        """Decides which channels stay; groups without a name here stay whole.
+        """Makes the plan that keeps the given channels; groups not named are kept whole.
 
         Args:
-            keep: name of a group -> bools, one for each channel.
-            multiple: the number of kept channels is rounded up to a multiple of this, with the
-                first of those that were to go. Default 8 on accelerators, 1 on CPU.
+            keep: group name -> bool [channels], True for kept channels.
+            multiple: rounds the number of kept channels up to a multiple of this by keeping the
+                first of the removed channels. Default: 8 on accelerators, 1 on CPU.
 
         Returns:
             The `Plan`.
 
         Raises:
-            ValueError: a name is not that of a group, or an array has another length or type or
-                keeps nothing. Lists all of them.
+            ValueError: if a name is not that of a group, or an array has the wrong length or dtype
+                or keeps no channel; it lists all of them.
         """
         if multiple is None:
             multiple = 1 if jax.default_backend() == "cpu" else 8
@@ -151,19 +150,22 @@ class Groups(Mapping[str, Group]):
         return Plan(self.model, kept)
 
     def compact(self, plan: Plan) -> "Groups":
-        """The groups of what a plan leaves, under the same names.
+        """Returns the groups of the compacted variables, under the same names.
 
         Args:
             plan: made from these groups.
 
         Returns:
-            What `find_groups` finds for `plan.wrap(function)`; a group may have one channel left.
+            The groups that `find_groups` finds for `plan.wrap(function)`, and those with a single
+            channel left as well.
 
         Raises:
-            ValueError: the plan is of another model.
+            ValueError: if the plan belongs to a different model.
         """
         if plan.model != self.model:
-            raise ValueError("`plan` must be made from these groups, but is of another model.")
+            raise ValueError(
+                "`plan` must be made from these groups, but belongs to a different model."
+            )
         shapes = {path: plan.shape(path) for path in self.model.shapes}
         factors = ()  # they name nodes of the dense model
         model = self.model._replace(shapes=shapes, factors=factors)
@@ -183,7 +185,7 @@ class Groups(Mapping[str, Group]):
         return Groups(model, groups, self.frozen, self.unknown)
 
     def __str__(self) -> str:
-        """What shrinks together, and why the rest does not."""
+        """Lists the members of each group, and the reasons of frozen dimensions."""
         lines = []
         for group in self.values():
             note = "" if group.exact else " (exact only if inputs are zeroed too)"
@@ -192,13 +194,14 @@ class Groups(Mapping[str, Group]):
                 role = "out" if member.produces else "in"
                 shape = "x".join(map(str, self.model.shapes[member.path]))
                 lines.append(f"    {role:3} {member.path} [{shape}] dimension {member.dimension}")
-        lines += ["frozen:"] * bool(self.frozen)
+        if self.frozen:
+            lines.append("frozen:")
         lines += [f"    {f.path} dimension {f.dimension}: {f.reason}" for f in self.frozen]
         return "\n".join(lines)
 
 
 def rounded_up(kept: np.ndarray, multiple: int) -> np.ndarray:
-    """Keeps a multiple, or all: the first of those that were to go come back."""
+    """Rounds the kept count up to `multiple` by keeping the first of the removed channels."""
     target = min(len(kept), -(-int(kept.sum()) // multiple) * multiple)
     kept = kept.copy()
     kept[np.flatnonzero(~kept)[: target - int(kept.sum())]] = True

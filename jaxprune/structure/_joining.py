@@ -1,4 +1,4 @@
-"""One set of groups for all analysed traces of a function."""
+"""Joins all analysed traces of a function to one set of groups."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,33 +16,33 @@ _WHOLE = "all its indices are one unit, or no traced function uses them"
 class _Dimension(NamedTuple):
     """A dimension of a leaf that has more than one index."""
 
-    index: int  # of the leaf
+    index: int  # number of the leaf
     dimension: int
-    roots: np.ndarray  # int64 [size], after joining
+    roots: np.ndarray  # int64 [size], roots after joining
 
 
 class _Joined(NamedTuple):
-    """All traces in one union-find."""
+    """The union-find of the leaf nodes of all traces together."""
 
     nodes: Nodes
-    count: int  # of nodes of leaves, and one
-    unused: set[int]  # leaves
+    count: int  # number of leaf nodes plus one
+    unused: set[int]  # leaves that no trace uses
 
     def roots(self, analysis: Analysis, nodes: np.ndarray) -> np.ndarray:
-        """Those of leaves, joined."""
+        """Returns the joined roots of the given nodes, of leaf nodes only."""
         roots = analysis.root(nodes)
         return self.nodes.root(np.unique(roots[roots < self.count]))
 
 
 def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
-    """One set of groups for all traces.
+    """Joins the analyses of all traces to one set of groups.
 
     Args:
-        model: that was analysed.
-        analyses: one for each trace.
+        model: the analysed model.
+        analyses: one analysis for each trace.
 
     Returns:
-        The groups; every dimension of a leaf is in one, or in `frozen` with a reason.
+        The groups. Every dimension of a leaf is in a group, or in `frozen` with a reason.
 
     Example:
         >>> len(join(Model({}, frozenset()), [Analysis()]))
@@ -73,7 +73,7 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     groups: dict[str, Group] = {}
     grouped: set[int] = set()
     for places, roots in _classes(dimensions).items():
-        if len(roots) > 1:  # one channel alone can never go
+        if len(roots) > 1:  # a single channel can never be removed
             grouped.update(places)
             members = _members(model, [dimensions[at] for at in places], np.array(sorted(roots)))
             reasons = sorted(set().union(*[inexact.get(root, set()) for root in roots]))
@@ -117,15 +117,16 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
 
 
 def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
-    """What any trace unites or freezes, all do."""
-    # Leaves come first and roots are least: the root of an index of a leaf is one of a leaf.
+    """Joins and freezes the leaf nodes that any of the traces joins or freezes."""
+    # Leaf nodes have the lowest numbers and a root is the minimum of its class, so a class with a
+    # leaf node has a leaf node as its root.
     count = 1 + sum(size for shape in model.shapes.values() for size in shape if size > 1)
     nodes, own = Nodes(), np.arange(count)
     nodes.new(count - 1)
     for analysis in analyses:
         nodes.used[own] |= analysis.nodes.used[analysis.root(own)]
         nodes.unite(own, analysis.root(own))
-    # Another function may use what no traced one does, such as places beyond the traced length.
+    # Keep what no trace uses, such as positions beyond the traced length: other calls may use it.
     idle = own[~nodes.used[nodes.root(own)]]
     nodes.unite(idle, np.full_like(idle, FROZEN))
     unused = set(range(len(model.shapes))) - set().union(*[a.used for a in analyses])
@@ -133,7 +134,7 @@ def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
 
 
 def _classes(dimensions: Sequence[_Dimension]) -> dict[tuple[int, ...], list[int]]:
-    """Positions in `dimensions` -> roots that live in exactly these."""
+    """Maps tuples of positions in `dimensions` to the roots found in exactly these."""
     where: dict[int, list[int]] = {}
     for at, own in enumerate(dimensions):
         for root in np.unique(own.roots).tolist():
@@ -148,7 +149,7 @@ def _classes(dimensions: Sequence[_Dimension]) -> dict[tuple[int, ...], list[int
 def _members(
     model: Model, dimensions: Sequence[_Dimension], roots: np.ndarray
 ) -> tuple[Member, ...]:
-    """What shrinks in a group whose channels have these roots."""
+    """Makes the members of a group whose channels have these roots."""
     paths, members = list(model.shapes), []
     for index, dimension, own in dimensions:
         channels = np.searchsorted(roots, own).clip(0, len(roots) - 1)
@@ -161,7 +162,7 @@ def _members(
 def _gates(
     model: Model, members: Sequence[Member], enough: tuple[Member, ...], reasons: Sequence[str]
 ) -> tuple[Member, ...]:
-    """See `Group.gates`; vectors are `enough` if there are any."""
+    """Chooses `Group.gates`; the vectors in `enough` suffice if there are any."""
     if reasons:
         return tuple(member for member in members if member.path in model.parameters)
     return enough or tuple(member for member in members if member.produces)
@@ -170,7 +171,10 @@ def _gates(
 def _reasons(
     dimensions: Sequence[_Dimension], analyses: Sequence[Analysis], unused: set[int]
 ) -> dict[tuple[int, int], str]:
-    """(leaf, dimension) -> why it stays whole, also where it only follows another one."""
+    """Maps (leaf, dimension) to the reason why it is kept whole, given or inherited.
+
+    A dimension inherits the reason of a frozen dimension that it is joined with in some trace.
+    """
     reasons: dict[tuple[int, int], str] = {}
     for index, dimension, _ in dimensions:
         if index in unused:
@@ -179,7 +183,10 @@ def _reasons(
         for hit, reason in analysis.freezes:
             for place in hit:
                 reasons.setdefault(place, reason)
-    # What one trace freezes, another trace may join to further dimensions.
+    # What one trace freezes, a different trace may join to further dimensions. The first pass hands
+    # reasons to later traces, the second hands those found last back to earlier ones. Longer chains
+    # are possible and stop here: only the text of a reason depends on it (`_WHOLE` stands in), not
+    # which dimensions are frozen.
     for analysis in [*analyses, *analyses]:
         cause: dict[int, str] = {}
         roots = {
@@ -197,7 +204,7 @@ def _reasons(
 
 
 def _name(members: Sequence[Member], model: Model, taken: Mapping[str, Group]) -> str:
-    """Path and dimension of the first member with the most dimensions that produces."""
+    """Names a group after its producer with the most dimensions, the first of equals."""
     makers = [member for member in members if member.produces] or members
     first = max(makers, key=lambda member: len(model.shapes[member.path]))
     name = base = f"{first.path}:{first.dimension}"

@@ -1,4 +1,4 @@
-"""A Flax NNX module as pure functions of its variables, and the way back."""
+"""Turns a Flax NNX module into pure functions of its variables, and back."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,49 +11,50 @@ from jaxprune.structure._traces import Trace
 
 
 class FromNNX(NamedTuple):
-    """What `from_nnx` makes of a module.
+    """A module as variables and pure functions, from `from_nnx`.
 
     Example:
         >>> FromNNX._fields
         ('variables', 'evaluate', 'train', 'merge')
     """
 
-    variables: dict[str, Any]  # "params", "cache" and "state", each a tree; only those that exist
+    variables: dict[str, Any]  # trees under "params", "cache" and "state", where not empty
     evaluate: Callable[..., Any]  # (variables, *args) -> output
     train: Callable[..., Any]  # (variables, *args) -> (output, new values of cache and state)
-    merge: Callable[[Any], Any]  # variables -> module, whether or not they fit
+    merge: Callable[[Any], Any]  # variables -> module, without any check of shapes
 
     def traces(self, *args: Any) -> list[Trace]:
-        """Evaluation and training, for `find_groups`."""
+        """Makes the traces of evaluation and training, for `find_groups`."""
         return [Trace(self.evaluate, args), Trace(self.train, args, lambda output: output[1])]
 
     def is_parameter(self, path: str, leaf: Any) -> bool:
-        """Whether a leaf of the variables is an `nnx.Param`, for `find_groups(parameters=)`."""
+        """Tells whether a leaf is an `nnx.Param`, for `find_groups(parameters=...)`."""
         del leaf
         return path.startswith("params/")
 
     def module(self, plan: Plan, variables: Any, *args: Any) -> Any:
-        """The module with smaller arrays, if it computes what the plan's function does.
+        """Builds the module with compacted arrays, if it then computes the same as the plan.
 
-        Its attributes, such as `out_features`, are still those of the dense module. Only
-        evaluation is compared: dropout draws other bits at another width.
+        Its attributes, such as `out_features`, keep their dense values. Only evaluation is
+        compared, as dropout draws different bits at a different width.
 
         Args:
             plan: from the groups of `traces`.
             variables: dense or compacted arrays.
-            *args: of the module.
+            *args: arguments of the module.
 
         Returns:
             An NNX module in evaluation mode.
 
         Raises:
-            ValueError: the module computes something else on the smaller arrays; it says where.
+            ValueError: if the module computes something different on the compacted arrays; it says
+                where.
         """
         fit = plan.fits(self.evaluate, variables, *args)
         trees.raise_for(
             [] if fit else list(fit.reasons),
-            "the module must compute on smaller arrays what the dense one does with zeros, but "
-            "reads widths from them; keep to `plan.wrap(function)`. It differs here:",
+            "the module must compute the same on smaller arrays as the dense one with zeros, but "
+            "reads widths from its arrays; use `plan.wrap(function)` instead. It differs here:",
         )
         dense = {path: leaf.shape for path, leaf in trees.leaf_by_path(variables).items()}
         module = self.merge(plan.compact(variables) if dense == plan.model.shapes else variables)
@@ -62,17 +63,21 @@ class FromNNX(NamedTuple):
 
 
 def from_nnx(
-    module: Any, call: Callable[..., Any] = lambda module, *args: module(*args)
+    module: Any,
+    call: Callable[..., Any] = lambda module, *args: module(*args),
+    *,
+    state: str = "state",
 ) -> FromNNX:
     """Splits a module into variables and pure functions, ready for `find_groups`.
 
     Args:
         module: an `nnx.Module`; it is not changed.
-        call: `call(module, *args)`: how it is used; give another for another method, with the same
-            variables.
+        call: `call(module, *args)` applies the module; give a different one to use a different
+            method with the same variables.
+        state: the key of what is neither a parameter nor a cache, such as running statistics.
 
     Returns:
-        The variables, the functions, and the way back.
+        The variables, the functions, and the way back, as `FromNNX`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,11 +91,12 @@ def from_nnx(
         (3, 5)
     """
     graphdef, *states = nnx.split(module, nnx.Param, nnx.Cache, ...)
-    named = zip(("params", "cache", "state"), map(nnx.to_pure_dict, states), strict=True)
-    variables = {name: state for name, state in named if state}
+    names = "params", "cache", state
+    named = zip(names, map(nnx.to_pure_dict, states), strict=True)
+    variables = {name: own for name, own in named if own}
 
     def merge(variables: Any) -> Any:
-        parts = [variables.get(name, {}) for name in ("params", "cache", "state")]
+        parts = [variables.get(name, {}) for name in names]
         return nnx.merge(graphdef, *parts)
 
     def evaluate(variables: Any, *args: Any) -> Any:
@@ -102,8 +108,8 @@ def from_nnx(
         own = merge(variables)
         own.train()
         output = call(own, *args)
-        _, _, cache, state = nnx.split(own, nnx.Param, nnx.Cache, ...)
-        new = {"cache": nnx.to_pure_dict(cache), "state": nnx.to_pure_dict(state)}
+        _, _, cache, rest = nnx.split(own, nnx.Param, nnx.Cache, ...)
+        new = {"cache": nnx.to_pure_dict(cache), state: nnx.to_pure_dict(rest)}
         return output, {name: own for name, own in new.items() if name in variables}
 
     return FromNNX(variables, evaluate, train, merge)

@@ -1,4 +1,4 @@
-"""Which indices must be kept or removed together: a union-find over arrays of integers."""
+"""Finds which indices must be kept or removed together: a union-find over arrays of integers."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ FROZEN = 0  # the node of everything that must be kept
 class Nodes:
     """A growing union-find over whole arrays of nodes; the root of a class is its least node.
 
-    Every index of every dimension has a node. Nodes of one class are kept or removed as one.
+    Every index of every dimension has a node. The nodes of a class are kept or removed together.
 
     Example:
         >>> nodes = Nodes()
@@ -21,12 +21,12 @@ class Nodes:
     def __init__(self) -> None:
         """Starts with the frozen node alone."""
         self.parent = np.zeros(4096, np.int64)
-        self.of_leaf = np.zeros(4096, bool)  # whether the class holds an index of a parameter
-        self.used = np.zeros(4096, bool)  # whether anything is computed from it
+        self.of_leaf = np.zeros(4096, bool)  # at roots: whether the class has an index of a leaf
+        self.used = np.zeros(4096, bool)  # at roots: whether anything is computed from the class
         self.count = 1
 
     def new(self, count: int, of_leaf: bool = False) -> np.ndarray:
-        """As many nodes, each a class of its own."""
+        """Adds `count` nodes, each in a class of its own, and returns them, int64 [count]."""
         while self.count + count > len(self.parent):
             self.parent = np.concatenate([self.parent, np.zeros_like(self.parent)])
             self.of_leaf = np.concatenate([self.of_leaf, np.zeros_like(self.of_leaf)])
@@ -38,7 +38,7 @@ class Nodes:
         return nodes
 
     def root(self, nodes: np.ndarray) -> np.ndarray:
-        """The least node of each one's class."""
+        """Returns the least node of each node's class."""
         roots = self.parent[nodes]
         while not np.array_equal(roots, higher := self.parent[roots]):
             roots = higher
@@ -46,7 +46,7 @@ class Nodes:
         return roots
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Makes one class of `a[i]` and `b[i]`, for each i."""
+        """Puts `a[i]` and `b[i]` into one class, for each i."""
         while True:
             root_a, root_b = self.root(a), self.root(b)
             differ = root_a != root_b
@@ -59,10 +59,10 @@ class Nodes:
             np.minimum.at(self.parent, high, low)
 
     def is_frozen(self, nodes: np.ndarray) -> np.ndarray:
-        """Bools: whether each must be kept."""
+        """Tells for each node whether it must be kept, as bools."""
         return self.root(nodes) == FROZEN
 
 
 def rows_of(array: np.ndarray, axis: int) -> np.ndarray:
-    """A matrix whose rows are the entries at each index of an axis."""
+    """Returns a matrix whose row i holds the entries at index i of an axis."""
     return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)

@@ -1,4 +1,4 @@
-"""The optimizer state of a network that got smaller."""
+"""Slices the optimizer state of a network whose channels are removed."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxprune.structure._slicing import take
 
 
 class CompactedState(NamedTuple):
-    """What `compact_state` returns.
+    """The compacted optimizer state, from `compact_state`.
 
     Example:
         >>> CompactedState((), ("0/v_row/w",)).restarted
@@ -21,7 +21,7 @@ class CompactedState(NamedTuple):
     """
 
     state: Any
-    restarted: tuple[str, ...]  # paths of what could not be sliced and begins anew
+    restarted: tuple[str, ...]  # paths of leaves that could not be sliced and were initialised anew
 
 
 def compact_state(
@@ -33,27 +33,29 @@ def compact_state(
     under: str = "",
     groups: Groups | None = None,
 ) -> CompactedState:
-    """Makes an optimizer state as small as the parameters.
+    """Compacts an optimizer state like the parameters.
 
-    What mirrors a parameter (its path ends with that of the parameter, and its shape is the dense
-    one: momentum, moments, masks, averages) is sliced like it. What has the shape that
-    `optimizer.init` gives it for the smaller parameters stays, such as a step. The rest, such as
-    the row and column sums of Adafactor, has no slices and begins anew.
+    A leaf that mirrors a parameter (its path ends with that of the parameter, and it has the dense
+    shape: momentum, moments, masks, averages) is sliced like the parameter. A leaf that has the
+    shape that `optimizer.init` gives it for the compacted parameters is kept, such as a step. The
+    rest, such as the row and column sums of Adafactor, cannot be sliced and is initialised anew.
 
     Args:
         plan: from `Groups.plan`.
-        optimizer: that made the state; or the one that goes on with it, if it depends on the
-            channels that are left (`agip_transform` with `groups`).
-        state: of the optimizer, at dense shapes.
-        params: dense, as given to `optimizer.init`.
-        under: path of the parameters inside of the variables of the plan, such as `"params"`.
-        groups: that the plan was made from; vectors under the name of one lose its channels.
+        optimizer: the optimizer that made the state, or the one that continues with it if it
+            depends on the remaining channels (`agip_transform` with `groups`).
+        state: state of the optimizer, at dense shapes.
+        params: dense parameters, as given to `optimizer.init`.
+        under: path of the parameters inside the variables of the plan, such as `"params"`.
+        groups: the groups that the plan was made from; vectors in the state whose path ends with
+            the name of a group lose its removed channels.
 
     Returns:
-        A `CompactedState`: the state, and the paths of what began anew.
+        A `CompactedState`: the state, and the paths of what was initialised anew.
 
     Raises:
-        ValueError: a parameter is not in the plan, or has another shape there; it lists all.
+        ValueError: if a parameter is not in the plan or has a different shape there; it lists all
+            of them.
 
     Example:
         >>> import numpy as np
@@ -74,7 +76,7 @@ def compact_state(
         for path, shape in dense.items()
         if plan.model.shapes.get(prefix + path) != shape
     ]
-    trees.raise_for(problems, "`params` must be those of the plan, under the path `under`:")
+    trees.raise_for(problems, "`params` must be those of the plan under the path `under`:")
     smaller = [plan.take(prefix + path, leaf) for path, leaf in trees.leaf_by_path(params).items()]
     new = optimizer.init(jax.tree.unflatten(jax.tree.structure(params), smaller))
     channels = {name: plan.channels(group) for name, group in (groups or {}).items()}
@@ -82,7 +84,7 @@ def compact_state(
     named = trees.leaves_with_paths(state)
     for (path, leaf), (_, fresh) in zip(named, trees.leaves_with_paths(new), strict=True):
         owner = _owner(path, jnp.shape(leaf), dense)
-        # The longest name: a path that ends with that of `a/kernel:1` also does with `kernel:1`.
+        # Take the longest name: a path that ends with `a/kernel:1` also ends with `kernel:1`.
         ends = [name for name in channels if f"/{path}".endswith(f"/{name}")]
         group = max(ends, key=len, default=None)
         if owner is not None:
@@ -98,7 +100,7 @@ def compact_state(
 
 
 def _owner(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:
-    """The parameter that a leaf of a state mirrors: the longest path that its own ends with."""
+    """Finds the parameter that a state's leaf mirrors: the longest path that `path` ends with."""
     parts = path.split("/")
     for start in range(len(parts)):
         candidate = "/".join(parts[start:])

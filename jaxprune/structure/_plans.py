@@ -1,4 +1,4 @@
-"""Which channels stay: smaller trees, dense trees with zeros, and functions that run on them."""
+"""Holds which channels are kept; makes smaller trees, masked trees, and functions that fit them."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ _VERSION = 2
 
 
 class Plan(NamedTuple):
-    """Which indices of which dimensions stay.
+    """The kept indices of every dimension of every leaf.
 
     Example:
         >>> model = Model({"w": (2, 3)}, frozenset({"w"}))
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     """
 
     model: Model
-    kept: dict[str, list[np.ndarray]]  # by path of a leaf: bools for each dimension
+    kept: dict[str, list[np.ndarray]]  # path of a leaf -> bool [size] for each dimension
 
     def __str__(self) -> str:
         """Lists every leaf that changes with its shapes before and after, then the totals."""
@@ -63,15 +63,15 @@ class Plan(NamedTuple):
         )
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Of a leaf after compaction."""
+        """Returns the shape of a compacted leaf."""
         return tuple(int(own.sum()) for own in self.kept[path])
 
     def take(self, path: str, array: Any) -> Any:
-        """What stays of an array that is shaped like a leaf, such as its gradient."""
+        """Takes the kept entries of an array shaped like a leaf, such as its gradient."""
         return take(array, self.kept[path])
 
     def channels(self, group: Any) -> np.ndarray:
-        """Which channels of a group of `find_groups` stay, bool [size]."""
+        """Tells which channels of a group of `find_groups` are kept, as bool [size]."""
         left = np.ones(group.size, bool)
         for member in group.members:
             own = member.channels[~self.kept[member.path][member.dimension]]
@@ -79,24 +79,29 @@ class Plan(NamedTuple):
         return left
 
     def then(self, after: "Plan") -> "Plan":
-        """Both in one, for the dense variables and the function that this plan is of.
+        """Composes this plan with a later one; the result applies to the dense model.
 
         Args:
-            after: a plan of what this one leaves, such as of `Groups.compact(self)`.
+            after: a plan for the variables compacted by this one, such as from
+                `Groups.compact(self)`.
 
         Returns:
             A plan that keeps what both keep.
 
         Raises:
-            ValueError: `after` is of variables of other paths or shapes; it lists all of them.
+            ValueError: if `after` belongs to variables with different paths or shapes; it lists all
+                of them.
         """
         left = {path: self.shape(path) for path in self.kept}
         problems = [
-            f"{path}: {left.get(path, 'nothing')} is left, {after.model.shapes.get(path)} planned"
+            f"{path}: shape {left.get(path, 'missing')} after this plan, "
+            f"{after.model.shapes.get(path, 'missing')} in `after`"
             for path in left.keys() | after.kept.keys()
             if left.get(path) != after.model.shapes.get(path)
         ]
-        trees.raise_for(sorted(problems), "`after` must be a plan of what this one leaves:")
+        trees.raise_for(
+            sorted(problems), "`after` must be a plan for the variables compacted by this one:"
+        )
         kept = {path: [own.copy() for own in flags] for path, flags in self.kept.items()}
         for path, flags in kept.items():
             for own, later in zip(flags, after.kept[path], strict=True):
@@ -104,41 +109,41 @@ class Plan(NamedTuple):
         return self._replace(kept=kept)
 
     def compact(self, variables: Any) -> Any:
-        """The smaller arrays.
+        """Removes the channels that the plan does not keep.
 
         Args:
             variables: tree like that of `find_groups`, at dense shapes.
 
         Returns:
-            The same tree, each leaf without what goes.
+            The same tree with smaller arrays.
 
         Raises:
-            ValueError: paths or shapes are those of another model, or an array would no longer
-                divide by the devices that it is split over; it lists all of them.
+            ValueError: if paths or shapes belong to a different model, or an array would no longer
+                divide by the number of devices that it is split over; it lists all of them.
         """
         self._check(variables, self.model.shapes)
         leaves = trees.leaf_by_path(variables)
         problems = {path: uneven(leaf, self.shape(path)) for path, leaf in leaves.items()}
         trees.raise_for(
             [f"{path}: {problem}" for path, problem in problems.items() if problem],
-            "`variables` lie on several devices, and what stays does not divide; make the plan "
-            "with a `multiple` that does:",
+            "`variables` must still divide over their devices after removal; make the plan with a "
+            "`multiple` that does:",
         )
         return self._map(lambda path, leaf: take(leaf, self.kept[path]), variables)
 
     def mask(self, variables: Any) -> Any:
-        """Dense parameters and caches with zeros where `compact` removes; other state as it is.
+        """Zeroes parameters and caches where `compact` removes entries; other state is unchanged.
 
-        This is what a compacted function must agree with.
+        The dense function on this tree is the reference for the compacted one.
 
         Args:
             variables: tree like that of `find_groups`, at dense shapes.
 
         Returns:
-            The same tree.
+            The same tree with zeros.
 
         Raises:
-            ValueError: as `compact`.
+            ValueError: as for `compact`.
         """
 
         def zeroed(path: str, leaf: Any) -> Any:
@@ -153,7 +158,7 @@ class Plan(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
     def _check(self, variables: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuses trees of another model."""
+        """Raises if the tree belongs to a different model."""
         found = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(variables).items()}
         problems = [f"{path}: missing" for path in shapes if path not in found]
         problems += [f"{path}: not in the plan" for path in found if path not in shapes]
@@ -165,21 +170,21 @@ class Plan(NamedTuple):
         trees.raise_for(problems, "`variables` must be those of the plan:")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function on the smaller arrays.
+        """Makes the same function for compacted variables.
 
-        It is traced at the dense shapes and checked against the plan, then run on smaller arrays.
-        Call it under `jax.jit`, as tracing takes time.
+        The function is traced at the dense shapes, checked against the plan, and then run on the
+        smaller arrays. Call the result under `jax.jit`, as tracing takes time.
 
         Args:
-            function: `function(variables, *args)`: one of those that were analysed, or another
-                that the plan fits.
+            function: `function(variables, *args)`: one of those given to `find_groups`, or a
+                different one that the plan fits.
 
         Returns:
             A function of compacted variables and the same arguments.
 
         Raises:
-            ValueError: from the returned function: the variables are not compacted by this plan,
-                or the function needs channels that the plan removes.
+            ValueError: when the returned function is called, if the variables are not compacted by
+                this plan or the function needs channels that the plan removes.
         """
 
         @functools.wraps(function)
@@ -203,23 +208,24 @@ class Plan(NamedTuple):
         *args: Any,
         tolerance: float = 1e-4,
     ) -> Fit:
-        """Says whether a function may run on the smaller arrays as it is, without `wrap`.
+        """Decides whether a function may run on the compacted arrays unchanged, without `wrap`.
 
         Code that reads a width from its arrays, such as the divisor of a mean, computes something
-        else on smaller ones. Both are traced and compared, operation by operation and constant by
-        constant; where they differ and there are arrays, by their outputs.
+        different on smaller ones. Both functions are traced and compared, operation by operation
+        and constant by constant. Where they differ, their outputs are compared if `variables` holds
+        arrays.
 
         Args:
             function: see `wrap`.
-            variables: dense or compacted; arrays or `jax.ShapeDtypeStruct`.
-            *args: of the function, likewise.
-            tolerance: of the largest difference, relative to the largest entry of each output.
+            variables: dense or compacted, arrays or `jax.ShapeDtypeStruct`.
+            *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`.
+            tolerance: largest difference allowed, relative to the largest entry of each output.
 
         Returns:
             A `Fit`, true if the function fits, with the reasons if it does not.
 
         Raises:
-            ValueError: as the function of `wrap`.
+            ValueError: as for the function returned by `wrap`.
         """
         shapes = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(variables).items()}
         small = variables
@@ -233,18 +239,19 @@ class Plan(NamedTuple):
         return compare(function, self.wrap(function), small, args, tolerance)
 
     def kept_outputs(self, function: Callable[..., Any], variables: Any, *args: Any) -> Any:
-        """Which channels of a function's outputs are left, such as those of `Trace.shrinks`.
+        """Tells which channels of a function's outputs are kept, such as those of `Trace.shrinks`.
 
         Args:
             function: see `wrap`.
             variables: dense arrays or `jax.ShapeDtypeStruct`.
-            *args: of the function, likewise.
+            *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`.
 
         Returns:
-            A tree like the output; in place of each array a list of bools for each dimension.
+            A tree like the output, with a list in place of each array: bool [size] for each
+            dimension.
 
         Raises:
-            ValueError: as the function of `wrap`.
+            ValueError: as for the function returned by `wrap`.
         """
         self._check(variables, self.model.shapes)
         traced, graph, execution = self._follow(Trace(function, args), variables)
@@ -255,8 +262,8 @@ class Plan(NamedTuple):
         return jax.tree.unflatten(traced.structure, kept)
 
     def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution]:
-        """A function on dense shapes, and how it runs without what goes."""
-        # By path: text keys sort "10" before "2", which numbers as keys do not.
+        """Traces a function on dense shapes and prepares its run on the kept indices."""
+        # Match leaves by path: string keys sort "10" before "2", integer keys do not.
         named = trees.leaf_by_path(variables)
         places = {path: place for place, path in enumerate(self.model.shapes)}
 
@@ -270,7 +277,7 @@ class Plan(NamedTuple):
         return traced, graph, Execution(analysis, self.kept_nodes(analysis))
 
     def kept_nodes(self, analysis: Analysis) -> np.ndarray:
-        """Bools for the nodes of a function; an error if the plan does not fit it."""
+        """Returns bools for the nodes of a function; raises if the plan does not fit it."""
         kept, problems = np.ones(analysis.nodes.count, bool), []
         dimensions = [
             (index, path, dimension, flags, analysis.root(leaf.nodes[dimension]))
@@ -282,7 +289,7 @@ class Plan(NamedTuple):
         for index, path, dimension, flags, roots in dimensions:
             if (roots[~flags] == FROZEN).any():
                 hits = [why for hit, why in analysis.freezes if (index, dimension) in hit]
-                why = hits[0] if hits else "joined with a dimension that must stay whole"
+                why = hits[0] if hits else "joined with a dimension that must be kept whole"
                 problems.append(f"{path} dimension {dimension}: {why}")
             kept[roots[~flags]] = False
         kept[FROZEN] = True
@@ -306,18 +313,18 @@ class Plan(NamedTuple):
 
         Args:
             function: see `wrap`.
-            variables: dense.
-            *args: of the function.
+            variables: dense arrays.
+            *args: arguments of the function.
             updates: see `Trace`.
             shrinks: see `Trace`.
-            tolerance: of the largest difference, relative to the largest entry of each output.
+            tolerance: largest difference allowed, relative to the largest entry of each output.
 
         Returns:
             The largest relative difference.
 
         Raises:
-            ValueError: it is larger than the tolerance or not a number, or an output that is no
-                update has another shape.
+            ValueError: if the difference is NaN or larger than the tolerance, or if an output that
+                is no update has a different shape.
         """
         dense = jax.jit(function)(self.mask(variables), *args)
         small = jax.jit(self.wrap(function))(self.compact(variables), *args)
@@ -335,22 +342,22 @@ class Plan(NamedTuple):
         shapes = [[jnp.shape(out) for out in own] for own in outs]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"outputs have the shapes {shapes[1]} instead of {shapes[0]}; if some are new "
-                "values of variables, say so with `updates`"
+                f"outputs must have the shapes {shapes[0]}, but have {shapes[1]}; if some are new "
+                "values of variables, name them with `updates`."
             )
         worst = float(np.max([0.0, *map(relative_gap, *outs)]))  # NaN if one is
         if not worst <= tolerance:
             raise ValueError(
                 f"the compacted function differs from the masked one by {worst:.3g}, more than "
-                f"`tolerance` {tolerance:g}; please report this"
+                f"`tolerance` {tolerance:g}; please report this."
             )
         return worst
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for `json.dumps`; `plan_of` reads them."""
+        """Returns plain Python values, ready for `json.dumps`; `plan_of` reads them."""
         return {
             "version": _VERSION,
-            "order": list(self.model.shapes),  # what sorts the keys of `leaves` does not sort this
+            "order": list(self.model.shapes),  # survives a writer that sorts the keys of `leaves`
             "parameters": sorted(self.model.parameters),
             "consumers": sorted(self.model.consumers),
             "caches": sorted(self.model.caches),
@@ -375,17 +382,17 @@ class Plan(NamedTuple):
 
 
 def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
-    """A plan from the values of `Plan.to_dict`.
+    """Makes a plan from the values of `Plan.to_dict`.
 
     Args:
-        content: these values, also after a trip through JSON.
-        where: what errors call it.
+        content: these values, before or after a trip through JSON.
+        where: the name of `content` in errors.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: it is not such a dict, or of another version.
+        ValueError: if `content` is not such a dict, or has a different version.
 
     Example:
         >>> model = Model({"w": (2,)}, frozenset())
@@ -398,7 +405,7 @@ def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
         raise ValueError(f"{where} is not a plan of jaxprune: {error}") from error
     if version != _VERSION:
         raise ValueError(f"{where} is a plan of version {version}; this jaxprune reads {_VERSION}")
-    order = content.get("order", list(content["leaves"]))  # consumers and factors count in it
+    order = content.get("order", list(content["leaves"]))  # consumers and factors index into it
     shapes = {name: tuple(content["leaves"][name]["shape"]) for name in order}
     model = Model(
         shapes,
@@ -416,17 +423,17 @@ def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Reads a plan.
+    """Reads a plan from a file.
 
     Args:
-        path: a file of `Plan.save`.
+        path: a file written by `Plan.save`.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: it is not such a file, or of another version.
-        OSError: it cannot be read.
+        ValueError: if it is not such a file, or has a different version.
+        OSError: if it cannot be read.
 
     Example:
         >>> import tempfile

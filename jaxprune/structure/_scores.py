@@ -1,4 +1,4 @@
-"""What each channel of a group is worth."""
+"""Scores the channels of each group; a higher score means that the channel matters more."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,21 +14,21 @@ Scores = Mapping[str, np.ndarray]
 
 
 def filter_norms(groups: Groups, variables: Any, order: float = 1) -> dict[str, np.ndarray]:
-    """The norm of each channel's filters, summed over all layers that make the channel.
+    """Scores channels by the norm of their filters, summed over all layers that produce them.
 
-    Filters are what is contracted, looked up, or met along two dimensions: no norm layers, biases
-    or running averages, whatever their names and shapes.
+    Filters are leaves that are contracted, looked up, or used along two dimensions. Norm layers,
+    biases and running averages are none, whatever their names and shapes.
 
     Args:
         groups: from `find_groups`.
-        variables: dense.
-        order: 1, 2 or `numpy.inf`.
+        variables: dense arrays.
+        order: of the norm: 1, 2 or `numpy.inf`.
 
     Returns:
-        Name of a group -> float64 [channels]. A group without filters is left out, with a warning.
+        Group name -> float64 [channels]. A group without filters is left out, with a warning.
 
     Raises:
-        ValueError: no group has any.
+        ValueError: if no group has filters.
 
     References:
         Li et al., Pruning filters for efficient ConvNets, arXiv:1608.08710.
@@ -49,20 +49,20 @@ def filter_norms(groups: Groups, variables: Any, order: float = 1) -> dict[str, 
 
 
 def norm_scales(groups: Groups, variables: Any) -> dict[str, np.ndarray]:
-    """The size of the norm layers' scales, summed over the norms of each channel.
+    """Scores channels by the magnitude of the norm layers' scales, summed over the norm layers.
 
     Scales are vectors that are proven to multiply a channel entry by entry, whatever their names.
 
     Args:
         groups: from `find_groups`.
-        variables: dense.
+        variables: dense arrays.
 
     Returns:
-        Name of a group -> float64 [channels]. A group without a norm layer is left out, with a
-        warning; what `keep_global` and its like are given no scores of stays whole.
+        Group name -> float64 [channels]. A group without a norm layer is left out, with a warning;
+        `keep_global` and its relatives keep groups without scores whole.
 
     Raises:
-        ValueError: no group has one.
+        ValueError: if no group has a norm layer.
 
     References:
         Liu et al., Learning efficient convolutional networks through network slimming,
@@ -81,21 +81,22 @@ def norm_scales(groups: Groups, variables: Any) -> dict[str, np.ndarray]:
 
 
 def taylor(groups: Groups, variables: Any, gradients: Any) -> dict[str, np.ndarray]:
-    """What the loss would change by, to first order, if a channel were 0: `(sum of w g) ** 2`.
+    """Scores channels by the squared first-order change of the loss if zeroed: `(sum of w g) ** 2`.
 
-    Taken at the norm layers behind a channel, scales and biases, or where it has none, at its
-    filters.
+    The sum runs over the scales and biases of the norm layers behind a channel or, if it has none,
+    over its filters. `jaxprune.scores.taylor` is the score of single weights.
 
     Args:
         groups: from `find_groups`.
-        variables: dense.
-        gradients: of the loss, a tree like `variables`; an average over batches is better.
+        variables: dense arrays.
+        gradients: gradients of the loss, a tree like `variables`; an average over batches is less
+            noisy.
 
     Returns:
-        Name of a group -> float64 [channels]. A group with neither is left out, with a warning.
+        Group name -> float64 [channels]. A group with neither is left out, with a warning.
 
     Raises:
-        ValueError: `gradients` do not fit the variables, or no group has either.
+        ValueError: if `gradients` do not fit the variables, or no group has norm layers or filters.
 
     References:
         Molchanov et al., Importance estimation for neural network pruning, arXiv:1906.10771.
@@ -119,18 +120,20 @@ def taylor(groups: Groups, variables: Any, gradients: Any) -> dict[str, np.ndarr
 
 
 def fpgm(groups: Groups, variables: Any) -> dict[str, np.ndarray]:
-    """How far a filter is from all others of its layer; one near the middle can be replaced.
+    """Scores channels by the distance of their filters from all others of the layer.
+
+    A filter near the geometric median is redundant: the others can replace it.
 
     Args:
         groups: from `find_groups`.
-        variables: dense.
+        variables: dense arrays.
 
     Returns:
-        Name of a group -> float64 [channels]: sums of Euclidean distances. A group without filters
-        is left out, with a warning.
+        Group name -> float64 [channels]: sums of Euclidean distances. A group without filters is
+        left out, with a warning.
 
     Raises:
-        ValueError: no group has any.
+        ValueError: if no group has filters.
 
     References:
         He et al., Filter pruning via geometric median, arXiv:1811.00250.
@@ -153,13 +156,13 @@ def fpgm(groups: Groups, variables: Any) -> dict[str, np.ndarray]:
 
 
 def normalized(scores: Scores) -> dict[str, np.ndarray]:
-    """Scores over the mean of their group, so that groups can be compared.
+    """Divides scores by the mean magnitude in their group, so that groups can be compared.
 
     Args:
-        scores: name of a group -> [channels].
+        scores: group name -> float [channels].
 
     Returns:
-        The same; a group of zeros stays zeros.
+        The same mapping, normalized; scores that are all 0 remain 0.
 
     Example:
         >>> normalized({"a": np.array([1.0, 3.0])})["a"].tolist()
@@ -175,9 +178,9 @@ def _summed(
     what: str,
     members_of: Callable[[Group], tuple[Member, ...]],
 ) -> dict[str, np.ndarray]:
-    """A number for each channel: the sum of what is measured of its rows in some members.
+    """Sums `measure` of each channel's rows over the members that `members_of` chooses.
 
-    Zeros would say that a group without such members is worth nothing, so it gets no scores.
+    A group without such members gets no scores: zeros would mean that it is worth nothing.
     """
     leaves = trees.leaf_by_path(variables)
     sums = {}
@@ -192,10 +195,12 @@ def _summed(
             np.add.at(sums[name], member.channels[ours], measured)
     missing = [f"{name}: no {what}" for name in groups if name not in sums]
     if not sums:
-        trees.raise_for(missing, f"`groups` must have {what} to be scored by; use another score:")
+        trees.raise_for(missing, f"`groups` must have {what} for this score; use a different one:")
     if missing:
         warnings.warn(
-            "\n  ".join(["groups without scores stay whole; use another score for:", *missing]),
+            "\n  ".join(
+                ["groups without scores are kept whole; use a different score for:", *missing]
+            ),
             stacklevel=3,
         )
     return sums

@@ -1,240 +1,330 @@
-"""Making a network smaller while it trains: when that pays, and the switch itself.
+"""The cycle of a run that removes channels while it trains: decide, prepare, switch, resume."""
 
-A pruning transformation with `groups` masks channels step by step. Each compaction removes those
-that are masked, at the price of one more compilation. The optimizer state comes along, and the
-smaller function is compared with the masked one before anything is replaced.
-"""
-
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 
-from jaxprune import trees
+from jaxprune.structure._allocation import count_parameters
 from jaxprune.structure._groups import Groups
-from jaxprune.structure._optimizer import compact_state
-from jaxprune.structure._plans import Plan
+from jaxprune.structure._plans import Plan, plan_of
+from jaxprune.structure._switching import (
+    Network,
+    Policy,
+    dense_network,
+    masked_channels,
+    pays,
+    shrink,
+)
 
 
-class Policy(NamedTuple):
-    """When a smaller network pays.
-
-    Example:
-        >>> Policy(switch_steps=100.0).most
-        4
-    """
-
-    switch_steps: float  # what a switch costs, compilation above all, in steps of the dense network
-    most: int = 4  # switches in a run
-    saving: float = 0.2  # of a step, as a fraction: what a switch must save at least
-    multiple: int | None = None  # of the widths, see `structure.Groups.plan`
-
-
-class Network(NamedTuple):
-    """A network at its present widths.
+class Stage(NamedTuple):
+    """What a training step is made for: a network at its present widths, and a phase of the run.
 
     Example:
-        >>> Network._fields
-        ('plan', 'groups')
-    """
-
-    plan: Plan  # from the dense network
-    groups: Groups  # of what is left
-
-
-class Switch(NamedTuple):
-    """What `shrink` returns.
-
-    Example:
-        >>> Switch._fields
-        ('network', 'variables', 'opt_state', 'restarted', 'rounded', 'difference')
+        >>> Stage._fields
+        ('network', 'phase', 'cut')
     """
 
     network: Network
-    variables: Any  # smaller
-    opt_state: Any  # smaller
-    restarted: tuple[str, ...]  # paths in the optimizer state that could not be sliced
-    rounded: tuple[str, ...]  # groups that keep masked channels, to fill up a multiple
-    difference: float  # between the outputs of both functions, relative to the largest
+    phase: Any = None  # from `phases` of `Shrinking`, such as a size of images
+    cut: int | None = None  # step of the last switch that removed channels
+
+    @property
+    def groups(self) -> Groups:
+        """The channels that the network has now, for `agip_transform(groups=)`."""
+        return self.network.groups
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function of the dense network as it runs on the present variables."""
+        return function if self.cut is None else self.network.plan.wrap(function)
 
 
-def start(groups: Groups) -> Network:
-    """The dense network.
+class Coming(NamedTuple):
+    """A switch that is decided on and prepared, but not done."""
+
+    step: int  # at which it happens
+    stage: Stage
+    keep: Mapping[str, np.ndarray] | None  # bool [channels] by group; None removes nothing
+    prepared: Future
+
+
+class Shrinking:
+    """A run that removes masked channels as soon as that pays.
+
+    After each mask update it decides whether a smaller network pays (`pays`). If so, it prepares
+    the next training step in a background thread, and switches `policy.delay` steps later: always
+    at the same step, whatever the machine does, so that a resumed run repeats the run bit for bit.
+
+    Call `begin` once and `advance` after every step; train with `prepared`, which `prepare` made.
+    Save `to_record()` with each checkpoint, and pass it as `record` to resume.
 
     Args:
-        groups: from `structure.find_groups`.
-
-    Returns:
-        A `Network` that keeps everything.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxprune import structure
-        >>> w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
-        >>> groups = structure.find_groups(lambda w, x: x @ w["in"] @ w["out"], w, jnp.ones((1, 3)))
-        >>> start(groups).plan.shape("in")
-        (3, 8)
-    """
-    return Network(groups.plan({}), groups)
-
-
-def masked_channels(groups: Groups, opt_state: Any) -> dict[str, np.ndarray]:
-    """Which channels are on, as `agip_transform` with `groups` left them.
-
-    Args:
-        groups: that the transformation was made with.
-        opt_state: of the whole optimizer.
-
-    Returns:
-        Name of a group -> bool [channels], for `Groups.plan`.
+        groups: of the dense network, from `structure.find_groups`.
+        steps: training steps of the whole run.
+        mask_updates: steps after which masks have changed; a mask update at step `s` of
+            `schedules.mask_update_steps` has changed them after step `s + 1`. Empty: nothing is
+            removed.
+        cost: function from a plan of `groups` to the cost of a step, such as `mac_cost` returns.
+        make_optimizer: function from a `Stage` to the optimizer; pass `stage.groups` on to
+            `agip_transform`.
+        prepare: function from a `Stage` to what trains it, such as a compiled step.
+        functions: `function(variables, *args)` of the dense network -> the args of a batch on which
+            both networks are compared at a switch.
+        policy: when a switch pays.
+        phases: step -> value, what else changes while the run goes on, such as the size of images.
+            The value of step 0 is needed. A new phase begins with a switch, too: `policy.delay`
+            steps after its step, or with the switch that is pending then.
+        params: the key of the trained parameters in the variables.
+        describe: function from this object to figures of its stage, such as bytes; the record of a
+            switch has each before and after. Default: `parameters` and `cost`.
+        record: from `to_record`, to resume. The trees to restore a checkpoint into have the shapes
+            of `stage`.
 
     Raises:
-        ValueError: the state has no channels, or those of other groups.
+        ValueError: `phases` has no value for step 0, or `record` does not fit.
 
     Example:
-        >>> import jax.numpy as jnp, jaxprune
-        >>> from jaxprune import structure
-        >>> w = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
-        >>> groups = structure.find_groups(lambda w, x: x @ w["in"] @ w["out"], w, jnp.ones((1, 3)))
-        >>> optimizer = jaxprune.agip_transform(0.5, stop=1, groups=groups)
-        >>> masked_channels(groups, optimizer.init(w))["in:1"].tolist()
-        [True, True, True, True]
-    """
-    found = trees.state_fields(opt_state, "channels")
-    if len(found) != 1:
-        raise ValueError(
-            f"`opt_state` must hold the channels of one transformation, but has {len(found)}; use "
-            "`agip_transform(..., groups=groups)`."
-        )
-    channels = {name: np.asarray(own) for name, own in found[0].items()}
-    sizes = {name: group.size for name, group in groups.items()}
-    problems = [
-        f"{name}: {len(channels.get(name, ()))} channels in the state, {sizes.get(name, 0)} in it"
-        for name in sorted(channels.keys() | sizes.keys())
-        if len(channels.get(name, ())) != sizes.get(name, 0)
-    ]
-    trees.raise_for(problems, "`groups` must be those of the transformation:")
-    return {name: channels[name] for name in groups}  # `jit` returns the state sorted by name
-
-
-def pays(
-    policy: Policy, *, cost: float, smaller: float, left: int, done: int, changing: int = 0
-) -> bool:
-    """Whether a switch saves more than it costs.
-
-    While masks still change, a later switch removes what this one would have, and more. So what
-    this one saves ends there, and the last of `most` switches is kept for it.
-
-    Args:
-        policy: limits, and the price of a switch.
-        cost: of a step now, relative to a step of the dense network: measured, or by its MACs.
-        smaller: of a step after the switch, likewise.
-        left: steps that are still to come.
-        done: switches so far.
-        changing: steps until masks have changed for the last time.
-
-    Returns:
-        True if at least the fraction `saving` of a step is saved, if the steps that are saved by
-        this switch save more than `switch_steps`, and if there were less than `most` switches.
-
-    Example:
-        >>> policy = Policy(switch_steps=50)
-        >>> [pays(policy, cost=1, smaller=0.5, left=left, done=0) for left in (99, 101)]
-        [False, True]
-        >>> pays(policy, cost=1, smaller=0.5, left=900, done=0, changing=90)
-        False
-    """
-    saved = cost - smaller
-    most = policy.most - (changing > 0)
-    steps = min(left, changing or left)
-    return done < most and saved >= policy.saving * cost and saved * steps > policy.switch_steps
-
-
-def shrink(
-    network: Network,
-    keep: Mapping[str, np.ndarray],
-    functions: Mapping[Callable[..., Any], tuple[Any, ...]],
-    make_optimizer: Callable[[Groups], optax.GradientTransformation],
-    variables: Mapping[str, Any],
-    opt_state: Any,
-    *,
-    params: str = "params",
-    multiple: int | None = None,
-    tolerance: float = 1e-3,
-) -> Switch:
-    """Removes channels from a network that is being trained.
-
-    Nothing that is given is changed: if something is refused, training can go on as before.
-
-    Args:
-        network: what it is now.
-        keep: name of a group -> bool [channels], from `masked_channels`.
-        functions: `function(variables, *args)` of the dense network -> args of a batch on which the
-            smaller function is compared with the present one.
-        make_optimizer: from groups to the optimizer, as it made `opt_state` for the present ones.
-        variables: at the present widths.
-        opt_state: likewise.
-        params: key of the trained parameters in the variables.
-        multiple: of the widths, see `structure.Groups.plan`.
-        tolerance: of the largest difference between outputs, relative to the largest output.
-
-    Returns:
-        A `Switch`.
-
-    Raises:
-        ValueError: `keep` does not fit, or the functions differ by more than `tolerance`: a channel
-            that goes was not masked.
-
-    Example:
-        >>> import jax.numpy as jnp, jaxprune
+        >>> import jax, jax.numpy as jnp, jaxprune
         >>> from jaxprune import structure
         >>> def net(w, x):
-        ...     return x @ w["params"]["in"] @ w["params"]["out"]
-        >>> w, x = {"params": {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}}, jnp.ones((1, 3))
-        >>> network = start(structure.find_groups(net, w, x))
-        >>> (name,) = network.groups
-        >>> w["params"]["in"] = w["params"]["in"].at[:, 1:].set(0)  # as a mask would
-        >>> def make_optimizer(groups):
-        ...     return optax.chain(jaxprune.agip_transform(0.5, stop=1, groups=groups))
-        >>> state = make_optimizer(network.groups).init(w["params"])
-        >>> keep = {name: np.arange(4) < 1}
-        >>> switch = shrink(network, keep, {net: (x,)}, make_optimizer, w, state, multiple=1)
-        >>> switch.variables["params"]["out"].shape
-        (1, 2)
+        ...     return jnp.tanh(x @ w["params"]["in"]) @ w["params"]["out"]
+        >>> def draw(seed, *shape):
+        ...     return jax.random.normal(jax.random.key(seed), shape)
+        >>> w = {"params": {"in": draw(0, 3, 8), "out": draw(1, 8, 2)}}
+        >>> x, y = draw(2, 16, 3), draw(3, 16, 2)
+        >>> def make_optimizer(stage):
+        ...     agip = jaxprune.agip_transform(0.5, every=1, start=2, stop=2, groups=stage.groups)
+        ...     return jaxprune.chain(optax.sgd(0.1), agip)
+        >>> def prepare(stage):
+        ...     apply, optimizer = stage.wrap(net), make_optimizer(stage)
+        ...     def step(w, state):
+        ...         loss = lambda params: jnp.mean((apply({"params": params}, x) - y) ** 2)
+        ...         grads = jax.grad(loss)(w["params"])
+        ...         updates, state = optimizer.update(grads, state, w["params"])
+        ...         return {"params": optax.apply_updates(w["params"], updates)}, state
+        ...     return jax.jit(step)
+        >>> groups = structure.find_groups(net, w, x)
+        >>> run = Shrinking(
+        ...     groups, steps=9, mask_updates=[3], cost=structure.mac_cost(groups, net, w, x),
+        ...     make_optimizer=make_optimizer, prepare=prepare, functions={net: (x,)},
+        ...     policy=structure.Policy(switch_steps=1, delay=2))
+        >>> run.begin()
+        >>> state = run.optimizer.init(w["params"])
+        >>> for step in range(1, 10):
+        ...     w, state = run.prepared(w, state)
+        ...     w, state = run.advance(step, w, state)
+        >>> w["params"]["in"].shape, run.history[0]["step"]
+        ((3, 4), 5)
     """
-    step = network.groups.plan(keep, multiple=multiple)
-    smaller = Network(network.plan.then(step), network.groups.compact(step))
-    compacted = step.compact(variables)
-    gaps = [0.0]
-    for function, args in functions.items():
-        now = jax.jit(network.plan.wrap(function))(variables, *args)
-        then = jax.jit(smaller.plan.wrap(function))(compacted, *args)
-        gaps += _gaps(now, then)
-    difference = float(np.max(gaps))  # NaN if one is
-    if not difference <= tolerance:
-        raise ValueError(
-            f"the smaller network differs from the present one by {difference:.3g}, more than "
-            f"`tolerance` {tolerance:g}; `keep` must keep every channel that is not masked"
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        steps: int,
+        mask_updates: Sequence[int],
+        cost: Callable[[Plan], float],
+        make_optimizer: Callable[[Stage], optax.GradientTransformation],
+        prepare: Callable[[Stage], Any],
+        functions: Mapping[Callable[..., Any], tuple[Any, ...]],
+        policy: Policy,
+        phases: Mapping[int, Any] | None = None,
+        params: str = "params",
+        describe: Callable[["Shrinking"], Mapping[str, Any]] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Finds the stage to begin with; prepares nothing yet."""
+        phases = {0: None} if phases is None else phases
+        if 0 not in phases:
+            raise ValueError(f"`phases` must have a value for step 0, but has {sorted(phases)}.")
+        self.phases = dict(sorted(phases.items()))
+        self.steps, self.mask_updates, self.policy = steps, tuple(mask_updates), policy
+        self._cost, self._make_optimizer, self._prepare = cost, make_optimizer, prepare
+        self._functions, self._params = functions, params
+        self._describe = _figures if describe is None else describe
+        self._dense = dense_network(groups)
+        self.coming: Coming | None = None
+        self.prepared: Any = None
+        self.history: list[dict[str, Any]] = []
+        self.stage = Stage(self._dense, self.phases[0])
+        self._record = record
+        if record is not None:
+            self.history = list(record["history"])
+            self.stage = Stage(self._dense, self._values[record["phase"]], record["cut"])
+            if record["plan"] is not None:
+                plan = plan_of(record["plan"], "the record")
+                self.stage = self.stage._replace(network=Network(plan, groups.compact(plan)))
+
+    # ---- the cycle
+
+    def begin(self, step: int = 0, opt_state: Any = None) -> None:
+        """Prepares the present stage and, in a resumed run, the switch that was decided on.
+
+        Args:
+            step: steps done so far.
+            opt_state: the restored state of the whole optimizer; not needed at step 0.
+        """
+        self.prepared = self._prepare(self.stage)
+        record, self._record = self._record, None
+        if record is None:
+            return
+        coming = record["coming"]
+        if coming is None:  # a decision that was due, but not made when the checkpoint was saved
+            if step in self._decisions():
+                self._decide(step, opt_state)
+            return
+        keep = coming["keep"]
+        if keep is not None:
+            sizes = {name: group.size for name, group in self.stage.groups.items()}
+            keep = {name: np.isin(np.arange(sizes[name]), own) for name, own in keep.items()}
+        self._plan(coming["step"], keep, self._values[coming["phase"]])
+
+    def advance(self, step: int, variables: Any, opt_state: Any) -> tuple[Any, Any]:
+        """Decides or switches, if it is time for that; call it after every step.
+
+        Arrays come back where slicing leaves them: with a mesh, put them where they belong.
+
+        Args:
+            step: steps done so far.
+            variables: a tree at the present widths; not changed.
+            opt_state: the state of the whole optimizer; not changed.
+
+        Returns:
+            Both, compacted if channels were removed.
+
+        Raises:
+            ValueError: the smaller network computes something else, see `shrink`. Nothing has
+                changed then.
+        """
+        if step >= self.steps:
+            return variables, opt_state
+        if self.coming is not None and step == self.coming.step:
+            variables, opt_state = self._switch(self.coming, variables, opt_state)
+            self._decide(step, opt_state)  # masks may have changed while it was prepared
+        elif self.coming is None and step in self._decisions():
+            self._decide(step, opt_state)
+        return variables, opt_state
+
+    def next_step(self, step: int) -> int:
+        """Returns the next step at which `advance` may do something, or the last step."""
+        if self.coming is not None:
+            return min(self.coming.step, self.steps)
+        return min([at for at in self._decisions() if at > step] + [self.steps])
+
+    def to_record(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs to resume, ready for JSON."""
+        coming = None
+        if self.coming is not None:
+            keep = self.coming.keep
+            if keep is not None:
+                keep = {name: np.flatnonzero(own).tolist() for name, own in keep.items()}
+            phase = self._values.index(self.coming.stage.phase)
+            coming = {"step": self.coming.step, "keep": keep, "phase": phase}
+        network, phase, cut = self.stage
+        return {
+            "plan": None if cut is None else network.plan.to_dict(),
+            "phase": self._values.index(phase),
+            "cut": cut,
+            "history": list(self.history),
+            "coming": coming,
+        }
+
+    # ---- what a run is now
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the present stage."""
+        return self._make_optimizer(self.stage)
+
+    @property
+    def cost(self) -> float:
+        """The cost of a step now."""
+        return self._cost(self.stage.network.plan)
+
+    @property
+    def _values(self) -> list[Any]:
+        return list(self.phases.values())
+
+    def _decisions(self) -> list[int]:
+        """Steps after which a switch may be decided on."""
+        changes = [at for at in self.phases if at and self._phase_at(at) != self.stage.phase]
+        return sorted({*self.mask_updates, *changes})
+
+    def _phase_at(self, step: int) -> Any:
+        return next(value for at, value in reversed(self.phases.items()) if at <= step)
+
+    # ---- what comes next
+
+    def _decide(self, step: int, opt_state: Any) -> None:
+        """Prepares a switch if one pays now: to fewer channels, to a new phase, or to both."""
+        phase = self._phase_at(step)
+        keep = self._masked_enough(step, opt_state) if self.mask_updates else None
+        if keep is not None or phase != self.stage.phase:
+            self._plan(step + self.policy.delay, keep, phase)
+
+    def _masked_enough(self, step: int, opt_state: Any) -> dict[str, np.ndarray] | None:
+        """Returns the channels to keep, if removing all others pays."""
+        network = self.stage.network
+        keep = masked_channels(network.groups, opt_state)
+        smaller = network.plan.then(network.groups.plan(keep, multiple=self.policy.multiple))
+        dense = self._cost(self._dense.plan)
+        worth = pays(
+            self.policy,
+            cost=self.cost / dense,
+            smaller=self._cost(smaller) / dense,
+            left=self.steps - step,
+            done=sum(entry["cost"] != entry["cost_before"] for entry in self.history),
+            changing=max(0, self.mask_updates[-1] - step),
         )
-    state = compact_state(
-        step,
-        make_optimizer(smaller.groups),
-        opt_state,
-        variables[params],
-        under=params,
-        groups=network.groups,
-    )
-    rounded = [n for n, own in keep.items() if smaller.groups[n].size > np.asarray(own).sum()]
-    return Switch(smaller, compacted, state.state, state.restarted, tuple(rounded), difference)
+        return keep if worth else None
+
+    def _plan(self, step: int, keep: Mapping[str, np.ndarray] | None, phase: Any) -> None:
+        """Prepares the next stage in the background."""
+        stage = self.stage._replace(phase=phase)
+        if keep is not None:
+            plan = stage.groups.plan(keep, multiple=self.policy.multiple)
+            stage = stage._replace(network=stage.network.smaller(plan), cut=step)
+        pool = ThreadPoolExecutor(1)
+        prepared = pool.submit(self._prepare, stage)
+        pool.shutdown(wait=False)
+        self.coming = Coming(step, stage, keep, prepared)
+
+    def _switch(self, coming: Coming, variables: Any, opt_state: Any) -> tuple[Any, Any]:
+        """Replaces the stage; an error leaves everything as it was."""
+        began = time.perf_counter()
+        before, done = dict(self._describe(self)) | {"cost": self.cost}, None
+        if coming.keep is not None:
+            done = shrink(
+                self.stage.network,
+                coming.keep,
+                self._functions,
+                lambda groups: self._make_optimizer(
+                    coming.stage._replace(network=coming.stage.network._replace(groups=groups))
+                ),
+                variables,
+                opt_state,
+                params=self._params,
+                multiple=self.policy.multiple,
+            )
+            variables, opt_state = done.variables, done.opt_state
+        self.prepared = coming.prepared.result()
+        self.stage, self.coming = coming.stage, None
+        entry: dict[str, Any] = {"step": coming.step}
+        for name, value in (dict(self._describe(self)) | {"cost": self.cost}).items():
+            entry |= {name: value, f"{name}_before": before[name]}
+        entry |= {"rounded": [], "restarted": []}
+        if done is not None:
+            entry["widths"] = {name: group.size for name, group in self.stage.groups.items()}
+            entry |= {"rounded": list(done.rounded), "restarted": list(done.restarted)}
+            entry["difference"] = done.difference
+        self.history.append(entry | {"seconds": time.perf_counter() - began})
+        return variables, opt_state
 
 
-def _gaps(a: Any, b: Any) -> list[float]:
-    """Largest differences of outputs of the same shape, relative to the largest entry of each."""
-    pairs = zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b)))
-    return [
-        float(np.abs(x - y).max(initial=0) / (np.abs(x).max(initial=0) + 1e-30))
-        for x, y in pairs
-        if x.shape == y.shape and np.issubdtype(x.dtype, np.floating)
-    ]
+def _figures(run: Shrinking) -> dict[str, Any]:
+    """Returns what is known of a stage without being told."""
+    return {"parameters": count_parameters(run.stage.network.plan)}

@@ -1,4 +1,4 @@
-"""What a plan leaves of one array, wherever the array lies."""
+"""Slices one array as a plan says, on whichever devices the array lies."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from jax.sharding import AxisType, NamedSharding
 
 
 def take(array: Any, kept: Sequence[np.ndarray]) -> Any:
-    """The entries that stay; on several devices they are split as the array was.
+    """Takes the kept entries; over several devices they are split as the array was.
 
     Args:
-        array: of any dtype.
-        kept: bools for each dimension.
+        array: array of any dtype.
+        kept: bool [size] for each dimension.
 
     Returns:
-        A smaller array.
+        The smaller array.
 
     Example:
         >>> take(jnp.arange(6).reshape(2, 3), [np.ones(2, bool), np.arange(3) < 2]).tolist()
@@ -28,7 +28,7 @@ def take(array: Any, kept: Sequence[np.ndarray]) -> Any:
     if all(own.all() for own in kept):
         return array
     sharding = named_sharding(array)
-    if is_on_one_cpu(array):  # as fast there, with nothing to compile for each shape
+    if is_on_one_cpu(array):  # NumPy is as fast there and compiles nothing for each shape
         host = np.asarray(array)
         for dimension, own in enumerate(kept):
             host = host if own.all() else np.compress(own, host, axis=dimension)
@@ -47,11 +47,11 @@ def take(array: Any, kept: Sequence[np.ndarray]) -> Any:
 
 
 def zero(array: Any, kept: Sequence[np.ndarray]) -> Any:
-    """The array with zeros at what goes.
+    """Sets the entries that are not kept to 0.
 
     Args:
-        array: of any dtype.
-        kept: bools for each dimension.
+        array: array of any dtype.
+        kept: bool [size] for each dimension.
 
     Returns:
         An array of the same shape.
@@ -68,14 +68,14 @@ def zero(array: Any, kept: Sequence[np.ndarray]) -> Any:
 
 
 def uneven(array: Any, shape: Sequence[int]) -> str | None:
-    """Why an array of this shape cannot be split over devices as a larger one is; None if it can.
+    """Explains why a smaller array cannot be split over devices like a larger one.
 
     Args:
-        array: the larger one.
-        shape: of the smaller one.
+        array: the larger array.
+        shape: shape of the smaller array.
 
     Returns:
-        A sentence without its subject.
+        The reason, for the end of an error line, or None if the array can be split.
 
     Example:
         >>> uneven(np.ones(3), (2,)) is None
@@ -89,12 +89,12 @@ def uneven(array: Any, shape: Sequence[int]) -> str | None:
         parts = math.prod(sharding.mesh.shape[name] for name in names)
         if size % parts:
             over = ", ".join(names)
-            return f"dimension {dimension} keeps {size}, to be split in {parts} over {over}"
+            return f"dimension {dimension} keeps {size}, to be split into {parts} over {over}"
     return None
 
 
 def named_sharding(array: Any) -> NamedSharding | None:
-    """How an array is split over several devices, if it is."""
+    """Returns how an array is split over several devices, or None if it is not."""
     sharding = getattr(array, "sharding", None)
     if isinstance(array, Tracer):
         sharding = jax.typeof(array).sharding
@@ -104,7 +104,7 @@ def named_sharding(array: Any) -> NamedSharding | None:
 
 
 def is_on_one_cpu(array: Any) -> bool:
-    """Whether it is an array of numbers that NumPy can read where it lies."""
+    """Tells whether an array of numbers lies on one CPU, where NumPy can read it in place."""
     is_array = isinstance(array, jax.Array) and not isinstance(array, Tracer)
     if not is_array or jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return False
@@ -113,5 +113,5 @@ def is_on_one_cpu(array: Any) -> bool:
 
 
 def is_explicit(sharding: NamedSharding) -> bool:
-    """Whether the types of arrays say how they are split."""
+    """Tells whether the types of arrays say how they are split (explicit sharding)."""
     return AxisType.Explicit in sharding.mesh.axis_types

@@ -1,4 +1,4 @@
-"""Tells state from parameters: what the traces update, and what no gradient reaches."""
+"""Tells state from parameters: traces update it, or no gradient reaches it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from jax.extend import core
 from jaxprune import jaxprs
 from jaxprune.structure._traces import Model, Traced, analyze
 
-# A function traced in evaluation mode alone is differentiable in its running statistics, so nothing
-# tells them from other vectors but the names that Flax gives them. A kernel is none of them.
+# A function traced only in evaluation mode is differentiable in its running statistics, so only the
+# names that Flax gives them tell them from other vectors. A kernel is never a running statistic.
 _COLLECTION, _STATISTICS = "batch_stats", ("mean", "var")
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "xla_call", "remat2", "checkpoint", "remat"}
-# Their derivative is 0 or not defined.
+# Primitives whose derivative is 0 or undefined.
 _FLAT = {"stop_gradient", "sign", "floor", "ceil", "round", "nextafter"}
 
 
@@ -22,12 +22,12 @@ def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> dict[str,
 
     Args:
         traces: all traced functions.
-        leaves: the variables by path, in the order of the traces.
+        leaves: path -> variable, in the order of the traces.
 
     Returns:
-        From path to reason: new values come out as `updates`; or no gradient reaches them in a
-        trace that uses them; or Flax's names for running statistics. What multiplies as a matrix or
-        a convolution is no running statistic, whatever its name.
+        Path -> reason. The reasons are: `updates` returns a new value; no gradient reaches the
+        variable in a trace that uses it; Flax uses its name for running statistics. The kernel of a
+        matrix product or a convolution is no running statistic, whatever its name.
 
     Example:
         >>> from jaxprune.structure._traces import Trace, trace_function
@@ -48,7 +48,7 @@ def find_state(traces: Sequence[Traced], leaves: Mapping[str, Any]) -> dict[str,
 
 
 def _name_of_state(path: str) -> str | None:
-    """What the name of a leaf says, if it is one of running statistics."""
+    """Returns the reason if the name of a leaf is one of running statistics, else None."""
     parts = path.split("/")
     if _COLLECTION in parts:
         return f"lies in a `{_COLLECTION}`"
@@ -59,14 +59,14 @@ def _name_of_state(path: str) -> str | None:
 def _kernels(
     traces: Sequence[Traced], leaves: Mapping[str, Any], named: Mapping[str, str]
 ) -> set[str]:
-    """Paths among `named` that are kernels of a product; a collection holds none."""
+    """Returns the paths in `named` that are kernels of a product; `batch_stats` holds none."""
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()}
     asked = {
         path
         for path in named
         if _COLLECTION not in path.split("/") and sum(size > 1 for size in shapes[path]) > 1
     }
-    if not asked:  # the usual case costs no pass
+    if not asked:  # the usual case; it saves the passes
         return set()
     passes = [analyze(Model(shapes, frozenset(asked)), traced)[0] for traced in traces]
     paths = list(leaves)
@@ -74,7 +74,7 @@ def _kernels(
 
 
 def _changed(traced: Traced, paths: Sequence[str]) -> list[str]:
-    """Paths of updates that are not just the old value."""
+    """Returns the paths of updates that are not just the old value."""
     jaxpr = traced.closed.jaxpr
     source = _sources(jaxpr)
     return [
@@ -85,7 +85,7 @@ def _changed(traced: Traced, paths: Sequence[str]) -> list[str]:
 
 
 def _sources(jaxpr: Any) -> Any:
-    """A function from a variable to the one that it is handed on from, through calls of `jit`."""
+    """Makes a function from a variable to the one it equals, looking through calls of `jit`."""
     made_by = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
 
     def source(atom: Any) -> Any:
@@ -104,7 +104,7 @@ def _sources(jaxpr: Any) -> Any:
 
 
 def _without_gradient(traces: Sequence[Traced], paths: Sequence[str]) -> set[str]:
-    """Paths that some trace uses and that no derivative of any output reaches.
+    """Returns the paths that some trace uses and that no derivative of any output reaches.
 
     A trace without any derivative, such as one that returns tokens, proves nothing.
     """
@@ -123,9 +123,9 @@ def _without_gradient(traces: Sequence[Traced], paths: Sequence[str]) -> set[str
 
 
 def _reach(jaxpr: Any, wanted: Sequence[bool], smooth: bool) -> list[bool]:
-    """Which inputs some wanted output depends on, if `smooth` in a way that has a derivative.
+    """Tells which inputs a wanted output depends on; with `smooth`, through derivatives alone.
 
-    Says yes where it cannot know, such as inside custom derivative rules.
+    The answer is yes where it cannot be known, such as inside custom derivative rules.
     """
     live: set[Any] = set()
 
@@ -145,7 +145,7 @@ def _reach(jaxpr: Any, wanted: Sequence[bool], smooth: bool) -> list[bool]:
 
 
 def _through(equation: Any, hits: list[bool], smooth: bool) -> list[bool]:
-    """Which operands of one operation are reached from its results."""
+    """Tells which operands of one operation are reached from its results."""
     name, params = equation.primitive.name, equation.params
     if name in _CALLS:
         return _reach(_inner(equation), hits, smooth)
@@ -154,7 +154,7 @@ def _through(equation: Any, hits: list[bool], smooth: bool) -> list[bool]:
         return [not smooth, *map(any, zip(*sides, strict=True))]
     if name == "scan":
         first, count = jaxprs.scan_counts(params, len(equation.invars))
-        while True:  # what is carried comes back as a result of the pass before
+        while True:  # the carry of a pass is a result of the pass before, so repeat until stable
             found = _reach(params["jaxpr"].jaxpr, hits, smooth)
             carried = [a or b for a, b in zip(hits, found[first : first + count])]
             if carried == hits[:count]:
@@ -164,7 +164,7 @@ def _through(equation: Any, hits: list[bool], smooth: bool) -> list[bool]:
 
 
 def _inner(equation: Any) -> Any:
-    """The jaxpr of a call."""
+    """Returns the jaxpr of a call."""
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     return getattr(inner, "jaxpr", inner)
 

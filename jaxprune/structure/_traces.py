@@ -1,4 +1,4 @@
-"""From a function and its variables to an analysis of its jaxpr."""
+"""Traces a function of variables to a jaxpr and analyses that."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,31 +22,31 @@ class Trace(NamedTuple):
 
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
-    # From the output to the part of it that is new values of variables, under the same paths, such
-    # as `lambda output: output[1]`.
+    # output -> the part that holds new values of variables, under the same paths, such as
+    # `lambda output: output[1]`.
     updates: Callable[[Any], Any] | None = None
-    # From the output to the part of it that may have fewer channels, such as features for another
-    # network: see `Plan.kept_outputs`. All that is in neither part keeps its shape.
+    # output -> the part that may lose channels, such as features for a different network; see
+    # `Plan.kept_outputs`. Outputs in neither part keep their shapes.
     shrinks: Callable[[Any], Any] | None = None
 
 
 class Model(NamedTuple):
-    """What groups and plans know of the variables.
+    """The variables as groups and plans know them.
 
     Example:
         >>> Model({"w": (2, 3)}, frozenset({"w"})).shapes
         {'w': (2, 3)}
     """
 
-    shapes: dict[str, tuple[int, ...]]  # by path, in flattening order
-    parameters: frozenset[str]  # paths of what masks set to zero
+    shapes: dict[str, tuple[int, ...]]  # path -> shape, in flattening order
+    parameters: frozenset[str]  # paths of the leaves that masks set to zero
     consumers: frozenset[tuple[int, int]] = frozenset()  # (leaf, dimension) that only consume
-    caches: frozenset[str] = frozenset()  # paths of state that is 0 at first, and then where masked
-    factors: tuple[tuple[Split, int], ...] = ()  # which factor of a split dimension may shrink
+    caches: frozenset[str] = frozenset()  # paths of state that starts at 0 and stays 0 where masked
+    factors: tuple[tuple[Split, int], ...] = ()  # the factor of a split dimension that may shrink
 
 
 class Traced(NamedTuple):
-    """A function as a jaxpr of flat inputs and outputs.
+    """A function as a jaxpr with flat inputs and outputs.
 
     Example:
         >>> trace = Trace(lambda variables: variables["w"])
@@ -54,11 +54,11 @@ class Traced(NamedTuple):
         {}
     """
 
-    closed: Any
-    avals: list[Any]  # of the variables
-    structure: Any  # of the output
+    closed: Any  # the closed jaxpr
+    avals: list[Any]  # types of the variables
+    structure: Any  # tree structure of the output
     updated: dict[int, str]  # index of an output -> path of the variable whose new value it is
-    shrinking: frozenset[int]  # indices of other outputs that need not keep their shapes
+    shrinking: frozenset[int]  # indices of the other outputs that may lose channels
 
 
 def trace_function(trace: Trace, variables: Any) -> Traced:
@@ -92,9 +92,17 @@ def trace_function(trace: Trace, variables: Any) -> Traced:
 def analyze(
     model: Model, traced: Traced, outputs: bool = True, vectors: frozenset[int] = frozenset()
 ) -> tuple[Analysis, Graph]:
-    """Follows a traced function; unless told, outputs that are no updates keep their shapes.
+    """Follows a traced function through an `Analysis`.
 
-    Stacked `vectors` are known from an earlier pass; see `Analysis.vectors`.
+    Args:
+        model: the variables.
+        traced: the function.
+        outputs: whether outputs that are no updates must keep their shapes.
+        vectors: leaves that an earlier pass found to be vectors although they are stacked, see
+            `Analysis.vectors`.
+
+    Returns:
+        The analysis, and the function as a graph of its values.
     """
     analysis = Analysis(model.consumers, dict(model.factors), vectors)
     leaves = [
@@ -121,7 +129,7 @@ def analyze(
 
 
 def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph) -> set[str]:
-    """Caches whose new value need not be 0 where they are masked."""
+    """Returns the caches whose new value may differ from 0 where they are masked."""
     return {
         path
         for index, path in traced.updated.items()
@@ -131,7 +139,7 @@ def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph
 
 
 def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    """Type and place of an array, at its own or another shape."""
+    """Returns the type and explicit sharding of an array, at its own or the given shape."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     sharding = named_sharding(leaf)
     return jax.ShapeDtypeStruct(

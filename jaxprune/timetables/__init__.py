@@ -1,4 +1,4 @@
-"""When masks change and to what counts, and the masks that follow from scores."""
+"""Timetables: when masks change and to what counts, and the masks that follow from scores."""
 
 from jaxprune.timetables._masks import renew, select
 from jaxprune.timetables._tables import (

@@ -1,4 +1,4 @@
-"""A timetable and scores -> the masks of one mask update, inside of a compiled step."""
+"""Timetable and scores -> the masks of one mask update, inside a compiled step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from jaxprune.timetables._tables import Ranking, Timetable
 
 
 def select(timetable: Timetable, index: Any, scores: Sequence[jax.Array]) -> list[jax.Array]:
-    """Masks of the largest scores among all weights, whatever was pruned before.
+    """Keeps the largest scores among all weights, whatever was pruned before.
 
     Args:
         timetable: from `make_timetable`.
-        index: int or int32 [], which mask update.
-        scores: of each pruned leaf.
+        index: int or int32 [], the number of the mask update.
+        scores: one array for each pruned leaf.
 
     Returns:
         Bool masks like `scores`.
@@ -43,12 +43,13 @@ def renew(
 
     Args:
         timetable: from `make_timetable`.
-        index: int or int32 [], which mask update.
-        masks: bool, of each pruned leaf.
-        scores: of each pruned leaf; the lowest kept ones are dropped.
-        growth: of each pruned leaf; None regrows nothing.
-        unranked: bool [copies] of each pruned leaf: layers whose scores cannot be compared with
-            those of others. Each keeps at least its share at the density of all. None: no layer.
+        index: int or int32 [], the number of the mask update.
+        masks: one bool array for each pruned leaf.
+        scores: one array for each pruned leaf; the lowest scores of kept weights are dropped.
+        growth: one array for each pruned leaf; None regrows nothing.
+        unranked: bool [copies] for each pruned leaf: layers whose scores cannot be compared with
+            those of other layers. Each keeps at least its share at the overall density. None: no
+            layer.
 
     Returns:
         Bool masks like `masks`.
@@ -74,14 +75,14 @@ def renew(
 
 
 def _at(table: np.ndarray, index: Any, units: Sequence[Any]) -> jax.Array:
-    """One entry of a table, at a traced index, in the type that counts these units."""
+    """Reads a table at a traced index, in the integer type that can count these units."""
     return jnp.asarray(table, counting.width_of(units).count)[index]
 
 
 def _by_ranking(
     timetable: Timetable, function: Callable[..., list[jax.Array]], *lists: Sequence[Any]
 ) -> list[jax.Array]:
-    """Applies a function to the leaves of each ranking and puts its masks in their places."""
+    """Applies a function to the leaves of each ranking; returns its masks in the leaves' order."""
     masks: dict[int, jax.Array] = {}
     for ranking in timetable.rankings:
         parts = [[leaves[i] for i in ranking.members] for leaves in (timetable.stacked, *lists)]
@@ -92,7 +93,7 @@ def _by_ranking(
 def _best(
     ranking: Ranking, stacked: Any, index: Any, scores: Any, among: Any = None, unranked: Any = None
 ) -> list[jax.Array]:
-    """The largest scores of a ranking, among some weights or all."""
+    """Keeps the largest scores of a ranking, among some weights or all."""
     pattern = ranking.pattern
     if isinstance(pattern, patterns.NM):
         allowed = [None] * len(scores) if among is None else among
@@ -112,30 +113,31 @@ def _best(
 
 
 def _floors(ranking: Ranking, index: Any, units: Any, unranked: Any) -> jax.Array:
-    """What each layer keeps at least: those without a ranking, their share if the total allows."""
+    """Returns the smallest count of each layer; unranked layers get their share if it fits."""
     floors = _at(ranking.floors, index, units)
     if unranked is None:
         return floors
     lack = jnp.maximum(_at(ranking.shares, index, units) - floors, 0) * unranked
     spare = _at(ranking.keep, index, units) - counting.total(floors)
+    # The first layers are filled up first, while the total has spare units.
     return floors + jnp.clip(spare - (counting.cumsum(lack) - lack), 0, lack)
 
 
 def _drop_and_grow(
     ranking: Ranking, stacked: Any, index: Any, masks: Any, scores: Any, growth: Any, unranked: Any
 ) -> list[jax.Array]:
-    """Drops the lowest kept scores, then fills up to the budget with the largest growth."""
+    """Drops the lowest kept scores, then regrows the largest `growth` up to the budget."""
     pattern, alive = ranking.pattern, _alive(ranking.pattern, masks, stacked)
     with counting.exact(alive):
         total, fixed = (_at(table, index, alive) for table in (ranking.keep, ranking.floors))
         floors = _floors(ranking, index, alive, unranked)
         counts = counting.count_kept(alive, stacked)
-        # Only what is pruned now can be regrown: in each layer, and in all.
+        # Only units that are pruned now can be regrown, in each layer and in total.
         free = counting.count_kept([~mask for mask in alive], stacked)
         drop_floors = floors - jnp.minimum(_at(ranking.moved_of_layer, index, alive), free)
         moved = jnp.minimum(_at(ranking.moved, index, alive), counting.total(free))
         keep = jnp.where(
-            counting.total(fixed) == total,  # the floors fix each layer
+            counting.total(fixed) == total,  # the floors fix the count of each layer
             counting.total(jnp.minimum(drop_floors, counts)),
             jnp.minimum(total - moved, counting.total(counts)),
         )
@@ -148,7 +150,8 @@ def _drop_and_grow(
         grown = selection.largest(
             [patterns.pool(pattern, g, axes) for g, axes in zip(growth, stacked)],
             grow,
-            # The first layers first, while there is growth left.
+            # First layers first, while growth lasts: a layer gets what it lacks, up to what the
+            # layers before it leave of `grow`.
             floors=jnp.clip(grow - (counting.cumsum(lack) - lack), 0, lack),
             among=[~mask for mask in alive],
             stacked=stacked,
@@ -159,7 +162,7 @@ def _drop_and_grow(
 def _n_m_drop_and_grow(
     ranking: Ranking, stacked: Any, index: Any, masks: Any, scores: Any, growth: Any
 ) -> list[jax.Array]:
-    """The same within every m weights; all of them have kept the same number before."""
+    """Drops and grows within every m weights, each of which has kept the same number so far."""
     pattern, keep = ranking.pattern, _at(ranking.keep, index, ())
     assert isinstance(pattern, patterns.NM)
     new = []
@@ -177,12 +180,12 @@ def _n_m_drop_and_grow(
 
 
 def _alive(pattern: patterns.Pattern, masks: Any, stacked: Any) -> list[jax.Array]:
-    """Which units hold a weight that is kept."""
+    """Returns which units contain a kept weight."""
     return [patterns.any_kept(pattern, mask, axes) for mask, axes in zip(masks, stacked)]
 
 
 def _expanded(pattern: patterns.Pattern, units: Any, like: Any, stacked: Any) -> list[jax.Array]:
-    """Masks of weights from masks of units."""
+    """Expands masks of units to masks of weights."""
     return [
         patterns.expand(pattern, own, leaf.shape, axes)
         for own, leaf, axes in zip(units, like, stacked, strict=True)

@@ -1,4 +1,4 @@
-"""Budgets and patterns -> what each mask update keeps, as exact integers on the host."""
+"""Budgets and patterns -> how much each mask update keeps, as exact integers on the host."""
 
 import math
 import zlib
@@ -15,8 +15,8 @@ from jaxprune import budgets, patterns, schedules, trees
 class Ranking(NamedTuple):
     """The pruned leaves of one pattern, and how many of their units each mask update keeps.
 
-    A unit is a weight, a block or a channel; for an N:M pattern it is one of every m weights. A
-    layer is a leaf, or one copy of a stacked leaf.
+    A unit is a weight, a block or a channel. For an N:M pattern, units are counted within a group
+    of m weights. A layer is a leaf, or one copy of a stacked leaf.
 
     Example:
         >>> timetable = make_timetable({"kernel": jnp.zeros((2, 4))}, [0, 10], [0.25, 0.5])
@@ -25,12 +25,12 @@ class Ranking(NamedTuple):
     """
 
     pattern: patterns.Pattern
-    members: tuple[int, ...]  # positions of its leaves among the pruned ones
-    keep: np.ndarray  # int64 [entries], units kept in all; of an N:M pattern, of every m
-    moved: np.ndarray  # int64 [entries], of these, dropped and regrown elsewhere
-    floors: np.ndarray  # int64 [entries, layers], kept at least in each layer
-    moved_of_layer: np.ndarray  # int64 [entries, layers], dropped from its floor at most
-    shares: np.ndarray  # int64 [entries, layers], what each would keep at the same density
+    members: tuple[int, ...]  # positions of the leaves among the pruned leaves
+    keep: np.ndarray  # int64 [entries], units kept in total; for an N:M pattern, of every m
+    moved: np.ndarray  # int64 [entries], how many of these are dropped and regrown elsewhere
+    floors: np.ndarray  # int64 [entries, layers], smallest number kept in each layer
+    moved_of_layer: np.ndarray  # int64 [entries, layers], largest number dropped from each floor
+    shares: np.ndarray  # int64 [entries, layers], number kept in each at the overall density
 
 
 class Timetable(NamedTuple):
@@ -41,10 +41,10 @@ class Timetable(NamedTuple):
         [0, 10]
     """
 
-    steps: np.ndarray  # int32 [entries], rising
+    steps: np.ndarray  # int32 [entries], ascending
     rankings: tuple[Ranking, ...]
     stacked: tuple[tuple[int, ...], ...]  # axes of each pruned leaf that number copies
-    marks: np.ndarray  # int32 [entries], never 0: tells an entry from those of other timetables
+    marks: np.ndarray  # int32 [entries], never 0: tell an entry from those of other timetables
 
 
 def make_timetable(
@@ -57,29 +57,29 @@ def make_timetable(
     pattern: patterns.PatternRule = None,
     stacked: trees.Stacked = None,
 ) -> Timetable:
-    """Counts everything on the host, where integers are exact.
+    """Counts what each mask update keeps, on the host, where integers are exact.
 
-    Leaves of different patterns do not compete: each pattern has its own budget, in its own
-    units. An N:M pattern keeps of every m weights as many as the sparsity asks for, and never
-    fewer than n.
+    Leaves of different patterns do not compete: each pattern has a separate budget, in units of
+    that pattern. Of every m weights, an N:M pattern keeps as many as the sparsity asks for, and
+    never fewer than n.
 
     Args:
         leaves: the pruned leaves, path -> anything with a shape.
-        steps: when masks change, rising.
+        steps: the steps at which masks change, ascending.
         sparsities: sparsity after each mask update, each in [0, 1).
         moved: fraction of the kept units that each mask update drops and regrows; None is 0.
         budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget()`.
         pattern: see `jaxprune.patterns`; None prunes single weights.
-        stacked: which axes number copies, see `trees.stacked_axes`. `budget` and `pattern` then see
-            single copies: a budget the shape of each, at paths such as `layers/kernel[3]`; a
-            pattern counts the axes of a copy.
+        stacked: function that returns the axes that number copies, see `trees.stacked_axes`.
+            `budget` and `pattern` then see single copies: `budget` gets the shape of each copy, at
+            paths such as `layers/kernel[3]`; `pattern` counts the axes of a copy.
 
     Returns:
         A `Timetable`.
 
     Raises:
         ValueError: if a pattern does not fit its leaf, an N:M pattern cannot be reached, a
-            budget cannot be met, or `stacked` names an axis that is not there.
+            budget cannot be met, or `stacked` names an axis that does not exist.
 
     Example:
         >>> leaves = {"a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}
@@ -123,8 +123,8 @@ def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> lis
     """Names each copy of a stacked leaf, in row-major order of the stacked axes.
 
     Args:
-        path: of the leaf.
-        shape: of the leaf.
+        path: the path of the leaf.
+        shape: the shape of the leaf.
         stacked: axes that number copies; empty for a single layer.
 
     Returns:
@@ -141,7 +141,7 @@ def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> lis
 
 
 def ever_grows(timetable: Timetable) -> bool:
-    """Whether any mask update brings units back.
+    """Returns whether any mask update brings units back.
 
     Args:
         timetable: from `make_timetable`.
@@ -160,7 +160,7 @@ def ever_grows(timetable: Timetable) -> bool:
 
 
 def entries_until(timetable: Timetable, step: jax.Array) -> jax.Array:
-    """How many mask updates lie at `step` or before it.
+    """Counts the mask updates at or before `step`.
 
     Args:
         timetable: from `make_timetable`.
@@ -178,17 +178,17 @@ def entries_until(timetable: Timetable, step: jax.Array) -> jax.Array:
 
 
 def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) -> list[float]:
-    """Sparsity after each mask update: the cubic ramp to a number, or a schedule; checked.
+    """Computes the sparsity after each mask update, from a cubic ramp or a schedule.
 
     Args:
-        sparsity: final sparsity in [0, 1), or an `optax.Schedule`.
-        steps: when masks change.
+        sparsity: final sparsity of the cubic ramp, in [0, 1), or an `optax.Schedule`.
+        steps: the steps at which masks change.
 
     Returns:
         List of floats in [0, 1).
 
     Raises:
-        ValueError: if a value is outside of [0, 1).
+        ValueError: if a value is outside [0, 1).
 
     Example:
         >>> sparsities_at(0.75, [0, 50, 100])
@@ -204,22 +204,22 @@ def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) 
 
 
 def _check_reachable(kinds: Mapping[str, patterns.Pattern], sparsity: float) -> None:
-    """An N:M pattern must be what the largest sparsity leads to."""
+    """Raises unless the largest sparsity leads to the N:M patterns that are asked for."""
     n_m = {path: kind for path, kind in kinds.items() if isinstance(kind, patterns.NM)}
     asked = {path: budgets.keep_count(kind.m, sparsity) for path, kind in n_m.items()}
     named = {path: f"{path}: {kind.n}:{kind.m}" for path, kind in n_m.items()}
     dense = [named[path] for path, kind in n_m.items() if sparsity and asked[path] > kind.n]
-    trees.raise_for(dense, f"`sparsity` {sparsity} is too low to reach these patterns; raise it:")
+    trees.raise_for(dense, f"`sparsity` {sparsity} is too low for these patterns; raise it:")
     sparse = [named[path] for path, kind in n_m.items() if asked[path] < kind.n]
-    if len(n_m) == len(kinds):  # no other leaf can make up for it
-        summary = f"`sparsity` {sparsity} is more than these patterns prune; lower it to 1 - n / m:"
+    if len(n_m) == len(kinds):  # no other leaf can be pruned further instead
+        summary = f"`sparsity` {sparsity} is above that of these patterns; lower it to 1 - n / m:"
         trees.raise_for(sparse, summary)
 
 
 def _n_m_ranking(
     pattern: patterns.NM, places: list[int], sparsities: Sequence[float], moved: Sequence[float]
 ) -> Ranking:
-    """Of every m weights, as many as the sparsity asks for, at least n."""
+    """Makes the ranking of an N:M pattern, which keeps at least n of every m weights."""
     keep = [max(pattern.n, budgets.keep_count(pattern.m, s)) for s in sparsities]
     keep = np.asarray(keep, np.int64)
     count = np.floor(keep * np.asarray(moved) + 0.5)
@@ -235,12 +235,13 @@ def _ranking(
     moved: Sequence[float],
     rule: budgets.BudgetRule,
 ) -> Ranking:
-    """Counts of a pattern whose units compete under a budget."""
+    """Makes the ranking of a pattern whose units compete under a budget."""
     shapes = {}
     for path, shape, axes in leaves:
         units = patterns.copy_shape(patterns.unit_shape(pattern, shape, axes), axes)
         shapes |= dict.fromkeys(copy_paths(path, shape, axes), units)
-    # Once for each sparsity: at a constant one, a long run asks the same thousands of times.
+    # Computed once for each sparsity: at a constant sparsity, a long run repeats it thousands of
+    # times.
     known = {sparsity: rule(shapes, sparsity) for sparsity in dict.fromkeys(sparsities)}
     total = np.array([known[sparsity].total for sparsity in sparsities], np.int64)
     floors = np.array([known[sparsity].floors for sparsity in sparsities], np.int64)
@@ -255,7 +256,7 @@ def _ranking(
 
 
 def _mark(step: int, entry: int, rankings: Sequence[Ranking]) -> int:
-    """A checksum of what a mask update does and when, from 1 to 2**31 - 1."""
+    """Computes a checksum of a mask update and its step, from 1 to 2**31 - 1."""
     content = [
         (ranking[:2], *(table[entry].tolist() for table in ranking[2:])) for ranking in rankings
     ]

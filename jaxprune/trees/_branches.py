@@ -1,4 +1,4 @@
-"""Masks and flags matched with leaves: one for a whole branch, none for what is hidden."""
+"""Matches masks and flags with leaves: one may cover a whole branch, hidden leaves have none."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,21 +9,21 @@ from jaxprune.trees._paths import is_absent, is_numeric, path_string, places, sh
 
 
 def spread(masks: Any, tree: Any) -> dict[str, Any]:
-    """Masks by the paths of the leaves that they are for.
+    """Returns masks by the paths of the leaves that they belong to.
 
-    `optax.masked` and `optax.partition` take one flag or label for a whole branch, and hide what a
-    transformation does not see behind an `optax.MaskedNode`, which may stand for a branch as well.
-    So a scalar in the place of a branch is the mask of every leaf below it, and masks at or below a
-    `MaskedNode` of the tree are left out. All other masks keep their paths, with a leaf or without:
-    see `unmatched`.
+    `optax.masked` and `optax.partition` take one flag or label for a whole branch. They hide what a
+    transformation does not see behind an `optax.MaskedNode`, which may replace a branch as well.
+    Therefore a scalar in place of a branch is the mask of every leaf below it, and masks at or
+    below a `MaskedNode` of the tree are left out. All other masks keep their paths, whether the
+    tree has a leaf there or not: see `unmatched`.
 
     Args:
-        masks: tree of bools. In the place of a branch only a scalar can stand.
-        tree: what the masks are for, whole or with hidden places.
+        masks: tree of bools. Only a scalar can stand in place of a branch.
+        tree: the tree that the masks belong to, whole or with hidden leaves and branches.
 
     Returns:
-        Dict from path to mask. Below a scalar, what is no array or number has the mask True,
-        and None has no mask.
+        Dict from path to mask. Below a scalar, leaves that are neither arrays nor numbers have the
+        mask True, and None has no mask.
 
     Example:
         >>> spread({"bias": False, "head": True}, {"bias": 3.0, "head": {"a": 1.0, "b": 2.0}})
@@ -53,21 +53,21 @@ def spread(masks: Any, tree: Any) -> dict[str, Any]:
 
 
 def _below(path: str, ends: Iterable[str]) -> list[str]:
-    """The paths that lie in a branch or are it."""
+    """Returns the paths that are a branch or lie in it."""
     return [end for end in ends if path in _branches(end)]
 
 
 def _branches(path: str) -> list[str]:
-    """The paths of everything that a place lies in, and its own."""
+    """Returns the paths of all branches that contain a path, and the path itself."""
     parts = path.split("/")
     return ["", *("/".join(parts[:i]) for i in range(1, len(parts) + 1))]
 
 
 def _is_empty(node: Any) -> bool:
-    """Whether a node is a container of nothing, such as `{}`."""
+    """Returns whether a node is an empty container, such as `{}`."""
     return node is not None and not jax.tree.leaves(node)
 
 
 def _is_end(node: Any) -> bool:
-    """Whether a node is a leaf or has nothing below it."""
+    """Returns whether a node is a leaf or has nothing below it."""
     return jax.tree_util.treedef_is_leaf(jax.tree.structure(node))

@@ -1,9 +1,10 @@
-"""The default rule of what is pruned: kinds of arrays, dimensions, and names by convention.
+"""The default rule of what is pruned: dtypes, dimensions, and names by convention.
 
 The rule reads what a tree shows: dtypes, shapes, paths and kinds of NNX variables. A norm parameter
 of one layer has one dimension. In a stack of layers it has two, like a matrix, and unless `stacked`
-says which axis numbers the layers, only its name tells. The names below are those that Flax, Haiku,
-Equinox and published models use. They are a convention, not a proof: `prunable=` overrides them.
+says which axis numbers the layers, only its name tells them apart. The names below are used by
+Flax, Haiku, Equinox and published models. They are a convention, not a proof: `prunable=` overrides
+them.
 """
 
 import re
@@ -16,16 +17,16 @@ import jax.numpy as jnp
 
 from jaxprune.trees import _paths
 
-# The last word of a leaf's name: factors and shifts of norms and layers; learnt tokens.
+# The last word of a leaf's name: scales and offsets of norms and layers; learned tokens.
 _LAST_WORDS = {"scale", "scales", "offset", "gamma", "beta", "token", "tokens"}
-# Whole names of leaves: state of a norm, and what a state-space layer or a transformer adds.
+# Whole names of leaves: the state of a norm; parameters of state-space layers and transformers.
 _NAMES = {"mean", "var", "running_mean", "running_var", "A_log", "cls", "class_embedding"}
-# Words of a leaf's name, or of the module that it lies in, unless one says that it is a layer.
+# Words in the name of a leaf or of its module, unless another word says that it is a layer.
 _NORM_WORDS = {"ln", "bn", "gn"}
 _POSITION_WORDS = {"pos", "position", "positional", "posemb", "posembed", "wpe", "relpos"}
 _POSITION_WORDS |= {"rel", "relative"}
 _LAYER_WORDS = {"linear", "dense", "conv", "proj", "projection", "mlp", "fc", "kernel"}
-# The first key of a Linen leaf, beside "params".
+# First keys of Linen leaves other than "params".
 _COLLECTIONS = {"batch_stats", "cache", "intermediates", "perturbations"}
 # Kinds of NNX variables that hold state.
 _STATE_KINDS = ("BatchStat", "Cache", "Intermediate", "Perturbation", "RngState")
@@ -37,20 +38,21 @@ def why_not_pruned(
     axes: tuple[int, ...] = (),
     beside: Mapping[str, int] | None = None,
 ) -> str | None:
-    """Says why the default rule leaves a leaf alone.
+    """Says why the default rule does not prune a leaf.
 
-    Pruned are floating-point arrays of two or more dimensions, not counting axes that number copies
-    of a layer. Left alone are, by the conventions of names: biases and the factors and shifts of
+    The rule prunes floating-point arrays of two or more dimensions, not counting axes that number
+    copies of a layer. By naming conventions it does not prune: biases and the scales and offsets of
     norms (`bias`, `scale`, `offset`, `gamma`, `beta`, and everything in a module named as a norm:
     `norm1`, `LayerNorm_0`, `ln_f`, `bn`); running averages (`mean`, `var`, Linen's `batch_stats`,
-    Haiku's `mean_ema`); positional embeddings and tables of relative positions; tokens that a model
-    learns (`cls_token`); `A_log`; `b` beside a `w`, and `D` beside an `A_log`, of more dimensions.
+    Haiku's `mean_ema`); positional embeddings and tables of relative positions; learned tokens
+    (`cls_token`); `A_log`; `b` next to a `w` of more dimensions, and `D` next to an `A_log` of more
+    dimensions.
 
     Args:
-        path: of the leaf, such as `"layers/norm1/weight"`.
+        path: the path of the leaf, such as `"layers/norm1/weight"`.
         leaf: anything; arrays may be `jax.ShapeDtypeStruct`.
         axes: the axes that number copies of a layer, see `stacked_axes`.
-        beside: names and dimensions of the leaves in the same module.
+        beside: number of dimensions of each leaf in the same module, by name.
 
     Returns:
         The reason in a few words, or None if the leaf is pruned.
@@ -69,14 +71,14 @@ def why_not_pruned(
 def reasons(
     params: Any, axes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, str | None]:
-    """Says of each leaf of a tree why the default rule leaves it alone.
+    """Says for each leaf of a tree why the default rule does not prune it.
 
-    Beside what `why_not_pruned` sees, this knows the kinds of NNX variables and what lies beside a
-    leaf.
+    In addition to what `why_not_pruned` reads, this function reads the kinds of NNX variables and
+    the other leaves of the same module.
 
     Args:
         params: any pytree.
-        axes: path -> axes that number copies of a layer; what is missing has none.
+        axes: path -> axes that number copies of a layer; missing paths have none.
 
     Returns:
         Dict from path to the reason, or None if the leaf is pruned, in flattening order.
@@ -98,19 +100,19 @@ def reasons(
 
 
 def is_complex(leaf: Any) -> bool:
-    """Whether a leaf is an array of complex numbers."""
+    """Returns whether a leaf is an array of complex numbers."""
     return _paths.is_array(leaf) and bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating))
 
 
 def _kind(leaf: Any) -> str | None:
-    """What an array must be made of."""
+    """Returns the reason that lies in the type of a leaf, or None: only floats are pruned."""
     if not _paths.is_array(leaf):
-        return "no array"
+        return "not an array"
     return None if jnp.issubdtype(leaf.dtype, jnp.floating) else str(leaf.dtype)
 
 
 def _form(leaf: Any, axes: tuple[int, ...]) -> str | None:
-    """What shape an array must have."""
+    """Returns the reason that lies in the shape of a leaf, or None: two dimensions are needed."""
     shape = _paths.shape_of(leaf)
     if 0 in shape:
         return "empty"
@@ -121,11 +123,11 @@ def _form(leaf: Any, axes: tuple[int, ...]) -> str | None:
 
 
 def _named(path: str, leaf: Any, beside: Mapping[str, int]) -> str | None:
-    """What the names of a leaf and of its module say."""
+    """Returns the reason that lies in the names of a leaf and its module, or None."""
     keys = path.split("/")
     if keys[0] in _COLLECTIONS:
         return keys[0]
-    # Entries of a list are what the list is.
+    # An entry of a list is judged by the name of the list.
     keys = [key for key in keys if not key.isdigit()]
     name, module = (["", "", *keys][-1], ["", "", *keys][-2])
     words = _words(name)
@@ -140,7 +142,7 @@ def _named(path: str, leaf: Any, beside: Mapping[str, int]) -> str | None:
     for key in (name, module):
         words = set(_words(key))
         if words & _LAYER_WORDS:
-            break  # a kernel is one, whatever its module is called
+            break  # a kernel is pruned, whatever its module is called
         if words & _NORM_WORDS or any(word.endswith(("norm", "norms")) for word in words):
             return "norm"
         if words & _POSITION_WORDS:
@@ -149,7 +151,7 @@ def _named(path: str, leaf: Any, beside: Mapping[str, int]) -> str | None:
 
 
 def _is_bias_beside(name: str, leaf: Any, beside: Mapping[str, int]) -> bool:
-    """Whether a leaf `b`, `b1` or `b_q` lies beside a `w`, `w1` or `w_q` of more dimensions."""
+    """Returns whether a leaf such as `b`, `b1` or `b_q` is beside a `w` of more dimensions."""
     if not name.startswith("b"):
         return False
     rest, dimensions = name[1:], len(_paths.shape_of(leaf))
@@ -161,14 +163,14 @@ def _is_bias_beside(name: str, leaf: Any, beside: Mapping[str, int]) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """`"LayerNorm_0"` -> `["layer", "norm"]`."""
+    """Splits a name into words: `"LayerNorm_0"` -> `["layer", "norm"]`."""
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
 def _variable_kinds(params: Any) -> dict[str, str]:
-    """The kind of each NNX variable that holds state or a constant, by path."""
+    """Returns the kind of each NNX variable that holds state or a constant, by path."""
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:  # then there are no variables of it, and its import takes a second
+    if nnx is None:  # no NNX variable can exist, and importing NNX takes a second
         return {}
     states = tuple(getattr(nnx, kind) for kind in _STATE_KINDS)
     found = jax.tree_util.tree_leaves_with_path(

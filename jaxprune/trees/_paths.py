@@ -1,4 +1,4 @@
-"""Leaf paths, trees beside each other, and errors that name every bad leaf."""
+"""Leaf paths, comparisons of trees, and errors that name every bad leaf."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ from jax.core import Tracer
 def path_string(path: tuple[Any, ...]) -> str:
     """Joins the keys of a leaf's path with slashes.
 
-    A trailing `.value` is left out: Flax NNX variables show it when an optimizer is
-    initialised and not when it is updated.
+    A trailing `.value` is dropped: Flax NNX variables show it when an optimizer is initialised but
+    not when it is updated.
 
     Args:
         path: a key path from `jax.tree_util`.
@@ -48,7 +48,7 @@ def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
 
 
 def leaf_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths, in flattening order.
+    """Returns the leaves of a tree by path, in flattening order.
 
     Args:
         tree: any pytree.
@@ -68,7 +68,7 @@ def leaf_by_path(tree: Any) -> dict[str, Any]:
     if len(by_path) < len(named):
         paths = [path for path, _ in named]
         twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise_for(twice, "leaves cannot be told apart by their paths; rename one of each:")
+        raise_for(twice, "leaves must have different paths; rename one of each of these:")
     return by_path
 
 
@@ -100,16 +100,16 @@ def is_placeholder(params: Any) -> bool:
 
 
 def state_fields(state: Any, name: str) -> list[Any]:
-    """All fields of that name in the NamedTuples of an optimizer state.
+    """Returns all fields with a given name in the NamedTuples of an optimizer state.
 
     A parameter of the same name is not a field.
 
     Args:
         state: state of an Optax optimizer.
-        name: name of a field.
+        name: name of the field.
 
     Returns:
-        List of values, in flattening order.
+        List of the fields' values, in flattening order.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,7 +127,7 @@ def state_fields(state: Any, name: str) -> list[Any]:
 
 
 def raise_for(problems: list[str], summary: str) -> None:
-    """Raises one `ValueError` that lists every problem, or does nothing if there is none.
+    """Raises one `ValueError` that lists all problems; does nothing if there are none.
 
     Args:
         problems: one line for each bad leaf or value.
@@ -149,10 +149,10 @@ def raise_for(problems: list[str], summary: str) -> None:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or stands for one: it has a shape and a dtype.
+    """Returns whether a leaf has a shape and a dtype, as arrays and their abstract values do.
 
-    Modules of some frameworks have functions, strings and settings such as the rate of a dropout
-    among their leaves. They are no parameters and are left alone.
+    Modules of some frameworks have functions, strings and settings such as a dropout rate among
+    their leaves. These are not parameters, and the library does not change them.
 
     Args:
         leaf: a leaf of a tree.
@@ -169,7 +169,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def is_numeric(leaf: Any) -> bool:
-    """Whether a leaf is an array or one of the numbers that JAX takes for arrays.
+    """Returns whether a leaf is an array or a number that JAX accepts as an array.
 
     Args:
         leaf: a leaf of a tree.
@@ -185,7 +185,7 @@ def is_numeric(leaf: Any) -> bool:
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:
-    """The shape of a leaf; () of everything that is no array.
+    """Returns the shape of a leaf; () if the leaf is not an array.
 
     Args:
         leaf: a leaf of a tree.
@@ -202,9 +202,9 @@ def shape_of(leaf: Any) -> tuple[int, ...]:
 
 
 def places(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths, where None is a leaf as well.
+    """Returns the leaves of a tree by path, counting None as a leaf.
 
-    `equinox.partition` and `equinox.filter` leave None where they take a leaf out.
+    `equinox.partition` and `equinox.filter` put None in place of the leaves that they take out.
 
     Args:
         tree: any pytree.
@@ -221,14 +221,14 @@ def places(tree: Any) -> dict[str, Any]:
 
 
 def keeps_leaf(mask: Any) -> bool:
-    """Whether a mask is known to leave a whole leaf alone without holding its shape.
+    """Returns whether a mask is known to keep a whole leaf although it lacks the leaf's shape.
 
     Args:
-        mask: the scalar True; or None or anything else that is no mask, as a module has it in
-            the places of its functions.
+        mask: a mask. The scalar True keeps the leaf, and so does anything that is not a mask, such
+            as None or a function in the masks of a module.
 
     Returns:
-        A bool; False for a traced mask, whose value is not known.
+        A bool; False for a traced mask, because its value is unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -243,17 +243,18 @@ def keeps_leaf(mask: Any) -> bool:
 
 
 def unmatched(masks: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
-    """The paths that only masks have, or only leaves.
+    """Lists the masks without a leaf and the leaves without a mask.
 
-    A leaf that is no array or number needs no mask, and where a tree has None, its partner may
-    have the scalar True or nothing: masks of a whole module fit its arrays alone, and the reverse.
+    A leaf that is neither an array nor a number needs no mask. Where one of the two trees has None,
+    the other may have the scalar True or nothing, so that the masks of a whole module fit its
+    arrays alone, and the other way round.
 
     Args:
-        masks: by path, see `places`.
-        leaves: by path, what the masks are for, see `places`.
+        masks: masks by path, see `places`.
+        leaves: leaves by path, see `places`.
 
     Returns:
-        A line for each, for `raise_for`.
+        One line for each, for `raise_for`.
 
     Example:
         >>> unmatched({"a": True, "b": True}, {"b": 1.0, "c": 2.0})
@@ -282,15 +283,15 @@ def unmatched(masks: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
 def check_same_structure(name: str, tree: Any, params: Any) -> None:
     """Raises unless a tree has the paths and shapes of the parameters.
 
-    What is no array in the parameters may be missing.
+    Leaves of the parameters that are not arrays may be missing from the tree.
 
     Args:
-        name: how the caller calls `tree`, for the error.
+        name: the name of the caller's argument, for the error.
         tree: tree of arrays.
         params: tree of arrays.
 
     Raises:
-        ValueError: lists every leaf that is missing, unknown or of another shape.
+        ValueError: lists every leaf that is missing, is unknown or has a different shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -316,11 +317,11 @@ def check_same_structure(name: str, tree: Any, params: Any) -> None:
 def leaves_like(params: Any, tree: Any) -> list[Any] | None:
     """Picks the leaves of a tree that have the paths of the parameters.
 
-    `optax.masked` and `optax.partition` show a transformation a part of the parameters and
-    leave extra arguments whole.
+    `optax.masked` and `optax.partition` show a transformation only some of the parameters, but
+    pass extra arguments whole.
 
     Args:
-        params: tree of arrays; decides which paths, and in which order.
+        params: tree of arrays; its leaves decide which paths are picked, and in which order.
         tree: tree with at least these paths, or None.
 
     Returns:
@@ -336,7 +337,7 @@ def leaves_like(params: Any, tree: Any) -> list[Any] | None:
 
 
 def pick(tree: Any, flags: tuple[bool, ...]) -> list[Any]:
-    """The leaves of a tree, or of a list of leaves, whose flag is True.
+    """Returns the leaves of a tree, or of a list of leaves, whose flag is True.
 
     Args:
         tree: tree with one leaf for each flag.
@@ -358,8 +359,8 @@ def put(tree: Any, flags: tuple[bool, ...], leaves: list[Any], rest: Any = None)
     Args:
         tree: tree with one leaf for each flag.
         flags: one bool for each leaf, in flattening order.
-        leaves: one for each True flag.
-        rest: what the other places hold, a tree like `tree`; None is `tree` itself.
+        leaves: one leaf for each True flag.
+        rest: a tree like `tree` with the leaves for all other places; None takes those of `tree`.
 
     Returns:
         Tree like `tree`.
@@ -377,13 +378,13 @@ def put(tree: Any, flags: tuple[bool, ...], leaves: list[Any], rest: Any = None)
 
 
 def is_absent(node: Any) -> bool:
-    """Whether a place in a tree is left out: an `optax.MaskedNode`.
+    """Returns whether a node of a tree is an `optax.MaskedNode`, which marks a missing leaf.
 
-    `optax.masked` and `optax.partition` put one where they hide a leaf, pruning states where a
-    leaf is never pruned.
+    `optax.masked` and `optax.partition` put one in place of a leaf that they hide; pruning states
+    have one for each leaf that is never pruned. Can be used as the `is_leaf` of `jax.tree.map`.
 
     Args:
-        node: a node of a tree; the `is_leaf` of `jax.tree.map`.
+        node: a node of a tree.
 
     Returns:
         A bool.

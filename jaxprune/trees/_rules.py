@@ -1,4 +1,4 @@
-"""Which leaves are pruned, which axes number copies of a layer, and what is called."""
+"""Decides which leaves are pruned, which axes number copies of a layer, and what is a function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,21 +29,21 @@ def prunable_flags(
     """Decides for each leaf whether it is pruned.
 
     Args:
-        params: tree of arrays. What is no array is never pruned, whatever the rule says.
-        prunable: `None` for the default rule: floating-point leaves of two or more dimensions
-            that are no norm parameters, biases or other things known by name, see
+        params: tree of arrays. Leaves that are not arrays are never pruned, whatever the rule says.
+        prunable: None for the default rule, which prunes floating-point leaves of two or more
+            dimensions unless their names mark them as norm parameters, biases and the like, see
             `why_not_pruned`; or a predicate `(path, leaf) -> bool`; or a tree of bools like
             `params`, where one bool may stand for a whole branch.
-        stacked: function `(path, leaf) -> axes` that number copies of a layer, see
+        stacked: function `(path, leaf) -> axes`, the axes that number copies of a layer, see
             `stacked_axes`; the default rule does not count them as dimensions.
 
     Returns:
         One bool for each leaf, in flattening order.
 
     Raises:
-        ValueError: if the rule matches no leaf, matches leaves that are not floating point or
-            are empty, or if the tree of bools has other leaves than `params`; if the default rule
-            meets complex kernels.
+        ValueError: if the rule matches no leaf, or matches leaves that are empty or not floating
+            point; if the tree of bools and `params` have different leaves; if the default rule
+            matches complex kernels.
 
     Example:
         >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
@@ -78,11 +78,11 @@ def prunable_flags(
 
 
 def is_rule(x: Any) -> bool:
-    """Whether an argument is a function to call, and not a tree.
+    """Returns whether an argument is a function to call rather than a tree.
 
-    Modules of Equinox and other frameworks are both: trees of arrays that can be called. What has
-    an array or a bool among its leaves is a tree; only what has none is called. Numbers decide
-    nothing: a rule written as a dataclass of JAX has its settings for leaves.
+    Modules of Equinox and other frameworks are both: trees of arrays that can be called. An object
+    with an array or a bool among its leaves is a tree; only an object without them is called.
+    Numbers decide nothing, because a rule written as a JAX dataclass has its settings as leaves.
 
     Args:
         x: a function, or a tree of arrays or bools.
@@ -96,28 +96,28 @@ def is_rule(x: Any) -> bool:
     """
     if not callable(x):
         return False
-    if isinstance(x, jax.tree_util.Partial):  # a function that carries arrays
+    if isinstance(x, jax.tree_util.Partial):  # a function with bound arrays
         return True
     return not any(isinstance(leaf, bool) or is_array(leaf) for leaf in jax.tree.leaves(x))
 
 
 def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ...]:
-    """The axes of a leaf that number independent copies of a layer.
+    """Returns the axes of a leaf that number independent copies of a layer.
 
-    Layers that are scanned or mapped, and the experts of a mixture, keep the weights of all
-    copies in one array. Each copy then counts as a leaf of its own. `jaxprune.stacks` makes such
-    functions.
+    Layers that are scanned or mapped, and the experts of a mixture, keep the weights of all copies
+    in one array. Each copy then counts as a separate leaf. `jaxprune.stacks` makes functions for
+    `stacked`.
 
     Args:
-        path: of the leaf.
-        leaf: anything; what is no array has no axes and is not asked about.
+        path: the path of the leaf.
+        leaf: anything; `stacked` is not called for a leaf that is not an array.
         stacked: function `(path, leaf) -> axis, tuple of axes, or None`; None: nothing is stacked.
 
     Returns:
-        Rising tuple of axes, none negative; empty for a single layer.
+        Ascending tuple of non-negative axes; empty for a single layer.
 
     Raises:
-        ValueError: if an axis does not exist, is named twice, or is no integer.
+        ValueError: if an axis does not exist, is named twice, or is not an integer.
 
     Example:
         >>> stacked_axes("layers/kernel", jnp.zeros((12, 64, 256)), lambda path, leaf: 0)
@@ -142,12 +142,12 @@ def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ..
 
 
 def _can_be_pruned(leaf: Any) -> bool:
-    """Floating point and not empty."""
+    """Returns whether an array is floating point and not empty."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and 0 not in leaf.shape
 
 
 def _default_flags(params: Any, named: list[tuple[str, Any]], stacked: Stacked) -> tuple[bool, ...]:
-    """The default rule; complex kernels are refused, because nobody would see that they stay."""
+    """Applies the default rule; raises for complex kernels rather than silently keeping them."""
     axes = {path: stacked_axes(path, leaf, stacked) for path, leaf in named}
 
     def as_real(leaf: Any) -> Any:
@@ -161,8 +161,8 @@ def _default_flags(params: Any, named: list[tuple[str, Any]], stacked: Stacked) 
             for path, leaf in named
             if _defaults.is_complex(leaf) and found[path] is None
         ],
-        "`params` has complex kernels, which cannot be pruned. Keep their real and imaginary parts "
-        "as two real leaves, or leave them out with `prunable`:",
+        "`params` must not have complex kernels, which cannot be pruned. Store their real and "
+        "imaginary parts as two real leaves, or exclude them with `prunable`:",
     )
     return tuple(reason is None for reason in found.values())
 
@@ -181,7 +181,7 @@ def _flags_from_tree(params: Any, named: list[tuple[str, Any]], tree: Any) -> tu
     if callable(tree):
         kind = (
             "is a module with arrays or bools among its leaves, which counts as a tree of flags "
-            "(to have it called, wrap it in a `lambda path, leaf:`) and"
+            "(to use it as a function, wrap it in a `lambda path, leaf:`) and"
         )
     raise_for(missing + extra, f"`prunable` {kind} must have the leaves of the parameters:")
     return tuple(is_array(leaf) and bool(flags[path]) for path, leaf in named)

@@ -1,10 +1,8 @@
 """The benchmark of blocks: every way to compute a compact convolution against NumPy."""
 
-import importlib
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxprune import models, structure
+from tests.support import benchmarks
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "blocks.py"
 # (size, stride, pixels, inputs, outputs), block, kept blocks of inputs; one number of outputs is
 # not a multiple of anything, and images are smaller than the kernel or odd where the stride is 2.
 SHAPES = {
@@ -36,10 +34,8 @@ WAYS = {"in place", "unrolled", "grouped", "patches"}
 def blocks():
     """The benchmark as a module, with thin blocks allowed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PATH.parent)
-        module = importlib.import_module(PATH.stem)
-        patch.setattr("compact_convolutions.MIN_WIDTH", 1)
-        yield module
+        patch.setattr(benchmarks.load("compact_convolutions"), "MIN_WIDTH", 1)
+        yield benchmarks.load("blocks")
 
 
 def build(blocks, shape, block, kept):
@@ -161,7 +157,7 @@ def test_the_benchmark_stops_at_a_wrong_index(blocks, monkeypatch):
 
 
 def test_blocks_are_dealt_out_evenly(blocks):
-    compact_convolutions = sys.modules[blocks.pattern_of.__module__]
+    compact_convolutions = benchmarks.load("compact_convolutions")
     for rows, columns, kept in [(4, 8, 2), (9, 4, 4), (5, 7, 3), (3, 1, 1), (2, 5, 2)]:
         mask = compact_convolutions.deal(rows, columns, kept, np.random.default_rng(1))
         assert (mask.sum(0) == kept).all() and np.ptp(mask.sum(1)) <= 1
@@ -209,7 +205,7 @@ def test_totals_weigh_each_shape_by_how_often_it_occurs(blocks):
 
 def test_the_benchmark_runs(blocks, monkeypatch, tmp_path, capsys):
     path = tmp_path / "record.json"
-    monkeypatch.setattr(sys, "argv", [str(PATH), "--quick", "--json", str(path)])
+    monkeypatch.setattr(sys, "argv", ["blocks.py", "--quick", "--json", str(path)])
     blocks.main()
     record = json.loads(path.read_text())
     arms = {(own["layer"], own["arm"], *own["asked"]): own for own in record["layers"]}

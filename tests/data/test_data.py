@@ -70,7 +70,7 @@ def test_make_dataset_names_every_problem():
     with pytest.raises(ValueError, match=r"test labels must be int32 \[2\]; got int64"):
         data.make_dataset("x", good, good._replace(labels=np.zeros(2, np.int64)), 2)
     smaller = data.Split(np.zeros((2, 2, 3, 1), np.uint8), good.labels)
-    with pytest.raises(ValueError, match=r"train is \(3, 3, 1\) an image and test \(2, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"train images are \(3, 3, 1\), test images \(2, 3, 1\)"):
         data.make_dataset("x", good, smaller, 2)
 
 
@@ -317,7 +317,7 @@ def test_damaged_prepared_data_is_an_error_with_the_fix(tiny, tmp_path):
 
 def test_unwritable_data_dir(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"`data_dir` .*file/x cannot be written .*JAXPRUNE_DATA_DIR"):
+    with pytest.raises(OSError, match=r"`data_dir` .*file/x failed .*JAXPRUNE_DATA_DIR"):
         data.load("fashion_mnist", data_dir=tmp_path / "file/x", source_dir=tiny[0])
 
 

@@ -32,12 +32,12 @@ if process == "1":
 class Done(Exception):
     pass
 
-def keep(config, state):
+def keep(run, state):
     masks = jax.tree.leaves(train.jaxprune.get_masks(state.opt_state))
-    np.savez(folder / f"{{config.method}}-{{process}}.npz", *map(processes.on_host, masks))
+    np.savez(folder / f"{{run.config.method}}-{{process}}.npz", *map(processes.on_host, masks))
     raise Done
 
-train.masks_of = keep
+train.Run.masks = keep
 for method in {METHODS}:
     try:
         train.train(configs.Config(

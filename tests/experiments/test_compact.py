@@ -19,8 +19,8 @@ import pytest
 from flax import nnx
 
 from jaxprune import checkpoints, data, models, reports, sharding, storage, structure, training
-from jaxprune.experiments import experiment
 from jaxprune.experiments.config import CONFIGS, Config
+from jaxprune.experiments.network import pure_functions
 from jaxprune.experiments.studies import compaction, compaction_results, networks
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compact.py"
@@ -158,7 +158,7 @@ def test_before_training_it_is_the_dense_network_with_zeros(finished, opened):
         plan = structure.load_plan(file) if file.exists() else opened.experiment.groups.plan({})
         zeros = plan.mask(networks.variables_of(state))
         masked = state._replace(params=zeros["params"], model_state=zeros["model_state"])
-        accuracy = opened.experiment.evaluate(masked)["test_accuracy"]
+        accuracy = opened.experiment.dense.evaluate(masked)["test_accuracy"]
         assert accuracy == pytest.approx(before[name], abs=1.5 / 360)  # one image more or less
 
 
@@ -251,7 +251,8 @@ def test_a_function_in_the_place_of_a_module_trains_the_same():
     thin = models.Widths(2, ((2, 2), (3, 4), (3, 4)))
     model = models.resnet8(in_channels=1, widths=thin, rngs=nnx.Rngs(0))
     graphdef, state = training.create_state(model, tx, mesh)
-    evaluate, train = experiment.make_functions(graphdef)
+    functions = pure_functions(model)
+    evaluate, train = functions.evaluate, functions.train
 
     def both(params, model_state, images):
         logits, new = train({"params": params, "model_state": model_state}, images)
@@ -437,7 +438,7 @@ def test_a_workdir_of_another_comparison_is_refused(finished, dense, script, tmp
     before = (workdir / "config.json").read_text()
     for own in (["--steps", "5"], ["--floor", "0.2"], ["--learning-rate", "9"]):
         code, text = script.go(dense, *OPTIONS, "--workdir", workdir, *own)
-        assert "holds a run of another configuration" in text
+        assert "holds a run with a different configuration" in text
         assert own[0].lstrip("-").replace("-", "_") in text
     other = fake(tmp_path / "other", seed=1)
     assert "batch_size: 16 there, 64 now" in script.go(other, *OPTIONS, "--workdir", workdir)[1]

@@ -104,7 +104,7 @@ def test_command_line():
     ("options", "message"),
     [
         (["--mesh", "model=8"], "no such axis; use data or fsdp"),
-        (["--mesh", "data=3"], "data=3 needs 3, and there are 8; use for example data=8"),
+        (["--mesh", "data=3"], "data=3 needs 3, but there are 8; use for example data=8"),
         (["--", "--batch-size", "12"], "`batch_size` must divide by the number of devices (8)"),
         (["--", "--method", "grasp"], "`method` must be none of snip, grasp, synflow"),
         (["--", "--mesh", "data=4,fsdp=4"], "use for example data=2,fsdp=4"),

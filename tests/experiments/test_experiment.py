@@ -1,6 +1,7 @@
-"""scripts/experiment.py: images that grow, parts of a batch, rates after a cut, held-out images."""
+"""Parts of an experiment: images that grow, micro-batches, rates after a cut, held-out images."""
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import data, patterns, training
-from jaxprune.experiments import experiment, sources, train
+from jaxprune import data, patterns, structure, training
+from jaxprune.experiments import experiment, optimizer, pruning, sources
 from jaxprune.experiments.config import CONFIGS
 
 
@@ -19,10 +20,10 @@ def config():
     return CONFIGS["digits_resnet8"][1]
 
 
-def _network(*sizes):
-    """What `parts_of` reads: (channels, of so many at first) of each group."""
+def _stage(sizes, phase=None):
+    """Returns what `kept_share` reads: (channels, of so many at first) of each group."""
     groups = {str(i): SimpleNamespace(size=n, full=full) for i, (n, full) in enumerate(sizes)}
-    return SimpleNamespace(groups=groups)
+    return structure.Stage(structure.Network(None, groups), phase)
 
 
 def test_small_images_are_means_of_pixels():
@@ -46,7 +47,8 @@ def test_small_images_are_means_of_pixels():
 )
 def test_small_size(config, share, until, expected):
     own = dataclasses.replace(config, small_images=share, small_until=until)
-    assert experiment.small_size(own, (8, 12)) == expected
+    sizes = {0: (8, 12)} if expected is None else {0: expected, 31: (8, 12)}
+    assert experiment.image_sizes(own, (8, 12), 100) == sizes
 
 
 @pytest.mark.parametrize(
@@ -60,18 +62,21 @@ def test_small_size(config, share, until, expected):
         (8, (4, 4), [(8, 16)], 1),
     ],
 )
-def test_parts_shrink_with_activations(config, parts, size, sizes, expected):
-    own = dataclasses.replace(config, parts=parts, batch_size=64)
-    stage = experiment.Stage(_network(*sizes), size)
-    assert experiment.parts_of(own, stage, (8, 8)) == expected
+def test_micro_batches_shrink_with_activations(parts, size, sizes, expected):
+    share = experiment.kept_share(_stage(sizes)) * math.prod(size or (8, 8)) / 64
+    assert experiment.micro_batches(parts, 64, share) == expected
+
+
+def test_without_groups_all_channels_are_kept():
+    assert experiment.kept_share(_stage([])) == 1.0
 
 
 def test_a_rate_rises_again_after_a_cut():
-    schedule = experiment.rewarmed(optax.constant_schedule(0.8), 10, 4)
+    schedule = optimizer.rewarmed(optax.constant_schedule(0.8), 10, 4)
     found = [float(schedule(jnp.asarray(step))) for step in (10, 11, 12, 13, 14, 50)]
     np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rtol=1e-6)
-    assert experiment.rewarmed(schedule, None, 4) is schedule
-    assert experiment.rewarmed(schedule, 10, 0) is schedule
+    assert optimizer.rewarmed(schedule, None, 4) is schedule
+    assert optimizer.rewarmed(schedule, 10, 0) is schedule
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on():
@@ -86,7 +91,7 @@ def test_the_average_of_parameters(config):
     """Follows the parameters and is tested in their place, with the zeros of the masks."""
     own = dataclasses.replace(config, ema=0.75, weight_decay=0.0, momentum=0.0)
     prune = jaxprune.magnitude_transform(0.5, every=1, start=2, stop=2)
-    tx = experiment.make_optimizer(own, optax.constant_schedule(1.0), prune)
+    tx = optimizer.make_optimizer(own, optax.constant_schedule(1.0), prune)
     params = {"kernel": jnp.asarray([[4.0, -3.0, 2.0, -1.0]])}
     state, expected = tx.init(params), params["kernel"]
     for _ in range(4):
@@ -112,5 +117,5 @@ def test_the_average_of_parameters(config):
     ],
 )
 def test_patterns_by_name(config, name, shape, expected):
-    rule = train.pattern_of(dataclasses.replace(config, pattern=name))
+    rule = pruning.pattern_of(dataclasses.replace(config, pattern=name))
     assert (rule("kernel", jnp.zeros(shape)) if callable(rule) else rule) == expected

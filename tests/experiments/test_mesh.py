@@ -76,7 +76,7 @@ def test_make_mesh():
     ],
 )
 def test_make_mesh_names_one_that_fits(axes, count, fix):
-    with pytest.raises(ValueError, match=rf"there are {count}; use for example {fix}$") as error:
+    with pytest.raises(ValueError, match=rf"there are {count}; use for example {fix}\.$") as error:
         sharding.make_mesh(axes, jax.devices()[:count])
     assert "`mesh` must use every device" in str(error.value)
     sharding.make_mesh(sharding.parse_mesh(fix), jax.devices()[:count])

@@ -207,7 +207,7 @@ def test_a_workdir_of_another_comparison_is_refused(finished, script):
     for own, training in ((["--one-shot"], []), ([], ["--learning-rate", "9"])):
         args = [*COMMAND, *own, "--workdir", workdir, "--", *TRAINING, *training]
         code, text = script.go(*args)
-        assert "holds a run of another configuration" in str(code), text
+        assert "holds a run with a different configuration" in str(code), text
     assert (workdir / "config.json").read_text() == before
 
 

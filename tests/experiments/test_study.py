@@ -298,12 +298,10 @@ def test_a_copy_of_a_run_is_not_one_more(study):
     assert _table(study)["agip", "72.00%"]["runs"] == "1"
 
 
-def test_real_runs(study, monkeypatch):
+def test_real_runs(study, monkeypatch, environment):
     monkeypatch.setattr(reports, "plot_accuracy", study.real_plot)
     monkeypatch.setattr(methods, "TRAIN", study.real_train)
-    # One device, and code that compiles fast and runs slowly.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("XLA_FLAGS", environment["XLA_FLAGS"])
     if CACHE:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", CACHE)
     arguments = "digits_resnet8 --methods agip --sparsities 0.72 --seeds 0".split()

@@ -100,10 +100,10 @@ def test_killed_and_stopped_run_equals_an_uninterrupted_one(finished, environmen
 
     code, output = _interrupt(tmp_path, environment, 33, signal.SIGTERM)
     assert code == 0
-    assert re.search("going on from step [123]0\n", output)
+    assert re.search("resumes at step [123]0\n", output)
     assert "stopped and saved at step" in output
 
-    assert "going on from step" in _run(tmp_path, environment)
+    assert "resumes at step" in _run(tmp_path, environment)
     leaves, position = _checkpoint(tmp_path)
     assert (leaves, position) == _checkpoint(reference)
     assert any("masks" in path for path in leaves)
@@ -139,7 +139,7 @@ def test_finished_run_is_left_alone(finished, capsys):
     workdir, _ = finished
     before = _modified(workdir)
     train.main([*OPTIONS, "--workdir", str(workdir)])
-    assert "is finished; --overwrite trains it anew" in capsys.readouterr().out
+    assert "is finished; --overwrite trains it again" in capsys.readouterr().out
     assert _modified(workdir) == before
 
 
@@ -148,23 +148,23 @@ def test_other_options_are_refused_and_nothing_is_lost(finished, capsys):
     before = _modified(workdir)
     other = ["--sparsity", "0.9", "--seed", "1"]
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir), *other)
-    for part in ("sparsity: 0.72 there, 0.9 now", "seed: 0 there, 1 now", "another workdir"):
+    for part in ("sparsity: 0.72 there, 0.9 now", "seed: 0 there, 1 now", "a different folder"):
         assert part in message
     assert _modified(workdir) == before
 
 
 def test_a_run_does_not_go_on_with_other_images(finished, tmp_path, monkeypatch, capsys):
     _cut(finished, tmp_path / "run", lambda text: text)
-    real = train.build
 
-    def build(*args):
-        experiment = real(*args)
-        source = experiment.source._replace(fingerprint=lambda: 7)
-        return experiment._replace(source=source)
+    class Other(train.Experiment):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.source = self.source._replace(fingerprint=lambda: 7)
 
-    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(train, "Experiment", Other)
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "run"))
-    assert "holds a run of another configuration: the images: " in message and "7 now" in message
+    assert "holds a run with a different configuration: the images: " in message
+    assert "7 now" in message
 
 
 def test_overwrite_starts_afresh_and_spares_other_files(finished, environment, tmp_path):
@@ -172,7 +172,7 @@ def test_overwrite_starts_afresh_and_spares_other_files(finished, environment, t
     shutil.copytree(finished[0], workdir)
     (workdir / "notes.txt").write_text("mine")
     output = _run(workdir, environment, "--overwrite", "--seed", "1")
-    assert "going on" not in output
+    assert "resumes at" not in output
     assert json.loads((workdir / "config.json").read_text())["seed"] == 1
     assert _checkpoint(workdir) != _checkpoint(finished[0])
     assert [record["step"] for record in _metrics(workdir)][-1] == STEPS
@@ -202,7 +202,7 @@ def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path):
     assert _modified(workdir) == before
 
     (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")
-    assert "going on from step" in _run(workdir, environment)
+    assert "resumes at step" in _run(workdir, environment)
     assert _checkpoint(workdir) == _checkpoint(finished[0])
 
 
@@ -247,7 +247,7 @@ def test_a_log_that_lost_lines_gives_no_figure_of_an_earlier_step(
 def test_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "file"))
-    assert "error: `workdir`" in message
+    assert "error: `folder`" in message
     assert "cannot be written" in message
 
 

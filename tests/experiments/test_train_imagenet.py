@@ -73,7 +73,7 @@ def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tm
     process.communicate(timeout=400)
     assert not (tmp_path / "killed" / "summary.json").exists()
     done = run(command(tmp_path / "killed", "--threads", "1"), environment)
-    assert "going on from step 4" in done.stdout, done.stderr
+    assert "resumes at step 4" in done.stdout, done.stderr
     assert checkpoint(tmp_path / "killed") == checkpoint(tmp_path / "whole"), "bit for bit"
 
 

@@ -101,7 +101,7 @@ def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
 
     codes, outputs = ends(start(tmp_path, *[["--mesh", mesh]] * 2))
     assert codes == [0, 0], outputs
-    assert "going on from step" in outputs[0]
+    assert "resumes at step" in outputs[0]
     found, expected = summary_of(tmp_path), summary_of(alone)
     assert [entry["step"] for entry in found["switches"]] == [12]
     assert found["widths"] == expected["widths"] and found["parameters"] == expected["parameters"]
@@ -132,7 +132,7 @@ def test_a_lost_process_stops_the_others(start, tmp_path):
     assert codes[0] != 0 and codes[1] == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / "summary.json").exists()
     codes, outputs = ends(start(tmp_path, [], []))
-    assert codes == [0, 0] and "going on from step" in outputs[0], outputs
+    assert codes == [0, 0] and "resumes at step" in outputs[0], outputs
 
 
 def test_processes_that_disagree_stop_at_once(start, tmp_path):
@@ -238,7 +238,7 @@ def test_a_pod_slice_without_its_server(pod):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mesh", "data=3"], "`mesh` must use every device: data=3 needs 3, and there are 1"),
+        (["--mesh", "data=3"], "`mesh` must use every device: data=3 needs 3, but there are 1"),
         (["--mesh", "model=1"], "no such axis; use data or fsdp"),
         (["--processes", "2"], "`processes` needs `coordinator`"),
         (["--process", "1"], "`process` must be less than `processes` (1); got 1"),

@@ -60,9 +60,12 @@ def test_topologies(text, sides):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v100:8", "`topology` must be one of a100, h100, b200 and how many of them; use for exam"),
+        ("v100:8", "`topology` must be one of a100, h100, b200 and a number of GPUs; use for exam"),
         ("", "use for example h100:8; got ''"),
-        ("h100", "`topology` must say how many GPUs, or how many machines and GPUs of each; use"),
+        (
+            "h100",
+            "`topology` must give the number of GPUs, or of machines and of GPUs in each; use",
+        ),
         ("b200:0", "use for example b200:8 or b200:2x8; got 'b200:0'"),
         ("h100:2x", "got 'h100:2x'"),
         ("h100:1x2x8", "got 'h100:1x2x8'"),
@@ -78,7 +81,7 @@ def test_command_line():
     assert compile_for_tpu.parse(["--platform", "cuda"]).topology == ["h100:8"]
     options = compile_for_tpu.parse("--platform cuda --topology a100:4 b200:8".split())
     assert options.topology == ["a100:4", "b200:8"]
-    with pytest.raises(ValueError, match="GPUs need `--platform cuda`"):
+    with pytest.raises(ValueError, match="for GPUs use `gpu_devices`"):
         _tpus.check_topology("h100:8")
 
 

@@ -1,5 +1,10 @@
-"""Every snippet in README.md and docs/ runs: Python blocks are executed, commands are parsed."""
+"""README.md and docs/: Python blocks run, commands parse, links lead somewhere, lines are short.
 
+What pages say of the code is compared with it: errors in docs/faq.md, files in the map of
+docs/architecture.md.
+"""
+
+import ast
 import functools
 import os
 import re
@@ -16,6 +21,8 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 # Languages of fenced blocks: run, read as commands, or only shown.
 SHOWN = {"", "text", "bibtex", "json", "toml"}
+MAX_PROSE = 120  # columns of a line
+MAX_CELL = 160  # characters of a table cell
 # Commands that we do not check further: they are not ours.
 FOREIGN = {"apt-get", "cd", "git", "pip", "sudo", "tensorboard"}
 
@@ -45,6 +52,68 @@ def fenced_blocks(markdown: str) -> list[Block]:
     if start is not None:
         raise ValueError(f"the block that starts at line {start} is never closed")
     return blocks
+
+
+def prose(markdown: str) -> list[tuple[int, str]]:
+    """The lines outside of fenced blocks, with their numbers."""
+    found, inside = [], False
+    for number, line in enumerate(markdown.splitlines(), start=1):
+        if re.match(r"\s*```", line):
+            inside = not inside
+        elif not inside:
+            found.append((number, line))
+    return found
+
+
+def too_long(markdown: str) -> list[int]:
+    """The numbers of lines with prose, or with a table cell, that is too long to read."""
+    found = []
+    for number, line in prose(markdown):
+        is_row = line.startswith("|")
+        cells = re.split(r"(?<!\\)\|", line) if is_row else [line]
+        if max(map(len, cells)) > (MAX_CELL if is_row else MAX_PROSE):
+            found.append(number)
+    return found
+
+
+def anchors(markdown: str) -> set[str]:
+    """The names of the headings of a page, as GitHub makes them."""
+    headings = [line.lstrip("# ") for _, line in prose(markdown) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """The links of a page to files or headings that are not there."""
+    broken = []
+    text = "\n".join(line for _, line in prose(page.read_text()))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, heading = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue  # the network
+        other = page.parent / name if name else page
+        if not other.exists() or heading and heading not in anchors(other.read_text()):
+            broken.append(target)
+    return broken
+
+
+@functools.cache
+def texts_of_the_library() -> tuple[str, ...]:
+    """All strings in the code of the library; values in f-strings are left out."""
+    found = []
+    for path in ROOT.glob("jaxprune/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, "value", "") for part in node.values]
+                found.append("".join(part for part in parts if isinstance(part, str)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return tuple(found)
+
+
+def is_said(heading: str) -> bool:
+    """Whether a string of the library has the text of a heading, where `...` is for anything."""
+    parts = [re.escape(part.strip()) for part in heading.split("...")]
+    return any(re.search(".*".join(parts), text, re.S) for text in texts_of_the_library())
 
 
 def commands(text: str) -> list[list[str]]:
@@ -109,7 +178,7 @@ def problem(words: list[str]) -> str | None:
             and not re.fullmatch(r"-[\d.]+", option)
         ]
         return f"{words[1]} has no option {unknown}" if unknown else None
-    return None if program in FOREIGN else "unknown command: teach tests/test_readme.py about it"
+    return None if program in FOREIGN else "unknown command: teach tests/project/test_readme.py"
 
 
 def _cases(language: str):
@@ -134,6 +203,32 @@ def test_no_block_escapes(page):
         if block.language not in SHOWN | {"python", "bash"}
     ]
     assert unknown == [], "write ```python or ```bash, or add the language to SHOWN"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short(page):
+    assert too_long(page.read_text()) == [], f"break {page.name} at these lines"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_errors_of_the_faq_are_those_of_the_library():
+    page = (ROOT / "docs" / "faq.md").read_text()
+    headings = [line.removeprefix("### ") for _, line in prose(page) if line.startswith("### ")]
+    assert len(headings) >= 10
+    assert [heading for heading in headings if not is_said(heading)] == []
+
+
+def test_the_map_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", page)}
+    files = {path.name for path in ROOT.glob("jaxprune/**/*.py")} - {"__init__.py"}
+    assert files - named == set(), "give each file its line in the map of docs/architecture.md"
+    tests = {path.name for path in ROOT.glob("tests/**/*.py")}
+    assert named - files - tests == set(), "docs/architecture.md names files that are not there"
 
 
 @pytest.mark.parametrize(("page", "blocks"), _cases("python"))
@@ -164,6 +259,28 @@ def test_fenced_blocks():
     assert fenced_blocks(page) == [Block("python", 3, "x = 1\n\ny = 2"), Block("", 8, "shown")]
     with pytest.raises(ValueError, match="line 2"):
         fenced_blocks("\n```bash\nmake test\n")
+
+
+def test_prose_and_long_lines():
+    page = "a\n```python\nx\n```\nb\n"
+    assert prose(page) == [(1, "a"), (5, "b")]
+    code = "\n".join(["```python", "x" * 200, "```"])
+    assert too_long(f"{code}\n{'y' * 121}\n{'y' * 120}\n") == [4]
+    assert too_long(f"| {'y' * 150} | {'y' * 150} |\n| {'y' * 161} |\n") == [2]
+
+
+def test_broken_links(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page: 80 to 98 %\n[a](#a-page-80-to-98-) [b](#b) [c](page.md) [d](e.md#f)\n"
+    )
+    assert broken_links(page) == ["#b", "e.md#f"]
+
+
+def test_is_said():
+    assert is_said("`prunable` matches no leaf")
+    assert is_said("needs ..., which is not installed")
+    assert not is_said("`prunable` matches no ... whatsoever")
 
 
 def test_commands():

@@ -244,7 +244,7 @@ def test_a_comparison_compiles_each_function_once(monkeypatch):
 
 
 def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
-    path = Path(__file__).parents[2] / "benchmarks" / "compaction.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "structure.py"
     record = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", [str(path), "--quick", "--json", str(record)])
     runpy.run_path(str(path), run_name="__main__")

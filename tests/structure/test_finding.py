@@ -471,7 +471,7 @@ def test_verify_notices_a_difference(mlp):
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, WEIGHTS)
     with pytest.raises(ValueError, match="differs from the masked one by nan"):
         plan.verify(FUNCTION, bad, X)
-    with pytest.raises(ValueError, match=r"outputs have the shapes .*\(5, 4\)"):
+    with pytest.raises(ValueError, match=r"outputs must have the shapes .*\(5, 4\)"):
         plan.verify(lambda w, x: x @ w["a"]["kernel"], WEIGHTS, X)
 
 

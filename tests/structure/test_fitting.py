@@ -290,7 +290,7 @@ def test_a_module_there_and_back():
 
 def test_a_module_that_reads_its_width_does_not_come_back():
     pure, plan = split(Norms(nnx.LayerNorm, rngs=nnx.Rngs(0)), X)
-    message = r"keep to `plan.wrap\(function\)`.*\n  `div` at .*8.0, in the dense network 16.0"
+    message = r"use `plan.wrap\(function\)` instead.*\n  `div` at .*8.0, in the dense network 16.0"
     with pytest.raises(ValueError, match=message):
         pure.module(plan, pure.variables, X)
     small = plan.compact(pure.variables)

@@ -122,7 +122,7 @@ def test_features_for_another_network_may_have_fewer_channels():
     groups = structure.find_groups([Trace(features, (x,), shrinks=shrinks)], weights)
     plan = groups.plan(halves(groups))
     assert plan.verify(features, weights, x, shrinks=shrinks) < 1e-6
-    with pytest.raises(ValueError, match="outputs have the shapes"):
+    with pytest.raises(ValueError, match="outputs must have the shapes"):
         plan.verify(features, weights, x)
     kept = plan.kept_outputs(features, weights, x)
     assert [own.sum() for own in kept["features"]] == [2, 4]
@@ -396,7 +396,7 @@ def test_groups_of_what_a_plan_leaves():
     smaller = after.compact(small)
     jax.tree.map(np.testing.assert_array_equal, both.compact(weights), smaller)
     np.testing.assert_array_equal(both.wrap(net)(smaller, x), after.wrap(wrapped)(smaller, x))
-    with pytest.raises(ValueError, match=r"`after` must be a plan of what this one leaves"):
+    with pytest.raises(ValueError, match=r"`after` must be a plan for the variables compacted"):
         plan.then(plan)
     with pytest.raises(ValueError, match="`plan` must be made from these groups"):
         left.compact(plan)
@@ -446,7 +446,7 @@ def test_what_stays_is_sharded_as_before(mesh):
         assert leaf.sharding == weights[name].sharding and 16 in leaf.shape
     assert plan.verify(net, weights, x) < 1e-5
     odd = groups.plan({"a:1": np.arange(32) < 15}, multiple=1)
-    with pytest.raises(ValueError, match="a: dimension 1 keeps 15, to be split in 2 over model"):
+    with pytest.raises(ValueError, match="a: dimension 1 keeps 15, to be split into 2 over model"):
         odd.compact(weights)
 
 

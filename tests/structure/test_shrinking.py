@@ -50,7 +50,7 @@ def make_step(function, groups):
 
 def test_two_switches_train_as_masks_do():
     dense, dense_state = VARIABLES, make_optimizer(GROUPS).init(PARAMS)
-    small, state, network = dense, dense_state, structure.start(GROUPS)
+    small, state, network = dense, dense_state, structure.dense_network(GROUPS)
     dense_step = step = make_step(apply, GROUPS)
     sizes = []
     for number in range(14):
@@ -85,7 +85,7 @@ def test_a_channel_that_is_not_masked_does_not_go(masked):
     variables, state, keep = masked
     keep = {name: own.copy() for name, own in keep.items()}
     keep[NORMED][np.flatnonzero(keep[NORMED])[0]] = False
-    network = structure.start(GROUPS)
+    network = structure.dense_network(GROUPS)
     before = jax.tree.map(np.array, (variables, state))
     with pytest.raises(ValueError, match="`keep` must keep every channel that is not masked"):
         structure.shrink(network, keep, {apply: (X,)}, make_optimizer, variables, state)
@@ -96,13 +96,13 @@ def test_a_nan_is_not_a_small_difference(masked):
     variables, state, keep = masked
     broken = variables | {"shift": jnp.full(3, jnp.nan)}
     with pytest.raises(ValueError, match="differs from the present one by nan"):
-        network = structure.start(GROUPS)
+        network = structure.dense_network(GROUPS)
         structure.shrink(network, keep, {apply: (X,)}, make_optimizer, broken, state)
 
 
 def test_fewer_channels_than_the_multiple_keep_the_multiple(masked):
     variables, state, keep = masked
-    network = structure.start(GROUPS)
+    network = structure.dense_network(GROUPS)
     switch = structure.shrink(
         network, keep, {apply: (X,)}, make_optimizer, variables, state, multiple=8
     )

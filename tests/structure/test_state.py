@@ -453,7 +453,7 @@ def test_groups_without_norms_stay_whole_and_are_named():
         return jax.nn.relu(((x @ w["a"]) * w["gamma"][None]) @ w["b"]) @ w["c"]
 
     groups = structure.find_groups(apply, variables, draw(4, 2))
-    with pytest.warns(UserWarning, match="without scores stay whole.*\n  b:1: no norm layers"):
+    with pytest.warns(UserWarning, match="without scores are kept whole.*\n  b:1: no norm layers"):
         scores = structure.norm_scales(groups, variables)
     assert list(scores) == ["a:1"]
     plan = groups.plan(structure.keep_global(groups, scores, 0.5))

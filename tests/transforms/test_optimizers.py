@@ -64,8 +64,7 @@ def make_step(tx: Any, extra: Callable[[Any], dict[str, Any]] = lambda params: {
         updates, state = tx.update(jax.grad(loss)(params), state, params, **extra(params))
         return optax.apply_updates(params, updates), state
 
-    # Most of the time is compilation.
-    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(step)
 
 
 # ---- the tables

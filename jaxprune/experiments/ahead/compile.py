@@ -113,7 +113,7 @@ def report(config: Config, mesh: Mesh, platform: str, topology: str, effort: flo
     compiler = {"exec_time_optimization_effort": effort} if platform == "tpu" else {}
     source = shapes_of(config)
     dense = dense_network(config, source)
-    networks = dense, without_half(config, dense, source.image_shape)
+    networks = dense, without_half(dense)
     kind = mesh.devices.flat[0].device_kind
     axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(

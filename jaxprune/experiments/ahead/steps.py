@@ -11,21 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune import data, programs, reports, sharding, structure, training, trees
-from jaxprune.experiments import stages
 from jaxprune.experiments.config import Config
-from jaxprune.experiments.experiment import (
-    Functions,
-    Stage,
-    find_groups,
-    learning_rate,
-    make_functions,
-    make_model,
-    make_optimizer,
-    make_step,
-    shapes_of_state,
-)
+from jaxprune.experiments.experiment import make_step, shapes_of_state
+from jaxprune.experiments.network import find_groups, make_model, pure_functions
+from jaxprune.experiments.optimizer import learning_rate, make_optimizer
+from jaxprune.experiments.pruning import AT_INIT, pruning_while_training
 from jaxprune.experiments.sources import Source
-from jaxprune.experiments.train import AT_INIT, gradual_pruning
 
 # Training images, shape of an image, classes; others have images of `image_size` in 1000 classes.
 DATA_SETS = {"digits": (1437, (8, 8, 1), 10), "fashion_mnist": (60000, (28, 28, 1), 10)}
@@ -37,10 +28,11 @@ OPTIMIZER = "optimizer"  # is in the names of all operations of the optimizer, p
 class Network(NamedTuple):
     """A network as functions of shapes."""
 
-    functions: Functions
+    functions: structure.FromNNX  # of the dense network
+    stage: structure.Stage
     variables: Any  # {"params": ..., "model_state": ...} of jax.ShapeDtypeStruct
-    groups: structure.Groups
     macs: int  # of one image
+    images: jax.ShapeDtypeStruct  # of a few images
 
 
 class Program(NamedTuple):
@@ -75,6 +67,9 @@ def shapes_of(config: Config) -> Source:
             return images
         return data.augment(key, images, pad=config.pad, flip=config.flip)
 
+    def prepare(images: jax.Array) -> jax.Array:
+        return data.normalize(images, mean, deviation, config.dtype)
+
     def nothing(*_: Any) -> Any:
         raise AssertionError("there are no images")
 
@@ -87,49 +82,43 @@ def shapes_of(config: Config) -> Source:
         batches=nothing,
         first=nothing,
         augment=augment,
-        prepare=lambda images: data.normalize(images, mean, deviation, config.dtype),
+        prepare=prepare,
         fingerprint=nothing,
+        example=jax.ShapeDtypeStruct((8, *shape), config.dtype),
     )
 
 
 def dense_network(config: Config, source: Source) -> Network:
-    """The network that a configuration begins with."""
+    """Returns the network that a configuration begins with."""
     model = nnx.eval_shape(lambda: make_model(config, source, config.seed))
-    model.train()
-    graphdef, *states = nnx.split(model, nnx.Param, ...)
-    params, model_state = map(nnx.to_pure_dict, states)
-    functions, variables = make_functions(graphdef), {"params": params, "model_state": model_state}
-    image = source.image_shape
-    groups = find_groups(functions, variables, jax.ShapeDtypeStruct((8, *image), config.dtype))
-    return Network(functions, variables, groups, count_macs(config, functions, variables, image))
+    functions = pure_functions(model)
+    groups = find_groups(functions, source.example)
+    stage = structure.Stage(structure.dense_network(groups), source.image_shape[:2])
+    return network_of(functions, stage, source.example)
 
 
-def without_half(config: Config, dense: Network, image: tuple[int, ...]) -> Network:
-    """What is left without half of the channels of each group, as scripts/shrinking.py has it."""
-    keep = {name: np.arange(group.size) < group.size / 2 for name, group in dense.groups.items()}
-    before = structure.start(dense.groups)
-    plan = before.groups.plan(keep, multiple=MULTIPLE)
-    after = structure.Network(before.plan.then(plan), before.groups.compact(plan))
-    functions = Functions(*map(after.plan.wrap, dense.functions))
-    variables = jax.eval_shape(plan.compact, dense.variables)
-    macs = count_macs(config, functions, variables, image)
-    return Network(functions, variables, after.groups, macs)
+def without_half(dense: Network) -> Network:
+    """Returns the network without half of the channels of each group."""
+    groups = dense.stage.groups
+    keep = {name: np.arange(group.size) < group.size / 2 for name, group in groups.items()}
+    plan = groups.plan(keep, multiple=MULTIPLE)
+    smaller = dense.stage.network.smaller(plan)
+    return network_of(dense.functions, dense.stage._replace(network=smaller, cut=0), dense.images)
 
 
-def count_macs(config: Config, functions: Functions, variables: Any, image: Any) -> int:
-    """Multiply-accumulates of one image."""
-    images = jax.ShapeDtypeStruct((1, *image), config.dtype)
-    return structure.count_macs(functions.evaluate, variables, images)
+def network_of(
+    functions: structure.FromNNX, stage: structure.Stage, images: jax.ShapeDtypeStruct
+) -> Network:
+    """Returns the network of a stage, with its cost."""
+    variables = jax.eval_shape(stage.network.plan.compact, functions.variables)
+    image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    macs = structure.count_macs(stage.wrap(functions.evaluate), variables, image)
+    return Network(functions, stage, variables, macs, images)
 
 
 def make_tx(config: Config, network: Network, steps: int) -> optax.GradientTransformation:
-    """The optimizer of scripts/train.py; its operations have a name that programs show."""
-    if config.method == "none":
-        prune = None
-    elif config.granularity == "channels":
-        prune = stages.pruning(config, steps, network.groups)
-    else:
-        prune = gradual_pruning(config, steps)
+    """Returns the optimizer of a training run; its operations have a name that programs show."""
+    prune = pruning_while_training(config, steps, network.stage.groups)
     tx = make_optimizer(config, learning_rate(config, steps), prune)
     update = jax.named_scope(OPTIMIZER)(tx.update)
     return optax.GradientTransformationExtraArgs(tx.init, update)
@@ -142,8 +131,9 @@ def compile_step(
     steps = config.steps or max(1, round(config.epochs * (source.size // config.batch_size)))
     tx = make_tx(config, network, steps)
 
-    # As many parts of a batch for the smaller network, so that memory can be compared.
-    step = make_step(config, source, network.functions, tx, Stage())
+    # As many micro-batches for the smaller network, so that memory can be compared.
+    train = network.stage.wrap(network.functions.train)
+    step = make_step(config, source, train, tx, network.stage.phase, config.parts)
     state = shapes_of_state(network.variables, tx, mesh)
     own, everywhere = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     images, labels = (config.batch_size, *source.image_shape), (config.batch_size,)
@@ -161,7 +151,7 @@ def compile_step(
     began = time.perf_counter()
     compiled = lowered.compile(options)
     seconds = time.perf_counter() - began
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     costs = compiled.cost_analysis() or programs.costs(text)  # XLA has none of absent GPUs
     arguments = jax.tree.unflatten(jax.tree.structure(placed), programs.arguments(text))
     return Program(

@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxprune import checkpoints, data, models, rewinding, structure, training
 from jaxprune.experiments.config import Config
-from jaxprune.experiments.experiment import Experiment, Setting, Stage, Steps, build
+from jaxprune.experiments.experiment import Experiment, Steps
+from jaxprune.experiments.network import variables_of
 
 SCORES = {
     "l1": "sums of absolute values of filters",
@@ -36,7 +37,6 @@ class Dense(NamedTuple):
 
     config: Config  # of the training to come
     experiment: Experiment
-    setting: Setting
     state: training.TrainState  # as trained, but at step 0 of a new schedule
     next_batch: Any  # where the order of the data goes on
 
@@ -51,21 +51,15 @@ class Small(NamedTuple):
 
 def read_dense(path: Path, config: Config) -> Dense:
     """A trained network from the workdir of scripts/train.py, with what shrinks together in it."""
-    settings: list[Setting] = []
     config = dataclasses.replace(config, granularity="channels")
-    experiment = build(config, settings.append)  # prunes nothing while it trains
+    experiment = Experiment(config)  # prunes nothing while it trains
     manager = checkpoints.open_manager(path / "checkpoints")
     state, record = checkpoints.restore(manager, experiment.create(config.seed))
     manager.close()
     # The momentum stays, as with any optimizer whose state is sliced: it fades within the warm-up.
     opt_state = rewinding.set_step(state.opt_state, 0)
     state = state._replace(step=jnp.zeros_like(state.step), opt_state=opt_state)
-    return Dense(config, experiment, settings[0], state, record["data"])
-
-
-def variables_of(state: training.TrainState) -> dict[str, Any]:
-    """What the functions of an experiment take."""
-    return {"params": state.params, "model_state": state.model_state}
+    return Dense(config, experiment, state, record["data"])
 
 
 def choose(
@@ -105,7 +99,7 @@ def mean_gradients(dense: Dense, count: int) -> dict[str, Any]:
     def gradient(params: Any, images: jax.Array, labels: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
             variables = {"params": params, "model_state": state.model_state}
-            logits = evaluate(variables, dense.setting.source.prepare(images))
+            logits = evaluate(variables, dense.experiment.source.prepare(images))
             return training.cross_entropy(logits, labels).mean()
 
         return jax.grad(loss)(params)
@@ -125,7 +119,7 @@ def unpruned(dense: Dense) -> Small:
 def compacted(dense: Dense, plan: structure.Plan) -> Small:
     """What a plan leaves of the dense network, with the same functions on smaller arrays."""
     experiment, variables = dense.experiment, variables_of(dense.state)
-    evaluate, train = experiment.functions
+    evaluate, train = experiment.functions.evaluate, experiment.functions.train
     difference = max(
         plan.verify(evaluate, variables, experiment.example),
         plan.verify(train, variables, experiment.example, updates=lambda output: output[1]),
@@ -137,16 +131,17 @@ def compacted(dense: Dense, plan: structure.Plan) -> Small:
     assert not restarted, restarted  # the state of SGD mirrors the parameters
     small = plan.compact(variables)
     state = training.TrainState(step, small["params"], small["model_state"], opt_state)
-    network = structure.Network(plan, experiment.groups.compact(plan))
+    network = structure.dense_network(experiment.groups).smaller(plan)
+    stage = structure.Stage(network, experiment.image_size, cut=0)
     # Training donates the state, and what is not sliced is still that of the dense network.
-    return Small(jax.tree.map(jnp.copy, state), experiment.at(Stage(network)), difference)
+    return Small(jax.tree.map(jnp.copy, state), experiment.at(stage), difference)
 
 
 def from_scratch(dense: Dense, plan: structure.Plan) -> Small:
     """A new network of the widths that a plan leaves: an ordinary module, initialised for them."""
     widths = models.widths_of(plan.compact(variables_of(dense.state))["params"])
     own = {"widths": json.dumps(widths._asdict()), "granularity": "weights"}
-    experiment = build(dataclasses.replace(dense.config, **own), lambda setting: None)
+    experiment = Experiment(dataclasses.replace(dense.config, **own))
     return Small(experiment.create(dense.config.seed), experiment.dense)
 
 

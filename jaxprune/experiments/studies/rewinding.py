@@ -44,7 +44,7 @@ from jaxprune import (
 )
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
-from jaxprune.experiments.experiment import Experiment, build
+from jaxprune.experiments.experiment import Experiment
 from jaxprune.experiments.studies import jobs
 from jaxprune.experiments.studies.rewinding_results import write_results
 from jaxprune.logs import show_progress
@@ -278,7 +278,7 @@ def run_seeds(options: argparse.Namespace, args: list[str]) -> None:
 def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[[], bool]) -> None:
     """All methods for one seed; what is done already is skipped."""
     workdir = options.workdir / f"seed-{config.seed}"
-    experiment = build(config, lambda setting: jaxprune.fixed_mask_transform())
+    experiment = Experiment(config, lambda *_: jaxprune.fixed_mask_transform())
     steps = experiment.steps
     early, to = (round(part * steps) for part in (options.rewind_to, options.schedule_to))
     if max(early, to) >= steps:
@@ -363,7 +363,7 @@ def make_task(
             show(trained[0] + step - start, values)
 
         state = training.fit(
-            state, stop, experiment.run, experiment.train_set, batches,
+            state, stop, experiment.dense.run, experiment.train_set, batches,
             jax.random.fold_in(jax.random.key(config.seed), number), experiment.mesh,
             chunk=experiment.chunk, log_every=config.log_every, on_log=log,
             should_stop=should_stop,
@@ -375,7 +375,7 @@ def make_task(
         return state
 
     def evaluate(state: training.TrainState) -> float:
-        return experiment.evaluate(state)["test_accuracy"]
+        return experiment.dense.evaluate(state)["test_accuracy"]
 
     # Also the seed, and the images themselves, wherever they lie.
     description: dict[str, Any] = checkpoints.fields(config, FREE - {"seed"})

@@ -1,1 +1,1 @@
-"""How each primitive of JAX passes on what is known of its operands."""
+"""Says for each JAX primitive how the facts of its operands become those of its results."""

@@ -1,10 +1,12 @@
 """Primitives that contain functions: derivative rules, rematerialisation, loops and branches.
 
-This file is the one that leans on JAX's internals: how custom derivatives carry their rules.
+Only this file relies on JAX internals: how `jax.custom_jvp` and `jax.custom_vjp` store their rules
+in an equation. A comment at each use names the function of `jax._src` that it mirrors, as of JAX
+0.10.2.
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +15,30 @@ from jax import lax
 
 from jaxprune import jaxprs
 from jaxprune.structure._nodes import FROZEN
-from jaxprune.structure._rules.elementwise import zero_only
+from jaxprune.structure._rules.elementwise import with_same, zero_only
 from jaxprune.structure._values import ZERO, ZERO_GATE, ZERO_SOFT, Op, Rule, Value
 
-_ABSENT = ("Zero", "SymbolicZero")  # JAX's stand-ins for a cotangent that is not there
+if TYPE_CHECKING:
+    from jaxprune.structure._analysis import Analysis
+    from jaxprune.structure._execution import Execution
+
+_ABSENT = ("Zero", "SymbolicZero")  # class names of JAX's symbolic zeros, for absent cotangents
 
 
-def _unite_all(analysis: Any, a: Value, b: Value) -> None:
-    """Two values of one shape shrink alike."""
+def _unite_all(analysis: "Analysis", a: Value, b: Value) -> None:
+    """Joins all dimensions of two values with the same shape."""
     for one, other in zip(a.nodes, b.nodes, strict=True):
         analysis.unite(one, other)
 
 
 def _blank(value: Value) -> Value:
-    """Another value with the same nodes, of which nothing else is known."""
+    """Makes a value with the same nodes, of which nothing else is known."""
     facts = [np.zeros(n, np.uint8) for n in value.shape]
     return Value(value.aval, list(value.nodes), facts, [frozenset()] * len(value.shape))
 
 
 def _entering(value: Value) -> Value:
-    """A value as the function inside sees it; what computed it stays outside."""
+    """Makes a value as the inner function sees it: without the operation that computed it."""
     facts = [zero_only(own) for own in value.facts]
     inside = Value(value.aval, list(value.nodes), facts, list(value.origins), value.support)
     inside.of_params, inside.number = value.of_params, value.number
@@ -40,14 +46,14 @@ def _entering(value: Value) -> Value:
 
 
 def _tangent(value: Value) -> Value:
-    """The tangent of a value: 0 where the value is always 0."""
+    """Makes the tangent of a value; it is 0 where the value is always 0."""
     tangent = _entering(value)
     tangent.number = None
     return tangent
 
 
 def _leaving(out: Value, inner: Value) -> None:
-    """What the function inside returns, as seen outside."""
+    """Gives an output of the operation what is known of the inner function's output."""
     out.like(inner)
     out.facts = [zero_only(own) for own in inner.facts]
 
@@ -56,17 +62,18 @@ def _is_float(value: Value) -> bool:
     return bool(jnp.issubdtype(value.aval.dtype, jnp.inexact))
 
 
-def _call(analysis: Any, op: Op, jaxpr: Any, consts: Any) -> None:
-    """Follows the function inside; its outputs are those of the operation."""
+def _call(analysis: "Analysis", op: Op, jaxpr: Any, consts: Any) -> None:
+    """Follows the inner function; its outputs are those of the operation."""
     op.inner["call"] = analysis.graph(jaxpr, consts, list(map(_entering, op.ins)))
     for out, inner in zip(op.outs, op.inner["call"].outs, strict=True):
         _leaving(out, inner)
 
 
-def _seen(analysis: Any, op: Op, jaxpr: Any) -> bool:
-    """Whether the rule is being followed already: most call the function itself again.
+def _seen(analysis: "Analysis", op: Op, jaxpr: Any) -> bool:
+    """Tells whether the derivative rule is being followed already, and shares what it found.
 
-    It then shares what was found, which also keeps derivatives of derivatives right.
+    Most rules call the function itself again, so following them without this check would not end.
+    Sharing the result also keeps derivatives of derivatives right.
     """
     roots = [analysis.root(nodes) for value in op.ins for nodes in value.nodes]
     key = (str(jaxpr), tuple(np.concatenate([*roots, np.zeros(0, np.int64)]).tolist()))
@@ -78,13 +85,15 @@ def _seen(analysis: Any, op: Op, jaxpr: Any) -> bool:
     return False
 
 
-def _custom_jvp(analysis: Any, op: Op) -> None:
+def _custom_jvp(analysis: "Analysis", op: Op) -> None:
     closed, skipped = op.params["call_jaxpr"], op.params["num_consts"]
     _call(analysis, op, closed.jaxpr, closed.consts)
     if not analysis.any_free(op.ins) or _seen(analysis, op, closed.jaxpr):
         return
     primals = list(map(_entering, op.ins[skipped:]))
     constant = [not _is_float(value) for value in primals]
+    # As `custom_derivatives.lift_jvp`: the thunk takes one bool per operand, "its tangent is 0". It
+    # returns a jaxpr of all primals and the other tangents, and the same bools for the outputs.
     jaxpr, consts, out_constant = op.params["jvp_jaxpr_fun"].call_wrapped(*constant)
     tangents = [_tangent(v) for v, c in zip(primals, constant, strict=True) if not c]
     graph = analysis.graph(jaxpr, consts, [*primals, *tangents])
@@ -95,15 +104,15 @@ def _custom_jvp(analysis: Any, op: Op) -> None:
         if not is_constant:
             tangent = next(out_tangents)
             _unite_all(analysis, out, tangent)
-            # A rule may pass on what the function multiplies with 0, as straight-through does.
+            # A rule may move an output that the function keeps at 0, as straight-through rules do.
             pairs = zip(out.facts, tangent.facts, strict=True)
             out.facts = [own & zero_only(moving) for own, moving in pairs]
             out.support |= tangent.support
     op.inner |= {"jvp": graph, "constant": constant, "out_constant": out_constant}
 
 
-def _run_custom_jvp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
-    if "jvp" not in op.inner:  # nothing in it shrinks
+def _run_custom_jvp(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
+    if "jvp" not in op.inner:  # none of its operands shrinks
         return run.bind(op, arrays)
     inner, skipped = op.inner, op.params["num_consts"]
     call = jax.custom_jvp(lambda *args: tuple(run.graph(inner["call"], args)))
@@ -126,21 +135,26 @@ def _no_tangent(out: Any) -> Any:
     return np.zeros(out.shape, jax.dtypes.float0)
 
 
-def _custom_vjp(analysis: Any, op: Op) -> bool | None:
+def _custom_vjp(analysis: "Analysis", op: Op) -> bool | None:
     closed = op.params["call_jaxpr"]
     _call(analysis, op, closed.jaxpr, closed.consts)
     if not analysis.any_free(op.ins):
         return None
-    if op.params["num_consts"]:
+    if op.params["num_consts"]:  # the function closes over traced values
         return False
     if _seen(analysis, op, closed.jaxpr):
         return None
+    # As `custom_derivatives.lift_fwd`: the thunk takes one bool per operand, "it has a tangent". It
+    # returns a jaxpr from the operands to the residuals, followed by the primal outputs.
     jaxpr, consts = op.params["fwd_jaxpr_thunk"].call_wrapped(*map(_is_float, op.ins))
     ins = list(map(_entering, op.ins))
     forward = analysis.graph(jaxpr, consts, ins)
     analysis.rule_stack.pop()
     count = len(forward.outs) - len(op.outs)
-    forwarded = op.params["out_trees"]()[2]  # which residuals are just an input
+    # As `ad.JVPTrace.process_custom_vjp_call`: residuals that are just an operand are not returned
+    # (`custom_derivatives._filter_forwarded_inputs`). The third of `out_trees` holds the index of
+    # that operand for each residual, or None for one that the forward rule computes.
+    forwarded = op.params["out_trees"]()[2]
     computed = iter(forward.outs[:count])
     residuals = [_blank(next(computed) if at is None else ins[at]) for at in forwarded]
     for out, primal in zip(op.outs, forward.outs[count:], strict=True):
@@ -149,9 +163,13 @@ def _custom_vjp(analysis: Any, op: Op) -> bool | None:
     given: list[bool] = []
 
     def backward(*args: Any) -> list[Any]:
+        # As `ad._custom_lin_transpose`: residuals and cotangents in, one cotangent per operand out.
+        # `bwd` is a `WrappedFun` or, in newer JAX, a function that returns a pair.
         results = getattr(op.params["bwd"], "call_wrapped", op.params["bwd"])(*args)
         if isinstance(results, tuple) and isinstance(results[0], list):
-            results, _ = results  # newer JAX
+            results, _ = results
+        # As `custom_derivatives._flatten_bwd`: an absent cotangent is a symbolic zero, and that of
+        # an integer has dtype float0. Neither enters the jaxpr.
         given[:] = [
             getattr(x, "dtype", jax.dtypes.float0) != jax.dtypes.float0
             and type(x).__name__ not in _ABSENT
@@ -174,8 +192,11 @@ def _custom_vjp(analysis: Any, op: Op) -> bool | None:
     return None
 
 
-def _trust(analysis: Any, op: Op, pairs: list[tuple[Value, Value]]) -> None:
-    """An output is 0 in earnest only if what moves it is: an operand, or else its cotangent."""
+def _trust(analysis: "Analysis", op: Op, pairs: list[tuple[Value, Value]]) -> None:
+    """Keeps "is zero" for an output only if each operand that moves it is zero, or its cotangent.
+
+    Gradients of a zero output may move an operand that is not zero, as straight-through rules do.
+    """
     for bit in (ZERO, ZERO_SOFT, ZERO_GATE):
         moving = [
             analysis.root(nodes[(own | back) & bit == 0])
@@ -186,11 +207,11 @@ def _trust(analysis: Any, op: Op, pairs: list[tuple[Value, Value]]) -> None:
         for out in op.outs:
             for dimension, nodes in enumerate(out.nodes):
                 hit = np.isin(analysis.root(nodes), roots[roots != FROZEN])
-                lost = np.where(hit, bit | (bit << 1), 0).astype(np.uint8)
+                lost = with_same(np.where(hit, bit, 0).astype(np.uint8))
                 out.facts[dimension] = out.facts[dimension] & ~lost
 
 
-def _run_custom_vjp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_custom_vjp(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     if "forward" not in op.inner:
         return run.bind(op, arrays)
     inner = op.inner
@@ -210,11 +231,11 @@ def _run_custom_vjp(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return list(call(*arrays))
 
 
-def _remat(analysis: Any, op: Op) -> None:
+def _remat(analysis: "Analysis", op: Op) -> None:
     _call(analysis, op, op.params["jaxpr"], ())
 
 
-def _run_remat(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_remat(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     call = jax.checkpoint(
         lambda *args: tuple(run.graph(op.inner["call"], args)),
         prevent_cse=op.params["prevent_cse"],
@@ -224,9 +245,9 @@ def _run_remat(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
 
 
 def _loop(
-    analysis: Any, body: Any, consts: list[Value], carry: list[Value], rows: list[Value]
+    analysis: "Analysis", body: Any, consts: list[Value], carry: list[Value], rows: list[Value]
 ) -> tuple[Any, list[list[np.ndarray]]]:
-    """Follows the body until facts hold for every pass; returns those of what is carried too."""
+    """Follows the body until facts hold for every pass; returns its graph and the carry's facts."""
     facts = [list(value.facts) for value in carry]
     supports = [value.support for value in carry]
     while True:
@@ -250,18 +271,18 @@ def _loop(
 
 
 def _carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> None:
-    """What a loop carries to its end, as seen outside."""
+    """Gives the outputs of a loop what is known of its last carry."""
     for out, inner, own in zip(outs, graph.outs, facts):
         out.like(inner)
         out.facts, out.number, out.origins = own, None, []
 
 
 def _counts(op: Op) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried."""
+    """Returns how many operands of a scan are constants, and how many are carried."""
     return jaxprs.scan_counts(op.params, len(op.ins))
 
 
-def _scan(analysis: Any, op: Op) -> None:
+def _scan(analysis: "Analysis", op: Op) -> None:
     closed = op.params["jaxpr"]
     first, count = _counts(op)
     ins = list(map(_entering, op.ins))
@@ -282,7 +303,7 @@ def _scan(analysis: Any, op: Op) -> None:
     op.inner["call"] = graph
 
 
-def _while(analysis: Any, op: Op) -> None:
+def _while(analysis: "Analysis", op: Op) -> None:
     of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
     ins = list(map(_entering, op.ins))
     consts, carry = ins[of_cond : of_cond + of_body], ins[of_cond + of_body :]
@@ -296,7 +317,7 @@ def _while(analysis: Any, op: Op) -> None:
     op.inner["call"] = graph
 
 
-def _run_while(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_while(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
     asking, doing = arrays[:of_cond], arrays[of_cond : of_cond + of_body]
     return list(
@@ -308,7 +329,7 @@ def _run_while(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     )
 
 
-def _run_scan(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_scan(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     first, count = _counts(op)
 
     def body(carry: Any, row: Any) -> Any:
@@ -321,7 +342,7 @@ def _run_scan(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return [*carry, *outs]
 
 
-def _cond(analysis: Any, op: Op) -> None:
+def _cond(analysis: "Analysis", op: Op) -> None:
     branches = [
         analysis.graph(branch.jaxpr, branch.consts, list(map(_entering, op.ins[1:])))
         for branch in op.params["branches"]
@@ -336,7 +357,7 @@ def _cond(analysis: Any, op: Op) -> None:
             out.support |= other.support
 
 
-def _run_cond(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_cond(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     calls = [functools.partial(run.graph, graph) for graph in op.inner["branches"]]
     branches = [lambda *args, call=call: tuple(call(args)) for call in calls]
     return list(lax.switch(arrays[0], branches, *arrays[1:]))

@@ -1,7 +1,7 @@
 """Primitives that work entry by entry: all operands share the nodes of each dimension."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,37 +15,57 @@ from jaxprune.structure._values import (
     Value,
 )
 
-# 0 if all operands are 0; 0 if any is; 0 if the first is.
-_ALL = "add sub add_any or xor atan2 complex"
-_ANY = "mul and"
-_FIRST = (
+if TYPE_CHECKING:
+    from jaxprune.structure._analysis import Analysis
+
+# Primitives by when their result is 0: if all operands are 0; if any is; if the first is; in no
+# case that is known; and by a condition of their own, see `_zeros`.
+_ALL = frozenset("add sub add_any or xor atan2 complex".split())
+_ANY = frozenset("mul and".split())
+_FIRST = frozenset(
     "neg abs sign sqrt tanh sin tan asin atan sinh asinh atanh erf erf_inv expm1 log1p floor ceil "
     "round square cbrt real imag conj convert_element_type reduce_precision copy copy_p name "
-    "bitcast_convert_type stop_gradient"
+    "bitcast_convert_type stop_gradient".split()
 )
-_NEVER = (
+_NEVER = frozenset(
     "exp exp2 log log2 logistic cos cosh acos acosh rsqrt is_finite not eq ne lt le gt ge eq_to "
     "lt_to le_to nextafter shift_left shift_right_logical shift_right_arithmetic population_count "
-    "clz erfc one_minus_square lgamma digamma igamma igammac bessel_i0e bessel_i1e polygamma"
+    "clz erfc one_minus_square lgamma digamma igamma igammac bessel_i0e bessel_i1e "
+    "polygamma".split()
 )
-_OWN = "max min clamp div rem pow integer_pow select_n"
-# Each output is the operand of its position.
+_OWN = frozenset("max min clamp div rem pow integer_pow select_n".split())
+# Primitives whose outputs are their operands, in the same order.
 IDENTITIES = frozenset(
     "optimization_barrier device_put pvary sharding_constraint reshard pcast psum pmean "
     "psum_invariant".split()
 )
-_KEEP_NUMBER = {"convert_element_type", "copy", "copy_p", "name", "stop_gradient"}
+_KEEP_NUMBER = frozenset("convert_element_type copy copy_p name stop_gradient".split())
 
-NAMES = frozenset(f"{_ALL} {_ANY} {_FIRST} {_NEVER} {_OWN}".split())
+NAMES = _ALL | _ANY | _FIRST | _NEVER | _OWN
 
 
-def zero_only(facts: np.ndarray) -> np.ndarray:
-    """Facts without a common value that is not 0."""
-    zeros = facts & ZEROS
+def with_same(zeros: np.ndarray) -> np.ndarray:
+    """Adds the SAME bits that ZERO bits imply: an entry that is 0 does not depend on parameters.
+
+    Args:
+        zeros: uint8, ZERO, ZERO_SOFT and ZERO_GATE bits alone.
+
+    Returns:
+        The same bits, and SAME, SAME_SOFT and SAME_GATE beside them; see `_values` for the layout.
+
+    Example:
+        >>> with_same(np.uint8(1)).item(), with_same(np.uint8(4)).item()
+        (3, 12)
+    """
     return zeros | (zeros << 1)
 
 
-def _analyze(analysis: Any, op: Op) -> bool | None:
+def zero_only(facts: np.ndarray) -> np.ndarray:
+    """Drops the facts about entries that are the same but not 0."""
+    return with_same(facts & ZEROS)
+
+
+def _analyze(analysis: "Analysis", op: Op) -> bool | None:
     out = op.outs[0]
     for value in op.ins:
         if value.shape and len(value.shape) != len(out.shape):
@@ -60,14 +80,14 @@ def _analyze(analysis: Any, op: Op) -> bool | None:
         facts = [_facts(value, dimension, size) for value in op.ins]
         zeros = _zeros(op, facts) & ZEROS
         same = functools.reduce(np.bitwise_and, facts) & ALWAYS_SAME
-        out.facts.append(zeros | (zeros << 1) | same)
+        out.facts.append(with_same(zeros) | same)
     if op.name in _KEEP_NUMBER:
         out.number = op.ins[0].number
     return None
 
 
 def _facts(value: Value, dimension: int, size: int) -> np.ndarray:
-    """Facts of an operand along a dimension; what is broadcast is the same everywhere."""
+    """Returns the facts of an operand along a dimension; a broadcast operand is SAME there."""
     if value.number == 0:
         return np.full(size, ALWAYS_ZERO, np.uint8)
     if not value.shape or value.shape[dimension] != size:
@@ -76,17 +96,17 @@ def _facts(value: Value, dimension: int, size: int) -> np.ndarray:
 
 
 def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
-    """Where the result is 0, among other bits."""
+    """Returns the ZERO bits of the result; its other bits are undefined."""
     name, numbers = op.name, [value.number for value in op.ins]
     every, nothing = np.full_like(facts[0], ALWAYS_ZERO), np.full_like(facts[0], NOTHING)
-    if name in _ALL.split():
+    if name in _ALL:
         return functools.reduce(np.bitwise_and, facts)
-    if name in _ANY.split():
+    if name in _ANY:
         return functools.reduce(np.bitwise_or, facts)
-    if name in _FIRST.split():
+    if name in _FIRST:
         return facts[0]
     if name in ("max", "min"):
-        # max(x, c) of x = 0 is 0 if c is not above it.
+        # max(x, c) is 0 at x = 0 if the number c is not above 0.
         sign = 1 if name == "max" else -1
         neutral = [number is not None and sign * number <= 0 for number in numbers]
         if all(neutral):
@@ -108,8 +128,8 @@ def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     return nothing
 
 
-def identity(analysis: Any, op: Op) -> bool | None:
-    """Each output is the operand of its position."""
+def identity(analysis: "Analysis", op: Op) -> bool | None:
+    """Copies what is known of each operand to the output at its position."""
     if len(op.ins) != len(op.outs):
         return False
     for value, out in zip(op.ins, op.outs, strict=True):

@@ -1,6 +1,6 @@
-"""Primitives that look entries up or replace them at computed places."""
+"""Primitives that read or replace entries at computed indices."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +9,12 @@ from jax import lax
 from jaxprune.structure._rules.elementwise import zero_only
 from jaxprune.structure._values import Op, Rule
 
+if TYPE_CHECKING:
+    from jaxprune.structure._analysis import Analysis
+    from jaxprune.structure._execution import Execution
 
-def _gather(analysis: Any, op: Op) -> None:
+
+def _gather(analysis: "Analysis", op: Op) -> None:
     (value, indices), out = op.ins, op.outs[0]
     numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
     for nodes in indices.nodes:
@@ -28,14 +32,15 @@ def _gather(analysis: Any, op: Op) -> None:
             out.origins[to] = value.origins[dimension]
         else:
             analysis.freeze(value.nodes[dimension], f"`gather` looks up in it {op.where}")
-    # Where a place does not exist, NaN is filled in, in what is kept as well; not so a number.
+    # Out-of-range indices fill with NaN in kept entries too, so nothing changes; a fill number
+    # other than 0 would differ from the 0 of removed entries.
     filled_with = op.params.get("fill_value")
     harmless = filled_with is None or filled_with == 0 or filled_with != filled_with
     if not harmless or not jnp.issubdtype(out.aval.dtype, jnp.inexact):
         out.facts = [np.zeros_like(facts) for facts in out.facts]
 
 
-def _run_gather(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_gather(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     dense, now = op.ins[0].shape, run.shape(op.ins[0])
     sizes = tuple(
         now[dimension] if size == dense[dimension] else size
@@ -44,7 +49,7 @@ def _run_gather(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return [op.primitive.bind(*arrays, **op.params | {"slice_sizes": sizes})]
 
 
-def _dynamic_slice(analysis: Any, op: Op) -> None:
+def _dynamic_slice(analysis: "Analysis", op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     analysis.fix(out)
     for dimension, size in enumerate(op.params["slice_sizes"]):
@@ -56,11 +61,11 @@ def _dynamic_slice(analysis: Any, op: Op) -> None:
             analysis.freeze(value.nodes[dimension], f"`dynamic_slice` along it {op.where}")
 
 
-def _run_dynamic_slice(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_dynamic_slice(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     return [lax.dynamic_slice(arrays[0], arrays[1:], run.shape(op.outs[0]))]
 
 
-def _dynamic_update_slice(analysis: Any, op: Op) -> None:
+def _dynamic_update_slice(analysis: "Analysis", op: Op) -> None:
     (value, update), out = op.ins[:2], op.outs[0]
     analysis.fix(out)
     for dimension, size in enumerate(value.shape):
@@ -75,7 +80,7 @@ def _dynamic_update_slice(analysis: Any, op: Op) -> None:
                 analysis.freeze(operand.nodes[dimension], reason)
 
 
-def _scatter(analysis: Any, op: Op) -> None:
+def _scatter(analysis: "Analysis", op: Op) -> None:
     value, indices, updates = op.ins
     out, numbers = op.outs[0], op.params["dimension_numbers"]
     for nodes in indices.nodes:
@@ -107,5 +112,5 @@ RULES = {
     "dynamic_slice": Rule(_dynamic_slice, _run_dynamic_slice),
     "dynamic_update_slice": Rule(_dynamic_update_slice),
 }
-# The others compute with numbers that are not 0 where entries are.
+# Other scatter modes (mul, min, max) do not map 0 to 0.
 RULES |= {name: Rule(_scatter) for name in ("scatter", "scatter-add", "scatter_add", "scatter-sub")}

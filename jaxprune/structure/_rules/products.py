@@ -1,7 +1,7 @@
-"""Primitives that multiply and add up: contractions and convolutions."""
+"""Primitives that multiply and sum: contractions and convolutions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +9,13 @@ import numpy as np
 from jaxprune.structure._rules.elementwise import zero_only
 from jaxprune.structure._values import ZERO, Op, Rule, Value
 
+if TYPE_CHECKING:
+    from jaxprune.structure._analysis import Analysis
+    from jaxprune.structure._execution import Execution
 
-def _contract(analysis: Any, a: Value, at: int, b: Value, bt: int, op: Op) -> None:
-    """Two dimensions that are summed over together: what is pruned must add 0."""
+
+def _contract(analysis: "Analysis", a: Value, at: int, b: Value, bt: int, op: Op) -> None:
+    """Joins two dimensions that are summed over together; pruned entries must add 0 to the sum."""
     analysis.unite(a.nodes[at], b.nodes[bt])
     _consume(analysis, a, at, b)
     _consume(analysis, b, bt, a)
@@ -19,17 +23,20 @@ def _contract(analysis: Any, a: Value, at: int, b: Value, bt: int, op: Op) -> No
     analysis.need(a.nodes[at], a.facts[at] | b.facts[bt], ZERO, reason)
 
 
-def _consume(analysis: Any, weight: Value, dimension: int, other: Value) -> None:
-    """Notes a dimension of a parameter that meets data in a sum."""
+def _consume(analysis: "Analysis", weight: Value, dimension: int, other: Value) -> None:
+    """Notes a dimension of a parameter that is summed over with data."""
     if weight.of_params and not other.of_params:
         analysis.consumers |= weight.origins[dimension]
 
 
-def _note_kernels(analysis: Any, value: Value, copies: Sequence[int] = ()) -> None:
-    """Notes the leaves that are a matrix, or the weights of a window, in one copy of a product."""
+def _note_kernels(analysis: "Analysis", value: Value, copies: Sequence[int] = ()) -> None:
+    """Notes the leaves with two or more dimensions in one copy of a product, such as a matrix.
+
+    `copies` are the batch dimensions of the product, which only repeat it.
+    """
     if not value.of_params:
         return
-    spans: dict[int, list[int]] = {}  # leaf -> its own dimensions, one for each of the value
+    spans: dict[int, list[int]] = {}  # leaf -> its dimension for each dimension of the value
     for dimension, size in enumerate(value.shape):
         if size > 1 and dimension not in copies:
             for leaf in {leaf for leaf, _ in value.origins[dimension]}:
@@ -38,7 +45,7 @@ def _note_kernels(analysis: Any, value: Value, copies: Sequence[int] = ()) -> No
     analysis.kernels |= {leaf for leaf, own in spans.items() if len(set(own)) > 1}
 
 
-def _dot_general(analysis: Any, op: Op) -> None:
+def _dot_general(analysis: "Analysis", op: Op) -> None:
     (a, b), out = op.ins, op.outs[0]
     (contract_a, contract_b), (batch_a, batch_b) = op.params["dimension_numbers"]
     _note_kernels(analysis, a, batch_a)
@@ -58,7 +65,7 @@ def _dot_general(analysis: Any, op: Op) -> None:
                 out.origins.append(value.origins[dimension])
 
 
-def _convolution(analysis: Any, op: Op) -> bool | None:
+def _convolution(analysis: "Analysis", op: Op) -> bool | None:
     if op.params["batch_group_count"] != 1:
         return False
     (image, kernel), out = op.ins, op.outs[0]
@@ -76,7 +83,7 @@ def _convolution(analysis: Any, op: Op) -> bool | None:
     facts = zero_only(kernel.facts[kernel_out])
     if groups == 1:
         _contract(analysis, image, image_in, kernel, kernel_in, op)
-    else:  # whole groups of channels go; depthwise, a group is a channel
+    else:  # only whole groups of channels can be removed; depthwise, a group is one channel
         per_group = image.shape[image_in] // groups, kernel.shape[kernel_out] // groups
         ins = image.nodes[image_in].reshape(groups, per_group[0])
         outs = kernel.nodes[kernel_out].reshape(groups, per_group[1])
@@ -91,9 +98,9 @@ def _convolution(analysis: Any, op: Op) -> bool | None:
     return None
 
 
-def _run_convolution(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_convolution(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     numbers, (image, kernel) = op.params["dimension_numbers"], arrays
-    if 0 in kernel.shape:  # a slice of a width may lose all its channels
+    if 0 in kernel.shape:  # a slice of a dimension may lose all its channels
         return [jnp.zeros(run.shape(op.outs[0]), op.outs[0].aval.dtype)]
     groups = image.shape[numbers.lhs_spec[1]] // kernel.shape[numbers.rhs_spec[1]]
     params = op.params | {"feature_group_count": groups}

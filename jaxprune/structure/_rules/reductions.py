@@ -1,6 +1,6 @@
 """Primitives that combine or order the entries along a dimension."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +9,19 @@ from jax import lax
 from jaxprune.structure._rules.elementwise import identity, zero_only
 from jaxprune.structure._values import SAME, ZERO, Op, Rule
 
-_SUMMARIES = {"reduce_sum", "reduce_max", "reduce_min"}
-_WINDOWS = "reduce_window_max reduce_window_sum reduce_window_min"
+if TYPE_CHECKING:
+    from jaxprune.structure._analysis import Analysis
+    from jaxprune.structure._execution import Execution
 
-
-# Under `vmap`, what collects over a named axis reduces over numbered ones.
+_SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
+_OTHERS = frozenset("reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split())
+_WINDOWS = frozenset("reduce_window_max reduce_window_sum reduce_window_min".split())
+_SCANS = frozenset("cumsum cumprod cummax cummin cumlogsumexp sort top_k".split())
+# Under `vmap`, a collective over a named axis becomes a reduction over numbered axes.
 _COLLECTIVES = {"psum": "reduce_sum", "pmax": "reduce_max", "pmin": "reduce_min"}
 
 
-def _reduce(analysis: Any, op: Op) -> None:
+def _reduce(analysis: "Analysis", op: Op) -> None:
     value, out, name = op.ins[0], op.outs[0], _COLLECTIVES.get(op.name, op.name)
     axes = set(op.params["axes"])
     corrected = None
@@ -30,7 +34,7 @@ def _reduce(analysis: Any, op: Op) -> None:
         elif name == "reduce_sum" and (facts[free] & ZERO).all():
             analysis.need(nodes, facts, ZERO, f"{reason}, and pruned entries would not add 0")
         elif free.any() and corrected is None:
-            # What is known of pruned entries is added to the sum, or compared with the others.
+            # Removed entries can be computed: they are added to the sum, or compared with the rest.
             corrected = axis
             analysis.need(nodes, facts, SAME, f"{reason}, and pruned entries would differ")
         else:
@@ -43,21 +47,21 @@ def _reduce(analysis: Any, op: Op) -> None:
             out.origins.append(value.origins[dimension])
 
 
-def _collect(analysis: Any, op: Op) -> bool | None:
+def _collect(analysis: "Analysis", op: Op) -> bool | None:
     axes = op.params["axes"]
     if op.name == "psum" and not any(map(_is_number, axes)):
-        return identity(analysis, op)  # over devices
+        return identity(analysis, op)  # a sum over devices
     if len(op.ins) > 1 or not all(map(_is_number, axes)):
         return False
     return _reduce(analysis, op)
 
 
 def _is_number(axis: Any) -> bool:
-    """Whether an axis is no name."""
+    """Tells whether an axis is a number, not a name."""
     return isinstance(axis, int | np.integer)
 
 
-def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_reduce(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     value, array, name = op.ins[0], arrays[0], _COLLECTIVES.get(op.name, op.name)
     for axis in op.params["axes"]:
         removed = len(value.nodes[axis]) - array.shape[axis] if _is_number(axis) else 0
@@ -65,7 +69,7 @@ def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
             continue
         gone = run.removed(value, axis)
         alike = gone.shape[axis] == 1
-        if name != "reduce_sum":  # all of them: the gradient of a maximum is shared among equals
+        if name != "reduce_sum":  # append each: equal maxima share the gradient
             gone = jnp.repeat(gone, removed, axis) if alike else gone
         elif alike:
             gone = gone * jnp.asarray(removed, gone.dtype)
@@ -73,7 +77,7 @@ def _run_reduce(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return run.bind(op, [array, *arrays[1:]])
 
 
-def _along(analysis: Any, op: Op) -> bool | None:
+def _along(analysis: "Analysis", op: Op) -> bool | None:
     value = op.ins[0]
     dimensions = len(value.shape)
     axis = op.params.get("axis", op.params.get("dimension", dimensions - 1)) % dimensions
@@ -92,11 +96,11 @@ def _along(analysis: Any, op: Op) -> bool | None:
     return None
 
 
-def _window(analysis: Any, op: Op) -> None:
+def _window(analysis: "Analysis", op: Op) -> None:
     value, out, params = op.ins[0], op.outs[0], op.params
     analysis.fix(out)
     sides = zip(params["padding"], params["window_dimensions"], strict=True)
-    # A window with nothing but padding in it would hold an infinity.
+    # The maximum of a window that holds only padding would be an infinity.
     covered = all(max(padding) < window for padding, window in sides)
     for dimension in range(len(value.shape)):
         alone = params["window_dimensions"][dimension] == params["window_strides"][dimension] == 1
@@ -111,26 +115,21 @@ def _window(analysis: Any, op: Op) -> None:
             analysis.freeze(value.nodes[dimension], f"a window slides over it {op.where}")
 
 
-def _fft(analysis: Any, op: Op) -> None:
+def _fft(analysis: "Analysis", op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     analysis.fix(out)
     transformed = len(value.shape) - len(op.params["fft_lengths"])
     for dimension, nodes in enumerate(value.nodes):
         if dimension >= transformed:
             analysis.freeze(nodes, f"`fft` along it {op.where}")
-        else:  # it is linear: 0 stays 0
+        else:  # the transform is linear, so it maps 0 to 0
             out.nodes[dimension] = nodes
             out.facts[dimension] = zero_only(value.facts[dimension])
 
 
 RULES = {name: Rule(_reduce, _run_reduce) for name in sorted(_SUMMARIES)}
 RULES |= {name: Rule(_collect, _run_reduce) for name in _COLLECTIVES}
-RULES |= {
-    name: Rule(_reduce)
-    for name in "reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
-}
-RULES |= {
-    name: Rule(_along) for name in "cumsum cumprod cummax cummin cumlogsumexp sort top_k".split()
-}
+RULES |= {name: Rule(_reduce) for name in sorted(_OTHERS)}
+RULES |= {name: Rule(_along) for name in sorted(_SCANS)}
 RULES |= {"fft": Rule(_fft)}
-RULES |= {name: Rule(_window) for name in _WINDOWS.split()}
+RULES |= {name: Rule(_window) for name in sorted(_WINDOWS)}

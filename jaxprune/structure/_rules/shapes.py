@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +13,12 @@ from jaxprune.structure._nodes import rows_of
 from jaxprune.structure._rules.elementwise import zero_only
 from jaxprune.structure._values import ALWAYS_SAME, ALWAYS_ZERO, NOTHING, Op, Rule, Value
 
+if TYPE_CHECKING:
+    from jaxprune.structure._analysis import Analysis
+    from jaxprune.structure._execution import Execution
 
-def _broadcast(analysis: Any, op: Op) -> None:
+
+def _broadcast(analysis: "Analysis", op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     out.number = value.number
     source = {to: at for at, to in enumerate(op.params["broadcast_dimensions"])}
@@ -24,30 +28,30 @@ def _broadcast(analysis: Any, op: Op) -> None:
             out.nodes.append(value.nodes[at])
             out.facts.append(value.facts[at])
             out.origins.append(value.origins[at])
-        else:  # entries are alike, so it takes the width of whatever it meets
+        else:  # all entries are equal, so the dimension takes any width that it is combined with
             out.nodes.append(_new(analysis, size))
             out.facts.append(np.full(size, ALWAYS_SAME, np.uint8))
             out.origins.append(frozenset())
 
 
-def _run_broadcast(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_broadcast(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     shape, dimensions = run.shape(op.outs[0]), op.params["broadcast_dimensions"]
     sharding = op.params.get("sharding")
     return [lax.broadcast_in_dim(arrays[0], shape, dimensions, out_sharding=sharding)]
 
 
-def _transpose(analysis: Any, op: Op) -> None:
+def _transpose(analysis: "Analysis", op: Op) -> None:
     _pick(op, op.params["permutation"])
 
 
-def _squeeze(analysis: Any, op: Op) -> None:
+def _squeeze(analysis: "Analysis", op: Op) -> None:
     gone = {dimension % len(op.ins[0].shape) for dimension in op.params["dimensions"]}
     _pick(op, [dimension for dimension in range(len(op.ins[0].shape)) if dimension not in gone])
     op.outs[0].facts = [zero_only(facts) for facts in op.outs[0].facts]
 
 
 def _pick(op: Op, dimensions: Sequence[int]) -> None:
-    """The output has these dimensions of the operand."""
+    """Gives the output these dimensions of the operand, in this order."""
     _pick_into(op.outs[0], op.ins[0], dimensions)
 
 
@@ -58,7 +62,7 @@ def _pick_into(out: Value, value: Value, dimensions: Sequence[int]) -> None:
     out.number = value.number
 
 
-def _reverse(analysis: Any, op: Op) -> None:
+def _reverse(analysis: "Analysis", op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     out.like(value)
     for dimension in op.params["dimensions"]:
@@ -67,7 +71,7 @@ def _reverse(analysis: Any, op: Op) -> None:
     out.facts = [zero_only(facts) for facts in out.facts]
 
 
-def _reshape(analysis: Any, op: Op) -> bool | None:
+def _reshape(analysis: "Analysis", op: Op) -> bool | None:
     value, out = op.ins[0], op.outs[0]
     if op.params.get("dimensions") is not None or 0 in value.shape:
         return False
@@ -88,7 +92,7 @@ def _reshape(analysis: Any, op: Op) -> bool | None:
 def reshape_blocks(
     before: Sequence[int], after: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """The dimensions that a reshape merges or splits together; those of size 1 are left out.
+    """Pairs the dimensions that a reshape merges or splits; it leaves out those of size 1.
 
     Args:
         before: shape of the operand, without zeros.
@@ -118,14 +122,14 @@ def reshape_blocks(
     return blocks
 
 
-def _merge(analysis: Any, op: Op, dimensions: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and facts of several dimensions flattened to one; only one of them may be free."""
+def _merge(analysis: "Analysis", op: Op, dimensions: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Flattens nodes and facts of several dimensions to one; only one of them may be free."""
     value = op.ins[0]
     nodes, facts = value.nodes[dimensions[0]], zero_only(value.facts[dimensions[0]])
     for dimension in dimensions[1:]:
         inner, inner_facts = value.nodes[dimension], zero_only(value.facts[dimension])
         if analysis.is_free(nodes).any() and analysis.is_free(inner).any():
-            # Prefer to keep free what belongs to parameters.
+            # If one of the two belongs to a parameter, that one remains free.
             outer_counts = analysis.nodes.of_leaf[analysis.root(nodes)].any()
             inner_counts = analysis.nodes.of_leaf[analysis.root(inner)].any()
             loser = nodes if inner_counts and not outer_counts else inner
@@ -139,9 +143,12 @@ def _merge(analysis: Any, op: Op, dimensions: list[int]) -> tuple[np.ndarray, np
 
 
 def _split(
-    analysis: Any, nodes: np.ndarray, facts: np.ndarray, sizes: list[int]
+    analysis: "Analysis", nodes: np.ndarray, facts: np.ndarray, sizes: list[int]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """One dimension split in several, of which one may shrink: the same places in all others go."""
+    """Splits a dimension into several, of which one may shrink.
+
+    Removing an index of that factor removes it at all positions of the other factors.
+    """
     if len(sizes) == 1:
         return [nodes], [facts]
     roots = analysis.root(nodes).reshape(sizes)
@@ -157,18 +164,21 @@ def _split(
 
 
 def _fixed(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and facts of a dimension that is kept whole."""
+    """Returns nodes and facts of a dimension that is kept whole."""
     return np.zeros(size, np.int64), np.zeros(size, np.uint8)
 
 
-def _run_reshape(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_reshape(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     shape = run.shape(op.outs[0])
     if math.prod(shape) != arrays[0].size:
-        raise ValueError(f"the plan leaves a ragged array at `reshape` {op.where}")
+        raise ValueError(
+            f"the plan must leave a rectangular array at `reshape` {op.where}, but keeps "
+            f"{arrays[0].size} entries for shape {shape}; please report this."
+        )
     return [lax.reshape(arrays[0], shape, out_sharding=op.params.get("sharding"))]
 
 
-def _concatenate(analysis: Any, op: Op) -> None:
+def _concatenate(analysis: "Analysis", op: Op) -> None:
     out, axis = op.outs[0], op.params["dimension"]
     for dimension in range(len(out.shape)):
         facts = [zero_only(value.facts[dimension]) for value in op.ins]
@@ -184,7 +194,7 @@ def _concatenate(analysis: Any, op: Op) -> None:
         out.origins.append(frozenset().union(*[value.origins[dimension] for value in op.ins]))
 
 
-def _stack(analysis: Any, op: Op) -> None:
+def _stack(analysis: "Analysis", op: Op) -> None:
     out, axis = op.outs[0], op.params["axis"]
     for dimension in range(len(op.ins[0].shape)):
         first = op.ins[0].nodes[dimension]
@@ -200,7 +210,7 @@ def _stack(analysis: Any, op: Op) -> None:
     out.origins.insert(axis, frozenset())
 
 
-def _unstack(analysis: Any, op: Op) -> None:
+def _unstack(analysis: "Analysis", op: Op) -> None:
     value, axis = op.ins[0], op.params["axis"]
     analysis.freeze(value.nodes[axis], f"`unstack` along it {op.where}")
     for out in op.outs:
@@ -208,7 +218,7 @@ def _unstack(analysis: Any, op: Op) -> None:
         out.facts = [zero_only(facts) for facts in out.facts]
 
 
-def _pad(analysis: Any, op: Op) -> None:
+def _pad(analysis: "Analysis", op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     filler = ALWAYS_ZERO if op.ins[1].number == 0 else NOTHING
     padded = [config != (0, 0, 0) for config in op.params["padding_config"]]
@@ -217,7 +227,7 @@ def _pad(analysis: Any, op: Op) -> None:
         if padded[dimension] and (between or low < 0 or high < 0):
             analysis.freeze(nodes, f"`pad` inside of or off this dimension {op.where}")
             nodes, facts = _fixed(out.shape[dimension])
-        elif padded[dimension]:  # what is added goes with whatever it meets
+        elif padded[dimension]:  # padding can be removed with whatever it is combined with
             ends = [np.full(size, filler, np.uint8) for size in (low, high)]
             nodes = np.concatenate([analysis.nodes.new(low), nodes, analysis.nodes.new(high)])
             facts = np.concatenate([ends[0], facts, ends[1]])
@@ -228,7 +238,7 @@ def _pad(analysis: Any, op: Op) -> None:
         out.origins.append(value.origins[dimension])
 
 
-def _run_pad(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_pad(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     config = []
     for dimension, (low, high, between) in enumerate(op.params["padding_config"]):
         if not between and low >= 0 and high >= 0:
@@ -238,7 +248,7 @@ def _run_pad(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return [lax.pad(arrays[0], arrays[1], config)]
 
 
-def _tile(analysis: Any, op: Op) -> None:
+def _tile(analysis: "Analysis", op: Op) -> None:
     value, out = op.ins[0], op.outs[0]
     out.like(value)
     for dimension, times in enumerate(op.params["reps"]):
@@ -246,7 +256,7 @@ def _tile(analysis: Any, op: Op) -> None:
         out.facts[dimension] = np.tile(zero_only(value.facts[dimension]), times)
 
 
-def _slice(analysis: Any, op: Op) -> None:
+def _slice(analysis: "Analysis", op: Op) -> None:
     value, out, params = op.ins[0], op.outs[0], op.params
     strides = params["strides"] or (1,) * len(value.shape)
     out.like(value)
@@ -257,7 +267,7 @@ def _slice(analysis: Any, op: Op) -> None:
         out.facts[dimension] = zero_only(value.facts[dimension][slice(*ends)])
 
 
-def _run_slice(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_slice(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     value, params, array = op.ins[0], op.params, arrays[0]
     strides = params["strides"] or (1,) * len(value.shape)
     for dimension, ends in enumerate(
@@ -276,7 +286,7 @@ def _run_slice(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
     return [array]
 
 
-def _split_axis(analysis: Any, op: Op) -> None:
+def _split_axis(analysis: "Analysis", op: Op) -> None:
     value, axis, start = op.ins[0], op.params["axis"], 0
     for out, size in zip(op.outs, op.params["sizes"], strict=True):
         out.like(value)
@@ -286,13 +296,13 @@ def _split_axis(analysis: Any, op: Op) -> None:
         start += size
 
 
-def _run_split(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
+def _run_split(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     axis = op.params["axis"]
     sizes = [run.shape(out)[axis] for out in op.outs]
     return [*lax.split(arrays[0], sizes, axis=axis)]
 
 
-def _made(analysis: Any, op: Op) -> None:
+def _made(analysis: "Analysis", op: Op) -> None:
     for value in op.ins:
         for nodes in value.nodes:
             analysis.freeze(nodes, f"`{op.name}` {op.where}")
@@ -301,12 +311,12 @@ def _made(analysis: Any, op: Op) -> None:
     out.facts = [np.zeros(size, np.uint8) for size in out.shape]
 
 
-def _run_made(run: Any, op: Op, arrays: list[Any]) -> list[Any]:
-    # Made dense and then taken from, so that every entry has the value of the dense function.
+def _run_made(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
+    # Take from the dense array, so that each entry equals that of the dense function.
     return [run.take(op.primitive.bind(*arrays, **op.params), op.outs[0])]
 
 
-def _new(analysis: Any, size: int) -> np.ndarray:
+def _new(analysis: "Analysis", size: int) -> np.ndarray:
     return analysis.nodes.new(size) if size > 1 else np.zeros(size, np.int64)
 
 

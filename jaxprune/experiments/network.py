@@ -1,0 +1,70 @@
+"""The network of a configuration: as a module, as pure functions, and the channels that it has."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from jaxprune import models, structure, training, trees
+from jaxprune.experiments.config import Config
+from jaxprune.experiments.sources import Source
+
+
+class Network(NamedTuple):
+    """The dense network of a run."""
+
+    model: nnx.Module
+    functions: structure.FromNNX
+    groups: structure.Groups  # empty if only single weights are pruned
+    macs: Callable[[structure.Plan], float]  # of one image of the data's size
+
+
+def make_network(config: Config, source: Source) -> Network:
+    """Builds the network of a configuration and, if channels are pruned, analyses it."""
+    model = make_model(config, source, config.seed)
+    functions, image = pure_functions(model), source.example[:1]
+    if config.granularity == "channels":
+        groups = find_groups(functions, source.example)
+        macs = structure.mac_cost(groups, functions.evaluate, functions.variables, image)
+        return Network(model, functions, groups, macs)
+    count = structure.count_macs(functions.evaluate, functions.variables, image)
+    return Network(model, functions, no_groups(functions), lambda _: count)
+
+
+def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
+    """Returns a new model of the configuration."""
+    model = getattr(models, config.model)(
+        num_classes=source.num_classes,
+        in_channels=source.image_shape[-1],
+        widths=models.Widths(**json.loads(config.widths)) if config.widths else None,
+        dtype=config.dtype,
+        rngs=nnx.Rngs(seed),
+    )
+    model.train()
+    return model
+
+
+def pure_functions(model: nnx.Module) -> structure.FromNNX:
+    """Returns a model as functions of its variables, `{"params": ..., "model_state": ...}`."""
+    return structure.from_nnx(model, state="model_state")
+
+
+def variables_of(state: training.TrainState) -> dict[str, Any]:
+    """Returns the variables that the functions of a network take."""
+    return {"params": state.params, "model_state": state.model_state}
+
+
+def find_groups(
+    functions: structure.FromNNX, images: jax.Array | jax.ShapeDtypeStruct
+) -> structure.Groups:
+    """Finds the channels that shrink together, in evaluation and in training."""
+    return structure.find_groups(functions.traces(images), functions.variables)
+
+
+def no_groups(functions: structure.FromNNX) -> structure.Groups:
+    """Returns the groups of a network whose channels all stay, without analysing it."""
+    leaves = trees.leaf_by_path(functions.variables)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    return structure.Groups(structure.Model(shapes, frozenset()), (), (), {})
