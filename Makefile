@@ -12,7 +12,7 @@ PYTHON3 ?=
 CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 python
 # Those of pyenv need not be on the path.
 NEWER := $(CANDIDATES) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python3)
-SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks)
+SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks examples)
 
 # A compiled program is kept in the checkout and found again by the next run of the tests.
 CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
@@ -26,7 +26,8 @@ LEFT_OUT := structure_fuzz.py::test_a_broken_rule_is_noticed training.py::test_l
 	training.py::test_the_benchmark_of_the_loop_runs
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-quickly test-x64 lint format bench tpu-check cuda-check clean
+.PHONY: help demo test test-newest test-quickly test-x64 coverage lint wheel format bench tpu-check \
+	cuda-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -64,10 +65,32 @@ test-x64: $(VENV)/.test  ## run the laws with jax_enable_x64, about three minute
 	JAX_ENABLE_X64=1 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
 	  --dist worksteal $(X64:%=tests/test_%.py) $(ARGS)
 
+# Only what runs in the test processes themselves counts, so the commands of scripts/ look untested.
+coverage:  ## run the fast tests and print which lines of the library they run
+	@$(MAKE) --no-print-directory test-fast \
+	  ARGS="--cov=jaxprune --cov-report=term:skip-covered $(ARGS)"
+
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(PYTHON) -m ruff check $(SOURCES)
 	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m pyright
+
+# The other environment has the wheel alone, and the packages of this one through a path file. It
+# is written last: pip must not see the checkout that is installed here.
+OUTSIDE := $(VENV)/outside
+PACKAGES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+
+wheel: $(VENV)/.train  ## build the wheel, install it elsewhere and use it outside of the checkout
+	rm -rf build dist $(OUTSIDE)
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	rm -rf build
+	$(PYTHON) -m venv --without-pip $(OUTSIDE)
+	$(PYTHON) -m pip --python $(OUTSIDE)/bin/python install --quiet --disable-pip-version-check \
+	  --no-deps dist/jaxprune-*.whl
+	$(PYTHON) -c '$(PACKAGES)' >"$$($(OUTSIDE)/bin/python -c '$(PACKAGES)')/shared.pth"
+	cd $(OUTSIDE) && env -u PYTHONPATH bin/python "$(CURDIR)/.ci/outside.py"
+	cd $(OUTSIDE) && env -u PYTHONPATH bin/python -m jaxprune.experiments.train --help >/dev/null
+	@echo "The wheel works outside of the checkout: $$(ls dist/*.whl)"
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(PYTHON) -m ruff check --fix $(SOURCES)

@@ -134,8 +134,8 @@ def reduced(data: bytes, box: augment.Box, size: int) -> np.ndarray:
 
 WAYS: dict[str, Callable[[bytes, augment.Box, int], np.ndarray]] = {
     "reduced, linear (ours)": reduced,
-    "whole, linear": lambda *args: whole(*args, cv2.INTER_LINEAR),
-    "whole, averaged": lambda *args: whole(*args, cv2.INTER_AREA),
+    "whole, linear": lambda data, box, size: whole(data, box, size, cv2.INTER_LINEAR),
+    "whole, averaged": lambda data, box, size: whole(data, box, size, cv2.INTER_AREA),
     "Pillow, antialiased": antialiased,
 }
 

@@ -173,7 +173,7 @@ def measure(rounds: int, mask_rounds: int, only: str | None) -> list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=30, help="steps without a mask update")
     parser.add_argument("--mask-rounds", type=int, default=7, help="steps with a mask update")
     parser.add_argument("--only", help="run the baseline and the arms whose name contains this")
