@@ -54,6 +54,7 @@ def results(workdir):
     return [one | {"checkpoint_bytes": 0} for one in rounds]  # there are files of each process
 
 
+@pytest.mark.processes
 def test_two_processes_end_with_the_numbers_of_one(start, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     codes, outputs = ends(start(alone, 1))

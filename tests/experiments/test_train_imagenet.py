@@ -77,6 +77,7 @@ def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tm
     assert checkpoint(tmp_path / "killed") == checkpoint(tmp_path / "whole"), "bit for bit"
 
 
+@pytest.mark.processes
 def test_two_processes_read_their_parts_of_each_batch(command, environment, tmp_path):
     """The run of one process: masks to the bit, and every image counts once in evaluation."""
     assert run(command(tmp_path / "one"), environment).returncode == 0

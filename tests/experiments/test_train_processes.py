@@ -87,6 +87,7 @@ def alone(environment, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mesh", ["data=2", "data=1,fsdp=2"])
 def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
     """Through both switches; one gets SIGTERM on the way, and all go on later."""
@@ -114,6 +115,7 @@ def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
             np.testing.assert_allclose(found[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
 
 
+@pytest.mark.processes
 def test_an_interrupt_of_one_process_stops_all_of_them(start, tmp_path):
     children = start(tmp_path, [], [])
     until(children[0], "step 8/")
@@ -123,6 +125,7 @@ def test_an_interrupt_of_one_process_stops_all_of_them(start, tmp_path):
     assert "stopped and saved at step" in outputs[0]
 
 
+@pytest.mark.processes
 def test_a_lost_process_stops_the_others(start, tmp_path):
     children = start(tmp_path, [], [])
     until(children[0], "step 10/")
@@ -134,6 +137,7 @@ def test_a_lost_process_stops_the_others(start, tmp_path):
     assert codes == [0, 0] and "resumes at step" in outputs[0], outputs
 
 
+@pytest.mark.processes
 def test_processes_that_disagree_stop_at_once(start, tmp_path):
     codes, outputs = ends(start(tmp_path, ["--seed", "1"], ["--seed", "2"]))
     assert 0 not in codes
@@ -190,6 +194,7 @@ def pod(environment):
     return go
 
 
+@pytest.mark.processes
 def test_hosts_of_a_pod_slice_find_each_other(pod):
     """With a stand-in for the server that describes a machine of Google's cloud."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata) as server:

@@ -430,6 +430,7 @@ def test_parts_must_divide_the_batch():
         _one_step(optax.sgd(0.1), Plain(rngs=nnx.Rngs(0)), parts=3)
 
 
+@pytest.mark.scripts
 def test_the_benchmark_of_the_loop_runs(monkeypatch, tmp_path, capsys):
     path = Path(__file__).parents[2] / "benchmarks" / "loop.py"
     record = tmp_path / "record.json"
