@@ -14,6 +14,8 @@ CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 pyt
 NEWER := $(CANDIDATES) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python3)
 SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks examples)
 
+# Pytest keeps its rewritten tests; without them each process would need five seconds more.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) --dist worksteal
 # What the markers of pyproject.toml leave.
 FAST := not (slow or processes or scripts or faults)

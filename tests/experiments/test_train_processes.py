@@ -88,16 +88,26 @@ def alone(environment, tmp_path_factory):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("mesh", ["data=2", "data=1,fsdp=2"])
-def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
-    """Through both switches; one gets SIGTERM on the way, and all go on later."""
-    children = start(tmp_path, *[["--mesh", mesh]] * 2)
-    until(children[0], "step 8/")
-    children[1].send_signal(signal.SIGTERM)
-    codes, outputs = ends(children)
-    assert codes == [0, 0], outputs
-    assert "stopped and saved at step" in outputs[0] and outputs[1].count("step") == 0
-    assert not (tmp_path / "summary.json").exists()
+@pytest.mark.parametrize(
+    ("mesh", "signals"),
+    [
+        ("data=2", {8: signal.SIGINT}),
+        ("data=1,fsdp=2", {10: signal.SIGKILL, 14: signal.SIGTERM}),
+    ],
+)
+def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh, signals):
+    """Through both switches; one of them is stopped or lost on the way, and all go on later."""
+    for step, number in signals.items():
+        children = start(tmp_path, *[["--mesh", mesh]] * 2)
+        until(children[0], f"step {step}/")
+        children[1].send_signal(number)
+        codes, outputs = ends(children, timeout=120)
+        if number == signal.SIGKILL:  # the other one notices
+            assert codes[0] != 0 and codes[1] == -signal.SIGKILL
+        else:
+            assert codes == [0, 0 if number == signal.SIGTERM else 128 + signal.SIGINT], outputs
+            assert "stopped and saved at step" in outputs[0] and outputs[1].count("step") == 0
+        assert not (tmp_path / "summary.json").exists()
 
     codes, outputs = ends(start(tmp_path, *[["--mesh", mesh]] * 2))
     assert codes == [0, 0], outputs
@@ -113,28 +123,6 @@ def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
             assert (found[path] == leaf).all(), path
         else:
             np.testing.assert_allclose(found[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
-
-
-@pytest.mark.processes
-def test_an_interrupt_of_one_process_stops_all_of_them(start, tmp_path):
-    children = start(tmp_path, [], [])
-    until(children[0], "step 8/")
-    children[1].send_signal(signal.SIGINT)
-    codes, outputs = ends(children)
-    assert codes == [0, 128 + signal.SIGINT], outputs
-    assert "stopped and saved at step" in outputs[0]
-
-
-@pytest.mark.processes
-def test_a_lost_process_stops_the_others(start, tmp_path):
-    children = start(tmp_path, [], [])
-    until(children[0], "step 10/")
-    children[1].kill()
-    codes, outputs = ends(children, timeout=120)
-    assert codes[0] != 0 and codes[1] == -signal.SIGKILL
-    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / "summary.json").exists()
-    codes, outputs = ends(start(tmp_path, [], []))
-    assert codes == [0, 0] and "resumes at step" in outputs[0], outputs
 
 
 @pytest.mark.processes
