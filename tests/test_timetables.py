@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import budgets, counting, patterns, timetables
@@ -65,6 +65,7 @@ def test_drop_and_grow_conserves_each_leaf_under_a_fixed_budget(seed):
         masks = wanted
 
 
+@settings(max_examples=12)
 @given(
     before=st.integers(0, 100),
     after=st.integers(0, 100),
