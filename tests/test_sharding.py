@@ -60,6 +60,7 @@ def gathered(program: str) -> list[int]:
     return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_sharded_parameters_get_the_masks_of_one_device_and_are_never_gathered(name: str) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)

@@ -169,6 +169,7 @@ RATES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "driver", "kind"), RATES)
 def test_rates_are_exactly_those_of_the_schedule(name, driver, kind, tmp_path):
     schedule = rewinding.hold(SCHEDULES[kind], STEPS)
@@ -291,6 +292,7 @@ def check_start(state, params, source, masks, step):
     assert int(optax.tree.get(state.opt_state, "count")) == step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["fine_tune", "rewind_learning_rate", "random_masks"])
 def test_trained_weights_go_on_with_all_of_their_state(driver, tmp_path):
     toy, _, state, start = begun(driver, tmp_path)
@@ -346,6 +348,7 @@ def test_the_dense_control_trains_everything(tmp_path):
 # ---- masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["fine_tune", "rewind_weights", "random_masks", "reinitialize"])
 def test_masks_are_nested_and_exact_and_zeros_stay(driver, tmp_path):
     toy = Toy()
@@ -408,6 +411,7 @@ def test_random_masks_follow_their_seed(tmp_path):
     assert same(found["a"], found["b"]) and not same(found["a"], found["c"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -494,6 +498,7 @@ class Killed(Exception):
     """Stands for a kill: nothing in the drivers catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["fine_tune", "rewind_weights", "rewind_learning_rate"])
 def test_a_killed_run_ends_with_the_same_bits(driver, tmp_path):
     more = {"to": EARLY} if driver == "rewind_weights" else {}
@@ -594,6 +599,7 @@ class Falling(Toy):
         return kept / 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guard", "harmed"),
     [
@@ -736,6 +742,7 @@ def test_weights_that_pruning_changed_are_used(tmp_path):
 # ---- devices and types
 
 
+@pytest.mark.slow
 def test_states_keep_their_shardings_and_their_freedom(tmp_path):
     mesh = sharding.make_mesh()
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
@@ -819,6 +826,7 @@ def flax_state(**named):
     return OtherFlaxState(step=0, apply_fn=len, tx=optax.sgd(1), **named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_state", [dict, DataState, flax_state, collections.OrderedDict])
 def test_any_state_with_the_two_fields(make_state, tmp_path):
     expected = rewinding.rewind_weights(Toy().task, tmp_path / "a", DENSITIES[:2], to=EARLY)
