@@ -105,7 +105,7 @@ def test_networks_of_another_training_are_refused(dense, finished, script, tmp_p
     (again / "checkpoints" / "30" / "record" / "metadata").write_text(json.dumps(record))
     before = records(finished[0])
     code, text = script.go(again, *OPTIONS, "--workdir", finished[0])
-    assert code and "were made from another training of the same configuration" in text
+    assert code and "were made from a different training of the same configuration" in text
     assert all(str(finished[0] / name) in text for name in CELLS)
     assert records(finished[0]) == before
     assert script.go(dense, *OPTIONS, "--workdir", finished[0])[0] == 0
@@ -302,7 +302,7 @@ def test_killed_and_stopped_it_skips_what_is_done_and_ends_the_same(
                 process.send_signal(signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
     assert seen[0].startswith("1 of 4 networks are finished")
-    assert "stopped; the same command goes on from there\n" in seen
+    assert "stopped; run the same command to resume\n" in seen
     assert [*records(tmp_path)] == CELLS[:2]
     assert (tmp_path / CELLS[0] / "summary.json").read_text() == done
 
@@ -404,11 +404,11 @@ def test_runs_that_cannot_be_compared_are_all_named(script, tmp_path):
     code, text = script.go(*runs, "--workdir", tmp_path / "out")
     assert code not in (0, None) and "Traceback" not in text
     for problem in (
-        "must be finished, dense and differ in their seeds only",
+        "must be finished, dense and differ only in their seeds",
         f"{runs[1]}: batch_size is 7, but 64 in {runs[0]}",
         f"{runs[2]}: is pruned (agip); train with --method none",
         f"{runs[3]}: is not finished",
-        f"{runs[4]}: has seed 0, as another run has",
+        f"{runs[4]}: has seed 0, as an earlier one has",
         f"{runs[5]}: holds no run of scripts/train.py",
     ):
         assert problem in text
@@ -424,7 +424,7 @@ def test_runs_that_cannot_be_compared_are_all_named(script, tmp_path):
         (["run", "--budgets", "0.5", "1"], "--budgets must lie in (0, 1)"),
         (["run", "--steps", "0"], "--steps, --score-batches and --multiple must be at least 1"),
         (["run", "--steps", "9", "--warmup-steps", "9"], "--warmup-steps less than --steps"),
-        (["--report-only"], "holds no finished network"),
+        (["--report-only"], "holds no finished run to report"),
     ],
 )
 def test_refusals(args, message, script, tmp_path):

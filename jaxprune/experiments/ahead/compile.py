@@ -26,6 +26,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jaxprune import programs, sharding
+from jaxprune.experiments import command
 from jaxprune.experiments.ahead import checks
 from jaxprune.experiments.ahead.steps import (
     Network,
@@ -48,6 +49,7 @@ MIB = 2**20
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = parse(sys.argv[1:] if args is None else list(args))
     passed = True
@@ -65,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """The command line; `training` is what follows the `--`."""
+    """Parses the command line; `training` holds the options after `--`."""
     form = argparse.RawDescriptionHelpFormatter
     usage = "compile_for_tpu.py [options] [-- options of train.py]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form)
@@ -80,9 +82,7 @@ def parse(args: list[str]) -> argparse.Namespace:
         help="cuda: GPUs; cpu: as many fake devices of this machine as --mesh says")  # fmt: skip
     add("--effort", type=float, default=-1.0,
         help="of the TPU compiler: 0 is that of training; default: -1, faster")  # fmt: skip
-    end = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(args[:end])
-    options.training = args[end + 1 :]
+    options = command.parse(parser, args)
     if options.topology is None or options.platform == "cpu":
         options.topology = DEFAULTS[options.platform]
     return options
