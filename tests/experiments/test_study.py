@@ -244,7 +244,7 @@ def test_other_training_options_are_refused(study):
     before = (study.root / "methods.json").read_text()
     message = study.go(*GRID, "--seeds", "1", "--", "--steps", "7")
     assert "options: ['--steps', '5'] there, ['--steps', '7'] now" in message
-    assert "use a different folder" in message
+    assert "use another workdir" in message
     assert (study.root / "methods.json").read_text() == before
     assert len(_names(study)) == 5
 
@@ -254,7 +254,7 @@ def test_runs_with_other_configurations_are_not_mixed(study):
     for arguments in ([*GRID, "--seeds", "0", *STEPS], ["fashion", "--report-only"]):
         message = study.go(*arguments)
         assert "steps: 99 there, 5 now" in message or "steps: 5 there, 99 now" in message
-        assert "use a different folder" in message
+        assert "use another workdir" in message
         assert "agip-0.72-seed0" in message and "none-seed0" in message
         assert "data_dir" not in message and "seed:" not in message
     assert _names(study) == ["none-seed0", "agip-0.72-seed0"]
