@@ -1,6 +1,6 @@
 """Random programs: what compaction computes is what masks compute, and a broken rule is noticed.
 
-`JAXPRUNE_FUZZ=2000 python -m pytest tests/test_structure_fuzz.py` runs more of them.
+`JAXPRUNE_FUZZ=2000 python -m pytest tests/structure/test_fuzz.py` runs more of them.
 """
 
 import os
