@@ -145,7 +145,7 @@ def test_each_score_and_control_is_a_network_within_the_budget(finished):
 def opened(dense):
     """The trained network as the script sees it."""
     config = json.loads((dense / "config.json").read_text())
-    config = Config(**{k: v for k, v in config.items() if k != "resolved_steps"})
+    config = Config(**{k: v for k, v in config.items() if k not in ("resolved_steps", "format")})
     return networks.read_dense(dense, config)
 
 
