@@ -208,9 +208,9 @@ def save(
 
     Args:
         manager: from `open_manager`.
-        step: its number. A checkpoint of that step that is already there stays as it is.
+        step: number of the step. An existing checkpoint of that step is not changed.
         state: tree of arrays.
-        record: JSON-ready values to keep with it: data position, configuration.
+        record: JSON-ready values to save with it, such as data position and configuration.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())

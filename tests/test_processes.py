@@ -92,3 +92,29 @@ def test_one_process_alone():
     assert processes.on_first(lambda: marker) is marker
     tree = {"a": np.ones(2)}
     assert processes.from_first(tree) is tree
+
+
+def test_differences():
+    found = [{"a": 1, "b": [2]}, {"a": 1, "b": [3]}, {"b": [2]}]
+    assert processes.differences(found) == [
+        "  a: 1 on process 0, 1; null on process 2",
+        "  b: [2] on process 0, 2; [3] on process 1",
+    ]
+    assert processes.differences([{"a": 1}] * 3) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "16"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, True),
+        ({"TPU_ML_PLATFORM": "JAX"}, True),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, False),
+    ],
+)
+def test_clusters_are_recognised(environment, expected):
+    assert processes.is_cluster(environment) is expected

@@ -47,7 +47,7 @@ _HOLD_OUT_KEY = 20240  # a different key holds out different images
 
 
 class ImageNet(NamedTuple):
-    """Training and test images with the statistics for `normalize`; its fields are as in `Dataset`.
+    """The training and test images with the statistics for `normalize`; fields as in `Dataset`.
 
     Example:
         >>> ImageNet._fields

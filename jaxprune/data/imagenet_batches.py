@@ -232,7 +232,7 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _TrainBatch:
-    """Makes this process's part of the batch of a step."""
+    """A function from a step to this process's part of its batch."""
 
     images: Images
     image_size: int
@@ -266,7 +266,7 @@ class _TrainBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _EvalBatch:
-    """Makes this process's part of the batch with a number."""
+    """A function from a batch number to this process's part of that batch."""
 
     images: Images
     image_size: int

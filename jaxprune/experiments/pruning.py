@@ -37,9 +37,9 @@ class Window(NamedTuple):
     every: int  # steps between two
 
     @property
-    def changes(self) -> list[int]:
-        """Steps after which masks have changed."""
-        return [step + 1 for step in schedules.mask_update_steps(self.start, self.stop, self.every)]
+    def updates(self) -> list[int]:
+        """The steps of the mask updates, from 0."""
+        return schedules.mask_update_steps(self.start, self.stop, self.every)
 
 
 def window_of(config: Config, steps: int) -> Window:

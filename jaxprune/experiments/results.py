@@ -87,7 +87,7 @@ def environment() -> dict[str, Any]:
 
 
 def is_untested(log: MetricsLog, end: int) -> bool:
-    """Whether the evaluation of the last step is to be made again, because its line is lost."""
+    """Says whether the last step must be evaluated again, because its record is lost."""
     return processes.on_first(lambda: not log.has(end, "test_accuracy"))
 
 

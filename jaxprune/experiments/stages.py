@@ -36,7 +36,7 @@ class Stages:
         self.shrinking = structure.Shrinking(
             experiment.groups,
             steps=experiment.steps,
-            mask_updates=experiment.window.changes if config.compact else (),
+            mask_updates=experiment.window.updates if config.compact else (),
             cost=experiment.macs,
             make_optimizer=experiment.make_optimizer,
             prepare=self._compile,

@@ -1,4 +1,4 @@
-"""Flax NNX residual networks whose widths are data, block by block."""
+"""Residual networks in Flax NNX whose widths are data, block by block."""
 
 from jaxprune.models.resnet import (
     ResNet,

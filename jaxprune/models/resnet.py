@@ -1,8 +1,8 @@
 """Residual networks in Flax NNX, for small (CIFAR) and large (ImageNet) images.
 
-The widths of every block are data, so a network whose channels were removed is described as exactly
-as the original. Where the strides and the projections sit is fixed by the position of a block and
-never guessed from shapes: a width that happens to match must not make a projection disappear.
+The widths of every block are data, so a network with removed channels is described as exactly as
+the original. Strides and projections are decided by the position of a block and never guessed from
+shapes: a width that happens to match must not make a projection disappear.
 """
 
 import math
@@ -33,9 +33,9 @@ def _keep_dtypes(args: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -
 
 
 def _he_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Normal with variance 2 / fan-out, for kernels [height, width, in, out]."""
+    """Draws normal numbers with variance 2 / fan-out, for kernels [height, width, in, out]."""
     height, width, _, fan_out = shape
-    # Drawn flat: the values are the same and XLA:CPU compiles a draw of rank 1 five times faster.
+    # Draw flat: the values are the same, and XLA:CPU compiles a draw of rank 1 five times faster.
     draws = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
     return math.sqrt(2 / (height * width * fan_out)) * draws
 
@@ -43,13 +43,13 @@ def _he_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.
 def _conv(
     in_width: int, out_width: int, size: int, stride: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """A `size` x `size` convolution without bias."""
+    """Makes a `size` x `size` convolution without bias."""
     return nnx.Conv(
         in_width,
         out_width,
         (size, size),
         strides=stride,
-        padding=size // 2,  # "SAME" would shift the grid by a pixel where the stride is 2
+        padding=size // 2,  # "SAME" would shift the grid by a pixel at stride 2
         use_bias=False,
         kernel_init=_he_normal,
         dtype=dtype,
@@ -60,7 +60,7 @@ def _conv(
 def _norm(
     width: int, scale: float = 1.0, *, dtype: DTypeLike, axis_name: str | None, rngs: nnx.Rngs
 ) -> nnx.BatchNorm:
-    """Batch normalisation with float32 statistics whose scale starts at `scale`."""
+    """Makes a batch normalisation with float32 statistics whose scale starts at `scale`."""
     return nnx.BatchNorm(
         width,
         momentum=0.9,
@@ -74,14 +74,14 @@ def _norm(
 
 
 class _Layers(NamedTuple):
-    """What builds the layers of one network: `_conv` and `_norm` with its options filled in."""
+    """The builders of a network's layers: `_conv` and `_norm` with the network's options."""
 
     conv: Callable[..., nnx.Conv]
     norm: Callable[..., nnx.BatchNorm]
 
 
 class ConvNorm(nnx.Module):
-    """A convolution and its normalisation: the stem, and the projections."""
+    """A convolution and its normalisation, used for the stem and the projections."""
 
     def __init__(self, layers: _Layers, in_width: int, out_width: int, size: int, stride: int):
         self.conv = layers.conv(in_width, out_width, size, stride)
@@ -135,33 +135,35 @@ class Bottleneck(nnx.Module):
 class ResNet(nnx.Module):
     """A residual network by name; `resnet20(...)` is `ResNet("resnet20", ...)`.
 
-    Small images (resnet8/20/32/56/110): 3x3 stem and three stages. Large images (resnet18/34/50/
-    101, "v1.5"): 7x7 stem of stride 2, 3x3 max-pool of stride 2 and four stages. Then the global
-    average and a linear classifier. Every stage after the first halves the image in its first
-    block, in a 3x3 convolution. The first block of a stage has a 1x1 projection with normalisation
-    ("option B") as its shortcut, save in the first stage of a network of basic blocks.
+    Networks for small images (resnet8/20/32/56/110) have a 3x3 stem and three stages. Networks for
+    large images (resnet18/34/50/101, "v1.5") have a 7x7 stem of stride 2, a 3x3 max-pool of stride
+    2 and four stages. Both end with the global average and a linear classifier. Every stage after
+    the first halves the image in its first block, in a 3x3 convolution. The shortcut of a stage's
+    first block is a 1x1 projection with normalisation ("option B"), except in the first stage of a
+    network of basic blocks.
 
     A new network is in training mode: batch normalisation uses the batch and moves its running
-    statistics by a tenth. `eval()` and `train()` switch. Parameters (`nnx.Param`) and statistics
-    (`nnx.BatchStat`) are float32, at paths such as `stem/conv/kernel`, `blocks/3/conv1/kernel`,
-    `blocks/3/projection/norm/scale` and `head/kernel`.
+    statistics by a tenth. `eval()` and `train()` change the mode. Parameters (`nnx.Param`) and
+    statistics (`nnx.BatchStat`) are float32, at paths such as `stem/conv/kernel`,
+    `blocks/3/conv1/kernel`, `blocks/3/projection/norm/scale` and `head/kernel`.
 
     Under `jax.jit` a batch may be sharded in any way: statistics are those of the whole batch.
-    Inside `jax.shard_map`, name the mapped axis to get the same.
+    Inside `jax.shard_map`, name the mapped axis to get the same statistics.
 
     Args:
-        name: which network, such as "resnet20".
+        name: name of the network, such as "resnet20".
         num_classes: number of logits; None for 10 (small images) or 1000 (large images).
         in_channels: channels of the images.
         widths: channels of each layer; None for `default_widths(name)`.
-        dtype: in which to compute; bfloat16 leaves parameters, statistics and logits float32.
-        axis_name: mapped axis over which to average batch statistics, inside `jax.shard_map` only.
+        dtype: dtype of the computation; with bfloat16, parameters, statistics and logits remain
+            float32.
+        axis_name: mapped axis over which to average batch statistics, only inside `jax.shard_map`.
         rngs: source of the initial parameters (stream `params`).
 
     Raises:
-        ValueError: `name` is not known, a number is not positive, or `widths` does not fit the
-            network; every block at fault is named.
-        TypeError: `dtype` is not floating.
+        ValueError: if `name` is unknown, a number is not positive, or `widths` does not fit the
+            network; it lists every wrong block.
+        TypeError: if `dtype` is not floating.
 
     Example:
         >>> thin = Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
@@ -169,7 +171,7 @@ class ResNet(nnx.Module):
         >>> logits = nnx.jit(ResNet.__call__)(model, jnp.ones((2, 8, 8, 3)))
         >>> logits.shape, bool((model.stem.norm.mean[...] == 0).all())  # statistics moved
         ((2, 10), False)
-        >>> model.eval()  # from now on they are used and stay
+        >>> model.eval()  # from now on they are used and do not change
         >>> ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))][:2]
         ['blocks/0/conv1/kernel', 'blocks/0/conv2/kernel']
 
@@ -222,7 +224,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(inputs[-1], num_classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [B, num_classes] float32 of normalised images [B, H, W, C], any floating dtype."""
+        """Returns float32 logits [B, num_classes] of normalised images, floating [B, H, W, C]."""
         self._check_images(images)
         x = nnx.relu(self.stem(images))
         if self.large_images:
@@ -237,14 +239,14 @@ class ResNet(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != self.in_channels:
             raise ValueError(
                 f"`images` must be [B, H, W, {self.in_channels}]; got shape {images.shape}. "
-                "Put the channels last, or build the network with another `in_channels`."
+                "Put the channels last, or build the network with a different `in_channels`."
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(f"`images` must be floating; got {images.dtype}: normalise them first.")
+            raise TypeError(f"`images` must be floating; got {images.dtype}. Normalise them first.")
 
 
 class Constructor(Protocol):
-    """What builds a named network; the keywords are those of `ResNet`."""
+    """A function that builds a named network; its keywords are those of `ResNet`."""
 
     def __call__(
         self,
@@ -258,7 +260,7 @@ class Constructor(Protocol):
     ) -> ResNet: ...
 
 
-_DOCSTRING = """{title} for {images} images: {blocks} blocks, {parameters} parameters.
+_DOCSTRING = """Builds a {title} for {images} images: {blocks} blocks, {parameters} parameters.
 
 Args: those of `ResNet`.
 
@@ -266,7 +268,7 @@ Returns:
     A `ResNet` in training mode.
 
 Raises:
-    ValueError, TypeError: as `ResNet` does.
+    ValueError, TypeError: as for `ResNet`.
 
 Example:
     >>> model = nnx.eval_shape(lambda: {name}(rngs=nnx.Rngs(0)))  # shapes, no arrays
@@ -279,7 +281,7 @@ References:
 
 
 def _constructor(name: str) -> Constructor:
-    """The function `name`, with signature and docstring."""
+    """Makes the function `name`, with signature and docstring."""
     architecture = ARCHITECTURES[name]
 
     def construct(

@@ -1,4 +1,4 @@
-"""The architectures of the residual networks as data: names, depths, widths, and what they fix."""
+"""The architectures of the residual networks as data: names, depths and widths."""
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -12,10 +12,10 @@ __all__ = ["Widths", "default_widths", "widths_of"]
 
 
 class Widths(NamedTuple):
-    """Output channels of the stem and of every convolution in every block.
+    """The output channels of the stem and of every convolution in every block.
 
-    Lists and integers of any kind are accepted where a network is built, so JSON is enough to store
-    widths. The last width of a block is that of the residual stream, hence the same for all blocks
+    Lists and integers of any kind are accepted where a network is built, so widths can be stored as
+    JSON. The last width of a block is that of the residual stream, hence the same for all blocks
     between two projections; the widths before it are free.
 
     Example:
@@ -34,14 +34,14 @@ class Widths(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What a name fixes and widths do not."""
+    """The properties that a name decides and widths do not."""
 
-    bottleneck: bool  # blocks of 1x1, 3x3 and 1x1 convolutions, not of two 3x3 ones
-    depths: tuple[int, ...]  # blocks in each stage
+    bottleneck: bool  # whether blocks are 1x1, 3x3 and 1x1 convolutions, not two 3x3 ones
+    depths: tuple[int, ...]  # number of blocks in each stage
     base: int  # default width of the stem and of the first stage; it doubles with each stage
-    large_images: bool  # 7x7/2 convolution and 3x3/2 max-pool first, not one 3x3 convolution
-    num_classes: int  # default
-    parameters: str  # their number in the default network, for the docstring
+    large_images: bool  # whether the stem is a 7x7/2 convolution and a 3x3/2 max-pool, not 3x3
+    num_classes: int  # default number of classes
+    parameters: str  # number of parameters of the default network, for the docstring
 
 
 ARCHITECTURES = {
@@ -58,15 +58,15 @@ ARCHITECTURES = {
 
 
 def architecture_of(name: str) -> Architecture:
-    """The row of the table, or an error that lists the names."""
+    """Returns the row of the table; raises an error that lists the names if there is none."""
     if name not in ARCHITECTURES:
         raise ValueError(f"`name` must be one of {', '.join(ARCHITECTURES)}; got {name!r}.")
     return ARCHITECTURES[name]
 
 
 def positions(architecture: Architecture) -> Iterator[tuple[int, int, bool]]:
-    """Stage, stride and "has a projection" of each block, from its position alone."""
-    # A bottleneck widens the stream in the first stage too; basic blocks leave the stem's width.
+    """Yields stage, stride and "has a projection" of each block, from its position alone."""
+    # A bottleneck widens the stream in the first stage too; basic blocks keep the stem's width.
     first_projection = 0 if architecture.bottleneck else 1
     for stage, depth in enumerate(architecture.depths):
         for index in range(depth):
@@ -75,7 +75,7 @@ def positions(architecture: Architecture) -> Iterator[tuple[int, int, bool]]:
 
 
 def default_widths(name: str) -> Widths:
-    """The published widths of a network, to start one's own from.
+    """Returns the published widths of a network, as a start for different ones.
 
     Args:
         name: a network of this module, such as "resnet20".
@@ -84,7 +84,7 @@ def default_widths(name: str) -> Widths:
         Its `Widths`.
 
     Raises:
-        ValueError: `name` is not known.
+        ValueError: if `name` is unknown.
 
     Example:
         >>> default_widths("resnet8")
@@ -103,10 +103,10 @@ def default_widths(name: str) -> Widths:
 
 
 def widths_of(params: Any) -> Widths:
-    """Reads the widths of a network from its parameters, such as those that a compaction left.
+    """Reads the widths of a network from its parameters, such as compacted ones.
 
-    A compacted network runs as the function of `Plan.wrap`. A network of these widths that takes
-    the compacted values is the same as an ordinary module.
+    A compacted network runs as the function of `Plan.wrap`. A network of these widths with the
+    compacted values computes the same as an ordinary module.
 
     Args:
         params: nested dict of the parameters of a `ResNet`, or its `nnx.State`.
@@ -115,8 +115,8 @@ def widths_of(params: Any) -> Widths:
         Its `Widths`.
 
     Raises:
-        ValueError: parameters of such a network are missing, or a kernel has not four dimensions;
-            it lists all of them.
+        ValueError: if parameters of such a network are missing, or a kernel does not have four
+            dimensions; it lists all of them.
 
     Example:
         >>> from flax import nnx
@@ -126,7 +126,7 @@ def widths_of(params: Any) -> Widths:
         >>> widths_of(small)
         Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
         >>> model = resnet8(widths=widths_of(small), rngs=nnx.Rngs(0))
-        >>> nnx.update(model, small)  # and the running statistics likewise
+        >>> nnx.update(model, small)  # update the running statistics in the same way
     """
     shapes = {path: np.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
     numbers = {path.split("/")[1] for path in shapes if path.startswith("blocks/")}
@@ -140,14 +140,14 @@ def widths_of(params: Any) -> Widths:
             problems.append(f"{path}: missing")
         elif len(shapes[path]) != 4:
             problems.append(f"{path}: shape {shapes[path]}, must be [height, width, in, out]")
-    rule = 'a ResNet, such as `small["params"]` for variables that were compacted:'
+    rule = 'a ResNet, such as `small["params"]` of compacted variables:'
     trees.raise_for(problems, f"`params` must be the parameters of {rule}")
     blocks = tuple(tuple(shapes[path][-1] for path in block) for block in kernels)
     return Widths(shapes[stem][-1], blocks)
 
 
 def checked_widths(name: str, widths: Widths) -> Widths:
-    """Plain integers in tuples; raises one error that lists all that is wrong with `widths`."""
+    """Returns plain integers in tuples; raises one error that lists all that is wrong."""
     architecture = architecture_of(name)
     fields = ("mid1", "mid2", "out") if architecture.bottleneck else ("mid", "out")
     blocks, places = tuple(widths.blocks), tuple(positions(architecture))
@@ -175,7 +175,7 @@ def checked_widths(name: str, widths: Widths) -> Widths:
             stream, source = block[-1], here
         elif block[-1] != stream and len(blocks) == len(places):
             problems.append(
-                f"{here}: out = {block[-1]!r} must be {stream!r} as in {source}, for the block has "
+                f"{here}: out = {block[-1]!r} must be {stream!r} as in {source}, as the block has "
                 f"no projection; set it to {stream!r}, or change {source} and all blocks after it"
             )
     if problems:

@@ -1,4 +1,4 @@
-"""What a network weighs and costs, and how its training went: counts, times, tables and plots.
+"""Reports the size and cost of a network and the course of its training: tables, plots, pages.
 
 Counts are exact Python integers, taken on the host. The plot functions need matplotlib (the extra
 `train`) and import it when they are called.

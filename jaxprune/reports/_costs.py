@@ -1,4 +1,4 @@
-"""What a function costs on this machine: memory, as compiled, and time, as measured."""
+"""Measures what a function costs on this machine: memory as compiled, time as run."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from jaxprune.reports._tables import table
 
 
 class Memory(NamedTuple):
-    """Bytes of a compiled function, on one device.
+    """The bytes that a compiled function takes on one device.
 
     Example:
         >>> Memory(arguments=8, outputs=4, temporaries=2, aliased=4).peak
@@ -20,17 +20,17 @@ class Memory(NamedTuple):
 
     arguments: int
     outputs: int
-    temporaries: int  # activations, and whatever else lives inside
-    aliased: int  # outputs in the place of donated arguments
+    temporaries: int  # activations and other buffers inside the function
+    aliased: int  # outputs that reuse the memory of donated arguments
 
     @property
     def peak(self) -> int:
-        """All that is there at once, at most: as if temporaries lived while outputs do."""
+        """Upper bound on live bytes, assuming that temporaries and outputs coexist."""
         return self.arguments + self.outputs + self.temporaries - self.aliased
 
 
 class Latency(NamedTuple):
-    """Seconds of a call.
+    """The seconds that a call takes.
 
     Example:
         >>> Latency(0.01, 0.009, 0.012, 1.5, 20, "cpu").median
@@ -38,30 +38,30 @@ class Latency(NamedTuple):
     """
 
     median: float
-    low: float  # 10 % of the calls are faster
-    high: float  # 90 % are
+    low: float  # 10% of the calls are faster
+    high: float  # 90% of the calls are faster
     compilation: float  # tracing and compiling, once; short if a cache on disk has the program
-    repeats: int
-    device: str  # its kind
+    repeats: int  # number of calls that were timed
+    device: str  # kind of the device
 
 
 class Cost(NamedTuple):
-    """One function on one set of arrays, see `compare`.
+    """The cost of one function on one set of arrays, see `compare`.
 
     Example:
         >>> Cost._fields[:3]
         ('parameters', 'bytes', 'macs')
     """
 
-    parameters: int  # entries of the first argument
-    bytes: int  # of the first argument
-    macs: int
+    parameters: int  # number of entries of the first argument
+    bytes: int  # bytes of the first argument
+    macs: int  # multiply-accumulates of one call
     memory: Memory
     latency: Latency
 
 
 class Comparison(NamedTuple):
-    """Costs by name; `str()` is a table whose ratios are to the first.
+    """Costs by name; `str()` is a table with speedups relative to the first.
 
     Example:
         >>> Comparison({}).to_dict()
@@ -71,7 +71,7 @@ class Comparison(NamedTuple):
     costs: Mapping[str, Cost]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for `json.dumps`."""
+        """Returns plain Python values, ready for `json.dumps`."""
         return {
             name: cost._asdict()
             | {
@@ -100,15 +100,16 @@ class Comparison(NamedTuple):
 
 
 def measure_memory(function: Callable[..., Any], *args: Any, **jit_options: Any) -> Memory:
-    """Bytes that XLA plans for a function; nothing runs.
+    """Reads the bytes that XLA plans for a function, without running it.
 
     Args:
-        function: any JAX function; or what `jax.jit(...).lower(...).compile()` returns, alone.
+        function: any JAX function, or a compiled one from `jax.jit(...).lower(...).compile()`,
+            which needs no further arguments.
         *args: arrays or `jax.ShapeDtypeStruct`.
-        **jit_options: of `jax.jit`, such as `donate_argnums`.
+        **jit_options: options of `jax.jit`, such as `donate_argnums`.
 
     Returns:
-        A `Memory`. On GPU and TPU it is of the device; on CPU of the heap.
+        A `Memory`: of the device on GPU and TPU, of the heap on CPU.
 
     Example:
         >>> import jax.numpy as jnp
@@ -122,7 +123,10 @@ def measure_memory(function: Callable[..., Any], *args: Any, **jit_options: Any)
 def _compiled(
     function: Callable[..., Any], args: Sequence[Any], jit_options: Mapping[str, Any]
 ) -> tuple[Any, float]:
-    """A program and the seconds that it took; making another is faster, as traces are kept."""
+    """Compiles a function; returns the program and the seconds that this took.
+
+    The seconds of a second call are fewer, as JAX caches traces.
+    """
     began = time.perf_counter()
     compiled = jax.jit(function, **jit_options).lower(*args).compile()
     return compiled, time.perf_counter() - began
@@ -141,19 +145,19 @@ def _memory(compiled: Any) -> Memory:
 def measure_latency(
     function: Callable[..., Any], *args: Any, repeats: int = 20, **jit_options: Any
 ) -> Latency:
-    """Seconds from a call to its last result, after one call that does not count.
+    """Measures the seconds from a call to its last result, after one call as a warm-up.
 
     Args:
         function: any JAX function.
         *args: arrays.
-        repeats: calls that count, at least 1.
-        **jit_options: of `jax.jit`; arguments must not be donated.
+        repeats: number of calls to time, at least 1.
+        **jit_options: options of `jax.jit`; arguments must not be donated.
 
     Returns:
         A `Latency`.
 
     Raises:
-        ValueError: `repeats` is less than 1.
+        ValueError: if `repeats` is less than 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -184,21 +188,21 @@ def _latency(compiled: Any, compilation: float, args: Sequence[Any], repeats: in
 def compare(
     calls: Mapping[str, tuple[Any, ...]], *, repeats: int = 20, **jit_options: Any
 ) -> Comparison:
-    """Parameters, MACs, memory and time of several functions, such as dense and compacted.
+    """Compares parameters, MACs, memory and time of functions, such as dense and compacted.
 
-    Each is compiled once and timed by itself. To resolve a few per cent, time in turns, as
-    benchmarks/compaction.py does.
+    Each function is compiled once and timed separately. To resolve a few per cent, time them in
+    turns, as benchmarks/structure.py does.
 
     Args:
         calls: name -> `(function, variables, *args)`.
         repeats: see `measure_latency`.
-        **jit_options: of `jax.jit`.
+        **jit_options: options of `jax.jit`.
 
     Returns:
         A `Comparison`: print it, or use its `costs` and `to_dict()`.
 
     Raises:
-        ValueError: `calls` is empty, or as `measure_latency` and `structure.count_macs`.
+        ValueError: if `calls` is empty; and as for `measure_latency` and `structure.count_macs`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Curves over steps as SVG, for a page of HTML."""
+"""Draws curves over steps as SVG, for an HTML page."""
 
 import itertools
 import math
@@ -11,19 +11,19 @@ Run = tuple[str, list, list]  # label, records and switches, by step
 
 
 def finite(entry: Mapping[str, Any], key: str) -> Any:
-    """A number that was measured, or None."""
+    """Returns a measured number, or None if it is absent or not finite."""
     value = entry.get(key)
     try:
         return value if value is not None and math.isfinite(value) else None
     except TypeError:
         raise ValueError(
             f"`{key}` of a record or switch must be a number or None, but is {value!r} in "
-            f"{reprlib.repr(entry)}: leave out what was not measured"
+            f"{reprlib.repr(entry)}: leave out values that were not measured"
         ) from None
 
 
 def measured(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[Any, Any]]:
-    """Steps and values of the records that have this value."""
+    """Lists step and value of the records in which the value was measured."""
     found = [(record["step"], finite(record, key)) for record in records]
     return [(step, value) for step, value in found if value is not None]
 
@@ -37,19 +37,19 @@ lines = "\n".join
 
 
 def unit_of(units: Sequence[tuple[float, str]], values: Iterable[float]) -> tuple[float, str]:
-    """The largest unit of which there are two at least, or the smallest."""
+    """Chooses the largest unit of which some value has at least two, or the smallest unit."""
     largest = max(map(abs, values))
     return next((unit for unit in units if largest >= 2 * unit[0]), units[-1])
 
 
 def number_text(value: Any, factor: float = 1) -> str:
-    """A value in a unit: integers in full, others with four digits."""
+    """Formats a value in a unit: integers in full, other numbers with four digits."""
     value = value / factor if factor != 1 else value
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
-# Title; keys of records and their labels; units; where the axis begins, or below; and whether a
-# value stays until a switch.
+# Title; keys of records with their labels; units; an upper bound for the start of the axis; and
+# whether a value is constant between switches.
 _SHOWN = (
     ("Accuracy", {"test_accuracy": "test", "train_accuracy": "batch"}, _PERCENT, math.inf, False),
     ("Training loss", {"train_loss": ""}, NUMBER, math.inf, False),
@@ -60,16 +60,16 @@ _SHOWN = (
     ("Parameters", {"parameters": ""}, _COUNT, 0, True),
     ("Multiply-accumulates (MACs)", {"macs": ""}, _COUNT, 0, True),
 )
-_MOST_POINTS = 6000  # of all curves together, about 25 bytes each
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 376, 24, 180  # of the area between the axes
+_MOST_POINTS = 6000  # largest number of points of all curves together, about 25 bytes each
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 376, 24, 180  # edges of the area between the axes
 _DASHES = "none", "7 2", "2 2", "8 2 2 2"
 
 
 def plots(runs: list[Run]) -> str:
-    """All plots, over the same steps."""
+    """Draws all plots over the same range of steps."""
     drawn = [(plot, curves) for plot in _SHOWN if (curves := _curves(plot[1], runs))]
     if not drawn:
-        return '<p class="note">No curves: no record has a value that was measured.</p>'
+        return '<p class="note">No curves: no record has a measured value.</p>'
     steps = [entry["step"] for _, *entries in runs for own in entries for entry in own]
     low, high = min(steps), max(steps)
 
@@ -83,7 +83,7 @@ def plots(runs: list[Run]) -> str:
             frame.append(f'<text x="{x(step):.1f}" y="{_BOTTOM + 16}">{text}</text>')
     for i, (*_, switches) in enumerate(runs):
         for at in (x(entry["step"]) for entry in switches):
-            row = int(abs(at - ends[0]) < 15)  # numbers that would cover each other
+            row = int(abs(at - ends[0]) < 15)  # a second row for numbers that would overlap
             ends[row], y = at, 10 + 14 * row
             frame.append(
                 f'<g class="switch" style="color:var(--c{i % 7 if len(runs) > 1 else ""})">'
@@ -97,7 +97,7 @@ def plots(runs: list[Run]) -> str:
 
 
 def _curves(keys: Mapping[str, str], runs: list[Run]) -> list[tuple]:
-    """Label, attributes, points and steps of switches of each line; a colour for each run."""
+    """Makes label, attributes, points and switch steps of each line; each run has one colour."""
     curves = []
     for i, (run, records, switches) in enumerate(runs):
         for j, (key, name) in enumerate(keys.items()):
@@ -112,7 +112,7 @@ def _curves(keys: Mapping[str, str], runs: list[Run]) -> list[tuple]:
 def _figure(
     plot: tuple, curves: list, x: Callable[[float], float], frame: list[str], most: int, area: str
 ) -> str:
-    """A plot, its last values, and what a screen reader says."""
+    """Draws a plot with its last values and a text for screen readers."""
     name, _, units, lowest, stays = plot
     values = [value for _, _, points, _ in curves for _, value in points]
     factor, unit = unit_of(units, values)
@@ -153,7 +153,7 @@ def _figure(
 
 
 def _thin(points: list[tuple], most: int) -> list[tuple]:
-    """First, last, lowest and highest of equal parts of a curve; all of a short one."""
+    """Keeps the first, last, lowest and highest points of equal parts of a long curve."""
     if len(points) <= most:
         return points
     kept, parts = set(), most // 4
@@ -164,7 +164,7 @@ def _thin(points: list[tuple], most: int) -> list[tuple]:
 
 
 def _corners(points: list[tuple], switches: list) -> list[tuple]:
-    """A curve of values that stay until a switch; without one, since the record before."""
+    """Makes a stepped curve that changes at switches, or at a record if there is no switch."""
     line = points[:1]
     for (start, before), (stop, after) in itertools.pairwise(points):
         at = next((step for step in switches if start <= step < stop), start)
@@ -173,7 +173,7 @@ def _corners(points: list[tuple], switches: list) -> list[tuple]:
 
 
 def _ticks(low: float, high: float, least: float = 0) -> list[tuple[float, str]]:
-    """Round numbers at equal distances, from the lowest value or below to the highest or above."""
+    """Chooses round, equally spaced numbers that enclose all values, with their texts."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = min(0, low), max(0, high) or 1
     unit = 10.0 ** math.floor(math.log10((high - low) / 5))

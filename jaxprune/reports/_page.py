@@ -1,4 +1,4 @@
-"""The story of training runs as one HTML file that asks nothing of the network."""
+"""Writes the course of training runs as one HTML file that loads nothing from the network."""
 
 import itertools
 import math
@@ -38,24 +38,25 @@ def write_page(
 ) -> None:
     """Writes a page of facts, curves over steps, switches to smaller networks, and widths.
 
-    The file loads nothing. What was not measured is not shown. Curves of many records are thinned,
-    but first, last, lowest and highest values stay.
+    The file loads nothing. Values that were not measured are not shown. Long curves are thinned,
+    but keep their first, last, lowest and highest values.
 
     Args:
-        path: The HTML file to write, atomically. Its folder is created.
-        title: Heading of the page.
-        records: Lines of `metrics.jsonl`: `step`, and where they were measured `test_accuracy`,
-            `train_accuracy` and `sparsity` as fractions, `train_loss`, `seconds_per_step`,
-            `seconds` of training so far, `peak_bytes`, `parameters` and `macs`; None and NaN are
-            not measured. Or label -> records, to compare runs.
-        switches: Of `summary.json`: `step`, and where they are known `parameters`, `macs` and
-            `peak_bytes` (also with `_before`), `seconds` that it took, `difference` of outputs. A
-            record of the same step is from before the switch. Or label -> switches.
-        facts: Label -> value, for the top of the page. A value may be a mapping itself.
-        widths: Name of a layer or group -> its channels (before, after).
+        path: the HTML file to write, atomically. Its folder is created.
+        title: heading of the page.
+        records: lines of `metrics.jsonl`: `step`, and if measured `test_accuracy`, `train_accuracy`
+            and `sparsity` as fractions, `train_loss`, `seconds_per_step`, `seconds` of training so
+            far, `peak_bytes`, `parameters` and `macs`; None and NaN count as not measured. To
+            compare runs, a mapping label -> records.
+        switches: switches of `summary.json`: `step`, and if known `parameters`, `macs` and
+            `peak_bytes` (also with `_before`), `seconds` that the switch took, and `difference` of
+            outputs. A record of the same step is from before the switch. To compare runs, a mapping
+            label -> switches.
+        facts: label -> value, for the top of the page. A value may be a mapping itself.
+        widths: name of a layer or group -> its channels (before, after).
 
     Raises:
-        ValueError: If a `step` is missing, a value is no number, or labels or widths do not fit.
+        ValueError: if a `step` is missing, a value is no number, or labels or widths do not fit.
 
     Example:
         >>> import pathlib, tempfile
@@ -77,14 +78,14 @@ def write_page(
 
 
 def _runs(records: Any, switches: Any) -> list[Run]:
-    """Label, records and switches of each run, by step; the only run may have no label."""
+    """Makes label, records and switches of each run, sorted by step; a single run has no label."""
     if not isinstance(records, Mapping):
         records, switches = {"": records}, {"": switches}
     switches = switches if isinstance(switches, Mapping) else {"": switches} if switches else {}
     if unknown := [label for label in switches if label not in records]:
         raise ValueError(
-            f"`switches` must have labels of runs that `records` has, {list(records)}, but has "
-            f"{unknown}: pass a mapping from these labels to switches"
+            f"`switches` must use the labels of `records`, {list(records)}, but has {unknown}: "
+            "pass a mapping from these labels to switches"
         )
     return [
         (str(label), _by_step(own, "records"), _by_step(switches.get(label, ()), "switches"))
@@ -93,7 +94,7 @@ def _runs(records: Any, switches: Any) -> list[Run]:
 
 
 def _by_step(entries: Any, argument: str) -> list[Mapping[str, Any]]:
-    """Entries in the order of their steps."""
+    """Checks entries and sorts them by step."""
     entries = list(entries) if isinstance(entries, Iterable) else [entries]
     for number, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or finite(entry, "step") is None:
@@ -105,7 +106,7 @@ def _by_step(entries: Any, argument: str) -> list[Mapping[str, Any]]:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    """What the caller knows."""
+    """Writes the facts that the caller gave."""
     rows = []
     for label, value in facts.items():
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -115,7 +116,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _table(name: str, head: Iterable[str], rows: Iterable[Iterable[str]], note: str) -> str:
-    """A table of HTML cells, as wide as it needs to be."""
+    """Writes a table of HTML cells that scrolls if it is too wide."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = lines("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -130,15 +131,15 @@ _COLUMNS = {
     "seconds_per_step": ("Step time", TIME[2:]),
     "peak_bytes": ("Peak memory", BYTES),
     "cost": ("Cost", TIME[2:3]),
-    "bought": ("Bought", TIME[2:3]),
+    "saved": ("Saved", TIME[2:3]),
     "difference": ("Difference", NUMBER),
 }
-_NOTE = """Before → after; step time: median of records between switches. Bought: time saved a step,
-times the steps that followed, less the cost. Difference: the largest between outputs."""
+_NOTE = """Before → after. Step time: median of the records between switches. Saved: time saved per
+step, times the steps that followed, minus the cost. Difference: the largest between outputs."""
 
 
 def _switches(runs: list[Run]) -> str:
-    """What each switch changed, cost and bought."""
+    """Writes what each switch changed, cost and saved."""
     found = [change for run in runs for change in _changes(*run)]
     head = ["Switch", "Step"]
     rows = [
@@ -147,7 +148,7 @@ def _switches(runs: list[Run]) -> str:
     for key, (name, units) in _COLUMNS.items():
         if known := [value for change in found for value in change[key] if value is not None]:
             factor, unit = unit_of(units, known)
-            head.append(name + f", {unit}" * bool(unit))
+            head.append(f"{name}, {unit}" if unit else name)
             for row, change in zip(rows, found):
                 own = ["–" if n is None else number_text(n, factor) for n in change[key]]
                 row.append(" → ".join(own))
@@ -155,7 +156,7 @@ def _switches(runs: list[Run]) -> str:
 
 
 def _changes(label: str, records: list, switches: list) -> list[dict[str, Any]]:
-    """Of each switch, what was before and what was after it."""
+    """Collects the values before and after each switch."""
     edges = [-math.inf, *(entry["step"] for entry in switches), math.inf]
     stages = [[r for r in records if a < r["step"] <= b] for a, b in itertools.pairwise(edges)]
     changes, earlier = [], {}
@@ -168,17 +169,17 @@ def _changes(label: str, records: list, switches: list) -> list[dict[str, Any]]:
             change[key] = [next((v for v in vs if v is not None), None) for vs in (old, new)]
         times = [[v for _, v in measured(own, "seconds_per_step")] for own in (before, after)]
         slow, fast = (statistics.median(stage) if stage else None for stage in times)
-        cost, bought = finite(entry, "seconds"), None
+        cost, saved = finite(entry, "seconds"), None
         if slow is not None and fast is not None and cost is not None:
-            bought = (slow - fast) * (records[-1]["step"] - entry["step"]) - cost
-        change |= {"seconds_per_step": (slow, fast), "cost": (cost,), "bought": (bought,)}
+            saved = (slow - fast) * (records[-1]["step"] - entry["step"]) - cost
+        change |= {"seconds_per_step": (slow, fast), "cost": (cost,), "saved": (saved,)}
         changes.append(change | {"difference": (finite(entry, "difference"),)})
         earlier = entry
     return changes
 
 
 def _widths(widths: Mapping[str, tuple[int, int]]) -> str:
-    """Bars of the channels of each layer."""
+    """Draws the channels of each layer as bars."""
     for name, pair in widths.items():
         found = pair if isinstance(pair, Sequence) else ()
         if [isinstance(n, numbers.Integral) and n >= 0 for n in found] != [True, True]:
@@ -202,7 +203,7 @@ _HEAD = """<!doctype html>
 <meta name="color-scheme" content="light dark"><meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 """
-# Colours are those of all plots; in the dark the brighter ones come first.
+# The colours are those of all plots; in dark mode the brighter ones come first.
 _CSS = """
 :root{--paper:#fff;--card:#f7f8fa;--ink:#1c2128;--soft:#57606a;--line:#d9dee4;--c:var(--soft);
 --c0:#0072B2;--c1:#D55E00;--c2:#009E73;--c3:#CC79A7;--c4:#56B4E9;--c5:#E69F00;--c6:#000000}

@@ -1,4 +1,4 @@
-"""Plots of training and of densities, on figures that pyplot's global state does not know."""
+"""Plots of training and of densities, on figures outside pyplot's global state."""
 
 import math
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without yellow: told apart by readers with any colour vision.
+# Okabe and Ito's colours without yellow: readers with any colour vision can tell them apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -24,15 +24,15 @@ _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 def plot_training(
     histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
 ) -> None:
-    """Draws accuracy and sparsity over steps, one line a run.
+    """Draws accuracy and sparsity over steps, one line per run.
 
     Args:
-        histories: Label of a run -> its records, as in `metrics.jsonl`: `step`, and where they were
-            measured `test_accuracy`, `train_accuracy` and `sparsity`, all fractions from 0 to 1.
-        path: The PNG file to write, atomically. Its folder is created.
+        histories: label of a run -> its records, as in `metrics.jsonl`: `step`, and if measured
+            `test_accuracy`, `train_accuracy` and `sparsity`, all fractions from 0 to 1.
+        path: the PNG file to write, atomically. Its folder is created.
 
     Raises:
-        ValueError: If no record of any run has an accuracy.
+        ValueError: if no record of any run has an accuracy.
 
     Example:
         >>> import pathlib, tempfile
@@ -86,17 +86,17 @@ def plot_training(
 def plot_densities(
     summaries: Summary | Mapping[str, Summary], path: str | os.PathLike[str]
 ) -> None:
-    """Draws the density of each layer as a bar, beside its number of parameters.
+    """Draws the density of each layer as a bar, with its number of parameters.
 
-    Leaves of fewer than two dimensions (biases, norm parameters) are left out unless there is
-    nothing else: they are not pruned by default.
+    Leaves of fewer than two dimensions (biases, norm parameters) are shown only if there are no
+    others, as they are not pruned by default.
 
     Args:
-        summaries: One `Summary`, or label -> `Summary` of networks to compare.
-        path: The PNG file to write, atomically. Its folder is created.
+        summaries: one `Summary`, or label -> `Summary` of networks to compare.
+        path: the PNG file to write, atomically. Its folder is created.
 
     Raises:
-        ValueError: If `summaries` is empty.
+        ValueError: if `summaries` is empty.
 
     Example:
         >>> import pathlib, tempfile, numpy as np
@@ -108,7 +108,7 @@ def plot_densities(
     """
     runs = {"": summaries} if isinstance(summaries, Summary) else dict(summaries)
     if not runs:
-        raise ValueError("`summaries` must hold at least one summary, but it is empty")
+        raise ValueError("`summaries` must hold at least one summary, but is empty.")
     sizes: dict[str, int] = {}
     for summary in runs.values():
         kernels = [row for row in summary.rows if len(row.shape) >= 2] or summary.rows
@@ -141,10 +141,10 @@ def plot_densities(
 
 
 def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws accuracy against sparsity, one line a method and dense runs as a band.
+    """Draws accuracy against sparsity, one line per method and dense runs as a band.
 
     Args:
-        rows: one for each method and sparsity: `method` ("none" is dense), `sparsity` and
+        rows: one row for each method and sparsity: `method` ("none" is dense), `sparsity` and
             `accuracy` as fractions, `SD` the standard deviation of the accuracy, or None.
         path: the PNG file to write, atomically. Its folder is created.
 
@@ -164,7 +164,7 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
         raise ValueError("`rows` must have one row for each method and sparsity, but is empty.")
     figure = _figure(7.0, 4.8)
     axes = figure.subplots()
-    # Equal steps are equal factors of what is kept.
+    # Equal distances on the axis are equal factors of the kept weights.
     _draw_methods(axes, rows, lambda row: -math.log(1 - row["sparsity"]), shift=0.015)
     ticks = sorted({row["sparsity"] for row in rows if row["method"] != "none"})
     axes.set_xticks([-math.log(1 - s) for s in ticks], [f"{s:.4g}" for s in ticks])
@@ -178,10 +178,10 @@ def plot_retraining(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     """Draws accuracy against compression and against training cost, side by side.
 
     Args:
-        rows: one for each method and round: `method` ("none" is the dense network), `density` of
-            the kept weights, `accuracy` as a fraction, `SD` its standard deviation, or None, and
-            `epochs` of all training up to there. Methods that prune nothing are in the right
-            panel only.
+        rows: one row for each method and round: `method` ("none" is the dense network), `density`
+            of the pruned leaves, `accuracy` as a fraction, `SD` its standard deviation, or None,
+            and `epochs` of all training up to that round. Methods that prune nothing are in the
+            right panel only.
         path: the PNG file to write, atomically. Its folder is created.
 
     Raises:
@@ -215,13 +215,13 @@ def plot_retraining(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
 
 def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws accuracy against the arithmetic that is left, before and after fine-tuning.
+    """Draws accuracy against the remaining MACs, before and after fine-tuning.
 
     Args:
-        rows: one for each method and budget: `method` ("none" is the dense network), `budget` and
-            `macs` as fractions of the dense network's (allowed, left), `before` and `accuracy` as
-            fractions, `before SD` and `SD` their standard deviations, or None. A method that has no
-            `before` is in the right panel only.
+        rows: one row for each method and budget: `method` ("none" is the dense network), `budget`
+            (MACs allowed) and `macs` (MACs remaining) as fractions of the dense network's, `before`
+            and `accuracy` as fractions, `before SD` and `SD` their standard deviations, or None. A
+            method without `before` is in the right panel only.
         path: the PNG file to write, atomically. Its folder is created.
 
     Raises:
@@ -263,12 +263,13 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draws accuracy against training time and against size, side by side.
 
-    A line joins what nothing else beats in both. Up and to the left is better.
+    A line joins the rows that no other row beats in both (the Pareto front). Up and to the left is
+    better.
 
     Args:
-        rows: one for each way to train: `arm` is its name; `accuracy`, `seconds` of training and
-            `parameters` are relative to the dense network, `accuracy SD` and `seconds SD` standard
-            deviations of these, or None.
+        rows: one row for each way to train: `arm` is its name; `accuracy`, `seconds` of training
+            and `parameters` are relative to the dense network, `accuracy SD` and `seconds SD`
+            standard deviations of these, or None.
         path: the PNG file to write, atomically. Its folder is created.
 
     Raises:
@@ -322,7 +323,7 @@ def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
 
 
 def _beats(other: Mapping[str, Any], row: Mapping[str, Any], key: str) -> bool:
-    """Whether another way is as good in both and better in one."""
+    """Tells whether `other` is at least as good in both and better in one."""
     gains = other["accuracy"] - row["accuracy"], row[key] - other[key]
     return min(gains) >= 0 and max(gains) > 0
 
@@ -335,16 +336,16 @@ def _draw_methods(
     shift: float,
     of: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """A line for each method, with error bars, and the dense runs as a band.
+    """Draws a line with error bars for each method, and the dense runs as a band.
 
-    `of` holds the rows of all methods of a figure, which fix their colours.
+    `of` holds the rows of all methods of a figure, which decide their colours.
     """
     methods = [*dict.fromkeys(row["method"] for row in of or rows if row["method"] != "none")]
     for index, method in enumerate(methods):
         own = [row for row in rows if row["method"] == method]
         if not own:
             continue
-        # A shift keeps error bars apart.
+        # Shift the methods so that error bars do not overlap.
         offset = shift * (index - len(methods) / 2)
         axes.errorbar(
             [offset + x(row) for row in own],
@@ -365,7 +366,7 @@ def _draw_methods(
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have this value."""
+    """Returns steps and values of the records that have this value."""
     found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -373,7 +374,7 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
 def _lower_limit(
     histories: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str]
 ) -> float:
-    """Where the accuracy axis starts: below all curves but for the first tenth of each."""
+    """Finds the start of the accuracy axis: below all curves except the first tenth of each."""
     late: list[float] = []
     for records in histories.values():
         for values in (_points(records, key)[1] for key in keys):
@@ -382,7 +383,7 @@ def _lower_limit(
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """An empty figure that no global state knows of; inches."""
+    """Makes an empty figure outside pyplot's global state; sizes are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=140, layout="constrained")
@@ -391,7 +392,7 @@ def _figure(width: float, height: float) -> "Figure":
 def _finish(
     axes: "Axes", *, title: str, xlabel: str = "", ylabel: str = "", percent: str = "y"
 ) -> None:
-    """Labels, grid, percentages and legend, the same on all plots."""
+    """Adds labels, grid, percentages and legend, the same on all plots."""
     from matplotlib.ticker import PercentFormatter
 
     axes.set_title(title, loc="left", fontsize=10)

@@ -1,4 +1,4 @@
-"""Parameters, non-zeros and bytes of a network, counted exactly, and what would be pruned."""
+"""Counts parameters, non-zeros and bytes of a network exactly, and says what would be pruned."""
 
 import io
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxprune.reports._tables import table
 
 
 class Row(NamedTuple):
-    """One leaf of a `Summary`, or one copy of a stacked leaf, or the total (`shape` is empty).
+    """A leaf in a `Summary`, or one copy of a stacked leaf, or the total (with an empty `shape`).
 
     Example:
         >>> Row("head/kernel", (2, 3), parameters=6, nonzeros=3, bytes=24).sparsity
@@ -23,31 +23,32 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     parameters: int
     nonzeros: int  # counted from the values
-    bytes: int  # of the dense array
+    bytes: int  # bytes of the dense array
     kept: int | None = None  # counted from the mask; None without masks
-    masked_nonzeros: int = 0  # weights that are masked and not 0: 0 if the masks hold
-    reason: str | None = None  # why `prunable` leaves it alone; None: it is pruned
+    masked_nonzeros: int = 0  # number of weights that are masked but not 0; 0 if masks are applied
+    reason: str | None = None  # why it is not prunable; None if it is
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros, from 0 to 1, whatever the masks say."""
+        """Fraction of zeros among the values, from 0 to 1."""
         return 1 - self.nonzeros / self.parameters if self.parameters else 0.0
 
     @property
     def density(self) -> float:
-        """Fraction of non-zeros, from 0 to 1."""
+        """Fraction of non-zeros among the values, from 0 to 1."""
         return 1 - self.sparsity
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for `json.dumps`."""
+        """Returns plain Python values, ready for `json.dumps`."""
         return self._asdict() | {"shape": list(self.shape), "sparsity": self.sparsity}
 
 
 class Summary(NamedTuple):
-    """Rows of all leaves; `str()` is an aligned table that ends with the total.
+    """The rows of all leaves; `str()` is an aligned table that ends with the total.
 
-    Without masks its last column says what would be pruned, and why the rest would not. With masks
-    a column has what they keep, and a line below the table says so if masked weights are not 0.
+    Without masks its last column says which leaves would be pruned, and why the others would not.
+    With masks a column counts the kept weights, and a line below the table warns if masked weights
+    are not 0.
 
     Example:
         >>> import numpy as np
@@ -62,7 +63,7 @@ class Summary(NamedTuple):
 
     @property
     def total(self) -> Row:
-        """Sums over all leaves."""
+        """The sums over all leaves."""
 
         def summed(field: str) -> int:
             return sum(getattr(row, field) for row in self.rows)
@@ -79,7 +80,7 @@ class Summary(NamedTuple):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"leaves": [...], "total": {...}}` of plain Python values."""
+        """Returns `{"leaves": [...], "total": {...}}` of plain Python values."""
         return {"leaves": [row.to_dict() for row in self.rows], "total": self.total.to_dict()}
 
     def __str__(self) -> str:
@@ -98,10 +99,10 @@ class Summary(NamedTuple):
         lines = [*lines[:-1], lines[1], lines[-1]]
         if total.masked_nonzeros:
             lines += [
-                f"{total.masked_nonzeros:,} weights are masked and not 0. These are not parameters "
-                "that the masks hold for, such as an",
-                "average, or something follows pruning in the chain: see `jaxprune.check`, or call "
-                "`jaxprune.apply_masks(params, masks)`.",
+                f"{total.masked_nonzeros:,} weights are masked but not 0. Either the masks were "
+                "never applied to these parameters, such as an",
+                "average, or a transformation follows pruning in the chain: see `jaxprune.check`, "
+                "or call `jaxprune.apply_masks(params, masks)`.",
             ]
         return "\n".join(lines)
 
@@ -115,25 +116,25 @@ def summarize(
 ) -> Summary:
     """Counts parameters, non-zeros and bytes per leaf and in total, and says what is pruned.
 
-    Called before training, it shows what a transformation with this `prunable` would prune, what
-    not, and why. Non-zeros are counted from the values, what is kept from the masks, both exactly
-    at any size. Bytes are those of the dense arrays. Leaves that are no arrays do not count.
+    Called before training, it shows which leaves a transformation with this `prunable` would prune,
+    which not, and why. Non-zeros are counted from the values and kept weights from the masks, both
+    exactly at any size. Bytes are those of the dense arrays. Leaves that are no arrays are skipped.
 
     Args:
-        params: Any pytree of arrays: Linen dicts, `nnx.State`, modules, lists.
-        masks: Bools of the same tree, True where kept, as `jaxprune.get_masks` gives them: of the
+        params: any pytree of arrays: Linen dicts, `nnx.State`, modules, lists.
+        masks: bools in the same tree, True where kept, as `jaxprune.get_masks` returns them: of the
             shapes of the leaves, or scalars, also for a whole branch. With masks, `params` may hold
-            `jax.ShapeDtypeStruct`, whose non-zeros are what is kept.
-        prunable: As in the transformations, see `trees.prunable_flags`; None is the default rule.
-        stacked: Function `(path, leaf) -> axes` that number copies of a layer, see
-            `jaxprune.stacks`: each copy gets a row of its own, such as `layers/kernel[3]`.
+            `jax.ShapeDtypeStruct`; the kept weights then count as non-zeros.
+        prunable: as in the transformations, see `trees.prunable_flags`; None is the default rule.
+        stacked: function `(path, leaf) -> axes` that number copies of a layer, see
+            `jaxprune.stacks`. Each copy gets a separate row, such as `layers/kernel[3]`.
 
     Returns:
         A `Summary`: print it, or use its `rows`, `total` and `to_dict()`.
 
     Raises:
-        ValueError: If `params` has no arrays, or shapes only and no masks; if `masks` does not
-            match it (names every leaf); if `prunable` or `stacked` matches nothing.
+        ValueError: if `params` has no arrays, or only shapes and no masks; if `masks` does not
+            match it (it lists every leaf); if `prunable` or `stacked` matches nothing.
 
     Example:
         >>> import numpy as np
@@ -164,9 +165,7 @@ def summarize(
         reasons = {path: None if flag else "not in `prunable`" for path, flag in chosen.items()}
     shapes = [path for path, leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
     if masks is None:
-        trees.raise_for(
-            shapes, "`params` has shapes instead of values; without `masks` give arrays:"
-        )
+        trees.raise_for(shapes, "`params` has shapes instead of values; give arrays or `masks`:")
     rows: list[Row] = []
     for path, leaf in leaves:
         mask = None if kept is None else kept[path]
@@ -181,7 +180,7 @@ def summarize(
 def _rows(
     path: str, leaf: Any, axes: tuple[int, ...], bits: dict[str, Any], reason: str | None
 ) -> list[Row]:
-    """A row for each copy in a leaf; `bits` are bools like the leaf, or None."""
+    """Makes a row for each copy in a leaf; `bits` are bools like the leaf, or None."""
     shape = tuple(int(size) for axis, size in enumerate(leaf.shape) if axis not in axes)
     size = int(np.prod(shape, dtype=object))
     others = tuple(axis for axis in range(len(leaf.shape)) if axis not in axes)
@@ -199,21 +198,21 @@ def _rows(
 
 
 def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
-    """Size of a file with these parameters, saved dense and saved sparse.
+    """Measures the size of a file with these parameters, saved dense and saved sparse.
 
-    Both files are really written, in memory, by `jaxprune.storage.save`, uncompressed. In the
-    dense file every leaf has the mask True; the sparse file has `masks`, and what `params` hold
-    where these are False does not matter.
+    Both files are written in memory by `jaxprune.storage.save`, uncompressed. In the dense file
+    every leaf has the mask True. The sparse file has `masks`; the values of `params` where these
+    are False do not matter.
 
     Args:
-        params: Any pytree of arrays.
-        masks: Bools of the same tree, True where kept, of the shapes of the leaves or scalars.
+        params: any pytree of arrays.
+        masks: bools in the same tree, True where kept, of the shapes of the leaves or scalars.
 
     Returns:
         `(dense_bytes, sparse_bytes)`.
 
     Raises:
-        ValueError: If `params` has no leaves, or `masks` does not match it (names every leaf).
+        ValueError: if `params` has no leaves, or `masks` does not match it (it lists every leaf).
 
     Example:
         >>> import numpy as np
@@ -233,14 +232,14 @@ def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
 
 
 def _file_bytes(params: Any, masks: Any) -> int:
-    """Length of the file with these parameters and masks."""
+    """Returns the length of a file with these parameters and masks."""
     file = io.BytesIO()
     storage.save(file, params, masks)
     return file.tell()
 
 
 def nonzero(leaf: Any) -> np.ndarray:
-    """Where an array is not 0, on the host; random keys are nowhere 0."""
+    """Returns bools on the host, True where an array is not 0; random keys are never 0."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return np.ones(leaf.shape, bool)
     with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
@@ -248,15 +247,15 @@ def nonzero(leaf: Any) -> np.ndarray:
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    """Path and leaf of every array; there must be one."""
+    """Lists path and leaf of every array; raises if there is none."""
     leaves = [named for named in trees.leaves_with_paths(params) if trees.is_array(named[1])]
     if not leaves:
-        raise ValueError("`params` must hold at least one array, but it has no leaves that are one")
+        raise ValueError("`params` must hold at least one array, but no leaf is one.")
     return leaves
 
 
 def _checked(params: Any, masks: Any) -> dict[str, np.ndarray]:
-    """Masks on the host by path; every mismatch with the parameters is named in one error."""
+    """Maps paths to masks on the host; one error lists every mismatch with the parameters."""
     leaves, places = _leaves(params), trees.places(params)
     given = trees.spread(masks, params)
     full, bad = {}, []
@@ -279,6 +278,6 @@ def _checked(params: Any, masks: Any) -> dict[str, np.ndarray]:
         if path not in places or (places[path] is None and not trees.keeps_leaf(mask))
     ]
     trees.raise_for(
-        bad, "`masks` must be a tree of bools like `params`, as `jaxprune.get_masks` gives it"
+        bad, "`masks` must be a tree of bools like `params`, as `jaxprune.get_masks` returns it:"
     )
     return full

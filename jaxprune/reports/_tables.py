@@ -1,4 +1,4 @@
-"""Rows of values as aligned text or Markdown."""
+"""Writes rows of values as aligned text or Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +7,12 @@ import numpy as np
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]) -> str:
-    """Aligned plain text: first column to the left, all others to the right.
+    """Writes an aligned plain-text table: first column to the left, all others to the right.
 
     Args:
-        rows: One mapping a line. Integers get separators for thousands, floats four digits; what is
-            missing or None shows as a dash.
-        columns: Keys in order, or a mapping from key to heading.
+        rows: one mapping per line. Integers get thousands separators, floats four digits; a missing
+            value or None is a dash.
+        columns: keys in order, or a mapping from key to heading.
 
     Returns:
         Heading, rule and rows, joined by newlines.
@@ -38,11 +38,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[st
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
 ) -> str:
-    """The same cells as `table`, as a Markdown table.
+    """Writes a Markdown table with the same cells as `table`.
 
     Args:
-        rows: One mapping a line, as in `table`.
-        columns: Keys in order, or a mapping from key to heading.
+        rows: one mapping per line, as in `table`.
+        columns: keys in order, or a mapping from key to heading.
 
     Returns:
         Heading, rule and rows, joined by newlines.
@@ -61,14 +61,14 @@ def markdown_table(
 def _cells(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
 ) -> list[list[str]]:
-    """Heading and rows as text."""
+    """Formats heading and rows as text."""
     keys = list(columns)
     headings = list(columns.values()) if isinstance(columns, Mapping) else keys
     return [headings, *([_text(row.get(key)) for key in keys] for row in rows)]
 
 
 def _text(value: Any) -> str:
-    """How one value looks in a table."""
+    """Formats one value for a table."""
     if value is None:
         return "-"
     if isinstance(value, int | np.integer) and not isinstance(value, bool):

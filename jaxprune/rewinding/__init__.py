@@ -1,7 +1,7 @@
-"""Train, prune, go back, train again: fine-tuning, rewinding and lottery tickets as drivers.
+"""Trains, prunes, rewinds and trains again: fine-tuning, rewinding and lottery tickets as drivers.
 
-A driver takes a `Task` (a training as functions), a workdir and densities. What it has trained is
-on disk; the same call goes on where it was stopped, with the same bits.
+A driver takes a `Task` (a training as functions), a workdir and densities. Its progress is on disk:
+after a stop, the same call continues and ends with the same bits.
 
     task = rewinding.Task(init, train, evaluate, schedule, 10_000, description={"batch": 128})
     rounds = rewinding.rewind_learning_rate(task, "runs/a", rewinding.densities(8))

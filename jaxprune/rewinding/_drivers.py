@@ -1,4 +1,4 @@
-"""The named ways to train a pruned network again, each one recipe of `retrain`."""
+"""The named ways to train a pruned network again; each is one recipe of `retrain`."""
 
 import functools
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ def fine_tune(
     steps: int | None = None,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Trains the pruned network on at the last rate of the schedule.
+    """Continues to train the pruned network at the last rate of the schedule.
 
     Args:
-        task: the training. Its schedule must stay at its last rate after the end; see `hold`.
+        task: the training. Its schedule must hold its last rate after the end; see `hold`.
         workdir: see `retrain`.
         densities: see `retrain`.
-        steps: how long; default as long as the dense training.
+        steps: number of steps per round; default as many as the dense training.
         **options: see `Options`.
 
     Returns:
@@ -55,17 +55,17 @@ def rewind_learning_rate(
     guard: Guard | None = _GUARD,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Trains the pruned network again under the rates of the dense training; weights stay.
+    """Trains the pruned network again with the rates of the dense training; keeps its weights.
 
-    Momentum and statistics stay too: all that changes is the step that the schedule stands at.
-    With `to=0`, a round costs as much as the dense training.
+    Momentum and statistics are kept too: only the step of the schedule changes. With `to=0`, a
+    round costs as much as the dense training.
 
     Args:
         task: the training.
         workdir: see `retrain`.
         densities: see `retrain`.
-        to: step that the schedule goes back to; it then runs to its end.
-        guard: when to warn that this harms, and to rewind weights instead; None is never.
+        to: step to rewind the schedule to; it then runs to its end.
+        guard: when to warn that this harms, and to rewind weights instead; None for never.
         **options: see `Options`.
 
     Returns:
@@ -96,16 +96,16 @@ def rewind_weights(
     to: int,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Puts the kept weights back to an early step and trains from there.
+    """Rewinds the kept weights to an early step and trains from there.
 
-    The whole state of that step comes back: momentum, statistics and the step of the schedule.
-    A tenth of the training is a good step; step 0 is clearly worse on large networks.
+    The whole state of that step is restored: weights, momentum, statistics and the step of the
+    schedule. A tenth of the training is a good choice; step 0 is clearly worse on large networks.
 
     Args:
         task: the training.
         workdir: see `retrain`. The dense training keeps a checkpoint of step `to`.
         densities: see `retrain`.
-        to: the step.
+        to: step to rewind to.
         **options: see `Options`.
 
     Returns:
@@ -133,7 +133,7 @@ def lottery_ticket(
     densities: Sequence[float],
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Puts the kept weights back to their initial values and trains them: a lottery ticket.
+    """Rewinds the kept weights to their initial values and trains them: a lottery ticket.
 
     This is `rewind_weights` with `to=0`.
 
@@ -167,10 +167,10 @@ def reinitialize(
     densities: Sequence[float],
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Trains the pruned network from new initial values: a control of what weights are worth.
+    """Trains the pruned network from new initial values: a control for the value of the weights.
 
     Args:
-        task: the training; `init` of the round's number gives the new values.
+        task: the training; `init` called with the number of the round gives the new values.
         workdir: see `retrain`.
         densities: see `retrain`.
         **options: see `Options`.
@@ -199,14 +199,14 @@ def random_masks(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Prunes at random and rewinds the learning rate: a control of what the score is worth.
+    """Prunes at random and rewinds the learning rate: a control for the value of the score.
 
     Args:
         task: the training.
         workdir: see `retrain`.
         densities: see `retrain`.
-        to: step that the schedule goes back to.
-        seed: of the masks.
+        to: step to rewind the schedule to.
+        seed: seed of the random masks.
         **options: see `Options`.
 
     Returns:
@@ -234,13 +234,13 @@ def retrain_dense(
     to: int = 0,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Rewinds the learning rate and prunes nothing: a control of what longer training is worth.
+    """Rewinds the learning rate and prunes nothing: a control for the value of longer training.
 
     Args:
         task: the training.
         workdir: see `retrain`.
-        rounds: how many; they cost what as many rounds of `rewind_learning_rate` do.
-        to: step that the schedule goes back to.
+        rounds: number of rounds; they cost as much as those of `rewind_learning_rate`.
+        to: step to rewind the schedule to.
         **options: see `Options`.
 
     Returns:
@@ -263,5 +263,5 @@ def retrain_dense(
 
 
 def _rate_rewound(task: Task, to: int) -> Recipe:
-    """Trained weights, the schedule from a step to its end."""
+    """Makes the recipe of trained weights and the schedule from a step to its end."""
     return Recipe("trained", to, task.steps - whole("to", to))

@@ -1,7 +1,7 @@
-"""Describes what leads to a training, so that nothing on disk is taken for another training.
+"""Describes what leads to a training, so that files of a different training are never reused.
 
-A history is a flat dict of words and numbers, ready for JSON. What can be seen is measured: the
-learning rates, the initial state, the pruning rule. The rest is the user's `Task.description`.
+A history is a flat dict of words and numbers, ready for JSON. Whatever can be observed is measured:
+the learning rates, the initial state, the pruning rule. The rest is the user's `Task.description`.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from jaxprune import processes, trees
 from jaxprune.rewinding._tasks import Recipe, Task
 from jaxprune.rewinding._words import array_words, describe
 
-# name -> words, or words and numbers. Numbers are measured, and another machine rounds differently,
-# so they count as equal within `_ROUNDING` of the largest one; words must be the same.
+# name -> words, or words and numbers. Numbers are measured and machines round differently, so they
+# count as equal within `_ROUNDING` of the largest one; words must be the same.
 History = dict[str, str | list[Any]]
 _ROUNDING = 1e-5
 _PARTS = 100
@@ -30,8 +30,8 @@ def of_dense(task: Task) -> History:
         task: the training; its `init(0)` is called.
 
     Returns:
-        Number of steps, mean rates of the hundredths of the training, shape and norm of each leaf
-        of the initial state (contents of leaves that are no floats), and the description.
+        The number of steps, the mean rate of each hundredth of the training, shape and norm of each
+        leaf of the initial state (a hash of the contents if it is no float), and the description.
 
     Raises:
         ValueError: if the description or a leaf of the state cannot be described.
@@ -49,19 +49,19 @@ def of_dense(task: Task) -> History:
     for name, value in description.items():
         history[f"description: {name}".removesuffix(": ")] = describe(value, str(name), problems)
     trees.raise_for(
-        problems, "`description` of the task must hold plain values and arrays, which say what:"
+        problems, "`description` of the task must hold plain values and arrays, but has:"
     )
     history |= {f"initial {path}": of for path, of in _leaves(task.init(0)).items()}
     return processes.on_first(lambda: history)
 
 
 def of_round(before: History, number: int, density: float, recipe: Recipe, rule: str) -> History:
-    """Describes a round after what led to the network that it prunes.
+    """Describes a round: the history of the network that it prunes, and the round itself.
 
     Args:
-        before: history of that network.
-        number: of the round.
-        density: what it keeps.
+        before: history of the network that it prunes.
+        number: number of the round.
+        density: fraction of the weights that it keeps.
         recipe: how it trains.
         rule: the pruning rule in words.
 
@@ -79,17 +79,17 @@ def of_round(before: History, number: int, density: float, recipe: Recipe, rule:
 
 
 def rule_of(prune: Any, name: str | None) -> str:
-    """Describes the pruning rule by the name that the user gave, or by what can be seen of it.
+    """Describes the pruning rule by the name that the user gave, or else by its code and values.
 
     Args:
         prune: function as in `Options`.
-        name: the user's own name of it, or None.
+        name: the user's name for it, or None.
 
     Returns:
         The rule in words.
 
     Raises:
-        ValueError: if there is no name and a part of the rule cannot be described; lists them.
+        ValueError: if there is no name and parts of the rule cannot be described; it lists them.
 
     Example:
         >>> import functools
@@ -102,9 +102,9 @@ def rule_of(prune: Any, name: str | None) -> str:
     words = describe(prune, "`prune`", problems)
     trees.raise_for(
         problems,
-        "`prune` cannot be told from other rules, so its results could be taken for theirs. Give "
-        '`rule="..."`, a name of your own that changes whenever the rule does. What has no '
-        "description:",
+        "`prune` cannot be told from other rules, so its results could be confused with theirs. "
+        'Give `rule="..."`, a name that changes whenever the rule does. These parts cannot be '
+        "described:",
     )
     return words
 
@@ -113,11 +113,11 @@ def differences(saved: Any, now: History) -> list[str]:
     """Compares the history of a folder with that of a call.
 
     Args:
-        saved: history as read from disk; anything that is no dict differs in everything.
+        saved: history read from disk; a value that is no dict differs in all fields.
         now: history of the call.
 
     Returns:
-        A line for each field that differs; empty if the folder is of this call.
+        A line for each field that differs; empty if the folder belongs to this call.
 
     Example:
         >>> differences({"steps": "20", "rates": [0.3, 0.2]}, {"steps": "20", "rates": [0.3, 0.1]})
@@ -137,14 +137,14 @@ def differences(saved: Any, now: History) -> list[str]:
 
 
 def _close(a: Any, b: Any, scale: float) -> bool:
-    """Whether two entries of a list are the same, numbers within rounding."""
+    """Tells whether two entries of a list are the same, numbers within rounding."""
     if isinstance(a, float) and isinstance(b, float):
         return a == b or abs(a - b) <= _ROUNDING * scale
     return a == b
 
 
 def _rates(task: Task) -> list[Any]:
-    """Mean learning rate of each part of the dense training, so that every step counts."""
+    """Computes the mean learning rate of each part of the dense training; every step counts."""
     steps = int(task.steps)
     try:
         rates = jax.jit(jax.vmap(lambda step: jnp.asarray(task.schedule(step))))(jnp.arange(steps))
@@ -155,7 +155,7 @@ def _rates(task: Task) -> list[Any]:
 
 
 def _leaves(state: Any) -> History:
-    """Describes each leaf of a state: shape and norm, or the contents where it is no float."""
+    """Describes each leaf of a state: shape and norm, or a hash of contents that are no floats."""
     found: History = {}
     problems: list[str] = []
     for path, leaf in trees.leaves_with_paths(state):
@@ -171,8 +171,8 @@ def _leaves(state: Any) -> History:
             found[path] = array_words(leaf)
     trees.raise_for(
         problems,
-        "the state that `init` gives must hold arrays and numbers only. Split a module first, for "
+        "the state from `init` must hold arrays and numbers only. Split a module first, for "
         "example with `equinox.partition(model, equinox.is_array)` or `nnx.split(model)`, and let "
-        "`train` put it together. These leaves are something else:",
+        "`train` merge it. These leaves are neither:",
     )
     return found

@@ -1,4 +1,4 @@
-"""The one routine behind all drivers: prune, go back, train again, repeat."""
+"""Runs the rounds of all drivers: prune, rewind, train again, repeat."""
 
 import difflib
 import operator
@@ -28,12 +28,13 @@ def train_dense(
 ) -> Round:
     """Trains the dense network that the rounds of all drivers in a workdir start from.
 
-    Drivers call this themselves. Call it first where several of them share a workdir and need
-    weights of different steps.
+    Drivers call this themselves. Call it first if several of them share a workdir and need weights
+    of different steps.
 
     Args:
         task: the training.
-        workdir: gets the folder `dense`. What is done there is not done again.
+        workdir: folder of the results; this uses its subfolder `dense`. A finished training there
+            is read, not repeated.
         keep: steps whose checkpoints later rounds need, besides the last one.
         **options: `save_every`, `on_round` and `overwrite` of `Options`.
 
@@ -41,8 +42,8 @@ def train_dense(
         The `Round` of the dense network.
 
     Raises:
-        ValueError: if a step is not in the training, or the training went past it without
-            keeping its checkpoint; and as `retrain`.
+        ValueError: if a step is not in the training, or the training went past it without keeping
+            its checkpoint; and as for `retrain`.
 
     Example:
         >>> train_dense(task, workdir, keep=[2]).total_steps
@@ -64,25 +65,26 @@ def retrain(
     guard: Guard | None = None,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """Prunes to each density and trains again; every driver is this with a recipe.
+    """Prunes to each density and trains again; every driver calls this with a recipe.
 
     Args:
         task: the training.
-        workdir: gets a folder for the dense training and one for this method, with a stage for
-            each density. A stage that is done is skipped, one that was stopped goes on; one that
-            another task, recipe or pruning rule led to is an error, see `Options.overwrite`.
+        workdir: folder of the results: a subfolder for the dense training and one for this method,
+            with a stage for each density. A finished stage is skipped and a stopped one continues.
+            A stage of a different task, recipe or pruning rule is an error, see
+            `Options.overwrite`.
         recipe: weights, schedule and length of each training.
-        densities: fraction of the weights that each round keeps, falling; see `densities`.
-        guard: when to warn, and to rewind weights instead.
+        densities: fraction of the weights that each round keeps, decreasing; see `densities`.
+        guard: when to warn that learning-rate rewinding harms, and to rewind weights instead.
         **options: see `Options`.
 
     Returns:
         The `Round` of the dense network, then one for each density.
 
     Raises:
-        ValueError: if the recipe does not fit the training, densities do not fall, the optimizer
-            has no schedule or no masks, a checkpoint is missing or of another model, the workdir
-            holds another run, or a training diverges.
+        ValueError: if the recipe does not fit the training, densities do not decrease, the
+            optimizer has no schedule or no masks, a checkpoint is missing or belongs to a different
+            model, the workdir holds a different run, or a training diverges.
 
     Example:
         >>> recipe = Recipe(weights_from="trained", schedule_from=10, steps=10)
@@ -104,7 +106,7 @@ def run_rounds(
     guard: Guard | None = None,
     **options: Unpack[Options],
 ) -> list[Round]:
-    """`retrain` for any densities."""
+    """Runs `retrain` without its rule that densities decrease."""
     _check_options(options)
     recipes = [_tasks.checked_recipe(task, recipe)]
     fallback = guard.weights_from if guard else None
@@ -127,7 +129,7 @@ def run_rounds(
         done = run(task, stage, spent + recipe.steps, options)
         if guard and (note := _harm(guard, stage, rounds[0], done)):
             if fallback is not None:
-                note += f"; from here on the weights are rewound to step {fallback}"
+                note += f"; from this round on, the weights are rewound to step {fallback}"
                 harmful, recipe, suffix = stage, recipes[1], f"-weights-{fallback}"
                 history = _history.of_round(before.history, number, density, recipe, rule)
                 folder = Path(f"{folder}{suffix}")
@@ -137,7 +139,7 @@ def run_rounds(
             warnings.warn(note, stacklevel=4)
             done = done._replace(note=note)
             write_result(stage, done)
-        if number > 1:  # nothing goes back to it any more
+        if number > 1:  # no later round starts from the stage before this one
             delete_checkpoints(stages[-1])
         stages.append(stage)
         rounds.append(done)
@@ -145,39 +147,39 @@ def run_rounds(
 
 
 def rewound(task: Task, step: int) -> Recipe:
-    """Weights and schedule from a step, to the end of the schedule."""
+    """Makes the recipe of weights and schedule from a step, to the end of the schedule."""
     return Recipe(step, step, task.steps - step)
 
 
 def dense_stage(task: Task, workdir: str | Path) -> Stage:
-    """The dense training of a task in a workdir."""
+    """Makes the stage of the dense training of a task in a workdir."""
     recipe, history = Recipe("new", 0, operator.index(task.steps)), _history.of_dense(task)
     return Stage(Path(workdir) / "dense", 0, 1.0, recipe, None, None, history)
 
 
 def _check_options(options: Options) -> None:
-    """Refuses keywords and values that no driver takes."""
+    """Raises for keywords and values that no driver accepts."""
     known = list(Options.__annotations__)
     for unknown in options.keys() - set(known):
         near = difflib.get_close_matches(unknown, known, n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else f"; there are {', '.join(known)}"
+        hint = f"; did you mean `{near[0]}`?" if near else f"; use one of {', '.join(known)}"
         raise TypeError(f"unexpected keyword `{unknown}`{hint}")
     if options.get("save_every", 1) < 1:
         raise ValueError(f"`save_every` must be at least 1, but is {options.get('save_every')}.")
     name = options.get("name", "a")
     if name in ("", "dense") or Path(name).name != name:
-        raise ValueError(f"`name` must be that of a folder, other than `dense`; got {name!r}.")
+        raise ValueError(f"`name` must be a folder name other than `dense`; got {name!r}.")
     if not (isinstance(options.get("rule", "a"), str) and options.get("rule", "a")):
         raise ValueError(f"`rule` must be a text that names `prune`; got {options.get('rule')!r}.")
     if not trees.is_rule(options.get("prune", _tasks.prune_globally)):
         raise ValueError(
             f"`prune` must be a function, but is a tree ({type(options.get('prune')).__name__}). "
-            "Where it holds scores, give `functools.partial(jaxprune.prune, score=...)`."
+            "If it holds scores, give `functools.partial(jaxprune.prune, score=...)`."
         )
 
 
 def _rehearse(task: Task, prune: Prune, density: float) -> None:
-    """Prunes and rewinds an untrained state, so that what cannot work fails before training."""
+    """Prunes and rewinds an untrained state, so that mistakes raise before the training."""
     state = task.init(0)
     opt_state = set_step(get(state, "opt_state"), 0)
     _, masks = prune(get(state, "params"), 1 - density, masks=get_masks(opt_state))
@@ -185,7 +187,7 @@ def _rehearse(task: Task, prune: Prune, density: float) -> None:
 
 
 def _harm(guard: Guard, stage: Stage, dense: Round, done: Round) -> str:
-    """What a guard says of a round; empty if nothing."""
+    """Returns the warning of a guard about a round, or an empty text."""
     loss, trained = dense.score - done.score, stage.recipe.weights_from == "trained"
     if not trained or stage.density < guard.density or loss <= guard.margin:
         return ""

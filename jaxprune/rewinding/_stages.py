@@ -1,8 +1,8 @@
-"""One training on disk: begun, resumed, finished, read.
+"""Runs one training on disk: starts, resumes, finishes or reads it.
 
-Each training is a stage with a folder of its own:
+Each training is a stage with a separate folder:
 
-    stage.json      what led to it, see `_history.py`; a folder with another history is refused
+    stage.json      its history, see `_history.py`; a folder with a different history is an error
     checkpoints/    the newest one, and those that later stages need
     round.json      the result; a stage that has it is skipped
 """
@@ -27,7 +27,7 @@ from jaxprune.rewinding._tasks import Recipe, Round, Stopped, Task, get, replace
 
 
 class Prune(Protocol):
-    """What prunes between two rounds: `jaxprune.prune` with some arguments given.
+    """A function that prunes between two rounds: `jaxprune.prune` with some arguments given.
 
     Example:
         >>> import functools
@@ -36,24 +36,24 @@ class Prune(Protocol):
     """
 
     def __call__(self, params: Any, sparsity: float, *, masks: Any) -> tuple[Any, Any]:
-        """The pruned parameters and their masks; what `masks` prunes stays pruned."""
+        """Returns the pruned parameters and their masks; weights pruned in `masks` remain so."""
         ...
 
 
 class Options(TypedDict, total=False):
-    """Keywords that all drivers share.
+    """The keywords that all drivers share.
 
     Example:
         >>> options: Options = {"iterative": False, "save_every": 500}
     """
 
-    name: str  # folder in the workdir and `Round.method`; default the name of the driver
+    name: str  # folder in the workdir and `Round.method`; default: the name of the driver
     iterative: bool  # True: each round prunes the one before it; False: the dense network
-    prune: Prune  # default global magnitude; give it the `prunable` of `fixed_mask_transform`
-    rule: str  # name of `prune`, where the driver says that it cannot describe it
-    overwrite: bool  # trains anew what another task, recipe or rule left here; default an error
+    prune: Prune  # default: global magnitude; give it the `prunable` of `fixed_mask_transform`
+    rule: str  # a name for `prune`, needed if the driver says that it cannot describe it
+    overwrite: bool  # replace stages of a different task, recipe or rule; default: raise an error
     save_every: int  # steps between two checkpoints of a training, default 1000
-    on_round: Callable[[Round, Any], None]  # gets each trained network, before it counts as done
+    on_round: Callable[[Round, Any], None]  # gets each trained network before its stage is done
 
 
 class Stage(NamedTuple):
@@ -69,32 +69,47 @@ class Stage(NamedTuple):
     number: int  # 0 is the dense training
     density: float
     recipe: Recipe
-    before: "Stage | None"  # whose network is pruned; None for the dense training
+    before: "Stage | None"  # the stage whose network is pruned; None for the dense training
     prune: Prune | None  # None for the dense training
-    history: History  # all that led to it
+    history: History  # everything that decides its result
 
 
 def run(
     task: Task, stage: Stage, total_steps: int, options: Options, keep: Collection[int] = ()
 ) -> Round:
-    """The result of a stage: read from its folder, or trained from its newest checkpoint on."""
-    folder, recipe = stage.folder, stage.recipe
+    """Returns the result of a stage: reads it if the stage is done, otherwise trains the stage."""
+    folder = stage.folder
     checkpoints.check_writable(folder)
     keep = processes.on_first(lambda: claim(stage, keep, overwrite=options.get("overwrite", False)))
     if (result := read_result(stage)) is not None:
         return result
+    state = _train(task, stage, keep, options.get("save_every", 1000))
+    score = float(task.evaluate(state))
+    done = Round(
+        method=options.get("name", "dense") if stage.before else "dense",
+        number=stage.number,
+        density=_tasks.density_of(get_masks(get(state, "opt_state"))),
+        score=processes.on_first(lambda: score),  # all processes must decide alike
+        steps=stage.recipe.steps,
+        total_steps=total_steps,
+        checkpoint_bytes=processes.on_first(lambda: _bytes(folder / "checkpoints")),
+    )
+    if not math.isfinite(done.score):
+        raise ValueError(
+            f"{folder}: `evaluate` must return a finite number, but returned {done.score}."
+        )
+    if hook := options.get("on_round"):
+        hook(done, state)
+    write_result(stage, done)
+    return done
 
-    like = task.init(0)
-    opened = checkpoints.open_manager(folder / "checkpoints", keep=1, always=keep)
+
+def _train(task: Task, stage: Stage, keep: Collection[int], every: int) -> Any:
+    """Trains a stage to its end, from its newest checkpoint if it has one; returns the state."""
+    like, stop = task.init(0), stage.recipe.schedule_from + stage.recipe.steps
+    opened = checkpoints.open_manager(stage.folder / "checkpoints", keep=1, always=keep)
     with contextlib.closing(opened) as manager:
-        step, stop = manager.latest_step(), recipe.schedule_from + recipe.steps
-        if step is None:
-            step = recipe.schedule_from
-            state = _placed(_begin(task, stage, like), like)
-        else:
-            state, _ = checkpoints.restore(manager, _abstract(like), step)
-            state = _placed(state, like)
-        every = options.get("save_every", 1000)
+        step, state = _start_or_restore(task, stage, manager, like)
         while step < stop:
             due = min([stop, (step // every + 1) * every, *(k for k in keep if k > step)])
             try:
@@ -106,40 +121,35 @@ def run(
             _check_trained(stage, state, step, due)
             checkpoints.save(manager, due, state, {})
             step = due
-    score = float(task.evaluate(state))
-    done = Round(
-        method=options.get("name", "dense") if stage.before else "dense",
-        number=stage.number,
-        density=_tasks.density_of(get_masks(get(state, "opt_state"))),
-        score=processes.on_first(lambda: score),  # decisions hang on it
-        steps=recipe.steps,
-        total_steps=total_steps,
-        checkpoint_bytes=processes.on_first(lambda: _bytes(folder / "checkpoints")),
-    )
-    if not math.isfinite(done.score):
-        raise ValueError(f"{folder}: `evaluate` must return a finite number, but gave {done.score}")
-    if hook := options.get("on_round"):
-        hook(done, state)
-    write_result(stage, done)
-    return done
+    return state
+
+
+def _start_or_restore(task: Task, stage: Stage, manager: Any, like: Any) -> tuple[int, Any]:
+    """Returns step and state of the newest checkpoint of a stage, or those that it starts from."""
+    step = manager.latest_step()
+    if step is None:
+        return stage.recipe.schedule_from, _placed(_begin(task, stage, like), like)
+    state, _ = checkpoints.restore(manager, _abstract(like), step)
+    return step, _placed(state, like)
 
 
 def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
-    """Makes a folder that of a stage; what another history left there is refused, or deleted.
+    """Claims a folder for a stage; a folder with a different history is an error, or deleted.
 
     Returns:
-        The steps whose checkpoints stay: `keep`, and those that earlier calls asked for.
+        The steps whose checkpoints are kept: `keep`, and those that earlier calls asked for.
     """
     folder, path = stage.folder, stage.folder / "stage.json"
     saved = checkpoints.read_json(path)
     if saved is None and any((folder / name).exists() for name in ("round.json", "checkpoints")):
-        saved = {}  # of nobody knows what
+        saved = {}  # files of an unknown training
     if saved is not None and (lines := differences(saved.get("history"), stage.history)):
         if not overwrite:
             trees.raise_for(
                 lines,
-                f"`workdir` holds a run of another configuration in {folder}. Use another workdir "
-                "or another `name`, or replace what is there with `overwrite=True`. It differs in:",
+                f"`workdir` holds a run with a different configuration in {folder}. Use a "
+                "different `workdir` or `name`, or replace that run with `overwrite=True`. It "
+                "differs in:",
             )
         shutil.rmtree(folder)
         folder.mkdir()
@@ -148,8 +158,8 @@ def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
     keep = sorted({*keep, *(saved or {}).get("keep", [])})
     if missing := [step for step in keep if past and step < max(past) and step not in past]:
         raise ValueError(
-            f"{folder} has no checkpoint of step {missing[0]}, and its training went past it: it "
-            f"has {past}. Use another workdir, or delete that folder; call "
+            f"{folder} must have a checkpoint of step {missing[0]}, but its training went past "
+            f"that step and kept {past}. Use a different `workdir` or delete that folder, and call "
             f"`train_dense(task, workdir, keep={keep})` before the drivers."
         )
     checkpoints.write_json(path, {"history": stage.history, "keep": keep})
@@ -162,7 +172,7 @@ def write_result(stage: Stage, done: Round) -> None:
 
 
 def read_result(stage: Stage) -> Round | None:
-    """The result of a stage; None before it is done."""
+    """Reads the result of a stage; None before it is done."""
     result = processes.on_first(lambda: checkpoints.read_json(stage.folder / "round.json"))
     return None if result is None else Round(**result)
 
@@ -173,19 +183,18 @@ def _write(path: Path, value: Any) -> None:
 
 
 def saved_steps(stage: Stage) -> list[int]:
-    """Steps of a stage whose checkpoints are on disk."""
-
+    """Lists the steps of a stage whose checkpoints are on disk."""
     return processes.on_first(lambda: _steps_in(stage.folder))
 
 
 def delete_checkpoints(stage: Stage) -> None:
-    """For a stage that no other can start from any more."""
+    """Deletes the checkpoints of a stage that no later stage can start from."""
     folder = stage.folder / "checkpoints"
     processes.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _begin(task: Task, stage: Stage, like: Any) -> Any:
-    """The state that a stage starts from."""
+    """Makes the state that a stage starts from."""
     if stage.before is None or stage.prune is None:
         return task.init(0)
     source = stage.recipe.weights_from
@@ -202,40 +211,40 @@ def _begin(task: Task, stage: Stage, like: Any) -> Any:
             dense = dense.before
         state = _restore(dense, like, source)
     opt_state = set_step(get(state, "opt_state"), stage.recipe.schedule_from)
-    opt_state = set_masks(opt_state, masks)  # on the devices of those that they replace
+    opt_state = set_masks(opt_state, masks)  # places them on the devices of the old masks
     params = apply_masks(get(state, "params"), get_masks(opt_state))
     return replace(state, params=params, opt_state=opt_state)
 
 
 def _check_trained(stage: Stage, state: Any, start: int, stop: int) -> None:
-    """Refuses what `train` did if the result would mean something else than it says."""
+    """Raises if `train` returned a state that violates the contract of `Task`."""
     where = f"{stage.folder}, steps {start} to {stop}"
     if not stats.all_finite(get(state, "params")):
         raise ValueError(
-            f"{where}: the parameters are not finite; lower the learning rate. Everything up to "
+            f"{where}: the parameters are not finite; lower the learning rate. The checkpoint of "
             f"step {start} is kept."
         )
     opt_state = get(state, "opt_state")
     if wrong := sorted({count for count in steps_of(opt_state) if count != stop}):
         raise ValueError(
             f"{where}: the schedule stands at step {wrong[0]} after it. One step of `train` must "
-            "be one step of the schedule; behind `optax.MultiSteps`, that is one update."
+            "be one step of the schedule; inside `optax.MultiSteps`, that is one update."
         )
     if stage.before is None and _tasks.density_of(get_masks(opt_state)) < 1:
         raise ValueError(
-            f"{where}: the dense training has pruned. The optimizer must hold masks and leave them "
-            "alone: use `jaxprune.fixed_mask_transform()`."
+            f"{where}: the dense training has pruned. The optimizer must hold masks and never "
+            "change them: use `jaxprune.fixed_mask_transform()`."
         )
 
 
 def _restore(stage: Stage, like: Any, step: Any = None) -> Any:
-    """A checkpoint of a stage, the newest unless told."""
+    """Restores a checkpoint of a stage, the newest if `step` is None."""
     saved = saved_steps(stage)
     if not saved or step not in (None, *saved):
-        what = "checkpoint any more" if step is None else f"checkpoint of step {step}"
+        what = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         raise ValueError(
-            f"{stage.folder} has no {what}, and a round needs it to start from. Use another "
-            "workdir or another `name`."
+            f"{stage.folder} must have {what} for a round to start from, but has {saved}. Use a "
+            "different `workdir` or `name`."
         )
     opened = checkpoints.open_manager(stage.folder / "checkpoints", keep=len(saved))
     with contextlib.closing(opened) as manager:
@@ -243,18 +252,18 @@ def _restore(stage: Stage, like: Any, step: Any = None) -> Any:
 
 
 def _steps_in(folder: Path) -> list[int]:
-    """Steps whose checkpoints are in the folder of a stage."""
+    """Lists the steps whose checkpoints are in the folder of a stage."""
     found = (folder / "checkpoints").glob("*")
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
 def _bytes(folder: Path) -> int:
-    """Size on disk of all files in a folder."""
+    """Sums the sizes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _abstract(state: Any) -> Any:
-    """Shapes, dtypes and shardings of a state."""
+    """Returns shapes, dtypes and shardings of a state."""
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
@@ -265,7 +274,7 @@ def _abstract(state: Any) -> Any:
 
 
 def _placed(state: Any, like: Any) -> Any:
-    """The state as `init` would have made it: types, devices, and freedom to move between them."""
+    """Gives a state the dtypes, devices and commitment to devices that `init` gives."""
     leaves, structure = jax.tree.flatten(state)
     pairs = zip(leaves, jax.tree.leaves(like), strict=True)
     return jax.tree.unflatten(structure, [_placed_leaf(*pair) for pair in pairs])
@@ -276,7 +285,7 @@ def _placed_leaf(leaf: Any, like: Any) -> Any:
         leaf = jnp.array(leaf, jnp.result_type(leaf))
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
-    if leaf.weak_type:  # lost in a checkpoint, so it must not matter before either
+    if leaf.weak_type:  # a checkpoint drops weak types, so drop them here too
         leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
     if getattr(like, "committed", False):
         return jax.device_put(leaf, like.sharding)

@@ -1,4 +1,4 @@
-"""The step that the learning-rate schedule stands at, inside an optimizer state."""
+"""Reads and sets the step of the learning-rate schedule in an optimizer state."""
 
 from typing import Any
 
@@ -6,26 +6,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# States whose `count` is the step of a schedule: of `scale_by_schedule`, which every Optax
+# States whose `count` is the step of a schedule: those of `scale_by_schedule`, which every Optax
 # optimizer uses for its learning rate, of `inject_hyperparams`, and of scheduled weight decay. The
-# counts of Adam and its kin belong to their moments, which rewinding keeps: set back, they would
-# scale the moments up.
+# counts of Adam and its relatives belong to their moments, which rewinding keeps: setting them back
+# would scale the moments up.
 _SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState", "WeightDecaySchedule")
 
 
 def set_step(opt_state: Any, step: int) -> Any:
-    """Puts the learning-rate schedule of an optimizer to a step; nothing else changes.
+    """Sets the learning-rate schedule of an optimizer to a step; nothing else changes.
 
-    Every schedule of Optax is set, wherever it sits: in a chain, in `inject_hyperparams`, behind
+    Every Optax schedule is set, wherever it is: in a chain, in `inject_hyperparams`, inside
     `optax.masked`, `optax.partition` or `optax.MultiSteps` (there, a step is one that reaches the
-    schedule). Optimizers of `optax.contrib` that count on their own are not known here.
+    schedule). Optimizers of `optax.contrib` with counters of their own are not recognised.
 
     Args:
         opt_state: state of an Optax optimizer whose learning rate is a schedule.
         step: the next update uses the rate of this step.
 
     Returns:
-        The state with the schedules at `step`; momentum and all else as it was.
+        The state with all schedules at `step`; momentum and the rest are unchanged.
 
     Raises:
         ValueError: if `step` is negative, or no schedule is in the state.
@@ -43,12 +43,12 @@ def set_step(opt_state: Any, step: int) -> Any:
     if not steps_of(opt_state):
         raise ValueError(
             "`opt_state` holds no step of a learning-rate schedule, so there is nothing to rewind. "
-            "Where the learning rate is a constant, give the optimizer a schedule, for example "
+            "If the learning rate is a constant, give the optimizer a schedule, for example "
             "`optax.sgd(optax.piecewise_constant_schedule(0.1, {300: 0.1}))`."
         )
 
-    # Not `optax.tree.set`: it does not look below a state that has a `count` of its own, such as
-    # that of `inject_hyperparams` (optax 0.2.8).
+    # `optax.tree.set` would not do: it does not look below a state that has a `count` itself, such
+    # as that of `inject_hyperparams` (optax 0.2.8).
     def at_step(node: Any) -> Any:
         return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
 
@@ -56,13 +56,13 @@ def set_step(opt_state: Any, step: int) -> Any:
 
 
 def steps_of(opt_state: Any) -> list[int]:
-    """The steps at which the schedules of an optimizer state stand.
+    """Returns the steps at which the schedules of an optimizer state stand.
 
     Args:
         opt_state: state of an Optax optimizer.
 
     Returns:
-        One for each schedule; empty if there is none.
+        One step for each schedule; empty if there is none.
 
     Example:
         >>> steps_of(optax.sgd(optax.linear_schedule(1.0, 0.0, 10)).init({}))
@@ -73,17 +73,17 @@ def steps_of(opt_state: Any) -> list[int]:
 
 
 def hold(schedule: optax.Schedule, steps: int) -> optax.Schedule:
-    """A schedule that stays at its last rate after the training that it was made for.
+    """Makes a schedule that holds its last rate after the end of the training.
 
-    Fine-tuning trains on at the last rate of the original run. Build the optimizer with the
-    schedule that this returns, and training on past the end is just that.
+    Fine-tuning continues at the last rate of the original run. Build the optimizer with the
+    schedule that this returns: training past the last step then continues at the last rate.
 
     Args:
         schedule: step -> learning rate.
         steps: length of the training; the last step is `steps - 1`.
 
     Returns:
-        The schedule up to there, then constant.
+        The schedule up to the last step, then its last rate.
 
     Raises:
         ValueError: if `steps` is less than 1.
@@ -99,5 +99,5 @@ def hold(schedule: optax.Schedule, steps: int) -> optax.Schedule:
 
 
 def _is_schedule(node: Any) -> bool:
-    """Whether a node of an optimizer state is the state of a schedule."""
+    """Tells whether a node of an optimizer state is the state of a schedule."""
     return type(node).__name__ in _SCHEDULES

@@ -1,4 +1,4 @@
-"""What the drivers need of a training, and what they say of each round."""
+"""The contract of a training (`Task`), and the results of the drivers (`Round`)."""
 
 import contextlib
 import copy
@@ -16,16 +16,17 @@ from jaxprune.one_shot import prune
 
 
 class Task(NamedTuple):
-    """A training as functions, of any model and any loop.
+    """A training as functions, for any model and any loop.
 
-    One step of `train` is one step of the schedule (behind `optax.MultiSteps`, one update).
+    One step of `train` is one step of the schedule (inside `optax.MultiSteps`, one update).
 
     A state is a pytree with the fields `params` and `opt_state`: a NamedTuple such as
     `training.TrainState`, a dataclass such as Flax's `TrainState`, or a dict. The optimizer has a
     learning-rate schedule and a `fixed_mask_transform()`.
 
-    All randomness must derive from the arguments, and two calls of `train` in a row must give what
-    one call over all their steps gives: then a run that was killed ends with the same bits.
+    All randomness must derive from the arguments, and two calls of `train` in a row must return the
+    same as one call over all their steps. Then a run that was killed and continues ends with the
+    same bits.
 
     Example:
         >>> schedule = optax.constant_schedule(0.1)
@@ -41,27 +42,28 @@ class Task(NamedTuple):
 
     init: Callable[[int], Any]  # number of a round -> state before step 0
     # (state, step to start from, step to stop before, number of the round) -> state. Round 0 is
-    # the dense training; the others should see the data in another order. May raise `Stopped`.
+    # the dense training; other rounds should use a different order of the data. May raise
+    # `Stopped`.
     train: Callable[[Any, int, int, int], Any]
-    evaluate: Callable[[Any], float]  # state -> accuracy, or another score where more is better
+    evaluate: Callable[[Any], float]  # state -> accuracy, or a different score where more is better
     schedule: optax.Schedule  # step -> learning rate, the one in the optimizer
     steps: int  # length of the dense training
-    # Everything else that decides the numbers: data, loss, batch size, weight decay, momentum. What
-    # the three functions do cannot be seen, so results on disk count as those of this task if the
-    # description, the schedule, `steps` and the state from `init(0)` are the same. Plain values and
-    # arrays, by name.
+    # Name -> plain values and arrays, for everything else that decides the numbers: data, loss,
+    # batch size, weight decay, momentum. The code of the three functions is not compared: results
+    # on disk count as those of this task if the description, the schedule, `steps` and the state
+    # from `init(0)` are the same.
     description: Mapping[str, Any] | str
 
 
 class Stopped(Exception):
-    """What `Task.train` raises to end before it is done; the driver saves the state and ends.
+    """An exception that `Task.train` raises to stop early; the driver saves the state and stops.
 
-    The same call of the driver goes on from there. Of several processes all must raise it, after
-    the same step.
+    The same call of the driver continues from there. With several processes, all must raise it
+    after the same step.
 
     Args:
-        state: as `train` would return it.
-        step: `train` would go on with this one.
+        state: the state, as `train` would return it.
+        step: the next step to train.
 
     Example:
         >>> Stopped(state={}, step=7).step
@@ -75,34 +77,34 @@ class Stopped(Exception):
 
 
 class Recipe(NamedTuple):
-    """How a pruned network is trained again.
+    """The way in which a pruned network is trained again.
 
     Example:
         >>> rewind_to_500 = Recipe(weights_from=500, schedule_from=500, steps=9_500)
     """
 
-    # "trained": as they are, momentum and statistics included; a step: the whole state of the dense
-    # training then; "new": a fresh initialisation.
+    # "trained": the trained state, momentum and statistics included; a step: the whole state of the
+    # dense training at that step; "new": a new initialisation.
     weights_from: int | Literal["trained", "new"]
-    schedule_from: int  # step of the schedule to begin with; the last rate is held after the end
-    steps: int  # how long
+    schedule_from: int  # step of the schedule to start from; the last rate is held after its end
+    steps: int  # number of steps to train
 
 
 class Guard(NamedTuple):
-    """When learning-rate rewinding counts as harmful, and what to do then.
+    """The condition under which learning-rate rewinding counts as harmful, and what to do then.
 
-    On wide networks it was seen to lose accuracy at low sparsity already, where weight rewinding
-    did not (arXiv:2109.09670).
+    On wide networks it was found to lose accuracy even at low sparsity, where weight rewinding did
+    not (arXiv:2109.09670).
 
     Example:
         >>> Guard(margin=0.005, weights_from=500).density
         0.5
     """
 
-    # In units of `Task.evaluate`: a larger loss against the dense network is reported ...
+    # Warn if the score is lower than that of the dense network by more than this margin ...
     margin: float = 0.01
-    density: float = 0.5  # ... in rounds of at least this density
-    weights_from: int | None = None  # None: go on; a step: rewind the weights to it from there on
+    density: float = 0.5  # ... in a round of at least this density
+    weights_from: int | None = None  # then rewind weights to this step; None: only warn
 
 
 class Round(NamedTuple):
@@ -116,19 +118,19 @@ class Round(NamedTuple):
     method: str
     number: int  # 0 is the dense network
     density: float  # kept weights over all weights that the optimizer has masks for
-    score: float  # what `evaluate` says
-    steps: int  # of this round
-    total_steps: int  # of all training that led here, the dense one included
-    checkpoint_bytes: int  # on disk, of the checkpoints that were kept when it was done
-    note: str = ""  # what the guard said
+    score: float  # result of `evaluate`
+    steps: int  # steps of this round
+    total_steps: int  # steps of all training up to this network, the dense training included
+    checkpoint_bytes: int  # bytes on disk of the checkpoints kept at its end
+    note: str = ""  # the warning of the guard
 
 
 def densities(rounds: int, rate: float = 0.2) -> tuple[float, ...]:
-    """What is left after each round that prunes the same fraction of the remaining weights.
+    """Computes the density after each round if every round prunes the same fraction.
 
     Args:
-        rounds: how many.
-        rate: fraction of the remaining weights that one round prunes, in (0, 1).
+        rounds: number of rounds.
+        rate: fraction of the remaining weights that each round prunes, in (0, 1).
 
     Returns:
         `(1 - rate) ** n` for n from 1 to `rounds`.
@@ -148,15 +150,15 @@ def densities(rounds: int, rate: float = 0.2) -> tuple[float, ...]:
 
 
 def prune_globally(params: Any, sparsity: float, *, masks: Any = None) -> tuple[Any, Any]:
-    """Global magnitude pruning without a floor, as by the authors of rewinding.
+    """Prunes by global magnitude without a floor, as the authors of rewinding do.
 
     Args:
         params: tree of arrays.
         sparsity: fraction of the prunable weights to set to zero, in [0, 1).
-        masks: what was pruned before and stays pruned.
+        masks: earlier masks; weights pruned in them remain pruned.
 
     Returns:
-        The pruned parameters and the masks, as `jaxprune.prune`.
+        The pruned parameters and the masks, as from `jaxprune.prune`.
 
     Example:
         >>> params = {"kernel": jnp.array([[3.0, -1.0], [2.0, 0.5]])}
@@ -173,22 +175,22 @@ def keep_all(params: Any, sparsity: float, *, masks: Any) -> tuple[Any, Any]:
 
 
 def get(state: Any, name: str) -> Any:
-    """A field of a state."""
+    """Returns a field of a state."""
     if isinstance(state, Mapping) and name in state:
         return state[name]
     if not hasattr(state, name):
         raise ValueError(
             f"the state of a `Task` must have the fields `params` and `opt_state`, but "
             f"{type(state).__name__} has no `{name}`. Use `jaxprune.training.TrainState`, Flax's "
-            "`TrainState`, another NamedTuple or dataclass, or a dict."
+            "`TrainState`, any other NamedTuple or dataclass, or a dict."
         )
     return getattr(state, name)
 
 
 def replace(state: Any, **fields: Any) -> Any:
-    """The state with other fields."""
+    """Returns the state with some fields replaced."""
     if isinstance(state, dict):
-        replaced = copy.copy(state)  # of the same kind and in the same order
+        replaced = copy.copy(state)  # keeps the type of the dict and the order of its keys
         replaced.update(fields)
         return replaced
     if isinstance(state, Mapping):
@@ -200,7 +202,7 @@ def replace(state: Any, **fields: Any) -> Any:
 
 
 def checked_recipe(task: Task, recipe: Recipe) -> Recipe:
-    """The recipe in Python integers; refuses what cannot be trained, before anything is."""
+    """Returns the recipe in Python integers; raises before any training if it does not fit."""
     source, end = recipe.weights_from, operator.index(task.steps)
     if source not in ("trained", "new"):
         source = whole("weights_from", source)
@@ -218,15 +220,15 @@ def checked_recipe(task: Task, recipe: Recipe) -> Recipe:
         rate = jnp.asarray(task.schedule(step)).item()
         if beyond >= step >= end and rate != last:
             raise ValueError(
-                f"training goes on to step {beyond}, past the {end} steps of the schedule, where "
-                f"its rate must stay {last:g} but is {rate:g} at step {step}. Build the optimizer "
-                "and the task with `rewinding.hold(schedule, steps)`."
+                f"training continues to step {beyond}, past the {end} steps of the schedule, where "
+                f"its rate must remain {last:g} but is {rate:g} at step {step}. Build the "
+                "optimizer and the task with `rewinding.hold(schedule, steps)`."
             )
     return Recipe(source, start, steps)
 
 
 def whole(name: str, value: Any) -> int:
-    """A number of steps; refuses fractions and what is no number."""
+    """Returns a number of steps as an integer; raises for fractions and other values."""
     if not isinstance(value, bool):
         with contextlib.suppress(TypeError):
             return operator.index(value)
@@ -234,18 +236,18 @@ def whole(name: str, value: Any) -> int:
 
 
 def check_densities(densities: Sequence[float]) -> None:
-    """Refuses densities that do not fall."""
+    """Raises if densities do not decrease."""
     targets = [float(density) for density in densities]
     falling = all(a > b for a, b in zip([1.0, *targets], targets, strict=False))
     if not (targets and falling and targets[-1] > 0):
         raise ValueError(
-            f"`densities` must fall from below 1 to above 0, but are {targets}. "
-            "`rewinding.densities` gives those of the usual rounds."
+            f"`densities` must decrease from below 1 to above 0, but are {targets}. "
+            "`rewinding.densities` makes the usual ones."
         )
 
 
 def density_of(masks: Any) -> float:
-    """The kept fraction of all weights that have a mask."""
+    """Computes the kept fraction of all weights that have a mask."""
     own = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask)]
     kept = sum(int(mask.sum(dtype=jnp.int32)) for mask in own)
     return kept / sum(mask.size for mask in own)

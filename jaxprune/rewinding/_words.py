@@ -1,6 +1,6 @@
-"""Puts values and functions into words that are the same in every process, or says which cannot be.
+"""Describes values and functions in words that are the same in every process.
 
-A name alone is no description: two lambdas of one function share theirs. A function is described by
+A name alone does not suffice: two lambdas of one function share theirs. A function is described by
 its module and name, its code, and every value that it closes over, refers to or has as a default.
 """
 
@@ -30,15 +30,15 @@ _NO_CODE = (types.BuiltinFunctionType, types.MethodDescriptorType, np.ufunc)
 def describe(value: Any, where: str, problems: list[str]) -> str:
     """Describes a value by what it holds.
 
-    Functions of installed packages go by their names; all others by their code as well.
+    Functions of installed packages are described by their names; all others also by their code.
 
     Args:
         value: plain values, arrays, containers, functions, or objects made of these.
-        where: how to call the value in `problems`.
-        problems: gets a line for each part that cannot be described.
+        where: the name of the value in `problems`.
+        problems: receives a line for each part that cannot be described.
 
     Returns:
-        Words, which are the same for equal values in every process.
+        Words that are the same for equal values in every process.
 
     Example:
         >>> import functools
@@ -70,7 +70,7 @@ def array_words(array: Any) -> str:
 
 
 def _words(value: Any, where: str, problems: list[str], around: tuple[int, ...]) -> str:
-    """`describe` inside of other values, whose ids are `around`."""
+    """Describes a value inside other values, whose ids are `around`."""
     if isinstance(value, _PLAIN) and not isinstance(value, enum.Enum):
         return repr(value)
     if id(value) in around:  # a function that calls itself
@@ -112,7 +112,7 @@ def _words(value: Any, where: str, problems: list[str], around: tuple[int, ...])
 
 
 def _function(value: types.FunctionType, inner: Callable[[Any, str], str]) -> str:
-    """Describes a function by its name and by what it holds; code only of the user's own."""
+    """Describes a function by its name and the values that it holds; the user's also by code."""
     code, held = value.__code__, {}
     for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
         held[name] = cell.cell_contents
@@ -157,7 +157,7 @@ def _module(module: types.ModuleType) -> str:
 
 @functools.cache
 def _installed(module: str) -> bool:
-    """Whether a package goes by its name: ours, Python's or an installed one."""
+    """Tells whether a package is known by its name: ours, Python's or an installed one."""
     root = (module or "").partition(".")[0]
     if root == "jaxprune" or root in sys.stdlib_module_names:
         return root != "__main__"
@@ -166,12 +166,12 @@ def _installed(module: str) -> bool:
 
 
 def _code(code: types.CodeType) -> str:
-    """Hashes what a function computes, without line numbers."""
+    """Hashes the code of a function, without line numbers."""
     return _digest(_code_bytes(code))
 
 
 def _code_bytes(code: types.CodeType) -> bytes:
-    """Instructions, names and constants of a function and of those inside of it."""
+    """Collects instructions, names and constants of a function and of the functions inside it."""
     constants = [
         _code_bytes(part) if isinstance(part, types.CodeType) else _constant(part)
         for part in code.co_consts
@@ -180,24 +180,24 @@ def _code_bytes(code: types.CodeType) -> bytes:
 
 
 def _constant(part: Any) -> bytes:
-    """A constant; the order of a set is not the same in every process."""
+    """Writes a constant; sets are sorted, as their order differs between processes."""
     return repr(sorted(map(repr, part)) if isinstance(part, frozenset) else part).encode()
 
 
 def _globals_of(code: types.CodeType) -> set[str]:
-    """Names of globals that a function and those inside of it use."""
+    """Finds the names of globals that a function and the functions inside it use."""
     inside = [_globals_of(part) for part in code.co_consts if isinstance(part, types.CodeType)]
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return own.union(*inside)
 
 
 def _name(value: Any) -> str:
-    """Module and name of a function or class."""
+    """Returns module and name of a function or class."""
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "?")
     module = getattr(value, "__module__", None) or "builtins"
     return f"{module}.{name}"
 
 
 def _digest(contents: bytes) -> str:
-    """Twelve digits of a SHA-256."""
+    """Returns twelve digits of a SHA-256."""
     return hashlib.sha256(contents).hexdigest()[:12]

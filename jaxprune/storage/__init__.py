@@ -1,4 +1,4 @@
-"""Masks and sparse parameters in one small file, and as sparse matrices."""
+"""Stores masks and sparse parameters in one small file, and as sparse matrices."""
 
 from jaxprune.storage._files import load, save
 from jaxprune.storage._leaves import pack_mask, unpack_mask

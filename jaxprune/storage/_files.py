@@ -1,10 +1,10 @@
-"""One small file for parameters and masks.
+"""Writes and reads one small file for parameters and masks.
 
 A file is an uncompressed NumPy archive (`.npz`) of two arrays. `manifest` is JSON as bytes: the
-format, its version and, for each leaf, path, dtype, shape, the number of weights its mask keeps
-(null for the scalar mask True) and a CRC-32. `data` holds the bytes of the leaves one after
-another: the mask, one bit a weight (left out where it keeps all or nothing), then the kept values
-in row-major order, little-endian. An array of its own would cost each leaf some 250 bytes.
+format, its version and, for each leaf, path, dtype, shape, the number of weights that its mask
+keeps (null for the scalar mask True) and a CRC-32. `data` holds the bytes of the leaves one after
+another: the mask, one bit per weight (left out if it keeps all or nothing), then the kept values in
+row-major order, little-endian. A separate array for each leaf would cost some 250 bytes more.
 """
 
 import contextlib
@@ -29,28 +29,28 @@ File = str | os.PathLike[str] | BinaryIO
 
 
 def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False) -> None:
-    """Writes parameters and masks, without the weights that are masked.
+    """Writes parameters and masks, without the masked weights.
 
-    A leaf of n weights of b bytes, of which k are kept, takes n/8 + k b bytes and about 100 in
-    the manifest; with float32 at sparsity s that is 1.03 - s of the dense leaf. The values are
-    stored bit for bit, -0.0 and NaN included; only a masked -0.0 comes back as 0.0.
+    A leaf of n weights of b bytes, of which k are kept, takes n/8 + k b bytes and about 100 in the
+    manifest; with float32 at sparsity s that is 1.03 - s of the dense leaf. The values are stored
+    bit for bit, -0.0 and NaN included; only a masked -0.0 is read back as 0.0.
 
-    The file appears complete or not at all: it is written beside its place and then moved there.
+    The file is complete or does not exist: it is written under a temporary name and then renamed.
 
     Args:
-        path: a path, or a binary file open for writing (then nothing is moved).
+        path: a path, or a binary file open for writing (which is not renamed).
         params: any pytree of arrays of numbers or bools; 8-bit floats and 4-bit integers too. The
             functions and strings of a module are left out; numbers are stored.
-        masks: tree of bools with the same paths, True where a weight is kept. Each has the shape
-            of its leaf or is a scalar, also for a whole branch; True stands for a dense leaf and
-            False for a mask full of False. None: in floating-point leaves of two or more dimensions
-            zeros count as masked where that makes the file smaller, and all else is dense.
-        overwrite: replace the file if there is one.
+        masks: tree of bools with the same paths, True where a weight is kept. Each has the shape of
+            its leaf or is a scalar, also for a whole branch; True stands for a dense leaf and False
+            for a mask full of False. None: in floating-point leaves of two or more dimensions zeros
+            count as masked if that makes the file smaller; all other leaves are dense.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        FileExistsError: there is such a file and `overwrite` is False.
-        ValueError: a leaf cannot be stored, `masks` does not match, or a masked weight is not 0.
-            Lists every leaf.
+        FileExistsError: if the file exists and `overwrite` is False.
+        ValueError: if a leaf cannot be stored, `masks` does not match, or a masked weight is not 0;
+            it lists every leaf.
 
     Example:
         >>> import tempfile
@@ -73,23 +73,23 @@ def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False)
 
 
 def load(path: File, like: Any = None) -> tuple[Any, Any]:
-    """Reads what `save` wrote.
+    """Reads a file written by `save`.
 
     Args:
         path: a path, or a binary file open for reading.
-        like: tree of arrays or `jax.ShapeDtypeStruct` that says how the result is nested. None:
-            dicts, nested at the slashes of the paths; lists, modules and integer keys become
-            dicts with keys such as `"0"`, and empty containers are lost. A module gives its
-            functions and strings to the result; where it has None, the file is not read.
+        like: tree of arrays or `jax.ShapeDtypeStruct` with the structure of the result. None: dicts
+            nested at the slashes of the paths; lists, modules and integer keys become dicts with
+            keys such as `"0"`, and empty containers are lost. The functions and strings of a module
+            are copied to the result; where it has None, the file is not read.
 
     Returns:
         Parameters and masks, with the dtypes that were saved, on the default device. Dense leaves
         have the scalar mask True. A 64-bit leaf is a NumPy array unless `jax_enable_x64` is set.
 
     Raises:
-        ValueError: the file is damaged, of another format or of a newer version; or its leaves
-            are not those of `like` (lists all that are missing, unknown, or of another shape or
-            dtype); or without `like` a path is a leaf and a dict at once.
+        ValueError: if the file is damaged, has a different format or a newer version; if its leaves
+            are not those of `like` (it lists all that are missing, unknown, or of a different shape
+            or dtype); or if, without `like`, a path is a leaf and a dict at once.
 
     Example:
         >>> import io
@@ -105,7 +105,7 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
     with open(path, "rb") if is_path else contextlib.nullcontext(path) as stream:
         try:
             leaves = _decode(stream)
-        # Damaged bytes may raise anything: zipfile alone knows eight kinds of error.
+        # Damaged bytes may raise anything: zipfile alone raises eight kinds of errors.
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"`path` {name} cannot be read: {reason}") from error
@@ -121,13 +121,13 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
 
 
 def _encode(params: Any, masks: Any) -> dict[str, np.ndarray]:
-    """The two arrays of a file."""
+    """Encodes parameters and masks as the two arrays of a file."""
     rows, pieces = [], []
     for path, (values, mask) in masked_leaves(params, masks).items():
         dense = mask.ndim < values.ndim or (masks is None and not _pays(values, mask))
         kept = values.size if dense else int(np.count_nonzero(mask))
         bits = pack_mask(mask if 0 < kept < values.size else np.ones(0, bool))
-        # Boolean indexing copies, which an intact leaf does not need.
+        # Boolean indexing copies; avoid that for a dense leaf.
         raw = (values if kept == values.size else values[mask]).reshape(-1).view(np.uint8)
         rows.append(
             {
@@ -146,7 +146,7 @@ def _encode(params: Any, masks: Any) -> dict[str, np.ndarray]:
 
 
 def _decode(file: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Values and mask of each leaf by its path; raises anything if the file is damaged."""
+    """Maps paths to values and masks; a damaged file may raise any error."""
     with zipfile.ZipFile(file) as archive:
         manifest = json.loads(_member(archive, "manifest").item())
         if manifest.get("format") != _FORMAT:
@@ -173,26 +173,26 @@ def _decode(file: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             kept_values, values = values, np.zeros(size, dtype)
             values[mask.reshape(-1)] = kept_values
         leaves[row["path"]] = values.reshape(shape), np.array(True) if kept is None else mask
-    trees.raise_for(damaged, "these leaves have another checksum than when they were saved:")
+    trees.raise_for(damaged, "the checksums of these leaves differ from when they were saved:")
     if start != data.size:
         raise ValueError(f"it holds {data.size} bytes of data, but its leaves take {start}")
     return leaves
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array of an archive; `numpy.load` would take other kinds of file for pickles."""
+    """Reads one array of an archive; `numpy.load` would mistake other kinds of file for pickles."""
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _pays(values: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether the mask and what it keeps are smaller than the leaf."""
+    """Tells whether the mask and the kept values are smaller than the leaf."""
     lost = values.size - int(np.count_nonzero(mask))
     return lost * values.itemsize > -(-values.size // 8)
 
 
 def _restored(saved: tuple[np.ndarray, np.ndarray] | None, like: Any) -> tuple[Any, Any]:
-    """Values and mask of a leaf, of the kind that `like` has: an array, a number, a function."""
+    """Returns values and mask of a leaf in the form of `like`: an array, a number, a function."""
     if saved is None:
         return like, jax_array(np.array(True))
     values, mask = saved
@@ -222,7 +222,7 @@ def _check_like(leaves: dict[str, tuple[np.ndarray, np.ndarray]], like: Any, nam
 
 
 def _nested(leaves: dict[str, Any], name: str) -> Any:
-    """Dicts nested at the slashes of the paths; a tree that is one leaf has the path ``."""
+    """Nests dicts at the slashes of the paths; a tree that is one leaf has the path ``."""
     if list(leaves) == [""]:
         return leaves[""]
     root: dict[str, Any] = {}

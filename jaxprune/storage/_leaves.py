@@ -1,4 +1,4 @@
-"""Masks as bits, and parameters with their masks on the host."""
+"""Packs masks into bits, and collects parameters with their masks on the host."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from jaxprune import trees
 
 
 def pack_mask(mask: Any) -> np.ndarray:
-    """Packs a mask into one bit a weight.
+    """Packs a mask into one bit per weight.
 
     Args:
         mask: bool array of any shape.
@@ -34,17 +34,17 @@ def pack_mask(mask: Any) -> np.ndarray:
 
 
 def unpack_mask(bits: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Unpacks what `pack_mask` made.
+    """Unpacks the bits of `pack_mask` into a mask.
 
     Args:
-        bits: uint8 array.
+        bits: uint8 array from `pack_mask`.
         shape: shape of the mask.
 
     Returns:
         bool array of this shape.
 
     Raises:
-        ValueError: if `bits` is not uint8 or not as long as the shape asks for.
+        ValueError: if `bits` is not uint8 or does not have the length for this shape.
 
     Example:
         >>> unpack_mask(pack_mask([True, False, True]), (3,)).tolist()
@@ -60,9 +60,9 @@ def unpack_mask(bits: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Values and mask of each leaf on the host; a mask has the shape of its leaf or is True.
+    """Maps paths to values and masks on the host; a mask has the shape of its leaf or is True.
 
-    Functions and strings, which modules have among their leaves, are left out.
+    The functions and strings among the leaves of modules are left out.
     """
     leaves = {path: leaf for path, leaf in trees.leaf_by_path(params).items() if is_stored(leaf)}
     values = {path: _host_array(leaf) for path, leaf in leaves.items()}
@@ -72,7 +72,7 @@ def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.nda
             for path, leaf in leaves.items()
             if values[path].dtype == object
         ],
-        "`params` must hold arrays of numbers; take these leaves out "
+        "`params` must hold arrays of numbers; remove these leaves "
         "(a random key can be stored as its `jax.random.key_data`):",
     )
     if masks is None:
@@ -88,18 +88,18 @@ def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def is_stored(leaf: Any) -> bool:
-    """Whether a leaf belongs into a file: all but the functions and strings of a module."""
+    """Tells whether a leaf is stored: all except the functions and strings of a module."""
     return trees.is_array(leaf) or not (callable(leaf) or isinstance(leaf, (str, bytes)))
 
 
 def jax_array(values: np.ndarray) -> Any:
-    """The array for JAX, unless that would change its dtype."""
+    """Returns a JAX array, or the NumPy array if JAX would change its dtype."""
     keeps = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
     return jnp.asarray(values) if keeps else values
 
 
 def _host_array(leaf: Any) -> np.ndarray:
-    """The leaf in row-major and native order; what is not an array of numbers has dtype object."""
+    """Returns a leaf in row-major and native order; dtype object if it is no array of numbers."""
     if jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.extended):
         return np.array(None)
     values = np.asarray(leaf, order="C")
@@ -110,22 +110,22 @@ def _host_array(leaf: Any) -> np.ndarray:
 
 
 def _nonzero(values: np.ndarray) -> np.ndarray:
-    """Where values are not 0; NumPy warns when it compares a signalling NaN."""
+    """Returns True where values are not 0; NumPy would warn at a signalling NaN."""
     with np.errstate(invalid="ignore"):
         return values != 0
 
 
 def _mask_of_zeros(values: np.ndarray) -> np.ndarray:
-    """What zeros tell about a weight matrix; elsewhere, as in a new bias, they tell nothing."""
+    """Derives the mask of a weight matrix from its zeros; in other leaves zeros mean nothing."""
     if values.ndim < 2 or not jnp.issubdtype(values.dtype, jnp.floating):
         return np.array(True)
-    # The bytes of -0.0 are not all zero, and it must come back; not every float8 has a zero.
+    # Keep -0.0, whose bytes are not all zero; comparing bytes also serves float8 without a zero.
     raw = values.reshape(-1, 1).view(np.uint8)
     return _nonzero(values) | raw.any(axis=1).reshape(values.shape)
 
 
 def _checked_masks(masks: Any, values: dict[str, np.ndarray], params: Any) -> dict[str, np.ndarray]:
-    """Masks on the host by path; a scalar False gets the shape of its leaf."""
+    """Maps paths to masks on the host; a scalar False gets the shape of its leaf."""
     own, places = trees.spread(masks, params), trees.places(params)
     given = {
         path: np.asarray(True if mask is None else mask)

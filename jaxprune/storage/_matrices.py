@@ -1,4 +1,4 @@
-"""Pruned leaves as sparse matrices and back."""
+"""Converts pruned leaves to sparse matrices and back."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ def to_bcoo(params: Any, masks: Any = None) -> Any:
 
     Args:
         params: any pytree of arrays; it is read on the host.
-        masks: as in `save`. None: floating-point leaves of two or more dimensions that hold a
-            zero are pruned.
+        masks: as in `save`. None: floating-point leaves of two or more dimensions with a zero count
+            as pruned.
 
     Returns:
-        Tree like `params`. A leaf of one or more dimensions whose mask has a False is a `BCOO`
-        (no batch and no dense dimensions) with exactly the kept entries, in row-major order;
-        other leaves are as they were.
+        Tree like `params`. A leaf of one or more dimensions whose mask has a False is a `BCOO` (no
+        batch and no dense dimensions) with exactly the kept entries, in row-major order; other
+        leaves are unchanged.
 
     Raises:
-        ValueError: as in `save`.
+        ValueError: as for `save`.
 
     Example:
         >>> tree = to_bcoo({"kernel": jnp.array([[2.0, 0.0], [0.0, 3.0]]), "bias": jnp.zeros(2)})
@@ -51,7 +51,7 @@ def from_bcoo(tree: Any) -> Any:
         tree: any pytree with `BCOO` in place of some leaves.
 
     Returns:
-        The tree with dense arrays, bit for bit what `to_bcoo` was given.
+        The tree with dense arrays, bit for bit the argument of `to_bcoo`.
 
     Example:
         >>> from_bcoo(to_bcoo([jnp.array([[0.0, 1.0]])]))[0].tolist()
@@ -61,23 +61,23 @@ def from_bcoo(tree: Any) -> Any:
 
 
 def _is_bcoo(node: Any) -> bool:
-    """A sparse matrix counts as one leaf."""
+    """Makes a sparse matrix count as one leaf."""
     return isinstance(node, sparse.BCOO)
 
 
 def _bcoo(values: np.ndarray, mask: np.ndarray) -> sparse.BCOO:
-    """The kept entries; `numpy.nonzero` lists them in row-major order."""
+    """Collects the kept entries; `numpy.nonzero` lists them in row-major order."""
     indices = np.stack(np.nonzero(mask), axis=-1).astype(np.int32)
     data = (jax_array(values[mask]), jnp.asarray(indices))
     return sparse.BCOO(data, shape=values.shape, indices_sorted=True, unique_indices=True)
 
 
 def _dense(leaf: Any) -> Any:
-    """The dense array of a sparse matrix; other leaves as they are."""
+    """Returns the dense array of a sparse matrix; other leaves are unchanged."""
     if not _is_bcoo(leaf):
         return leaf
     if leaf.n_batch or leaf.n_dense or not leaf.unique_indices:
         return leaf.todense()
-    # Not `todense`, which adds to zeros: -0.0 would come back as 0.0.
+    # `todense` would turn -0.0 into 0.0, as it adds to zeros.
     zeros = jnp.zeros(leaf.shape, leaf.data.dtype)
     return zeros.at[tuple(leaf.indices.T)].set(leaf.data, unique_indices=True)

@@ -222,10 +222,10 @@ class Analysis:
         if not len(roots):
             return
         if self.nodes.of_leaf[roots].any():
-            goes = np.zeros(self.nodes.count, bool)
-            goes[roots] = True
-            goes = goes[self.root(np.arange(1, self._leaf_nodes + 1))]
-            hits = np.logical_or.reduceat(goes, self._starts)
+            marked = np.zeros(self.nodes.count, bool)
+            marked[roots] = True
+            marked = marked[self.root(np.arange(1, self._leaf_nodes + 1))]
+            hits = np.logical_or.reduceat(marked, self._starts)
             hit = [place for place, is_hit in zip(self._places, hits, strict=True) if is_hit]
             self.freezes.append((hit, reason))
         self.nodes.unite(roots, np.zeros_like(roots))

@@ -144,8 +144,8 @@ class Groups(Mapping[str, Group]):
             else:
                 channels = rounded_up(channels, multiple)
                 for member in self[name].members:
-                    stays = np.where(member.channels >= 0, channels[member.channels], True)
-                    kept[member.path][member.dimension] &= stays
+                    own = np.where(member.channels >= 0, channels[member.channels], True)
+                    kept[member.path][member.dimension] &= own
         trees.raise_for(problems, "`keep` must hold bools for the channels of groups:")
         return Plan(self.model, kept)
 

@@ -65,9 +65,8 @@ class Shrinking:
     Args:
         groups: of the dense network, from `structure.find_groups`.
         steps: training steps of the whole run.
-        mask_updates: steps after which masks have changed; a mask update at step `s` of
-            `schedules.mask_update_steps` has changed them after step `s + 1`. Empty: nothing is
-            removed.
+        mask_updates: steps at which the optimizer updates its masks, counted from 0 as
+            `schedules.mask_update_steps` does. Empty: nothing is removed.
         cost: function from a plan of `groups` to the cost of a step, such as `mac_cost` returns.
         make_optimizer: function from a `Stage` to the optimizer; pass `stage.groups` on to
             `agip_transform`.
@@ -109,7 +108,7 @@ class Shrinking:
         ...     return jax.jit(step)
         >>> groups = structure.find_groups(net, w, x)
         >>> run = Shrinking(
-        ...     groups, steps=9, mask_updates=[3], cost=structure.mac_cost(groups, net, w, x),
+        ...     groups, steps=9, mask_updates=[2], cost=structure.mac_cost(groups, net, w, x),
         ...     make_optimizer=make_optimizer, prepare=prepare, functions={net: (x,)},
         ...     policy=structure.Policy(switch_steps=1, delay=2))
         >>> run.begin()
@@ -142,7 +141,8 @@ class Shrinking:
         if 0 not in phases:
             raise ValueError(f"`phases` must have a value for step 0, but has {sorted(phases)}.")
         self.phases = dict(sorted(phases.items()))
-        self.steps, self.mask_updates, self.policy = steps, tuple(mask_updates), policy
+        self.steps, self.policy = steps, policy
+        self._changes = [step + 1 for step in mask_updates]  # steps done when masks have changed
         self._cost, self._make_optimizer, self._prepare = cost, make_optimizer, prepare
         self._functions, self._params = functions, params
         self._describe = _figures if describe is None else describe
@@ -252,7 +252,7 @@ class Shrinking:
     def _decisions(self) -> list[int]:
         """Steps after which a switch may be decided on."""
         changes = [at for at in self.phases if at and self._phase_at(at) != self.stage.phase]
-        return sorted({*self.mask_updates, *changes})
+        return sorted({*self._changes, *changes})
 
     def _phase_at(self, step: int) -> Any:
         return next(value for at, value in reversed(self.phases.items()) if at <= step)
@@ -262,7 +262,7 @@ class Shrinking:
     def _decide(self, step: int, opt_state: Any) -> None:
         """Prepares a switch if one pays now: to fewer channels, to a new phase, or to both."""
         phase = self._phase_at(step)
-        keep = self._masked_enough(step, opt_state) if self.mask_updates else None
+        keep = self._masked_enough(step, opt_state) if self._changes else None
         if keep is not None or phase != self.stage.phase:
             self._plan(step + self.policy.delay, keep, phase)
 
@@ -278,7 +278,7 @@ class Shrinking:
             smaller=self._cost(smaller) / dense,
             left=self.steps - step,
             done=sum(entry["cost"] != entry["cost_before"] for entry in self.history),
-            changing=max(0, self.mask_updates[-1] - step),
+            changing=max(0, self._changes[-1] - step),
         )
         return keep if worth else None
 

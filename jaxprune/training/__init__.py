@@ -1,8 +1,8 @@
-"""Train state, step and loop: what experiments, and loops of your own, can share.
+"""Train state, step and loop, for the experiments of this package and for your own loops.
 
 A small data set lives on the devices and a batch is a row of indices, so a step moves a few hundred
-bytes from the host; of a large one each process brings its part of the batch. All randomness of a
-step derives from its number, so a resumed run repeats it bit for bit.
+bytes from the host. For a large data set, each process provides its part of the batch. All
+randomness of a step derives from its number, so a resumed run repeats it bit for bit.
 """
 
 from jaxprune.training._averages import average_parameters, with_averages

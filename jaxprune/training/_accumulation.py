@@ -1,4 +1,4 @@
-"""Gradients of a batch that is taken in parts, so that activations of one part live at a time."""
+"""Gradients of a batch split into micro-batches, so that only one part's activations live."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,15 +13,15 @@ Gradients = Callable[..., tuple[Any, tuple[Any, Any]]]
 
 
 def over_parts(gradients: Gradients, parts: int) -> Gradients:
-    """Means over parts of the batch, one after the other.
+    """Averages gradients and metrics over micro-batches, one after the other.
 
     Args:
         gradients: `(params, model_state, inputs, labels) -> (gradients, (metrics, model_state))`.
-        parts: how many; 1 changes nothing.
+        parts: number of micro-batches; 1 changes nothing.
 
     Returns:
-        A function with the same arguments and results. The model state goes from part to part.
-        It raises ValueError if `parts` does not divide the batch.
+        A function with the same arguments and results. The model state passes from each part to the
+        next. It raises ValueError if `parts` does not divide the batch.
 
     Example:
         >>> def gradients(w, state, x, y):
@@ -37,8 +37,8 @@ def over_parts(gradients: Gradients, parts: int) -> Gradients:
     def means(params: Any, model_state: Any, *batch: jax.Array) -> tuple[Any, tuple[Any, Any]]:
         size = len(batch[0])
         if size % parts:
-            raise ValueError(f"`parts` must divide the batch ({size}); got {parts}")
-        # Part i has the examples i, i + parts, ...: each device has its share of it.
+            raise ValueError(f"`parts` must divide the batch ({size}); got {parts}.")
+        # Part i has the examples i, i + parts, ..., so each device has its share of every part.
         split = [x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1) for x in batch]
 
         def add(carry: Any, part: Any, unroll: bool) -> tuple[Any, None]:
@@ -65,7 +65,7 @@ def over_parts(gradients: Gradients, parts: int) -> Gradients:
 
 
 def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Policy of `jax.checkpoint`: results of convolutions and matrix products are worth keeping.
+    """Saves results of convolutions and matrix products, as a policy of `jax.checkpoint`.
 
     Example:
         >>> is_product(jax.lax.dot_general_p), is_product(jax.lax.exp_p)
@@ -75,9 +75,9 @@ def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _after(earlier: Any, inputs: jax.Array) -> jax.Array:
-    """The inputs, not to be used before `earlier` is known, as activations of both would live.
+    """Makes `inputs` depend on `earlier`, so that the activations of two parts never coexist.
 
-    XLA:CPU drops `optimization_barrier`. A product with 0 stays: of NaN it is not 0.
+    XLA:CPU drops `optimization_barrier`. It cannot drop a product with 0, as that of NaN is not 0.
     """
     first = jnp.stack([leaf.ravel()[0].astype(inputs.dtype) for leaf in jax.tree.leaves(earlier)])
     return inputs + 0 * first.sum()

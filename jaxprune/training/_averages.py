@@ -1,4 +1,4 @@
-"""An exponential average of the parameters, which keeps pruned weights at zero."""
+"""Averages the parameters exponentially and keeps pruned weights at zero."""
 
 from typing import Any, NamedTuple
 
@@ -10,15 +10,15 @@ from jaxprune import masks, trees
 
 
 class AverageState(NamedTuple):
-    """State of `average_parameters`."""
+    """The state of `average_parameters`."""
 
-    parameter_average: Any  # like the parameters
+    parameter_average: Any  # a tree like the parameters
 
 
 def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Keeps an exponential average of the parameters; no update changes.
+    """Keeps an exponential average of the parameters and leaves updates unchanged.
 
-    Chain it after the whole optimizer, so that it sees the parameters as they become:
+    Chain it after the whole optimizer, so that it sees the new parameters:
     `optax.chain(jaxprune.chain(optimizer, pruning), average_parameters(0.999))`.
 
     Args:
@@ -28,7 +28,7 @@ def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
         An Optax transformation. `with_averages` reads its average.
 
     Raises:
-        ValueError: `decay` is outside [0, 1).
+        ValueError: if `decay` is outside [0, 1).
 
     Example:
         >>> optimizer = optax.chain(optax.sgd(1.0), average_parameters(0.75))
@@ -52,12 +52,12 @@ def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
 
 
 def with_averages(params: Any, opt_state: Any) -> Any:
-    """Returns the averaged parameters to evaluate with, or `params` where no average is kept.
+    """Returns the averaged parameters for evaluation, or `params` if no average is kept.
 
-    A weight that is pruned now was not always 0, so the masks of the state are applied.
+    A weight that is pruned now was not always 0, so the masks in the state are applied.
 
     Args:
-        params: the parameters that are trained.
+        params: the trained parameters.
         opt_state: state of the whole optimizer.
 
     Returns:

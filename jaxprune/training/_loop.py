@@ -1,4 +1,4 @@
-"""The training loop: runs a compiled step to a given step, and logs, tests and saves on the way."""
+"""Runs a compiled step up to a given step; calls hooks that log, test and save."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from jaxprune.training._steps import Metrics, TrainState, from_parts
 
 
 class Hook(NamedTuple):
-    """`call(step, state)` after every `every`-th step and after the last one.
+    """A function `call(step, state)` to call after every `every`-th step and after the last one.
 
     Example:
         >>> Hook(every=100, call=lambda step, state: print(step)).every
@@ -43,30 +43,32 @@ def fit(
 ) -> TrainState:
     """Trains from the state's step to step `stop`; the host waits only when it logs.
 
-    Chunks never cross a step at which something is due; what is left runs as single steps.
+    Chunks never cross a step at which a log or hook is due; the remaining steps run one by one.
 
     Args:
-        state: donated; use the returned one.
-        stop: train until `state.step` is this.
+        state: the train state; it is donated, so use the returned one.
+        stop: train until `state.step` equals this.
         run: from `make_chunk_step`.
         data: the training split, on the devices; or None.
         batches: yields int32 [batch] indices, all of them on each process; without `data` it yields
             this process's part of (images, labels).
         key: the run's random key.
-        mesh: where the batches go.
-        chunk: steps per call; 1 on CPU.
+        mesh: batches are split over its devices.
+        chunk: steps per call; use 1 on CPU.
         log_every: steps between two calls of `on_log`.
-        on_log: gets `(step, state, metrics)`: means over the steps since the last call, and
-          `seconds_per_step` and `images_per_second`, both without compilation and hooks.
+        on_log: called with `(step, state, metrics)`. The metrics are means over the steps since the
+            last call, and `seconds_per_step` and `images_per_second`, both without the time for
+            compilation and hooks.
         hooks: called after `on_log`, in order.
-        should_stop: asked after each chunk; True ends the loop early.
-        is_pause: whether training goes on after `stop`: hooks are then not called for it.
+        should_stop: called after each chunk; True ends the loop early.
+        is_pause: whether training continues after `stop`, so that hooks are not called just
+            because it is the last step.
 
     Returns:
         The new state.
 
     Raises:
-        ValueError: the batch does not divide by the number of devices.
+        ValueError: if the batch does not divide by the number of devices.
 
     Example:
         >>> from jaxprune.data import Split
@@ -97,7 +99,7 @@ def fit(
         pending.append(metrics)
         if count in warm:
             timed += count
-        else:  # The first call of each length compiles: keep it out of the step time.
+        else:  # the first call of each length compiles: exclude it from the step time
             jax.block_until_ready(metrics)
             warm.add(count)
             timed, since = 0, time.perf_counter()
@@ -112,7 +114,7 @@ def fit(
             pending, timed, since = [], 0, time.perf_counter()
         is_end = step == stop and not is_pause
         if called := [hook for hook in hooks if step % hook.every == 0 or is_end]:
-            jax.block_until_ready(metrics)  # what is still running is step time, not hook time
+            jax.block_until_ready(metrics)  # steps still running count as step time, not hook time
             begun = time.perf_counter()
             for hook in called:
                 hook.call(step, state)

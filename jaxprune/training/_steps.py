@@ -1,4 +1,4 @@
-"""The state of a training, its step, and its evaluation."""
+"""Builds the state of a training, its step, and its evaluation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,17 +20,17 @@ Metrics = dict[str, float]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; a pytree, to be donated and checkpointed.
+    """The values that a step changes, as a pytree that can be donated and checkpointed.
 
     Example:
         >>> TrainState._fields
         ('step', 'params', 'model_state', 'opt_state')
     """
 
-    step: jax.Array  # int32 [], steps taken
+    step: jax.Array  # int32 [], number of steps taken
     params: PyTree  # nested dict of the model's nnx.Param values
-    model_state: PyTree  # nested dict of all other values, e.g. BatchNorm's running statistics
-    opt_state: PyTree  # masks and gradient statistics are in here
+    model_state: PyTree  # nested dict of all other values, such as running statistics
+    opt_state: PyTree  # holds masks and gradient statistics too
 
 
 def create_state(
@@ -39,9 +39,9 @@ def create_state(
     """Splits an NNX model into its structure and a train state at step 0.
 
     Args:
-        model: the model; it is put in training mode. Its arrays are copied, so it stays usable.
-        tx: the optimizer, pruning transform included.
-        mesh: where the state goes, as `sharding.shardings_for` says.
+        model: the model; it is put into training mode. Its arrays are copied, so it remains usable.
+        tx: the optimizer, pruning transformation included.
+        mesh: devices for the state, placed as `sharding.shardings_for` says.
 
     Returns:
         `(graphdef, state)`; parameters and statistics are nested dicts of arrays.
@@ -56,7 +56,7 @@ def create_state(
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def init(params: PyTree, model_state: PyTree) -> TrainState:
-        # Without the copies jit hands its inputs on, and donating the state would delete the model.
+        # Without the copies jit returns its inputs, and donating the state would delete the model.
         params, model_state = jax.tree.map(jnp.copy, (params, model_state))
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
@@ -67,7 +67,7 @@ def create_state(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy of each example, with optional label smoothing.
+    """Computes the softmax cross-entropy of each example, with optional label smoothing.
 
     Args:
         logits: float [B, num_classes].
@@ -95,9 +95,9 @@ def make_train_step(
     parts: int = 1,
     remat: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """One step of gradient descent as a pure function, not yet jitted.
+    """Makes one step of gradient descent as a pure function, not yet jitted.
 
-    The raw gradient also goes to the optimizer as the extra argument `grad`: pruning reads it.
+    The raw gradient is also passed to the optimizer as the extra argument `grad`, for pruning.
 
     Args:
         graphdef: from `create_state`; or a function `(params, model_state, inputs) -> (logits,
@@ -105,13 +105,14 @@ def make_train_step(
         tx: the optimizer that made the state.
         prepare: `(key, uint8 images [B, H, W, C]) -> float images`: augmentation and normalisation.
         label_smoothing: see `cross_entropy`.
-        parts: of the batch, one after the other: less memory, batch statistics of a part.
-        remat: only results of convolutions and matrix products wait for the backward pass: less
-            memory for little time. XLA:CPU undoes it.
+        parts: number of micro-batches that a batch is split into. More take less memory; batch
+            statistics are then those of a micro-batch.
+        remat: whether to keep only results of convolutions and matrix products for the backward
+            pass. This takes less memory and a little more time. XLA:CPU undoes it.
 
     Returns:
         `step(state, images, labels, key) -> (state, {"train_loss", "train_accuracy"})`, float32
-        scalars. `key` is the run's key; the step folds its own number in. It raises ValueError if
+        scalars. `key` is the run's key; the step folds its number into it. It raises ValueError if
         `parts` does not divide the batch.
 
     Example:
@@ -155,7 +156,7 @@ def make_chunk_step(
     Args:
         step: from `make_train_step`.
         mesh: batches are split over its devices.
-        places: shardings of the state, from `sharding.shardings_for`; None: all of it everywhere.
+        places: shardings of the state, from `sharding.shardings_for`; None replicates all of it.
 
     Returns:
         `run(state, data, rows, key) -> (state, metrics)`. `data` has `images` [N, H, W, C] and
@@ -196,7 +197,7 @@ def make_evaluate(
     prepare: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
 ) -> Callable[[TrainState, Any, int], Metrics]:
-    """Loss and accuracy over a whole split, exact also when the last batch is not full.
+    """Makes a function for loss and accuracy over a whole split, exact for any number of examples.
 
     Args:
         graphdef: from `create_state`; or a function `(params, model_state, inputs) -> logits`.
@@ -205,8 +206,9 @@ def make_evaluate(
 
     Returns:
         `evaluate(state, data, batch_size) -> {"test_loss", "test_accuracy"}`, Python floats. The
-        last batch is padded with examples of weight 0, so there is one compilation for any size.
-        `data` may be a function that yields this process's part of (images, labels, valid).
+        last batch is padded with examples of weight 0, so splits of all sizes share one
+        compilation. `data` may be a function that yields this process's part of (images, labels,
+        valid).
 
     Example:
         >>> from jaxprune.data import Split
@@ -249,7 +251,7 @@ def make_evaluate(
 
 
 def _batch(data: Any, row: Any, mesh: Mesh) -> Any:
-    """Images and labels, split over all devices."""
+    """Returns images and labels, split over all devices."""
     split = sharding.batch_sharding(mesh)
     row = jax.lax.with_sharding_constraint(row, split)
     if data is None:
@@ -258,18 +260,18 @@ def _batch(data: Any, row: Any, mesh: Mesh) -> Any:
 
 
 def from_parts(tree: PyTree, where: NamedSharding) -> PyTree:
-    """Arrays of which each process has its part."""
+    """Makes global arrays of which each process holds its part."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), tree)
 
 
 def _train(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, inputs: jax.Array):
-    """Logits and the new statistics."""
+    """Computes logits and the new statistics in training mode."""
     model = nnx.merge(graphdef, params, model_state)
     return model(inputs), nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
 
 
 def _evaluate(graphdef: nnx.GraphDef, params: PyTree, model_state: PyTree, inputs: jax.Array):
-    """Logits."""
+    """Computes logits in evaluation mode."""
     model = nnx.merge(graphdef, params, model_state)
     model.eval()
     return model(inputs)

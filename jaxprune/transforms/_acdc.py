@@ -1,4 +1,4 @@
-"""Alternating compressed and decompressed phases."""
+"""AC/DC: alternating compressed and decompressed phases."""
 
 from typing import Any
 
@@ -19,22 +19,22 @@ def acdc_transform(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains sparse and dense in turns and ends sparse.
+    """Alternates sparse and dense training, and ends sparse.
 
-    Put it last in a `jaxprune.chain`, which restarts the moments of weights that come back at
-    0. Training is dense until `start`. Then phases of `every` steps alternate: at the start of a
-    compressed phase the largest `|w|` are kept and the others set to 0; at the start of a
-    decompressed phase all weights train again, the pruned ones from 0. The last compressed
-    phase starts at `stop`. A compressed phase that would end at `stop` or later is left out,
-    so that the last mask is taken from a network that has just trained dense.
+    Put it last in a `jaxprune.chain`, which restarts the moments of regrown weights at 0. Training
+    is dense until `start`. Then phases of `every` steps alternate: at the start of a compressed
+    phase the weights with the largest `|w|` are kept and the rest are set to 0; at the start of a
+    decompressed phase all weights train again, the pruned ones from 0. The last compressed phase
+    starts at `stop`. A compressed phase that would end at `stop` or later is skipped, so that the
+    last mask comes from a network that has just trained dense.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 in a compressed phase, in [0, 1).
-        every: steps of a phase. The paper: 5 epochs.
+        every: number of steps of a phase. The paper: 5 epochs.
         start: first step of the first compressed phase. The paper: epoch 10 of 100.
         stop: first step of the last compressed phase. The paper: epoch 85 of 100.
         budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. The
-            paper's is `budgets.global_budget(0)`, which may starve layers at high sparsity.
+            paper uses `budgets.global_budget(0)`, which may starve layers at high sparsity.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -86,7 +86,7 @@ def acdc_transform(
 
 
 def phases(sparsity: float, every: int, start: int, stop: int) -> tuple[list[int], list[float]]:
-    """First step of each phase, and its sparsity: 0 where it is decompressed."""
+    """Returns the first step of each phase, and its sparsity: 0 in a decompressed phase."""
     steps, sparsities = [], []
     for i, step in enumerate(range(start, stop, every)):
         compressed = i % 2 == 0

@@ -1,4 +1,4 @@
-"""Adaptive gradient-informed pruning."""
+"""AGIP: adaptive gradient-informed pruning."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from jaxprune.transforms._base import (
 
 
 class AgipState(NamedTuple):
-    """State of `agip_transform`.
+    """The state of `agip_transform`.
 
     Example:
         >>> state = agip_transform(0.5, stop=10).init({"kernel": jnp.ones((2, 2))})
@@ -33,12 +33,12 @@ class AgipState(NamedTuple):
         (0, (2, 2))
     """
 
-    prune_step: jax.Array  # int32 [], optimizer updates seen
-    mask_updates: jax.Array  # int32 [], mask updates that are done
-    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
-    masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
+    prune_step: jax.Array  # int32 [], number of optimizer updates so far
+    mask_updates: jax.Array  # int32 [], number of mask updates done
+    refused: jax.Array  # int32 [], due mask updates refused because a value was not finite
+    masks: Any  # bool, like the parameters, True where a weight is kept; only for pruned leaves
     timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
-    gradient_average: Any  # `dtype`, like the pruned parameters; () without an own average
+    gradient_average: Any  # `dtype`, like the pruned parameters; () if `decay` is None
     densities: Any  # float32 [pruned leaves]; () without `rate`
     mean_statistics: Any  # float32 [pruned leaves]; () without `rate`
 
@@ -60,80 +60,83 @@ def agip_transform(
     stacked: trees.Stacked = None,
     groups: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes while training, by what each weight's gradient has been lately.
+    """Prunes during training, by the recent size of each weight's gradient.
 
-    Put it last in the chain. Every update of a pruned weight is replaced by the one that makes
-    it exactly 0, whatever optimizer came before. Four mechanisms, each with its own switch:
+    Put it last in the chain. Every update of a pruned weight is replaced by the update that makes
+    it exactly 0, whatever optimizer came before. There are four mechanisms, each of which can be
+    switched separately:
 
-    1. Mask updates at `start`, every `every` steps, and at `stop`. In between the sparsity
-       follows the cubic ramp of gradual pruning, or `sparsity` as a schedule.
+    1. Mask updates at `start`, every `every` steps, and at `stop`. In between, the sparsity
+       follows the cubic ramp of gradual pruning, or `sparsity` if that is a schedule.
     2. A statistic `S` of each weight's gradient: the bias-corrected exponential average of
-       `|g|`. The weights with the lowest `score` go; by default `|w| * S`, the first-order
-       change of the loss.
+       `|g|`. The weights with the lowest `score` are pruned; by default the score is `|w| * S`,
+       the first-order change of the loss.
     3. Redistribution: leaves compete in one global ranking under `budget`, and a fraction
        `regrow` of the kept weights, falling to 0 along a cosine, is dropped and regrown where
        `S` is largest. Regrown weights start at 0.
-    4. `rate` scales the updates of the survivors.
+    4. `rate` scales the updates of the kept weights.
 
-    With `groups` it switches channels off instead of weights, for `structure` to remove: the
-    masks lie on the gates of each group (scales and biases of its norms, if it has any), and a
-    channel may come back while it is only masked. The statistic is one number for each channel,
-    the root of the average of `(sum of w g over its gates) ** 2`, and is its score. Regrowth goes
-    where the root of the average squared gradient at the gates is largest. No square is taken of a
-    single number, so gradients of 1e-18 rank as gradients of 1 do. Everything else is as above;
-    the state has vectors only, and a step costs next to nothing.
+    With `groups` it masks channels instead of weights, which `structure` can then remove: the masks
+    are on the gates of each group (scales and biases of its norms, if it has any), and a channel
+    may come back while it is only masked. The statistic is one number for each channel, the root of
+    the average of `(sum of w g over its gates) ** 2`, and is its score. Channels are regrown where
+    the root of the average squared gradient at the gates is largest. No single number is squared,
+    so gradients of 1e-18 are ranked as gradients of 1 are. Everything else is as above; the state
+    contains vectors only, and a step costs next to nothing.
 
-    A group whose kept channels all score 0 has gates that have not moved from 0 (AdaLN-zero) or
-    that no gradient reaches, and not channels without worth. They are ranked by the gradients at
-    the gates, or if these are 0 by the norms, scaled to the mean score of the channels of all
-    other groups. `unranked` in the state counts such groups at the last mask update; `init` warns
-    of gates that are all 0.
+    If all kept channels of a group have the score 0, their gates have not moved from 0 (AdaLN-zero)
+    or no gradient reaches them; it does not mean that the channels are worthless. They are ranked
+    by the gradients at the gates, or by the norms if these gradients are 0, scaled to the mean
+    score of the channels of all other groups. `unranked` in the state counts such groups at the
+    last mask update; `init` warns of gates that are all 0.
 
-    A layer that has never moved, because its gradients or its weights are all 0, has no such score.
-    It is ranked within itself, by `|w|` or by `S`, and keeps its share at the density of the whole:
-    frozen layers, positional tables and the zeros that LoRA starts from are not cut to nothing.
+    A layer that has never moved, because its gradients or its weights are all 0, has no useful
+    score either. It is ranked within itself, by `|w|` or by `S`, and keeps its share at the overall
+    density. Frozen layers, positional tables and the zeros that LoRA starts from are therefore not
+    pruned away.
 
-    AGIP is known from a news item only, with no paper behind it. This is our reading of it,
-    not a reproduction. A gradient that is not finite never enters an average, and a mask
-    update due at such a step leaves the masks as they are and is made up for at the next.
+    AGIP is known only from a news item, without a paper. This is our interpretation, not a
+    reproduction. A gradient that is not finite never enters an average. If a mask update is due at
+    such a step, the masks do not change and the update is made at the next step.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1); or an
-            `optax.Schedule` from the step to that fraction, read at the mask updates only.
+            `optax.Schedule` from the step to that fraction, read only at mask updates.
         every: steps between mask updates.
         start: step (counted in optimizer updates, from 0) of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
-        decay: of the average, in [0, 1). None keeps no average and costs no state: `S` is the
-            momentum of the optimizer before this transformation (SGD's `trace`, Adam's or Lion's
-            `mu`, exactly one for each leaf) in a `jaxprune.chain`, the incoming update elsewhere.
-        dtype: of the average; bfloat16 only for a `decay` up to 0.99, beyond which its steps
-            are too small for bfloat16 to register.
+        decay: the decay of the average, in [0, 1). None keeps no average and needs no state: in a
+            `jaxprune.chain`, `S` is the momentum of the optimizer before this transformation (SGD's
+            `trace`, Adam's or Lion's `mu`, exactly one for each leaf); elsewhere it is the incoming
+            update.
+        dtype: dtype of the average; bfloat16 only for a `decay` up to 0.99, because the steps of a
+            slower average are too small for bfloat16.
         score: function `(params, statistics) -> scores`, see `jaxprune.scores`; None is
-            `scores.taylor`. With `groups` it gets lists with a vector for each group, in the
+            `scores.taylor`. With `groups` it gets lists with one vector for each group, in the
             order of the groups: norms of the gates, and statistics; None is the statistic itself.
         budget: function `(shapes, sparsity) -> Budget`; None is
             `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
             tenth of its uniform budget. With `groups` it counts channels, every group keeps at
-            least one, and None is `budgets.uniform`, by which the final widths are known before.
+            least one, and None is `budgets.uniform`, so that the final widths are known in advance.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
-        regrow: fraction of the kept weights that moves at `start`, in [0, 1).
+        regrow: fraction of the kept weights that is dropped and regrown at `start`, in [0, 1).
         rate: a rule of `jaxprune.rates`, or None for the rate of the optimizer.
         prunable: which leaves are pruned, see `trees.prunable_flags`; None is the default rule.
         stacked: which axes of a leaf number copies of a layer, see `trees.stacked_axes`.
-        groups: of channels, from `structure.find_groups`; None prunes weights. `sparsity` is
-            then the fraction of the channels that are off; `pattern`, `rate`, `prunable`, `stacked`
-            and `dtype` have no meaning.
+        groups: groups of channels, from `structure.find_groups`; None prunes weights. With groups,
+            `sparsity` is the fraction of the channels that are masked; `pattern`, `rate`,
+            `prunable` and `stacked` must be None, and `dtype` is not used.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`, takes the raw
-        gradient as the extra argument `grad` (`jaxprune.chain` passes it by itself; without it
+        gradient as the extra argument `grad` (`jaxprune.chain` passes it automatically; without it
         the incoming update is averaged) and ignores other extra arguments.
 
     Raises:
-        ValueError: if an argument is out of range; from `init`, if `prunable` matches nothing or
-            a budget cannot be met; from `update`, if `params` is missing or of another structure,
-            or `decay=None` meets a leaf with no momentum or with two.
+        ValueError: if an argument is out of range; from `init`, if `prunable` matches no leaf or
+            a budget cannot be met; from `update`, if `params` is missing or has a different
+            structure, or if with `decay=None` a leaf has no momentum or more than one.
 
     Warns:
         UserWarning: from `init`, unless traced, if a pruned leaf, or all gates of a group, are 0.
@@ -207,7 +210,7 @@ def agip_transform(
         flags, weights, moves, masks = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, flags)
 
-        # Gradients -> statistics.
+        # Gradients -> statistics, at every step.
         gradients, faults = [], []
         if decay is None:
             average, statistics = (), moves
@@ -217,8 +220,8 @@ def agip_transform(
         else:
             raw = raw_gradients(grad, params, flags)
             if raw is None:
-                # Updates are computed: as operands of the branch they would be written to memory
-                # at every step. Their faults take a bit each.
+                # The update is not a stored array, so passing it into the branch would write it to
+                # memory at every step. One bit per weight (is it finite?) is passed instead.
                 faults = [stats.faults(update) for update in moves]
             else:
                 gradients = raw
@@ -248,7 +251,7 @@ def agip_transform(
         )
         densities, means = survivors
 
-        # Masks -> updates.
+        # Masks -> updates, at every step.
         if rate is not None:
             statistics = settled(statistics)
             factors = [rate(*leaf) for leaf in zip(statistics, means, densities, strict=True)]
@@ -266,7 +269,7 @@ def agip_transform(
 
 
 def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Density and mean statistic of the kept weights, each float32 [pruned leaves]."""
+    """Returns density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     with counting.exact(masks):
         counts = jnp.maximum(counting.count_kept(masks).astype(jnp.float32), 1)
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
@@ -278,7 +281,7 @@ def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax
 
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
-    """The update times its rate, in the dtype of the update."""
+    """Multiplies an update by its factor, in the dtype of the update."""
     return (update * factor).astype(update.dtype)
 
 
@@ -291,9 +294,9 @@ def _check(
     regrow: float,
     only_for_weights: Mapping[str, Any],
 ) -> None:
-    """Static checks of the arguments of `agip_transform`, raised together."""
+    """Checks the arguments of `agip_transform`; raises one error for all problems."""
     problems: list[str] = [
-        f"`{name}` is of weights and must be None with `groups`, but is {value!r}"
+        f"`{name}` applies to weights and must be None with `groups`, but is {value!r}"
         for name, value in only_for_weights.items()
         if value is not None
     ]

@@ -1,4 +1,4 @@
-"""AGIP on channels: masks at the gates of groups, and one statistic for each channel."""
+"""AGIP on channels: masks on the gates of groups, and one statistic for each channel."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from jaxprune.transforms import _gates
 from jaxprune.transforms._base import (
     check_bools,
     check_line_search,
+    check_update,
     project,
     put_masks,
     update_masks,
@@ -23,23 +24,23 @@ from jaxprune.transforms._base import (
 
 
 class ChannelState(NamedTuple):
-    """State of `agip_transform` with `groups`.
+    """The state of `agip_transform` with `groups`.
 
-    `jax.jit` returns the dicts with sorted keys, whatever the order of the groups.
+    `jax.jit` returns dicts with sorted keys, whatever the order of the groups.
 
     Example:
         >>> ChannelState._fields[3:6]
         ('masks', 'timetable_mark', 'channels')
     """
 
-    prune_step: jax.Array  # int32 [], optimizer updates seen
-    mask_updates: jax.Array  # int32 [], mask updates that are done
-    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
-    masks: Any  # bool, like the parameters; only of the gates
+    prune_step: jax.Array  # int32 [], number of optimizer updates so far
+    mask_updates: jax.Array  # int32 [], number of mask updates done
+    refused: jax.Array  # int32 [], due mask updates refused because a value was not finite
+    masks: Any  # bool, like the parameters; only for the gates
     timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
     channels: dict[str, jax.Array]  # bool [channels] by name of a group, True where one is kept
-    channel_average: dict[str, jax.Array]  # float32 [channels]; {} without an own average
-    channel_age: dict[str, jax.Array]  # int32 [channels], steps since it is on; {} likewise
+    channel_average: dict[str, jax.Array]  # float32 [channels]; {} if `decay` is None
+    channel_age: dict[str, jax.Array]  # int32 [channels], steps since kept; {} if `decay` is None
     channel_growth: dict[str, jax.Array]  # float32 [channels]; {} without regrowth
     unranked: jax.Array  # int32 [], groups whose scores were all 0 at the last mask update
 
@@ -56,19 +57,19 @@ def channel_transform(
     budget: budgets.BudgetRule | None,
     regrow: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """See `agip_transform`, which checks the arguments.
+    """Makes the transformation of `agip_transform` with `groups`, which checks the arguments.
 
     Args:
-        sparsity: fraction of the channels that are off from `stop` on, or a schedule of it.
-        groups: from `structure.find_groups`, or what `Groups.compact` leaves of them.
+        sparsity: fraction of the channels that are masked from `stop` on, or a schedule of it.
+        groups: from `structure.find_groups`, or the smaller groups that `Groups.compact` returns.
         every: steps between mask updates.
-        start: first mask update.
-        stop: last mask update.
-        decay: of the averages; None reads the momentum at mask updates.
-        score: function `(norms, statistics) -> scores` on lists with a vector for each group; None
+        start: step of the first mask update.
+        stop: step of the last mask update.
+        decay: the decay of the averages; None reads the momentum at mask updates.
+        score: function `(norms, statistics) -> scores` of lists with a vector for each group; None
             is the statistic itself.
-        budget: of channels; None is `budgets.uniform`.
-        regrow: fraction of the kept channels that moves at `start`.
+        budget: function `(shapes, sparsity) -> Budget` of channels; None is `budgets.uniform`.
+        regrow: fraction of the kept channels that is dropped and regrown at `start`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -76,7 +77,7 @@ def channel_transform(
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
-    # Counts are of the dense network's channels, also when only some of them are left.
+    # Counts refer to the channels of the dense network, even if some have been removed.
     timetable = timetables.make_timetable(
         {name: jax.ShapeDtypeStruct((group.full,), bool) for name, group in groups.items()},
         steps,
@@ -86,15 +87,15 @@ def channel_transform(
     )
     grows = timetables.ever_grows(timetable)
     gates_of = _gates.gates_once(groups)
-    # Lists hold a vector for each of these, in this order, as the timetable does. A dict that went
-    # through `jit`, `cond` or `scan` is sorted by its keys and is read by name only.
+    # Lists have a vector for each of these names, in this order, as the timetable does. A dict that
+    # went through `jit`, `cond` or `scan` has sorted keys, so it is only read by name.
     names = list(groups)
 
     def zeros(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
         return {name: jnp.zeros(groups[name].size, dtype) for name in names}
 
     def put(params: Any, channels: Mapping[str, jax.Array]) -> tuple[Any, dict[int, jax.Array]]:
-        """Masks of the gates, as a tree and by position."""
+        """Returns the masks of the gates, as a tree and by position."""
         masks: dict[int, jax.Array] = {}
         leaves = jax.tree.leaves(params)
         for name, gates in gates_of(params).items():
@@ -132,88 +133,114 @@ def channel_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args, inner_state)
-        if params is None:
-            raise ValueError(
-                "`params` is missing: pruning needs the parameters. Call "
-                "`optimizer.update(gradients, state, params)`."
-            )
-        trees.check_same_structure("updates", updates, params)
+        check_update(updates, params)
         check_bools(state.channels)
         gates = gates_of(params)
         weights, moves = jax.tree.leaves(params), jax.tree.leaves(updates)
         signal = trees.leaves_like(params, None if decay is None else grad) or moves
         if decay is None and inner_state is not None:
-            paths = list(trees.leaf_by_path(params))
-            at = sorted({gate.leaf for own in gates.values() for gate in own})
-            momenta = stats.first_moment(inner_state, [paths[i] for i in at])
-            signal = dict(zip(at, momenta, strict=True))
+            signal = _momenta(gates, params, inner_state)
+
+        # Gradients -> statistics, at every step.
         seen = _measure(gates, groups, weights, signal)
-
-        # Gradients -> statistics, one pass over the gates. Norms wait for a mask update, unless an
-        # average needs them or the signal is computed: as an operand it would be written out.
         slopes = None
+        # Norms wait for a mask update, unless an average needs them or the signal is not a stored
+        # array: passing it into the branch would write it to memory at every step.
         if signal is moves or (grows and decay is not None):
-            slopes = _lengths(gates_of(params), groups, seen.signals)
+            slopes = _lengths(gates, groups, seen.signals)
             seen = seen._replace(signals={})
-
-        on = [state.channels[name] for name in names]
-        average, age, growth = state.channel_average, state.channel_age, state.channel_growth
-        if decay is None:
-            statistics = seen.products
-        else:
-            # Only of the steps since a channel came back: it has no past to be judged by.
-            ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
-            past = [
-                _gates.root_mean_square(average[name], new, decay) * kept
-                for name, new, kept in zip(names, seen.products, on, strict=True)
-            ]
-            statistics = [_unbiased(*pair, decay) for pair in zip(past, ages, strict=True)]
-            if grows and slopes is not None:
-                pairs = zip(names, slopes, strict=True)
-                slopes = [_gates.root_mean_square(growth[n], new, decay) for n, new in pairs]
-                growth = dict(zip(names, slopes, strict=True))
-            average, age = (dict(zip(names, own, strict=True)) for own in (past, ages))
+        statistics, slopes, averages = _statistics(
+            state, names, seen.products, slopes, decay, grows
+        )
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
             (channels, _), (statistics, slopes, seen) = carry, buffers
-            own = gates_of(params)
-            norms = _lengths(own, groups, seen.weights)
-            slopes = _lengths(own, groups, seen.signals) if slopes is None else slopes
+            norms = _lengths(gates, groups, seen.weights)
+            slopes = _lengths(gates, groups, seen.signals) if slopes is None else slopes
             ranked = statistics if score is None else score(norms, statistics)
             ranked, unranked = _never_worthless(ranked, channels, (slopes, norms))
             kept = timetables.renew(timetable, index, channels, ranked, slopes if grows else None)
             return list(kept), unranked
 
-        carry = on, state.unranked
+        carry = [state.channels[name] for name in names], state.unranked
         (kept, unranked), counters = update_masks(
             timetable, state, carry, (statistics, slopes, seen), renew
         )
         channels = dict(zip(names, kept, strict=True))
 
-        # Masks -> updates.
+        # Masks -> updates, at every step.
         tree, masks = put(params, channels)
         for index, mask in masks.items():
             moves[index] = project(moves[index], mask, weights[index])
-        return jax.tree.unflatten(jax.tree.structure(updates), moves), ChannelState(
-            **counters,
-            masks=tree,
-            channels=channels,
-            channel_average=average,
-            channel_age=age,
-            channel_growth=growth,
-            unranked=unranked,
+        state = ChannelState(
+            **counters, **averages, masks=tree, channels=channels, unranked=unranked
         )
+        return jax.tree.unflatten(jax.tree.structure(updates), moves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Seen(NamedTuple):
-    """What one step shows of the gates."""
+def _momenta(gates: _gates.Gates, params: Any, inner_state: Any) -> dict[int, jax.Array]:
+    """Returns the optimizer's momentum of each gated parameter, by position."""
+    paths = list(trees.leaf_by_path(params))
+    at = sorted({gate.leaf for own in gates.values() for gate in own})
+    momenta = stats.first_moment(inner_state, [paths[i] for i in at])
+    return dict(zip(at, momenta, strict=True))
 
-    products: list[jax.Array]  # |sum of w g| of each channel, float32 [channels] of each group
+
+def _statistics(
+    state: ChannelState,
+    names: Sequence[str],
+    products: Sequence[jax.Array],
+    slopes: Sequence[jax.Array] | None,
+    decay: float | None,
+    grows: bool,
+) -> tuple[Sequence[jax.Array], Sequence[jax.Array] | None, dict[str, Any]]:
+    """Takes a step of the averages, unless `decay` is None.
+
+    Args:
+        state: the state before the step.
+        names: names of the groups, in the order of the lists.
+        products: float32 [channels] for each group, see `_Seen`.
+        slopes: norms of the gradients at the gates, float32 [channels] for each group, or None.
+        decay: the decay of the averages.
+        grows: whether channels are regrown, so that the slopes are averaged as well.
+
+    Returns:
+        The statistics, the slopes, and the new values of `channel_average`, `channel_age` and
+        `channel_growth` by field.
+    """
+
+    def by_name(values: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        return dict(zip(names, values, strict=True))
+
+    average, age, growth = state.channel_average, state.channel_age, state.channel_growth
+    if decay is None:
+        fields = {"channel_average": average, "channel_age": age, "channel_growth": growth}
+        return products, slopes, fields
+    # Average only over the steps since a channel came back.
+    on = [state.channels[name] for name in names]
+    ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
+    past = [
+        _gates.root_mean_square(average[name], new, decay) * kept
+        for name, new, kept in zip(names, products, on, strict=True)
+    ]
+    if grows and slopes is not None:
+        pairs = zip(names, slopes, strict=True)
+        slopes = [_gates.root_mean_square(growth[name], new, decay) for name, new in pairs]
+        growth = by_name(slopes)
+    statistics = [_unbiased(*pair, decay) for pair in zip(past, ages, strict=True)]
+    fields = {"channel_average": by_name(past), "channel_age": by_name(ages)}
+    return statistics, slopes, fields | {"channel_growth": growth}
+
+
+class _Seen(NamedTuple):
+    """The values at the gates in one step."""
+
+    products: list[jax.Array]  # |sum of w g| of each channel, float32 [channels] for each group
     weights: dict[int, jax.Array]  # parameters by position
-    signals: dict[int, jax.Array]  # their gradients or momenta; {} once their norms are taken
+    signals: dict[int, jax.Array]  # their gradients or momenta; {} after their norms are computed
 
 
 def _measure(
@@ -222,7 +249,7 @@ def _measure(
     weights: Sequence[jax.Array],
     signal: Any,
 ) -> _Seen:
-    """Takes the numbers of this step; none is squared, as squares of small numbers underflow."""
+    """Computes the numbers of this step; none is squared, because small squares underflow."""
     used = {gate.leaf for own in gates.values() for gate in own}
     products = []
     for name, group in groups.items():
@@ -235,7 +262,7 @@ def _measure(
 def _lengths(
     gates: _gates.Gates, groups: Mapping[str, Any], arrays: Mapping[int, jax.Array]
 ) -> list[jax.Array]:
-    """Norms of the entries of each channel, float32 [channels] of each group."""
+    """Computes the norm of each channel's entries, float32 [channels] for each group."""
     return [
         _gates.lengths(gates[name], group.size, [arrays[gate.leaf] for gate in gates[name]])
         for name, group in groups.items()
@@ -243,7 +270,7 @@ def _lengths(
 
 
 def _unbiased(average: jax.Array, age: jax.Array, decay: float) -> jax.Array:
-    """The root mean square of the steps that were seen: the average started at 0."""
+    """Corrects a root mean square whose average started at 0 for the number of its steps."""
     steps = jnp.maximum(age, 1).astype(jnp.float32)
     return average / jnp.sqrt(1 - decay**steps)
 
@@ -253,18 +280,18 @@ def _never_worthless(
     channels: Sequence[jax.Array],
     instead: Sequence[Sequence[jax.Array]],
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Gives groups whose scores are all 0 other scores, with the mean of all other groups.
+    """Replaces scores that are all 0 in a group, by scores with the mean of all other groups.
 
-    A score of 0 in the whole group says that the gates have not moved from 0, or that no gradient
-    has reached them, and not that the channels are worth nothing.
+    If a whole group has the score 0, its gates have not moved from 0 or no gradient has reached
+    them; it does not mean that the channels are worthless.
 
     Args:
-        ranked: scores, [channels] of each group.
-        channels: bool, which are on.
-        instead: scores to take instead, the first of them that are not all 0.
+        ranked: scores, [channels] for each group.
+        channels: bool [channels] for each group, True where a channel is kept.
+        instead: lists of replacement scores; the first that is not all 0 in the group is used.
 
     Returns:
-        Scores like `ranked`, and the number of such groups, int32 [].
+        Scores like `ranked`, and the number of groups with replaced scores, int32 [].
     """
 
     def of_kept(values: Sequence[jax.Array]) -> list[jax.Array]:
@@ -279,7 +306,7 @@ def _never_worthless(
     sizes = of_kept(ranked)
     known = [jnp.any(own > 0) for own in sizes]
     largest = jnp.max(jnp.stack([jnp.max(own) for own in sizes]))
-    unit = jnp.where(largest > 0, largest, 1)  # keeps sums from underflow and overflow
+    unit = jnp.where(largest > 0, largest, 1)  # prevents underflow and overflow of sums
     counted = [on & flag for on, flag in zip(channels, known, strict=True)]
     count = jnp.maximum(sum(jnp.sum(own, dtype=jnp.int32) for own in counted), 1)
     total = sum(jnp.sum(own / unit) for own in sizes)
@@ -297,7 +324,7 @@ def _never_worthless(
 
 
 def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
-    """Names groups whose gates are all 0, unless traced."""
+    """Warns of groups whose gates are all 0, unless traced."""
     if not all(
         isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves
     ):
@@ -312,13 +339,13 @@ def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
         warnings.warn(
             f"the gates of {', '.join(silent)} are all 0, so the statistics of these channels are "
             "0 until the gates have moved. Until then the channels are ranked by their gradients; "
-            "choose a `start` by which they have moved.",
+            "set a later `start`, by which they have moved.",
             stacklevel=2,
         )
 
 
 def _at_least_one(rule: budgets.BudgetRule) -> budgets.BudgetRule:
-    """The budget with at least one channel in each group."""
+    """Makes a budget rule that keeps at least one channel in each group."""
 
     def floored(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> budgets.Budget:
         budget = rule(shapes, sparsity)

@@ -1,4 +1,4 @@
-"""What all pruning transformations share: state, mask updates behind one branch, projection."""
+"""Code that all pruning transformations share: state, mask updates in one branch, projection."""
 
 import functools
 import warnings
@@ -14,10 +14,10 @@ from jaxprune import budgets, patterns, stats, timetables, trees
 
 
 class MaskState(NamedTuple):
-    """State of the transformations that keep nothing but masks.
+    """The state of the transformations that store only masks.
 
-    What they do follows from their masks, so `jaxprune.chain` shows the members before them the
-    sparse network, in which a weight that comes back has no past.
+    Their updates depend only on the masks, so `jaxprune.chain` shows the members before them the
+    sparse network, in which a regrown weight has no history.
 
     Example:
         >>> import jaxprune
@@ -26,24 +26,22 @@ class MaskState(NamedTuple):
         (0, (2, 2))
     """
 
-    prune_step: jax.Array  # int32 [], optimizer updates seen
-    mask_updates: jax.Array  # int32 [], mask updates that are done
-    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
-    masks: Any  # bool, like the parameters, True where a weight is kept; only of pruned leaves
-    timetable_mark: (
-        jax.Array
-    )  # int32 [], the mask update that the masks come from, see `update_masks`
+    prune_step: jax.Array  # int32 [], number of optimizer updates so far
+    mask_updates: jax.Array  # int32 [], number of mask updates done
+    refused: jax.Array  # int32 [], due mask updates refused because a value was not finite
+    masks: Any  # bool, like the parameters, True where a weight is kept; only for pruned leaves
+    timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
 
 
 def holds_masks(node: Any) -> bool:
-    """Whether a node of an optimizer state is the state of a pruning transformation."""
+    """Returns whether a node of an optimizer state is the state of a pruning transformation."""
     return "masks" in getattr(node, "_fields", ())
 
 
 class Parts(NamedTuple):
     """The pruned leaves of one update, each a list in flattening order."""
 
-    flags: tuple[bool, ...]  # of all leaves: whether it is pruned
+    flags: tuple[bool, ...]  # for all leaves: whether the leaf is pruned
     weights: list[jax.Array]
     updates: list[jax.Array]
     masks: list[jax.Array]
@@ -59,13 +57,8 @@ def split(
     prunable: trees.Prunable,
     stacked: trees.Stacked = None,
 ) -> Parts:
-    """Picks what is pruned out of the arguments of an update, and checks them."""
-    if params is None:
-        raise ValueError(
-            "`params` is missing: pruning needs the parameters. Call "
-            "`optimizer.update(gradients, state, params)`."
-        )
-    trees.check_same_structure("updates", updates, params)
+    """Picks the pruned leaves from the arguments of an update, and checks the arguments."""
+    check_update(updates, params)
     flags = trees.prunable_flags(params, prunable, stacked)
     _check_state(masks, params, flags)
     weights, moves = trees.pick(params, flags), trees.pick(updates, flags)
@@ -73,14 +66,24 @@ def split(
     return Parts(flags, weights, moves, held_for(masks, params, flags))
 
 
+def check_update(updates: Any, params: Any) -> None:
+    """Raises unless the parameters are given and the updates fit them."""
+    if params is None:
+        raise ValueError(
+            "`params` is missing: pruning needs the parameters. Call "
+            "`optimizer.update(gradients, state, params)`."
+        )
+    trees.check_same_structure("updates", updates, params)
+
+
 def held_for(tree: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array]:
-    """What a state holds for each pruned leaf, in the order of the parameters."""
+    """Returns the part of a state for each pruned leaf, in the order of the parameters."""
     by_path = trees.leaf_by_path(tree)  # a restored state may sort its keys differently
     return [by_path[path] for path in named_leaves(params, flags)]
 
 
 def _check_state(masks: Any, params: Any, flags: tuple[bool, ...]) -> None:
-    """The state must be that of a transformation that prunes the same leaves."""
+    """Raises unless the state belongs to a transformation that prunes the same leaves."""
     held = trees.leaf_by_path(masks)
     wanted = {path: jnp.shape(leaf) for path, leaf in named_leaves(params, flags).items()}
     problems = [
@@ -96,13 +99,13 @@ def _check_state(masks: Any, params: Any, flags: tuple[bool, ...]) -> None:
     ]
     trees.raise_for(
         sorted(problems),
-        "`state` must be of a transformation that prunes the same leaves. Restore it with the same "
-        "`prunable`, or start from `init` and put the old masks in with `jaxprune.set_masks`:",
+        "`state` must belong to a transformation that prunes the same leaves. Restore it with the "
+        "same `prunable`, or start from `init` and set the old masks with `jaxprune.set_masks`:",
     )
 
 
 def check_bools(masks: Any) -> None:
-    """Raises where a wrapper has computed with the masks of a state."""
+    """Raises if a wrapper has computed with the masks of a state."""
     bad = [
         f"{path}: {jnp.result_type(mask)}"
         for path, mask in trees.leaves_with_paths(masks)
@@ -110,49 +113,49 @@ def check_bools(masks: Any) -> None:
     ]
     trees.raise_for(
         bad,
-        "`state` must hold masks of bools, but a wrapper around the pruning transformation mixes "
+        "`state` must hold bool masks, but a wrapper around the pruning transformation mixes "
         "states of several steps (optax.contrib.sam, optax.lookahead with `reset_state`). Put it "
         "before pruning in a jaxprune.chain, SAM with `opaque_mode=True`; see docs/optimizers.md:",
     )
 
 
 def has_line_search(state: Any) -> bool:
-    """Whether an optimizer state keeps a value and a gradient for the next step."""
+    """Returns whether an optimizer state keeps a value and a gradient for the next step."""
     return any(map(keeps_value, jax.tree.leaves(state, is_leaf=keeps_value)))
 
 
 def keeps_value(node: Any) -> bool:
-    """Whether a node is the state of a line search, by the fields that Optax itself looks for."""
+    """Returns whether a node is the state of a line search, by the fields that Optax looks for."""
     return {"value", "grad"} <= set(getattr(node, "_fields", ()))
 
 
 def check_line_search(extra_args: Any, inner_state: Any = None) -> None:
-    """Raises where a line search would keep value and gradient of the point before the mask."""
+    """Raises if a line search would keep value and gradient of the point before masking."""
     if "value_fn" in extra_args and not has_line_search(extra_args.get("inner_state", inner_state)):
         raise ValueError(
             "`value_fn` is passed to a pruning transformation, but no line search is before it in "
-            "the same jaxprune.chain. One outside keeps the value and the gradient of the point "
-            "before the mask for the next step. Write `jaxprune.chain(optax.lbfgs(), pruning)`; "
-            "see docs/optimizers.md."
+            "the same jaxprune.chain. A line search outside the chain would use the value and the "
+            "gradient of the unmasked point in the next step. Write `jaxprune.chain(optax.lbfgs(), "
+            "pruning)`; see docs/optimizers.md."
         )
 
 
 def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.Array] | None:
-    """The raw gradients of the pruned leaves, or None if the chain does not hand them on."""
+    """Returns the raw gradients of the pruned leaves, or None if the chain does not pass them."""
     leaves = trees.leaves_like(params, grad)
     return None if leaves is None else trees.pick(leaves, flags)
 
 
 def put_masks(params: Any, flags: tuple[bool, ...], masks: Sequence[jax.Array]) -> Any:
-    """Masks in the places of the pruned leaves, nothing at all in the others."""
+    """Returns a tree like `params` with masks at pruned leaves and `MaskedNode` elsewhere."""
     check_one_copy(params)
-    # Masks of leaves that are never pruned would be passed in and out of every step.
+    # No masks for other leaves: every step would have to pass them in and out.
     rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
     return trees.put(params, flags, list(masks), rest)
 
 
 def check_one_copy(params: Any) -> None:
-    """Raises where fast and slow weights would be ranked together, as if of one network."""
+    """Raises if fast and slow weights would be ranked together, as if they were one network."""
 
     def is_pair(node: Any) -> bool:
         return isinstance(node, optax.LookaheadParams)
@@ -174,23 +177,23 @@ def update_masks(
     renew: Renew,
     faults: Sequence[jax.Array] = (),
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Changes masks where that is due, in the only branch of a step.
+    """Changes the masks if a mask update is due, in the only branch of a step.
+
+    The last mask update at or before this step is due until the masks come from it. Therefore a
+    state that resumes with a different timetable catches up with it, whatever its counters say.
 
     Args:
         timetable: the mask updates.
         state: a NamedTuple with the counters of `MaskState`.
-        carry: masks and what changes with them; returned as it is at all other steps.
-        buffers: arrays that `renew` reads. Arrays of the optimizer's state, gradients or
-            parameters only: what is computed for the branch is written to memory at every step.
+        carry: masks and everything that changes with them; returned unchanged at all other steps.
+        buffers: arrays that `renew` reads. Pass only arrays of the optimizer's state, gradients or
+            parameters: an array that is computed for the branch is written to memory at every step.
         renew: function `(index of the mask update, carry, buffers) -> carry`.
-        faults: bits of values that are not finite, in place of buffers that are computed.
+        faults: bits that mark values that are not finite, for arrays that are not in `buffers`.
 
     Returns:
-        The carry, and the new values of the counters. If a buffer is not finite, the mask
-        update is refused: it stays due.
-
-    The last mask update at this step or before is due as long as the masks do not come from it.
-    So a state that is resumed with another timetable catches up with it, whatever its counters say.
+        The carry, and the new values of the counters. If a buffer is not finite, the mask update is
+        refused and remains due.
     """
     done = timetables.entries_until(timetable, state.prune_step)
     mark = jnp.where(done > 0, jnp.asarray(timetable.marks)[done - 1], state.timetable_mark)
@@ -218,26 +221,26 @@ def update_masks(
 
 
 def zero_counters() -> dict[str, jax.Array]:
-    """The counters of a state before the first step."""
+    """Returns the counters of a state before the first step."""
     names = ("prune_step", "mask_updates", "refused", "timetable_mark")
     return {name: jnp.zeros([], jnp.int32) for name in names}
 
 
 def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
-    """The update that leaves a kept weight its step and takes a pruned weight to exactly 0."""
-    # In the wider of both dtypes: -w rounded to a narrower one would leave a residue.
+    """Returns the update that moves kept weights as given and pruned weights to exactly 0."""
+    # In the wider of the two dtypes, because -w rounded to a narrower dtype leaves a residue.
     dtype = jnp.promote_types(update.dtype, weight.dtype)
     return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
-    """The pruned leaves by their paths."""
+    """Returns the pruned leaves by path."""
     items = trees.leaf_by_path(params).items()
     return {path: leaf for (path, leaf), flag in zip(items, flags, strict=True) if flag}
 
 
 def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.Timetable]:
-    """`timetables.make_timetable` for given parameters; remembers its last few results."""
+    """Returns a function from parameters to their timetable that caches its last few results."""
     known: dict[tuple, timetables.Timetable] = {}
 
     def timetable_for(params: Any, flags: tuple[bool, ...]) -> timetables.Timetable:
@@ -253,7 +256,7 @@ def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.
 
 
 def check_window(name: str, every: int, start: int, stop: int, *problems: str | None) -> None:
-    """Static checks of a transformation's arguments, raised together with others."""
+    """Checks the arguments of a transformation; raises one error, with the problems given."""
     bad = []
     if every < 1:
         bad.append(f"`every` must be at least 1 step, but is {every!r}")
@@ -266,7 +269,7 @@ def check_window(name: str, every: int, start: int, stop: int, *problems: str | 
 
 
 def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
-    """Warns of pruned leaves that are 0 everywhere, where values are known: outside of `jit`."""
+    """Warns of pruned leaves that are 0 everywhere, if their values are known: outside `jit`."""
     known = {
         path: leaf
         for path, leaf in named_leaves(params, flags).items()
@@ -277,7 +280,7 @@ def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
         warnings.warn(
             f"`params` holds leaves that are 0 everywhere: {', '.join(zeros)}. Weights are ranked "
             "by their product with the gradient, which says nothing until a leaf has moved. Until "
-            "then each keeps its share at the density of the whole. Exclude such leaves with "
+            "then each such leaf keeps its share at the overall density. Exclude such leaves with "
             "`prunable`, or set a later `start`.",
             stacklevel=3,
         )
@@ -296,18 +299,19 @@ def masking_transform(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose state is its masks.
+    """Makes a transformation whose state consists of its masks.
 
     Args:
-        steps: when masks change.
+        steps: the steps at which masks change.
         sparsities: sparsity after each mask update.
-        choose: function `(timetable, index, masks, weights, gradients) -> masks` on lists of the
+        choose: function `(timetable, index, masks, weights, gradients) -> masks` of lists of the
             pruned leaves; `gradients` is None unless `needs_gradient`.
         moved: fraction of the kept weights that each mask update drops and regrows.
-        first: function `(timetable, weights) -> masks` for the first step; None keeps everything.
+        first: function `(timetable, weights) -> masks` for the initial masks; None keeps all
+            weights.
         needs_gradient: whether `choose` reads gradients.
-        budget: how many weights stay.
-        pattern: which weights fall together.
+        budget: how many weights are kept.
+        pattern: which weights are pruned together.
         prunable: which leaves are pruned.
         stacked: which axes number copies.
 
@@ -326,7 +330,7 @@ def masking_transform(
             warn_of_zeros(params, flags)
         masks = [jnp.ones_like(weight, dtype=bool) for weight in weights]
         if first and timetable:
-            # Outside of `jit` the loops of the selection would be slow.
+            # Outside `jit` the loops of the selection would be slow.
             masks = jax.jit(functools.partial(first, timetable))(weights)
         return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
 

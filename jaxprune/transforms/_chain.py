@@ -1,4 +1,4 @@
-"""A chain whose members also see the raw gradient and what the members before them track."""
+"""A chain whose members also get the raw gradient and the states of the members before them."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -27,44 +27,43 @@ from jaxprune.transforms._straight_through import StraightThroughState
 
 _Inner = Literal["sparse", "dense"] | None
 
-# States of methods that read nothing of pruned weights from the members before them.
+# States of methods that read nothing about pruned weights from the members before them.
 _MASKS_ONLY = (MaskState, FixedMaskState)
 
 
 def chain(
     *transforms: optax.GradientTransformation, inner: _Inner = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.chain` that hands on what a pruning transformation at its end needs.
+    """Chains transformations like `optax.chain`, and passes pruning members what they need.
 
-    Last in a chain, a transformation sees updates, not gradients. This chain passes each member
-    the extra argument `grad`, the gradient as it entered the chain, and those that prune
-    `inner_state`, the new states of the members before them. Members that do not accept an
-    argument do not receive it. The state is that of `optax.chain`.
+    The last member of a chain sees updates, not gradients. This chain passes every member the
+    extra argument `grad`, the gradient as it entered the chain. It passes pruning members
+    `inner_state`, the new states of the members before them. Members that do not accept an argument
+    do not receive it. The state is that of `optax.chain`.
 
-    The members before pruning see the sparse network: where a weight is pruned, its gradient and
-    its value are 0, and its moments (whatever they keep in the shape of a weight: momentum,
-    Adam's `mu` and `nu`) are what `init` gives. So norms count kept weights only, and a weight
-    that comes back starts without a past. AGIP and `straight_through_transform` learn from the
-    gradients of pruned weights, so before them the members see the dense network unless
-    `inner="sparse"` says otherwise.
+    The members before pruning see the sparse network: the gradient and the value of a pruned weight
+    are 0, and its moments (any array in the shape of a weight: momentum, Adam's `mu` and `nu`) are
+    those that `init` returns. Norms therefore count kept weights only, and a regrown weight starts
+    without a history. AGIP and `straight_through_transform` learn from the gradients of pruned
+    weights, so the members before them see the dense network unless `inner` is "sparse".
 
-    Where a line search keeps value and gradient for the next step (`optax.lbfgs`) and pruning
-    changes the point, the value becomes infinite, and `optax.value_and_grad_from_state`
-    evaluates again. docs/optimizers.md says what else optimizers need.
+    If a line search keeps value and gradient for the next step (`optax.lbfgs`) and pruning changes
+    the point, the value is set to infinity, so that `optax.value_and_grad_from_state` evaluates
+    again. docs/optimizers.md lists what else optimizers need.
 
     Args:
-        *transforms: gradient transformations, applied in order. Those that prune come last, alone
-            or inside of `optax.masked`, `optax.partition`, `optax.named_chain` and the like.
-        inner: what the members before pruning see: "sparse" or "dense"; None is "sparse" before
-            every method but AGIP and straight-through.
+        *transforms: gradient transformations, applied in order. Pruning transformations come last,
+            alone or inside `optax.masked`, `optax.partition`, `optax.named_chain` and the like.
+        inner: the network that the members before pruning see: "sparse" or "dense"; None is "dense"
+            before AGIP and straight-through, and "sparse" before every other method.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: if `inner` is something else; from `init` and `update`, if a member follows a
-            pruning transformation, or a wrapper around one cannot keep zeros, or `inner="sparse"`
-            hides what the method needs, listing all such members.
+        ValueError: if `inner` has any other value; from `init` and `update`, if a member follows a
+            pruning transformation, if a wrapper around one cannot keep zeros, or if
+            `inner="sparse"` hides values that the method needs, listing all such members.
 
     Example:
         >>> import jax.numpy as jnp
@@ -101,41 +100,36 @@ def chain(
         _check(state, inner)
         first = _first_pruning(state)
         extra = {"grad": updates} | extra_args
-        earlier = extra.pop("inner_state", ())  # of a chain around this one
-        before = extra
-        seen, masks = params, None
-        learned: tuple[Any, ...] = ()
+        earlier = extra.pop("inner_state", ())  # from a chain around this one
+        learned, masks = (), None
         if params is not None and any(_hides(s, inner) for s in pruning_states(state)):
-            # Masks first: reading old and new masks in one step would force a copy.
             known = extra | {"inner_state": (*earlier, *state)}
-            learned = tuple(
-                member.update(updates, own, params, **_accepted(member, known))[1]
-                for member, own in zip(members[first:], state[first:], strict=True)
-            )
-            masks = masks_like(params, [s for s in pruning_states(learned) if _hides(s, inner)])
-        if jax.tree.leaves(masks):
-            seen, gradients = keep_unpruned(params, masks), updates
-            updates = keep_unpruned(updates, masks)
+            pruning = members[first:], state[first:]
+            learned, masks = _masks_first(*pruning, updates, params, known, inner)
+        hidden = bool(jax.tree.leaves(masks))
+        seen, before = params, extra
+        if hidden:
+            seen = keep_unpruned(params, masks)
             state = tuple(
                 restart_moments(member, own, masks, seen)
                 for member, own in zip(members, state, strict=True)
             )
-            before = extra | {"grad": _kept_gradient(extra["grad"], gradients, masks)}
+            before = extra | {"grad": _kept_gradient(extra["grad"], updates, masks)}
+            updates = keep_unpruned(updates, masks)
         new_state: tuple[Any, ...] = ()
         for member, own in zip(members[:first], state[:first], strict=True):
-            # Line searches refuse arguments that they do not know, so no `inner_state` here.
+            # No `inner_state` here: line searches raise for arguments that they do not know.
             updates, own = member.update(updates, own, seen, **_accepted(member, before))
             new_state = (*new_state, own)
         moves = updates
-        if jax.tree.leaves(masks) and _is_masks_alone(state[first:]):
-            # Masks are all that such a member has to say. Its branch runs once.
+        if hidden and _is_masks_alone(state[first:]):
+            # The update of such a member follows from its masks, so its branch runs only once.
             updates = project_all(updates, masks, params)
             new_state = (*new_state, *learned)
         else:
             for member, own in zip(members[first:], state[first:], strict=True):
-                known = {"inner_state": (*earlier, *new_state)}
-                arguments = _accepted(member, extra | known)
-                updates, own = member.update(updates, own, params, **arguments)
+                known = extra | {"inner_state": (*earlier, *new_state)}
+                updates, own = member.update(updates, own, params, **_accepted(member, known))
                 new_state = (*new_state, own)
         if first < len(members) and has_line_search(new_state[:first]):
             new_state = forget_values(new_state, differs(updates, moves))
@@ -144,23 +138,42 @@ def chain(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _masks_first(
+    members: Sequence[Any],
+    states: Sequence[Any],
+    updates: Any,
+    params: Any,
+    extra_args: Mapping[str, Any],
+    inner: _Inner,
+) -> tuple[tuple[Any, ...], Any]:
+    """Updates the pruning members; returns their new states, and the masks for the other members.
+
+    This runs before the other members: reading old and new masks in one step would force a copy.
+    """
+    learned = tuple(
+        member.update(updates, own, params, **_accepted(member, extra_args))[1]
+        for member, own in zip(members, states, strict=True)
+    )
+    return learned, masks_like(params, [s for s in pruning_states(learned) if _hides(s, inner)])
+
+
 def _first_pruning(state: Any) -> int:
-    """Position of the first member that prunes."""
+    """Returns the position of the first member that prunes."""
     return next((i for i, own in enumerate(state) if pruning_states(own)), len(state))
 
 
 def _hides(state: Any, inner: _Inner) -> bool:
-    """Whether the members before a pruning transformation see the sparse network."""
+    """Returns whether the members before a pruning transformation see the sparse network."""
     return inner == "sparse" or (inner is None and isinstance(state, _MASKS_ONLY))
 
 
 def _is_masks_alone(states: Sequence[Any]) -> bool:
-    """Whether the pruning members are one transformation whose masks say all, in no wrapper."""
+    """Returns whether pruning is one unwrapped transformation that depends only on its masks."""
     return len(states) == 1 and isinstance(states[0], _MASKS_ONLY)
 
 
 def _accepted(member: Any, extra_args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The extra arguments that a member takes; SAM in opaque mode refuses all but its own."""
+    """Returns the extra arguments that a member accepts; SAM in opaque mode takes only its own."""
     parameters = inspect.signature(member.update).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return extra_args
@@ -168,18 +181,18 @@ def _accepted(member: Any, extra_args: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kept_gradient(grad: Any, updates: Any, masks: Any) -> Any:
-    """The argument `grad` for the members before pruning."""
-    # Inside of optax.masked the caller's `grad` has more leaves than this chain sees.
+    """Returns the argument `grad` for the members before pruning."""
+    # Inside `optax.masked` the caller's `grad` has more leaves than this chain sees.
     same = jax.tree.structure(grad) == jax.tree.structure(updates)
     return keep_unpruned(grad, masks) if same else grad
 
 
 def _check(state: Any, inner: _Inner) -> None:
-    """Raises for members that would break the zeros or find nothing to prune by."""
+    """Raises for members that would break the zeros or hide values that pruning needs."""
     trees.raise_for(
         order_problems(state),
-        "pruning must have the last word in a jaxprune.chain, or the zeros do not hold. Move these "
-        "before it (docs/optimizers.md has a recipe for each):",
+        "pruning must come last in a jaxprune.chain, or the zeros do not hold. Move these before "
+        "it (docs/optimizers.md has a recipe for each):",
     )
     if inner != "sparse":
         return
@@ -187,12 +200,12 @@ def _check(state: Any, inner: _Inner) -> None:
     trees.raise_for(
         blind,
         '`inner="sparse"` hides the gradients of pruned weights, or the momentum of this step, '
-        "which these methods rank by. Leave it out, or give `agip_transform` a `decay`:",
+        "by which these methods rank. Omit it, or give `agip_transform` a `decay`:",
     )
 
 
 def _needs_dense(state: Any) -> bool:
-    """Whether a method reads what the members before it make of pruned weights."""
+    """Returns whether a method reads updates or momenta of pruned weights."""
     if isinstance(state, AgipState):
         return state.gradient_average == ()
     if isinstance(state, ChannelState):

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: a fixed number of weights, some of which move at each mask update."""
+"""Dynamic sparse training: a fixed number of weights, some of which each mask update moves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import optax
 from jaxprune import budgets, patterns, schedules, scores, timetables, trees
 from jaxprune.transforms._base import check_window, masking_transform
 
-# function (index of the mask update, weights, gradients) -> scores of what may grow
+# function (index of the mask update, weights, gradients) -> scores by which weights are regrown
 Growth = Callable[[jax.Array, list[jax.Array], Any], list[jax.Array]]
 
 
@@ -29,20 +29,20 @@ def dynamic_transform(
     prunable: trees.Prunable,
     stacked: trees.Stacked,
 ) -> optax.GradientTransformationExtraArgs:
-    """Starts from random masks, then drops by magnitude and grows by `growth`.
+    """Starts from random masks, then drops by magnitude and regrows by `growth`.
 
     Args:
-        name: of the public transformation, for errors.
+        name: name of the public transformation, for errors.
         growth: function `(index, weights, gradients) -> scores`.
-        sparsity: as in `set_transform`, and all that follows.
+        sparsity: fraction of the prunable weights that are 0, in [0, 1).
         every: steps between mask updates.
-        start: first mask update.
-        stop: last mask update.
-        drop: fraction of the kept weights that moves at `start`.
-        seed: of the first masks.
+        start: step of the first mask update.
+        stop: step of the last mask update.
+        drop: fraction of the kept weights that is dropped and regrown at `start`.
+        seed: the seed of the initial masks.
         needs_gradient: whether `growth` reads gradients.
-        budget: how many weights stay.
-        pattern: which weights fall together.
+        budget: how many weights are kept.
+        pattern: which weights are pruned together.
         prunable: which leaves are pruned.
         stacked: which axes number copies.
 

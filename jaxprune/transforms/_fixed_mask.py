@@ -1,4 +1,4 @@
-"""Training under masks that are given and stay."""
+"""Training under given masks that do not change."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxprune.transforms._base import check_line_search, project, put_masks, spl
 
 
 class FixedMaskState(NamedTuple):
-    """State of `fixed_mask_transform`.
+    """The state of `fixed_mask_transform`.
 
     Example:
         >>> masks = {"kernel": jnp.array([[True, False]])}
@@ -22,25 +22,25 @@ class FixedMaskState(NamedTuple):
         [[True, False]]
     """
 
-    masks: Any  # bool, True where a weight is kept; only of leaves that have a mask
+    masks: Any  # bool, True where a weight is kept; only for leaves that have a mask
 
 
 def fixed_mask_transform(
     masks: Any = None, *, prunable: trees.Prunable = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the zeros of a pruned network at 0 while the rest trains on.
+    """Keeps the zeros of a pruned network at 0 while the other weights continue to train.
 
-    Put it last in the chain: for fine-tuning after `prune`, for a lottery ticket, for masks
-    found at initialisation.
+    Put it last in the chain. Use it for fine-tuning after `prune`, for a lottery ticket, or for
+    masks found at initialisation.
 
     Args:
-        masks: tree of bools with the paths of the parameters, True where a weight is kept.
-            Each has the shape of its leaf, or is the scalar True, also for a whole branch. A mask
-            that is True everywhere leaves its leaf alone, and masks of leaves that
-            `optax.masked` or `optax.partition` hides are not looked at. What `prune` and
-            `get_masks` return. None keeps everything until `set_masks` puts other masks into the
-            state, as the drivers of `jaxprune.rewinding` do: new masks, but no new compilation.
-        prunable: without `masks`: which leaves get a mask, see `trees.prunable_flags`.
+        masks: tree of bools with the paths of the parameters, True where a weight is kept, as
+            returned by `prune` and `get_masks`. Each has the shape of its leaf, or is the scalar
+            True, which may cover a whole branch. A mask that is True everywhere does not change the
+            updates of its leaf. Masks of leaves that `optax.masked` or `optax.partition` hides are
+            ignored. None keeps all weights until `set_masks` puts new masks into the state, which
+            needs no new compilation; `jaxprune.rewinding` does so.
+        prunable: which leaves get a mask if `masks` is None, see `trees.prunable_flags`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params`.
@@ -48,7 +48,7 @@ def fixed_mask_transform(
     Raises:
         ValueError: if both `masks` and `prunable` are given; from `init`, if masks and parameters
             differ in paths or shapes, listing every such leaf; from `update`, if `params` is
-            missing or of another structure.
+            missing or has a different structure.
 
     Example:
         >>> import jaxprune
@@ -63,7 +63,7 @@ def fixed_mask_transform(
 
     if masks is not None and prunable is not None:
         raise ValueError(
-            "`prunable` goes without `masks`, which say themselves what is pruned. Give one."
+            "Give `masks` or `prunable`, not both: `masks` already says which leaves are pruned."
         )
 
     def init_fn(params: optax.Params) -> FixedMaskState:
@@ -107,7 +107,7 @@ def fixed_mask_transform(
 
 
 def _fits(mask: Any, leaf: Any) -> bool:
-    """Whether a mask is a bool array of the leaf's shape, or the scalar True."""
+    """Returns whether a mask is a bool array of the leaf's shape, or the scalar True."""
     if jnp.result_type(mask) != jnp.bool_:
         return False
     if jnp.ndim(mask) == 0 and trees.shape_of(leaf) != ():
@@ -118,13 +118,13 @@ def _fits(mask: Any, leaf: Any) -> bool:
 
 
 def _keeps_all(mask: Any) -> bool:
-    """Whether a mask is known to be True everywhere; such a mask would cost time at each step."""
+    """Returns whether a mask is known to be all True; it would only cost time at each step."""
     if not trees.is_numeric(mask):
         return True
-    # NumPy, because inside of `jit` JAX would make a traced array of it.
+    # NumPy, because inside `jit` JAX would return a traced array.
     return not isinstance(mask, Tracer) and bool(np.all(np.asarray(mask)))
 
 
 def _described(mask: Any) -> str:
-    """A mask in an error."""
+    """Describes a mask for an error."""
     return f"{jnp.result_type(mask)}{list(jnp.shape(mask))}"

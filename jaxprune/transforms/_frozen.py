@@ -1,4 +1,4 @@
-"""Leaves that an optimizer freezes but a pruning transformation behind it would cut."""
+"""A warning about leaves that an optimizer freezes but that pruning would still set to 0."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from jaxprune import trees
 
 
 def warn_of_frozen(members: Sequence[Any], states: Sequence[Any], params: Any, masks: Any) -> None:
-    """Warns of pruned leaves that the members before pruning do not move.
+    """Warns of pruned leaves that the members before pruning do not change.
 
-    `optax.freeze` and `optax.set_to_zero` look like any transformation without a state. So where a
-    part of the leaves is treated apart (`optax.masked`, `optax.partition`), the members are tried
-    on a tree of small arrays: leaves whose updates are all 0 while those of others are not are
-    frozen.
+    `optax.freeze` and `optax.set_to_zero` look like any transformation without a state. Therefore,
+    if some leaves are treated separately (`optax.masked`, `optax.partition`), the members are tried
+    on a tree of small arrays: a leaf is frozen if its updates are all 0 while those of other leaves
+    are not.
 
     Args:
         members: the transformations before pruning.
-        states: what their `init` gives.
+        states: the states that their `init` returns.
         params: tree of arrays.
-        masks: tree like `params`, `MaskedNode` where a leaf is not pruned.
+        masks: tree like `params`, with `MaskedNode` at leaves that are not pruned.
     """
     parts = jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, optax.MaskedState))
     if not any(isinstance(part, optax.MaskedState) for part in parts):
@@ -34,16 +34,16 @@ def warn_of_frozen(members: Sequence[Any], states: Sequence[Any], params: Any, m
     frozen = [path for path in pruned if not moved[path]]
     if frozen and any(moved.values()):
         warnings.warn(
-            f"the optimizer does not move {', '.join(frozen)}, but pruning would cut them. Prune "
-            "inside of the part that trains, `optax.partition({'train': jaxprune.chain(optimizer, "
-            "pruning), 'frozen': optax.set_to_zero()}, labels)`, or exclude these leaves with "
-            "`prunable`.",
+            f"the optimizer does not change {', '.join(frozen)}, but pruning would set weights "
+            "there to 0. Prune inside the part that trains, `optax.partition({'train': "
+            "jaxprune.chain(optimizer, pruning), 'frozen': optax.set_to_zero()}, labels)`, or "
+            "exclude these leaves with `prunable`.",
             stacklevel=4,
         )
 
 
 def _moves(members: Sequence[Any], params: Any) -> dict[str, bool]:
-    """Whether each leaf gets an update that is not 0; empty where that cannot be tried."""
+    """Returns whether each leaf gets an update that is not 0; empty if that cannot be tried."""
     draw = np.random.default_rng(0)
 
     def small(leaf: Any) -> Any:
@@ -60,5 +60,5 @@ def _moves(members: Sequence[Any], params: Any) -> dict[str, bool]:
             warnings.simplefilter("ignore")
             flags = tried(jax.tree.map(small, params), jax.tree.map(small, params))
             return dict(zip(trees.leaf_by_path(params), map(bool, flags), strict=True))
-    except Exception:  # a member that needs more than gradients: nothing is known
+    except Exception:  # a member needs more than gradients, so nothing is known
         return {}

@@ -1,4 +1,4 @@
-"""Gates of channels: the slices of parameters whose zeros switch channels off."""
+"""Gates of channels: the slices of parameters that mask a channel if they are set to 0."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ class Gate(NamedTuple):
 
     leaf: int  # position among the parameters
     axis: int
-    channels: np.ndarray  # int [entries along the axis]: which channel each is; -1: none
+    channels: np.ndarray  # int [entries along the axis], the channel of each entry; -1: none
 
 
 Gates = dict[str, list[Gate]]  # by name of a group, in the order of the groups
 
 
 def gates_once(groups: Mapping[str, Any]) -> Callable[[Any], Gates]:
-    """Returns a function from parameters to their `Gates` that remembers its last result."""
+    """Returns a function from parameters to their `Gates` that caches its last result."""
     known: dict[tuple, Gates] = {}
 
     def gates_of(params: Any) -> Gates:
@@ -40,9 +40,9 @@ def sums(gates: Sequence[Gate], size: int, arrays: Sequence[jax.Array]) -> jax.A
     """Sums the entries of each channel.
 
     Args:
-        gates: of one group.
-        size: how many channels it has.
-        arrays: one for each gate, shaped like its parameter.
+        gates: the gates of one group.
+        size: number of channels of the group.
+        arrays: one array for each gate, with the shape of its parameter.
 
     Returns:
         float32 [size].
@@ -57,13 +57,13 @@ def sums(gates: Sequence[Gate], size: int, arrays: Sequence[jax.Array]) -> jax.A
 def lengths(gates: Sequence[Gate], size: int, arrays: Sequence[jax.Array]) -> jax.Array:
     """Computes the Euclidean norm of the entries of each channel.
 
-    Entries are divided by the largest of their channel before they are squared, so that no square
-    underflows or overflows.
+    Entries are divided by the largest entry of their channel before they are squared, so that no
+    square underflows or overflows.
 
     Args:
-        gates: of one group.
-        size: how many channels it has.
-        arrays: one for each gate, shaped like its parameter.
+        gates: the gates of one group.
+        size: number of channels of the group.
+        arrays: one array for each gate, with the shape of its parameter.
 
     Returns:
         float32 [size]; NaN where an entry is not finite.
@@ -90,10 +90,10 @@ def root_mean_square(average: jax.Array, values: jax.Array, decay: float) -> jax
     Args:
         average: float32, not negative; starts at 0.
         values: float32 like `average`, not negative.
-        decay: in [0, 1).
+        decay: the decay of the average, in [0, 1).
 
     Returns:
-        The new average. A value that is not finite leaves the old one.
+        The new average. Where a value is not finite, the average does not change.
     """
     largest = jnp.maximum(average, values)
     old, new = (average / _or_one(largest)) ** 2, (values / _or_one(largest)) ** 2
@@ -102,12 +102,12 @@ def root_mean_square(average: jax.Array, values: jax.Array, decay: float) -> jax
 
 
 def along(gate: Gate, ndim: int, values: jax.Array) -> jax.Array:
-    """Lays a vector of the entries along the axis of a gate along that axis.
+    """Reshapes a vector with one value for each entry of a gate to lie along the gate's axis.
 
     Args:
-        gate: where it lies.
-        ndim: dimensions of the gate's parameter.
-        values: [entries along the axis].
+        gate: the gate.
+        ndim: number of dimensions of the gate's parameter.
+        values: array [entries along the axis].
 
     Returns:
         Array of `ndim` dimensions that broadcasts against the parameter.
@@ -118,36 +118,37 @@ def along(gate: Gate, ndim: int, values: jax.Array) -> jax.Array:
 
 
 def entries(gate: Gate, array: Any) -> jax.Array:
-    """The slices of an array, shaped like the gate's parameter, that belong to channels."""
+    """Returns the slices of an array, shaped like the gate's parameter, that belong to channels."""
     return jnp.take(jnp.asarray(array), np.flatnonzero(gate.channels >= 0), axis=gate.axis)
 
 
 def _or_one(x: jax.Array) -> jax.Array:
-    """The array with 1 in place of 0, to divide by."""
+    """Replaces 0 by 1, so that the array can be a divisor."""
     return jnp.where(x > 0, x, 1)
 
 
 def _other_axes(gate: Gate, array: jax.Array) -> tuple[int, ...]:
+    """Returns all axes of an array except the gate's."""
     return tuple(axis for axis in range(array.ndim) if axis != gate.axis)
 
 
 def _one_to_one(gate: Gate, size: int) -> bool:
-    """Whether the entries along the axis are the channels, in order."""
+    """Returns whether the entries along the axis are the channels, in order."""
     return np.array_equal(gate.channels, np.arange(size))
 
 
 def _at(gate: Gate, size: int) -> Any:
-    """The places of the entries in a new vector of channels."""
+    """Returns the positions of the entries in a new vector of channels, for `add` and `max`."""
     return jnp.zeros(size, jnp.float32).at[gate.channels[gate.channels >= 0]]
 
 
 def _find(groups: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Gates:
-    """Looks the gates up; those of the variables may have a longer path, such as `params/...`."""
+    """Finds the gates; `groups` may name them by a longer path, such as `params/...`."""
     wanted = [member.path for group in groups.values() for member in group.gates]
     ends = {path: [own for own in shapes if f"/{path}".endswith(f"/{own}")] for path in wanted}
     folders = [path.removesuffix(own) for path, found in ends.items() for own in found]
-    # The folder of the parameters fits all gates. So may a deeper one, `params/a/` for the gates
-    # of `a`, where a leaf outside of `a` has the same name: the shorter one is meant.
+    # The folder of the parameters fits all gates. A deeper folder, `params/a/` for the gates of
+    # `a`, may also fit if a leaf outside `a` has the same name. The shorter one is right.
     under = max(folders, key=lambda folder: (folders.count(folder), -len(folder)), default="")
     position = {path: index for index, path in enumerate(shapes)}
     gates: Gates = {}
@@ -161,5 +162,5 @@ def _find(groups: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> G
                 problems.append(f"{path}: {found}, must have {len(channels)} along axis {axis}")
             else:
                 gates[name].append(Gate(position[path.removeprefix(under)], axis, channels))
-    trees.raise_for(problems, "`groups` must be of the model whose `params` are updated:")
+    trees.raise_for(problems, "`groups` must belong to the model whose `params` are updated:")
     return gates

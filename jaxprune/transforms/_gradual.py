@@ -1,4 +1,4 @@
-"""Gradual pruning: sparsity rises, and what is pruned stays pruned."""
+"""Gradual pruning: the sparsity rises, and pruned weights remain pruned."""
 
 from typing import Any
 
@@ -22,18 +22,18 @@ def gradual_transform(
     prunable: trees.Prunable,
     stacked: trees.Stacked,
 ) -> optax.GradientTransformationExtraArgs:
-    """Drops the lowest scores among the kept weights, step by step.
+    """Drops the lowest scores among the kept weights, more of them at each mask update.
 
     Args:
-        name: of the public transformation, for errors.
+        name: name of the public transformation, for errors.
         score: function `(weights, gradients) -> scores`.
-        sparsity: as in `magnitude_transform`, and all that follows.
+        sparsity: final sparsity of the cubic ramp, or an `optax.Schedule` that does not fall.
         every: steps between mask updates.
-        start: first mask update.
-        stop: last mask update.
+        start: step of the first mask update.
+        stop: step of the last mask update.
         needs_gradient: whether `score` reads gradients.
-        budget: how many weights stay.
-        pattern: which weights fall together.
+        budget: how many weights are kept.
+        pattern: which weights are pruned together.
         prunable: which leaves are pruned.
         stacked: which axes number copies.
 
@@ -50,8 +50,8 @@ def gradual_transform(
     ]
     trees.raise_for(
         falls,
-        f"`sparsity` must not fall: {name} brings no weight back. Use `agip_transform` "
-        "or `straight_through_transform`, or mend the schedule:",
+        f"`sparsity` must not fall, because {name} regrows no weight. Use `agip_transform` or "
+        "`straight_through_transform`, or correct the schedule:",
     )
 
     def choose(

@@ -1,4 +1,4 @@
-"""What the members before a pruning transformation see of the network, and keep of it."""
+"""The network that the members before a pruning transformation see, and their states."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from jaxprune.transforms._base import holds_masks, keeps_value, project
 
 
 def pruning_states(state: Any) -> list[Any]:
-    """All states of pruning transformations in an optimizer state, in flattening order."""
+    """Returns all states of pruning transformations in an optimizer state, in flattening order."""
     return [node for node in jax.tree.leaves(state, is_leaf=holds_masks) if holds_masks(node)]
 
 
 def masks_like(params: Any, states: Sequence[Any]) -> Any:
-    """The masks of pruning states in a tree like the parameters, `MaskedNode` where there is none.
+    """Returns the masks of pruning states as a tree like `params`, with `MaskedNode` elsewhere.
 
-    Matched by path, because `optax.masked` and `optax.partition` hide leaves or whole branches.
+    Masks are matched by path, because `optax.masked` and `optax.partition` hide leaves or branches.
     """
     found: dict[str, Any] = {}
     for state in states:
@@ -32,7 +32,7 @@ def masks_like(params: Any, states: Sequence[Any]) -> Any:
 
 
 def keep_unpruned(tree: Any, masks: Any) -> Any:
-    """Zeros in place of what is pruned, in a tree like the parameters."""
+    """Sets the pruned entries of a tree like the parameters to 0."""
 
     def keep(mask: Any, leaf: Any) -> Any:
         return leaf if trees.is_absent(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
@@ -41,7 +41,7 @@ def keep_unpruned(tree: Any, masks: Any) -> Any:
 
 
 def project_all(updates: Any, masks: Any, params: Any) -> Any:
-    """`project` for a whole tree."""
+    """Applies `project` to a whole tree."""
 
     def one(mask: Any, update: Any, weight: Any) -> Any:
         return update if trees.is_absent(mask) else project(update, mask, weight)
@@ -50,17 +50,17 @@ def project_all(updates: Any, masks: Any, params: Any) -> Any:
 
 
 def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
-    """The state of a transformation, with what its `init` gives in place of pruned weights.
+    """Resets the state of a transformation to that of its `init` wherever weights are pruned.
 
-    This concerns each array that mirrors a parameter: its path ends with that of the parameter,
-    and it has the parameter's shape, perhaps behind an axis of history. Not every optimizer
-    starts at 0: Adagrad, Rprop and COCOB do not.
+    This applies to each array that mirrors a parameter: its path ends with the path of the
+    parameter, and it has the parameter's shape, possibly after a leading axis of history. The state
+    is not simply set to 0, because Adagrad, Rprop and COCOB do not start at 0.
 
     Args:
         member: the transformation.
-        state: its state.
+        state: the state of the transformation.
         masks: tree like the parameters, bool or `MaskedNode`.
-        params: what `init` gets, with zeros where weights are pruned.
+        params: the parameters for `init`, with zeros where weights are pruned.
 
     Returns:
         State of the same structure, shapes and dtypes.
@@ -87,11 +87,11 @@ def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
 
 
 def forget_values(state: Any, changed: Any) -> Any:
-    """Makes `optax.value_and_grad_from_state` evaluate again where the point has changed.
+    """Makes `optax.value_and_grad_from_state` evaluate again if the point has changed.
 
     Args:
-        state: of any optimizer.
-        changed: bool [], whether a line search kept value and gradient of another point.
+        state: state of any optimizer.
+        changed: bool [], whether a line search kept value and gradient of a different point.
 
     Returns:
         The state, with an infinite value in each line search.
@@ -107,13 +107,13 @@ def forget_values(state: Any, changed: Any) -> Any:
 
 
 def differs(updates: Any, others: Any) -> jax.Array:
-    """Whether two trees differ in any entry, bool []."""
+    """Returns whether two trees differ in any entry, bool []."""
     flags = jax.tree.map(lambda a, b: jnp.any(a != b), updates, others)
     return jnp.any(jnp.stack(jax.tree.leaves(flags)))
 
 
 def order_problems(state: Any, where: str = "") -> list[str]:
-    """What follows a pruning transformation or wraps it so that zeros cannot hold, a line each."""
+    """Lists the transformations that follow or wrap pruning so that zeros cannot hold."""
     if not pruning_states(state) or holds_masks(state):
         return []
     if type(state) is tuple or isinstance(state, list):
@@ -140,29 +140,29 @@ def order_problems(state: Any, where: str = "") -> list[str]:
 
 
 def _holds_no_moments(node: Any) -> bool:
-    """Whether a node of a state has no entry of its own for each weight."""
-    # GaLore's moments are of a projection that may have the shape of the weight.
+    """Returns whether a node of a state has no separate entry for each weight."""
+    # GaLore's moments belong to a projection, which may have the shape of the weight.
     return holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
 
 
 def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:
-    """The mask of the parameter that an array of a state mirrors, or None."""
+    """Returns the mask of the parameter that an array of a state mirrors, or None."""
     parts = path.split("/")
     ends = ("/".join(parts[i:]) for i in range(len(parts) + 1))
     mask = next((masks[end] for end in ends if end in masks), None)
     if mask is None or not mask.ndim:
         return None
-    # Adafactor's sums over rows have other shapes than their weights.
+    # Adafactor's sums over rows do not have the shapes of their weights.
     return mask if jnp.shape(moment)[-mask.ndim :] == mask.shape else None
 
 
 def _is_state(node: Any) -> bool:
-    """Whether a node may be the state of a transformation; a counter beside a state is none."""
+    """Returns whether a node may be the state of a transformation, and not a mere counter."""
     return isinstance(node, (tuple, dict))
 
 
 def _mixes_copies(state: Any) -> bool:
-    """Whether the updates of what is inside a state are mixed with parameters kept elsewhere."""
+    """Returns whether a wrapper mixes the updates inside it with parameters kept in its state."""
     kinds = (
         optax.LookaheadState,
         optax.contrib.ScheduleFreeState,

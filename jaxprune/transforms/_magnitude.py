@@ -19,17 +19,17 @@ def magnitude_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes the smallest weights, a few more at each mask update.
 
-    Put it last in the chain. At `start`, every `every` steps and at `stop`, the kept weights
-    with the smallest `|w|` go, until the sparsity of the cubic ramp is reached. Its state is
-    one bool for each prunable weight.
+    Put it last in the chain. At `start`, every `every` steps and at `stop`, the kept weights with
+    the smallest `|w|` are pruned, until the sparsity of the cubic ramp is reached. The state is one
+    bool for each prunable weight.
 
-    Differs from the paper: pruned weights are 0 and stay pruned (the paper keeps their last
+    Differs from the paper: pruned weights are 0 and remain pruned (the paper keeps their last
     values, so that they may come back), and all leaves compete in one ranking unless `budget`
     is `budgets.uniform`.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1); or an
-            `optax.Schedule` from the step to that fraction that does not fall.
+            `optax.Schedule` from the step to that fraction, which must not fall.
         every: steps between mask updates.
         start: step (counted in optimizer updates, from 0) of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
@@ -44,7 +44,8 @@ def magnitude_transform(
 
     Raises:
         ValueError: if an argument is out of range; from `init`, if a pattern does not fit or a
-            budget cannot be met; from `update`, if `params` is missing or of another structure.
+            budget cannot be met; from `update`, if `params` is missing or has a different
+            structure.
 
     References:
         Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878.

@@ -1,4 +1,4 @@
-"""Gradual random pruning, the control."""
+"""Gradual random pruning, the baseline for all other methods."""
 
 import optax
 
@@ -18,17 +18,17 @@ def random_transform(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes in a fixed random order: what every other method has to beat.
+    """Prunes in a fixed random order, a baseline that any useful method must beat.
 
     Put it last in the chain.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1); or an
-            `optax.Schedule` from the step to that fraction that does not fall.
+            `optax.Schedule` from the step to that fraction, which must not fall.
         every: steps between mask updates.
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
-        seed: of the order.
+        seed: the seed of the order.
         budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget(0.1)`.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.

@@ -1,4 +1,4 @@
-"""Rigging the lottery: drop by magnitude, grow by gradient."""
+"""RigL (rigging the lottery): drops weights by magnitude and regrows them by gradient."""
 
 from typing import Any
 
@@ -22,18 +22,20 @@ def rigl_transform(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains a sparse network whose connections move to where the gradient is large.
+    """Trains a sparse network whose connections move to weights with large gradients.
 
-    Put it last in a `jaxprune.chain`, which hands the gradient on and restarts the moments of
-    regrown weights at 0; in another chain the incoming update takes the place of the gradient,
-    the step is slower because that update has to be stored, and moments are not restarted. The
-    network is sparse from the first update on; its masks start at random. At each mask update a
-    fraction of the kept weights, `drop` at `start` and 0 at `stop` along a cosine, is dropped,
-    the smallest `|w|` first, and as many pruned ones with the largest `|g|` are regrown at 0.
-    Leaves keep their number of weights if the floors of `budget` add up to its total.
+    Put it last in a `jaxprune.chain`, which passes the gradient on and restarts the moments of
+    regrown weights at 0. In any other chain the incoming update replaces the gradient, the step is
+    slower because that update must be stored, and moments are not restarted.
 
-    Differs from the paper: ties are cut by index, not by noise; a weight that was dropped can
-    not be regrown in the same mask update.
+    The network is sparse from the first update on; its initial masks are random. At each mask
+    update, a fraction of the kept weights (`drop` at `start`, falling to 0 at `stop` along a
+    cosine) is dropped, smallest `|w|` first. The same number of pruned weights, those with the
+    largest `|g|`, is regrown at 0. Leaves keep their number of weights if the floors of `budget`
+    add up to its total.
+
+    Differs from the paper: ties are broken by index, not by noise; a dropped weight cannot be
+    regrown in the same mask update.
 
     Args:
         sparsity: fraction of the prunable weights that are 0, in [0, 1).
@@ -41,8 +43,8 @@ def rigl_transform(
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on. The paper stops at
             three quarters of the run.
-        drop: fraction of the kept weights that moves at `start`, in [0, 1).
-        seed: of the first masks.
+        drop: fraction of the kept weights that is dropped and regrown at `start`, in [0, 1).
+        seed: the seed of the initial masks.
         budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
@@ -52,7 +54,7 @@ def rigl_transform(
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params` and takes the
         gradient as the extra argument `grad`. A mask update at which the gradient is not finite
-        is put off to the next step.
+        is made at the next step instead.
 
     Raises:
         ValueError: as `magnitude_transform`.

@@ -1,4 +1,4 @@
-"""Gradual pruning by what the gradient says now."""
+"""Gradual pruning by the gradient of the current step."""
 
 import optax
 
@@ -17,15 +17,16 @@ def saliency_transform(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prunes the weights with the smallest `|w * g|`, `g` the gradient of that very step.
+    """Prunes the weights with the smallest `|w * g|`, where `g` is the gradient of that step.
 
-    Put it last in a `jaxprune.chain`, which hands the gradient on; in another chain the incoming
-    update takes its place, and the step is slower because that update has to be stored. The
-    score of one batch is noisy: `agip_transform` averages it over steps, for 4 bytes a weight.
+    Put it last in a `jaxprune.chain`, which passes the gradient on. In any other chain the incoming
+    update replaces the gradient, and the step is slower because that update must be stored. The
+    score of one batch is noisy: `agip_transform` averages the gradient over steps, at the cost of 4
+    bytes for each weight.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1); or an
-            `optax.Schedule` from the step to that fraction that does not fall.
+            `optax.Schedule` from the step to that fraction, which must not fall.
         every: steps between mask updates.
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
@@ -38,7 +39,7 @@ def saliency_transform(
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs `params` and takes the
         gradient as the extra argument `grad`. A mask update at which the gradient is not finite
-        is put off to the next step.
+        is made at the next step instead.
 
     Raises:
         ValueError: as `magnitude_transform`.

@@ -1,4 +1,4 @@
-"""Sparse evolutionary training: drop by magnitude, grow at random."""
+"""SET (sparse evolutionary training): drops weights by magnitude and regrows them at random."""
 
 from typing import Any
 
@@ -22,26 +22,26 @@ def set_transform(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains a sparse network whose connections move: the smallest go, random ones come.
+    """Trains a sparse network whose smallest weights are dropped and regrown at random.
 
     Put it last in a `jaxprune.chain`, which restarts the moments of regrown weights at 0. The
-    network is sparse from the first update on; its masks start at random. At each mask update a
-    fraction of the kept weights, `drop` at `start` and 0 at `stop` along a cosine, is replaced
-    by others, drawn at random, which start at 0. Leaves keep their number of weights.
+    network is sparse from the first update on; its initial masks are random. At each mask update, a
+    fraction of the kept weights (`drop` at `start`, falling to 0 at `stop` along a cosine) is
+    replaced by randomly drawn weights, which start at 0. Leaves keep their number of weights.
 
-    To start from the sparse network itself, apply the first masks before the first step:
+    To start from the sparse network itself, apply the initial masks before the first step:
     `params = apply_masks(params, get_masks(state))`; the first update does so in any case.
 
-    Differs from the paper: it replaces a constant fraction, at the end of each epoch, of the
-    smallest positive and largest negative weights, with Erdos-Renyi densities.
+    Differs from the paper, which replaces a constant fraction of the smallest positive and largest
+    negative weights at the end of each epoch, with Erdos-Renyi densities.
 
     Args:
         sparsity: fraction of the prunable weights that are 0, in [0, 1).
         every: steps between mask updates.
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
-        drop: fraction of the kept weights that moves at `start`, in [0, 1).
-        seed: of the first masks and of what grows.
+        drop: fraction of the kept weights that is dropped and regrown at `start`, in [0, 1).
+        seed: the seed of the initial masks and of the regrown weights.
         budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
@@ -71,7 +71,7 @@ def set_transform(
 
     def growth(index: jax.Array, weights: list[jax.Array], gradients: Any) -> list[jax.Array]:
         del gradients
-        # Not the key of the first masks: the draws of a mask update are its own.
+        # Fold in index + 1, so that growth never reuses the key of the initial masks.
         return scores.draw(jax.random.fold_in(jax.random.key(seed), index + 1), weights)
 
     return dynamic_transform(

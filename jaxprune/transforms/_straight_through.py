@@ -1,4 +1,4 @@
-"""Sparse in the forward pass, dense underneath."""
+"""Straight-through training: the model is sparse, but all weights are trained."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from jaxprune.transforms._base import (
 
 
 class StraightThroughState(NamedTuple):
-    """State of `straight_through_transform`.
+    """The state of `straight_through_transform`.
 
     Example:
         >>> transform = straight_through_transform(0.5, stop=10)
@@ -29,10 +29,10 @@ class StraightThroughState(NamedTuple):
         [[1.0, 1.0], [1.0, 1.0]]
     """
 
-    prune_step: jax.Array  # int32 [], optimizer updates seen
-    mask_updates: jax.Array  # int32 [], mask updates that are done
-    refused: jax.Array  # int32 [], steps at which a due mask update met something not finite
-    masks: Any  # bool, like the parameters, True where a weight is used; only of pruned leaves
+    prune_step: jax.Array  # int32 [], number of optimizer updates so far
+    mask_updates: jax.Array  # int32 [], number of mask updates done
+    refused: jax.Array  # int32 [], due mask updates refused because a value was not finite
+    masks: Any  # bool, like the parameters, True where a weight is used; only for pruned leaves
     timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
     dense: Any  # like the pruned parameters: the values of all their weights, used or not
 
@@ -51,20 +51,20 @@ def straight_through_transform(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains dense weights through a sparse network, by straight-through gradients.
 
-    Put it last in the chain. The parameters that the model sees are sparse at every step. The
-    state holds the values of all weights, which receive every update as if the mask had the
-    gradient 1; at a mask update the largest of them come into use, with that very update. So a
-    weight can come back with what it has learnt.
+    Put it last in the chain. The parameters that the model sees are sparse at every step. The state
+    holds the values of all weights, which receive every update as if the mask had the gradient 1.
+    At a mask update the largest of them come into use, in that same step. Therefore a weight can
+    come back with the value that it has learned.
 
-    With `scores.magnitude` that is top-k; with `scores.random(seed)` the mask is random and
-    only trained around. Differs from the usual form: weight decay in the optimizer sees
-    parameters only, so that values that are not in use do not decay.
+    With `scores.magnitude` this is top-k; with `scores.random(seed)` the mask is random and does
+    not depend on training. Differs from the usual form: weight decay in the optimizer sees only the
+    parameters, so unused values do not decay.
 
     Args:
         sparsity: fraction of the prunable weights that are 0 from `stop` on, in [0, 1), reached
             along the cubic ramp; or an `optax.Schedule` from the step to that fraction, such as
             `optax.constant_schedule(0.8)`.
-        every: steps between mask updates. 1 is the usual form; 10 or 100 is cheaper.
+        every: steps between mask updates. 1 is usual; 10 or 100 is cheaper.
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
         score: function `(weights, statistics) -> scores` of the dense values; statistics are
@@ -148,8 +148,8 @@ def straight_through_transform(
 
 
 def _move(update: jax.Array, mask: jax.Array, weight: jax.Array, dense: jax.Array) -> jax.Array:
-    """The update of one leaf: the optimizer's own, or to the dense value, or to 0."""
+    """Returns the update of one leaf: the given one, or one to the dense value, or one to 0."""
     dtype = jnp.promote_types(update.dtype, weight.dtype)
     update, weight, dense = (x.astype(dtype) for x in (update, weight, dense))
-    # A weight that comes into use is still 0. The old mask says so too, but would be copied.
+    # A newly used weight is recognised by its value 0; reading the old mask would force a copy.
     return jnp.where(mask, jnp.where(weight == 0, dense, update), -weight)

@@ -365,9 +365,7 @@ def test_wherever_a_tar_is_cut_off_it_is_refused(whole, contents, share, split):
     last = len(tars[split].rstrip(b"\0"))
     (folder / split).write_bytes(tars[split][: int(share * (last - 1))])
     index = imagenet_tars.index_train if split == TRAIN else imagenet_tars.index_validation
-    with pytest.raises(
-        ValueError, match=rf"{split} (is truncated|is corrupt|has wrong).*get it again"
-    ):
+    with pytest.raises(ValueError, match=rf"{split} (is |has wrong ).*get it again"):
         index(folder / split, contents)
 
 

@@ -1,4 +1,4 @@
-"""scripts/compile_for_tpu.py: its command line, how it reads programs, its checks, and a run."""
+"""scripts/compile_for_tpu.py: its command line, its checks, and a run."""
 
 import dataclasses
 import importlib.util
@@ -15,53 +15,11 @@ from jaxprune import programs, reports, training
 from jaxprune.experiments.ahead import checks, steps
 from jaxprune.experiments.ahead import compile as compile_for_tpu
 from jaxprune.experiments.config import CONFIGS
-from jaxprune.programs import Argument, Collective, _tpus
+from jaxprune.programs import Collective, _tpus
 from jaxprune.transforms import AgipState
+from tests.support.hlo import TPU_PROGRAM
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compile_for_tpu.py"
-
-# What XLA writes, shortened: exchanges of a step, of a branch, and in a loop of that branch.
-PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
-
-%add.1 (x: f32[], y: f32[]) -> f32[] {
-  ROOT %sum.1 = f32[] add(%x, %y)
-}
-
-%body.2 (state: (s32[], s32[1])) -> (s32[], s32[1]) {
-  %all-reduce.7 = (s32[1]{0:T(128)}, s32[1]{0:T(128)}) all-reduce(%a, %b), to_apply=%add.1
-}
-
-%condition.3 (state: (s32[], s32[1])) -> pred[] {
-  %compare.1 = pred[] compare(%a, %b), direction=LT
-}
-
-%branch_1.4_spmd (arg: (f32[4,8])) -> pred[4,8] {
-  %while.1 = (s32[], s32[1]) while(%init), condition=%condition.3, body=%body.2
-  ROOT %all-gather.9 = pred[8,8]{1,0:T(8,128)(4,1)} all-gather(%mask), dimensions={0}, metadata={op_name="jit(step)/optimizer/cond/branch_1_fun/sort" stack_frame_id=3}
-}
-
-%branch_0.5_spmd (arg: (f32[4,8])) -> pred[4,8] {
-  ROOT %copy.1 = pred[4,8]{1,0} copy(%mask)
-}
-
-%wrapped_gather.6 (param: f32[3,3,4,4]) -> f32[3,3,4,8] {
-  ROOT %all-gather.2 = f32[3,3,4,8]{3,2,1,0} all-gather(%param), dimensions={3}, metadata={op_name="jit(step)/jvp()/conv_general_dilated"}
-}, execution_thread="main"
-
-ENTRY %main.7_spmd (param: f32[7], param.1: pred[3,3,2,64]) -> f32[8] {
-  %param.1 = pred[3,3,2,64]{3,2,1,0:T(8,128)(4,1)} parameter(1), metadata={op_name="state.masks"}
-  %param = f32[7]{0:T(128)S(1)} parameter(0), sharding={replicated}
-  %param.2 = u32[2]{0} parameter(2)
-  %param.3 = f32[] parameter(3)
-  %all-reduce-start.1 = f32[8]{0} all-reduce-start(%param), to_apply=%add.1
-  %all-reduce-done.1 = f32[8]{0} all-reduce-done(%all-reduce-start.1), metadata={op_name="jit(step)/transpose(jvp())/dot_general"}
-  %all-gather-start.3 = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%x), dimensions={0}
-  %all-gather-done.3 = bf16[8]{0} all-gather-done(%all-gather-start.3)
-  %permute.1 = (f32[2]{0}, /*index=1*/s4[8]{0}) collective-permute(%x, %y), source_target_pairs={{0,1}}
-  %async.1 = ((f32[3,3,4,4]), f32[3,3,4,8]) async-start(%p), calls=%wrapped_gather.6
-  %conditional.1 = (pred[4,8]{1,0}) conditional(%due, %a, %b), branch_computations={%branch_0.5_spmd, %branch_1.4_spmd}
-}
-"""  # noqa: E501
 
 
 # ---- the command line
@@ -133,56 +91,6 @@ def test_what_libtpu_refuses_names_the_fix(installed, fix, monkeypatch):
         programs.tpu_devices("v5e:3x3")
 
 
-# ---- reading programs
-
-
-def test_collectives():
-    gather = "jit(step)/optimizer/cond/branch_1_fun/sort"
-    assert programs.collectives(PROGRAM) == [
-        Collective("all-reduce", 8, (1, 1), "", True),
-        Collective("all-gather", 64, (64,), gather, True),
-        Collective("all-gather", 4 * 288, (288,), "jit(step)/jvp()/conv_general_dilated", False),
-        Collective("all-reduce", 32, (8,), "jit(step)/transpose(jvp())/dot_general", False),
-        Collective("all-gather", 16, (8,), "", False),
-        Collective("collective-permute", 8 + 4, (2, 8), "", False),
-    ]
-    assert programs.collectives("") == []
-
-
-def test_arguments():
-    assert programs.arguments(PROGRAM) == [
-        Argument("f32", (7,), 28, 512),
-        Argument("pred", (3, 3, 2, 64), 1152, 9 * 8 * 128),
-        Argument("u32", (2,), 8, 8),
-        Argument("f32", (), 4, 4),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("shape", "layout", "entries"),
-    [
-        ((3, 3, 64, 64), "3,2,1,0:T(8,128)", 9 * 64 * 128),
-        ((3, 3, 64, 64), "1,0,3,2:T(8,128)", 64 * 64 * 8 * 128),
-        ((3, 3, 64, 64), "3,2,1,0", 9 * 64 * 64),
-        ((3, 3, 1, 16), "3,2,1,0:T(1,128)", 9 * 128),
-        ((1000,), "0:T(1024)", 1024),
-        ((), ":T(128)", 128),
-        ((5,), "0:T(8,128)", 8 * 128),
-        ((16, 100), "1,0:T(8,128)(2,1)S(1)", 16 * 128),
-    ],
-)
-def test_tiles(shape, layout, entries):
-    assert programs.in_tiles(shape, layout) == entries
-
-
-@pytest.mark.parametrize(
-    ("dtype", "size"),
-    [("pred", 8), ("s4", 4), ("bf16", 16), ("f8e4m3fn", 8), ("f32", 32), ("c64", 64), ("token", 0)],
-)
-def test_bits(dtype, size):
-    assert programs.bits(dtype) == size
-
-
 # ---- checks
 
 
@@ -209,8 +117,8 @@ def test_gathers(own, passed, found):
 
 
 def test_gathers_of_a_program():
-    """The text above gathers a mask of 64 entries in the branch of the mask update."""
-    own = programs.collectives(PROGRAM)
+    """The program gathers a mask of 64 entries in the branch of the mask update."""
+    own = programs.collectives(TPU_PROGRAM)
     assert checks.check_gathers(own, 65).passed
     assert "branch_1_fun/sort" in checks.check_gathers(own, 64).text
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxprune import processes
 from tests.support.children import PIPES, ends, free_port, kill, until
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
@@ -142,32 +141,6 @@ def test_processes_that_disagree_stop_at_once(start, tmp_path):
         assert "processes of a run must agree" in output and "Traceback" not in output
         assert "seed: 1 on process 0; 2 on process 1" in output
     assert not (tmp_path / "config.json").exists()
-
-
-def test_differences():
-    found = [{"a": 1, "b": [2]}, {"a": 1, "b": [3]}, {"b": [2]}]
-    assert processes.differences(found) == [
-        "  a: 1 on process 0, 1; null on process 2",
-        "  b: [2] on process 0, 2; [3] on process 1",
-    ]
-    assert processes.differences([{"a": 1}] * 3) == []
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, False),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "16"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, True),
-        ({"TPU_ML_PLATFORM": "JAX"}, True),
-        ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "t1v-0"}, False),
-        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, False),
-    ],
-)
-def test_clusters_are_recognised(environment, expected):
-    assert processes.is_cluster(environment) is expected
 
 
 # On a machine without a TPU, JAX forbids itself to ask who else there is.

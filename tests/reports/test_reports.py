@@ -64,7 +64,7 @@ def test_zeros_are_counted_beside_masks():
     assert dense.total[2:7] == (10_000, 10_000, 40_000, 1_010, 8_990)
     assert "89.9" not in str(dense)
     lines = str(dense).splitlines()
-    assert lines[-2].startswith("8,990 weights are masked and not 0.")
+    assert lines[-2].startswith("8,990 weights are masked but not 0.")
     assert "jaxprune.apply_masks(params, masks)" in lines[-1]
     sparse = reports.summarize({"kernel": np.where(mask, kernel, 0)}, {"kernel": mask})
     assert sparse.total[2:7] == (10_000, 1_010, 40_000, 1_010, 0)
@@ -277,7 +277,7 @@ def test_every_mismatch_is_named(function):
 
 
 def test_no_leaves_is_an_error():
-    with pytest.raises(ValueError, match="`params` .* no leaves"):
+    with pytest.raises(ValueError, match="`params` .* no leaf"):
         reports.summarize({})
 
 

@@ -663,7 +663,7 @@ def test_a_step_that_a_stopped_training_went_past(tmp_path):
     with pytest.raises(Killed):
         rewinding.train_dense(killed_at_step_5(toy), tmp_path, save_every=5)
     call = functools.partial(rewinding.rewind_weights, densities=[0.5], to=EARLY)
-    refused(f"no checkpoint of step {EARLY}", tmp_path, lambda *a: call(*a))
+    refused(f"must have a checkpoint of step {EARLY}", tmp_path, lambda *a: call(*a))
 
 
 @pytest.mark.parametrize("change", ["seed", "rule", "earlier density", "lambda"])
@@ -690,10 +690,10 @@ def test_rounds_of_another_rule_are_refused(change, tmp_path):
     }[change]
     calls[0](Toy().task, tmp_path)
     if change == "earlier density":  # another folder for round 1, the same for round 2
-        with pytest.raises(ValueError, match="another configuration"):
+        with pytest.raises(ValueError, match="a different configuration"):
             calls[1](Toy().task, tmp_path)
     else:
-        refused("another configuration", tmp_path, calls[1])
+        refused("a different configuration", tmp_path, calls[1])
     calls[0](Toy().task, tmp_path)
 
 
@@ -826,7 +826,7 @@ def refused(message, tmp_path, call, toy=None, kind=ValueError):
     "densities", [[], [1.0, 0.5], [0.5, 0.5], [0.4, 0.5], [0.5, 0.0], [-0.1], [float("nan")]]
 )
 def test_densities_must_fall(densities, tmp_path):
-    text = refused("`densities` must fall", tmp_path, lambda *a: rewinding.fine_tune(*a, densities))
+    text = refused("`densities` must", tmp_path, lambda *a: rewinding.fine_tune(*a, densities))
     assert str(densities) in text
 
 
@@ -878,12 +878,12 @@ def test_recipes_that_mean_nothing(recipe, tmp_path):
     ("options", "message"),
     [
         ({"save_evry": 2}, "unexpected keyword `save_evry`; did you mean `save_every`"),
-        ({"to": 3}, "unexpected keyword `to`; there are name"),
+        ({"to": 3}, "unexpected keyword `to`; use one of name"),
         ({"save_every": 0}, "`save_every` must be at least 1, but is 0"),
         ({"save_every": -5}, "`save_every` must be at least 1, but is -5"),
-        ({"name": "dense"}, "`name` must be that of a folder, other than `dense`"),
-        ({"name": "a/b"}, "`name` must be that of a folder"),
-        ({"name": ""}, "`name` must be that of a folder"),
+        ({"name": "dense"}, "`name` must be a folder name other than `dense`"),
+        ({"name": "a/b"}, "`name` must be a folder name"),
+        ({"name": ""}, "`name` must be a folder name"),
     ],
 )
 def test_bad_options(options, message, tmp_path):
@@ -943,7 +943,7 @@ def test_a_guard_beyond_the_training(tmp_path):
 def test_a_missing_early_checkpoint_names_its_step(tmp_path):
     rewinding.fine_tune(Toy().task, tmp_path, [0.5])
     text = refused(
-        f"no checkpoint of step {EARLY}",
+        f"must have a checkpoint of step {EARLY}",
         tmp_path,
         lambda *a: rewinding.rewind_weights(*a, [0.5], to=EARLY),
     )
@@ -983,9 +983,9 @@ def test_masks_of_another_model(tmp_path):
 def test_a_workdir_of_another_run(tmp_path):
     rewinding.fine_tune(Toy().task, tmp_path, DENSITIES[:1], steps=4)
     call = functools.partial(rewinding.fine_tune, densities=DENSITIES[:1], steps=5)
-    refused("holds a run of another configuration", tmp_path, lambda *a: call(*a))
+    refused("holds a run with a different configuration", tmp_path, lambda *a: call(*a))
     longer = Toy().task._replace(steps=STEPS - 1)
-    with pytest.raises(ValueError, match="holds a run of another configuration"):
+    with pytest.raises(ValueError, match="holds a run with a different configuration"):
         rewinding.train_dense(longer, tmp_path)
 
 
@@ -1000,7 +1000,7 @@ def test_checkpoints_of_another_model(tmp_path):
 def test_rounds_whose_checkpoint_is_gone(tmp_path):
     rewinding.fine_tune(Toy().task, tmp_path, DENSITIES[:2])
     refused(
-        "has no checkpoint any more",
+        "must have a checkpoint for a round",
         tmp_path,
         lambda *a: rewinding.fine_tune(*a, [DENSITIES[0], 0.5]),
     )
@@ -1032,7 +1032,7 @@ def test_a_training_that_diverges_keeps_what_was_there(tmp_path):
 
 def test_a_score_that_is_not_a_number(tmp_path):
     task = Toy().task._replace(evaluate=lambda state: float("nan"))
-    with pytest.raises(ValueError, match="`evaluate` must return a finite number, but gave nan"):
+    with pytest.raises(ValueError, match="must return a finite number, but returned nan"):
         rewinding.train_dense(task, tmp_path)
 
 

@@ -78,10 +78,10 @@ def driven(task, workdir, **options):
 def refused(task, workdir, **options):
     """The message of a refusal that trained nothing."""
     CALLS.clear()
-    with pytest.raises(ValueError, match="holds a run of another configuration") as error:
+    with pytest.raises(ValueError, match="holds a run with a different configuration") as error:
         driven(task, workdir, **options)
     assert not CALLS
-    assert "another workdir" in str(error.value) and "`overwrite=True`" in str(error.value)
+    assert "different `workdir`" in str(error.value) and "`overwrite=True`" in str(error.value)
     return str(error.value)
 
 

@@ -225,14 +225,14 @@ def test_paths_of_the_variables_may_be_longer():
 
 def test_groups_of_another_model():
     other = {"a": PARAMS["a"], "norm": {"scale": jnp.ones(7)}, "b": PARAMS["b"], "c": PARAMS["c"]}
-    with pytest.raises(ValueError, match="`groups` must be of the model") as error:
+    with pytest.raises(ValueError, match="`groups` must belong to the model") as error:
         agip().init(other)
     assert "norm/scale: shape (7,), must have 10 along axis 0" in str(error.value)
     assert "norm/bias: missing" in str(error.value)
 
 
 def test_options_of_weights_are_refused():
-    with pytest.raises(ValueError, match="`pattern` is of weights and must be None with `groups`"):
+    with pytest.raises(ValueError, match="`pattern` applies to weights and must be None with"):
         agip(pattern=jaxprune.patterns.channels(axis=-1))
 
 

@@ -294,10 +294,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_pruning_must_have_the_last_word(name: str) -> None:
     members, lines = REFUSED[name]
-    with pytest.raises(ValueError, match="pruning must have the last word") as error:
+    with pytest.raises(ValueError, match="pruning must come last in a") as error:
         jaxprune.chain(*members).init(draw(100))
     assert all(line in str(error.value) for line in lines), str(error.value)
-    with pytest.raises(ValueError, match="pruning must have the last word"):
+    with pytest.raises(ValueError, match="pruning must come last in a"):
         state = tuple(member.init(draw(100)) for member in members)
         jaxprune.chain(*members).update(draw(0), state, draw(100))
 
@@ -340,7 +340,7 @@ def test_masks_that_became_numbers_are_bools_when_read_and_refused_when_used(wra
     masks = jaxprune.get_masks(state)
     assert {name: mask.dtype for name, mask in masks.items()} == dict.fromkeys(masks, bool)
     assert int((~masks["a"]).sum()) == int(masks["a"].size - masks["a"].sum())
-    with pytest.raises(ValueError, match=r"(?s)`state` must hold masks of bools.*a: int32"):
+    with pytest.raises(ValueError, match=r"(?s)`state` must hold bool masks.*a: int32"):
         tx.update(draw(1), state, params)
 
 
@@ -411,7 +411,7 @@ FREEZERS = {
 def test_frozen_leaves_behind_which_pruning_comes_are_named(freezer, jit):
     tx = jaxprune.chain(FREEZERS[freezer](), jaxprune.magnitude_transform(0.8, stop=2))
     init = jax.jit(tx.init) if jit else tx.init
-    with pytest.warns(UserWarning, match="does not move a, but pruning would cut them. Prune"):
+    with pytest.warns(UserWarning, match="does not change a, but pruning would .*to 0. Prune"):
         init(FROZEN)
 
 

@@ -1,10 +1,12 @@
 """The laws that every pruning transformation keeps, behind every kind of optimizer.
 
-`TRANSFORMS` is the table of what is tested; a new method or switch is one more line.
+`TRANSFORMS` is the table of what is tested; a new method or switch is one more line. Every law
+about transformations holds for every row. Rows share what is compiled: `run` and `donated`.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune
-from jaxprune import budgets, patterns, rates, schedules, scores
+from jaxprune import budgets, patterns, rates, schedules, scores, structure
 
 SPARSITY, STEPS = 0.72, 9
 WINDOW = {"every": 2, "start": 1, "stop": 6}  # mask updates at 1, 3, 5 and 6
@@ -38,6 +40,18 @@ def windowed(transform: Callable[..., Any], **options: Any) -> Callable[..., Any
 
 def fixed(sparsity: float = SPARSITY) -> optax.GradientTransformationExtraArgs:
     return jaxprune.fixed_mask_transform(jaxprune.prune(make_params(), sparsity)[1])
+
+
+def channels(sparsity: float = SPARSITY) -> optax.GradientTransformationExtraArgs:
+    return agip(sparsity, groups=channel_groups())
+
+
+@functools.cache
+def channel_groups() -> Any:
+    """The 16 hidden channels; their gates are the columns of the kernel `a` and its bias."""
+    groups = structure.find_groups(forward, make_params(), inputs(0))
+    assert [group.size for group in groups.values()] == [16]
+    return groups
 
 
 # The kernel `a` holds eight layers of one vector each.
@@ -76,6 +90,7 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     ),
     "acdc_transform": windowed(jaxprune.acdc_transform),
     "fixed_mask_transform": fixed,
+    "channels": channels,
 }
 
 # Sparsity after each step, where it is not the cubic ramp.
@@ -150,9 +165,13 @@ def make_params(dtype: Any = jnp.float32) -> Any:
     )
 
 
-def loss(params: Any, x: jax.Array) -> jax.Array:
+def forward(params: Any, x: jax.Array) -> jax.Array:
     hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None])
-    return jnp.mean((hidden @ params["b"]["kernel"] - 1) ** 2)
+    return hidden @ params["b"]["kernel"]
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean((forward(params, x) - 1) ** 2)
 
 
 def inputs(step: int) -> jax.Array:
@@ -169,9 +188,22 @@ def make_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 @functools.cache
-def run(transform: str, inner: str) -> Run:
+def built(transform: str, inner: str = "momentum") -> tuple[Any, Callable[..., Any]]:
+    """The optimizer and its step: one function, which JAX traces once for all that jit it."""
     tx = INNER[inner](TRANSFORMS[transform]())
-    step = jax.jit(make_step(tx))
+    return tx, make_step(tx)
+
+
+@functools.cache
+def donated(transform: str) -> Callable[..., Any]:
+    """A compiled step that takes over the arrays it is given."""
+    return jax.jit(built(transform)[1], donate_argnums=(0, 1))
+
+
+@functools.cache
+def run(transform: str, inner: str = "momentum") -> Run:
+    tx, step = built(transform, inner)
+    step = jax.jit(step)
     params = make_params()
     state, result = tx.init(params), Run([], [], None)
     for i in range(STEPS):
@@ -203,9 +235,8 @@ def test_masked_weights_are_exactly_zero_after_every_step(transform: str, inner:
             assert np.isfinite(weight).all()
 
 
-@pytest.mark.parametrize(("transform", "inner"), CASES)
-def test_every_mask_update_keeps_exactly_k(transform: str, inner: str) -> None:
-    masks = run(transform, inner).masks
+def expected_counts(transform: str) -> list[int]:
+    """What is kept after each step, over both kernels; what has no mask counts as one."""
     ramp = schedules.cubic(SPARSITY, WINDOW["start"], WINDOW["stop"])
     rule = budgets.uniform if transform in ("uniform budget", "everything") else None
     updates, expected = [1, 3, 5, 6], []
@@ -214,81 +245,103 @@ def test_every_mask_update_keeps_exactly_k(transform: str, inner: str) -> None:
         sparsity = 0.0 if last is None else float(ramp(last))
         sparsity = SPARSITIES.get(transform, {}).get(step, sparsity)
         shapes = {"a": (8, 16), "b": (16, 8)}
-        if transform.startswith("blocks"):
+        if transform == "channels":
+            expected.append(8 * budgets.keep_count(16, sparsity) + 1)
+        elif transform.startswith("blocks"):
             expected.append(4 * budgets.keep_count(64, sparsity))
         else:
             total = rule(shapes, sparsity).total if rule else budgets.keep_count(256, sparsity)
             expected.append(total)
-    assert [kept(mask) for mask in masks] == expected
+    return expected
+
+
+@pytest.mark.parametrize(("transform", "inner"), CASES)
+def test_every_mask_update_keeps_exactly_k(transform: str, inner: str) -> None:
+    assert [kept(mask) for mask in run(transform, inner).masks] == expected_counts(transform)
+
+
+@functools.cache
+def plain() -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[..., Any]]:
+    """The optimizer alone: itself, its update and the gradient, compiled."""
+    tx = optax.sgd(0.1, momentum=0.9)
+    return tx, jax.jit(tx.update), jax.jit(jax.grad(loss))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_sparsity_0_gives_the_plain_optimizer(transform: str) -> None:
-    pruned = INNER["momentum"](TRANSFORMS[transform](0.0))
-    plain = optax.sgd(0.1, momentum=0.9)
+    pruned, (tx, update, gradient) = INNER["momentum"](TRANSFORMS[transform](0.0)), plain()
     params = make_params()
-    states = pruned.init(params), plain.init(params)
-    steps, gradient = (jax.jit(pruned.update), jax.jit(plain.update)), jax.jit(jax.grad(loss))
+    states, pruned_update = (pruned.init(params), tx.init(params)), jax.jit(pruned.update)
     for i in range(STEPS):
         gradients = gradient(params, inputs(i))
-        updates, pruned_state = steps[0](gradients, states[0], params)
-        expected, plain_state = steps[1](gradients, states[1], params)
+        updates, pruned_state = pruned_update(gradients, states[0], params)
+        expected, plain_state = update(gradients, states[1], params)
         chex.assert_trees_all_equal(updates, expected)
         params, states = optax.apply_updates(params, updates), (pruned_state, plain_state)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_one_trace_same_trees_and_dtypes(transform: str) -> None:
-    tx = INNER["momentum"](TRANSFORMS[transform]())
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(make_step(tx), n=1), donate_argnums=(0, 1))
+def test_one_trace_same_trees_and_dtypes_and_donation(transform: str) -> None:
+    tx, _ = built(transform)
     params = make_params()
     state = tx.init(params)
+    given = jax.tree.leaves(params)
     before = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (params, state))
+    step = donated(transform)
+    programs = set()
     for i in range(STEPS):
         params, state = step(params, state, inputs(i))
+        programs.add(step._cache_size())
+    assert len(programs) == 1  # those that there are after the first step
+    assert all(leaf.is_deleted() for leaf in given)
     after = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), (params, state))
     assert before == after
-    chex.assert_trees_all_equal(params, run(transform, "momentum").params[-1])
+    chex.assert_trees_all_equal(params, run(transform).params[-1])
 
 
-@pytest.mark.parametrize("transform", ["default", "everything"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_scan_and_vmap_give_the_numbers_of_the_loop(transform: str) -> None:
-    tx = INNER["momentum"](TRANSFORMS[transform]())
-    step = make_step(tx)
+    tx, step = built(transform)
     batches = jnp.stack([inputs(i) for i in range(STEPS)])
 
     def train(params: Any) -> Any:
         carry = (params, tx.init(params))
         return jax.lax.scan(lambda c, x: (step(*c, x), None), carry, batches)[0]
 
-    expected = run(transform, "momentum")
-    params, state = jax.jit(train)(make_params())
+    expected = run(transform)
+    many = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x]), make_params())
+    both = jax.jit(lambda one, many: (train(one), jax.vmap(train)(many)))
+    (params, state), (_, states) = both(make_params(), many)
     chex.assert_trees_all_equal(jaxprune.get_masks(state), expected.masks[-1])
     chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-5, atol=1e-6)
-
-    many = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x]), make_params())
-    params, state = jax.jit(jax.vmap(train))(many)
-    masks = kernels(jaxprune.get_masks(state))
+    masks = kernels(jaxprune.get_masks(states))
     for mask, wanted in zip(masks, kernels(expected.masks[-1])):
-        np.testing.assert_array_equal(mask[0], wanted)
-        np.testing.assert_array_equal(mask[2], wanted)
+        if wanted.ndim:
+            np.testing.assert_array_equal(mask[0], wanted)
+            np.testing.assert_array_equal(mask[2], wanted)
 
 
-@pytest.mark.parametrize("transform", ["default", "everything", "regrowth"])
-@pytest.mark.parametrize("layout", ["data parallel", "sharded parameters"])
+# Each row with one layout in turn, and some with both: a program for eight devices is expensive.
+LAYOUTS = ["data parallel", "sharded parameters"]
+ON_EIGHT = list(zip(TRANSFORMS, itertools.cycle(LAYOUTS)))
+ON_EIGHT += sorted(
+    set(itertools.product(["default", "everything", "regrowth"], LAYOUTS)) - {*ON_EIGHT}
+)
+
+
+@pytest.mark.parametrize(("transform", "layout"), ON_EIGHT)
 def test_eight_devices_give_the_masks_of_one(transform: str, layout: str) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    tx = INNER["momentum"](TRANSFORMS[transform]())
+    tx, step = built(transform)
 
     def place(leaf: jax.Array) -> jax.Array:
         shards = layout == "sharded parameters" and leaf.ndim == 2
         return jax.device_put(leaf, NamedSharding(mesh, P("x", "y") if shards else P()))
 
     params = jax.tree.map(place, make_params())
-    state = jax.jit(tx.init)(params)
-    step = jax.jit(make_step(tx))
-    expected = run(transform, "momentum")
+    state = jax.tree.map(place, tx.init(make_params()))
+    step = jax.jit(step)
+    expected = run(transform)
     for i in range(STEPS):
         x = jax.device_put(inputs(i), NamedSharding(mesh, P(("x", "y"))))
         params, state = step(params, state, x)
@@ -296,10 +349,10 @@ def test_eight_devices_give_the_masks_of_one(transform: str, layout: str) -> Non
     chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("transform", ["default", "everything"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_state_saves_restores_and_goes_on_bit_for_bit(transform: str, tmp_path: Any) -> None:
-    tx = INNER["momentum"](TRANSFORMS[transform]())
-    step = jax.jit(make_step(tx))
+    tx, _ = built(transform)
+    step = donated(transform)
     params = make_params()
     state = tx.init(params)
     for i in range(4):
@@ -311,7 +364,7 @@ def test_state_saves_restores_and_goes_on_bit_for_bit(transform: str, tmp_path: 
         params, state = checkpointer.restore(tmp_path / "saved", target)
     for i in range(4, STEPS):
         params, state = step(params, state, inputs(i))
-    expected = run(transform, "momentum")
+    expected = run(transform)
     chex.assert_trees_all_equal(params, expected.params[-1])
     chex.assert_trees_all_equal(state, expected.state)
 
@@ -326,34 +379,48 @@ def test_optax_tools_understand_the_state(transform: str) -> None:
     if transform != "fixed_mask_transform":  # it counts nothing
         assert doubled.prune_step.shape == ()
         assert int(optax.tree.get(state, "prune_step")) == 0
-    updates, _ = tx.update(params, state, params, unknown_extra_argument=1)
+    update = functools.partial(tx.update, unknown_extra_argument=1)
+    updates, _ = jax.eval_shape(update, params, state, params)
     chex.assert_trees_all_equal_structs(updates, params)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "update_dtype"), [(jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.bfloat16),
-                                (jnp.bfloat16, jnp.float32)]
-)  # fmt: skip
-def test_half_precision_leaves_no_residue(dtype: Any, update_dtype: Any) -> None:
-    tx = agip()
+# dtypes of parameters and updates; the projection, where they meet, is the same for all rows.
+HALVES = [(row, jnp.bfloat16, jnp.bfloat16) for row in TRANSFORMS]
+HALVES += [
+    (row, *mixture)
+    for row in ("default", "straight_through_transform", "fixed_mask_transform", "channels")
+    for mixture in [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]
+]
+
+
+@pytest.mark.parametrize(("transform", "dtype", "update_dtype"), HALVES)
+def test_half_precision_leaves_no_residue(transform: str, dtype: Any, update_dtype: Any) -> None:
+    tx = TRANSFORMS[transform]()
     params = make_params(dtype)
     state = tx.init(params)
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(params: Any, state: Any, updates: Any) -> Any:
+        updates, state = tx.update(updates, state, params)
+        return optax.apply_updates(params, updates), state
+
+    counts = []
     for i in range(STEPS):
         random = np.random.default_rng(i)
         updates = jax.tree.map(
             lambda p, r=random: jnp.asarray(0.1 * r.standard_normal(p.shape), update_dtype), params
         )
-        updates, state = update(updates, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, updates)
         assert params["a"]["kernel"].dtype == dtype
-        for weight, mask in zip(kernels(params), kernels(state.masks)):
+        masks = jaxprune.get_masks(state)
+        for weight, mask in zip(kernels(params), kernels(masks)):
             np.testing.assert_array_equal(weight[~mask].astype(np.float32), 0.0)
-    assert kept(state.masks) == budgets.keep_count(256, SPARSITY)
+        counts.append(kept(masks))
+    assert counts == expected_counts(transform)
 
 
 def test_an_average_of_the_parameters_is_masked_by_hand() -> None:
-    result = run("default", "momentum")
+    result = run("default")
     average = jax.tree.map(lambda *p: sum(p) / len(p), *result.params)
     masked = jaxprune.apply_masks(average, result.masks[-1])
     for weight, mask in zip(kernels(masked), kernels(result.masks[-1])):
@@ -366,7 +433,7 @@ def test_flax_train_state() -> None:
     step = jax.jit(lambda s, x: s.apply_gradients(grads=jax.grad(loss)(s.params, x)))
     for i in range(STEPS):
         state = step(state, inputs(i))
-    expected = run("default", "momentum")
+    expected = run("default")
     chex.assert_trees_all_equal(jaxprune.get_masks(state.opt_state), expected.masks[-1])
     chex.assert_trees_all_close(state.params, expected.params[-1], rtol=1e-6)
 
@@ -388,7 +455,7 @@ def test_nnx_optimizer() -> None:
 
     for i in range(STEPS):
         step(model, optimizer, inputs(i))
-    expected = run("default", "momentum")
+    expected = run("default")
     masks = jaxprune.get_masks(optimizer.opt_state)
     for mask, wanted in zip(jax.tree.leaves(masks), jax.tree.leaves(expected.masks[-1])):
         np.testing.assert_array_equal(mask, wanted)
@@ -420,7 +487,7 @@ def test_trees_that_can_be_called(transform: str) -> None:
     for i in range(STEPS):
         updates, state = step(params, state, inputs(i))
         params = optax.apply_updates(params, updates)
-    expected = run(transform, "momentum").masks[-1]
+    expected = run(transform).masks[-1]
     chex.assert_trees_all_equal(jaxprune.get_masks(state), Module(**expected))
 
 

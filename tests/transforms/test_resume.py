@@ -86,7 +86,7 @@ def test_a_state_of_other_leaves_names_them(method):
                                           "c: pruned, but without a mask in the state"]),
         (None, ["c: pruned, but without a mask in the state"]),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="`state` must be of a transformation") as error:
+        with pytest.raises(ValueError, match="`state` must belong to a transformation") as error:
             train(make(0.5, stop=0, prunable=prunable), state, 1)
         assert [line.strip() for line in str(error.value).splitlines()[1:]] == lines
 

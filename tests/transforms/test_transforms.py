@@ -91,7 +91,7 @@ def test_gradual_methods_refuse_a_sparsity_that_falls(name):
     with pytest.raises(ValueError) as error:
         getattr(jaxprune, name)(optax.linear_schedule(0.8, 0.2, 4), every=2, stop=4)
     text = str(error.value)
-    assert f"{name} brings no weight back" in text
+    assert f"{name} regrows no weight" in text
     assert "\n  from 0.8 at step 0 to 0.5 at step 2\n  from 0.5 at step 2 to 0.2 at step 4" in text
 
 
@@ -311,7 +311,7 @@ def test_without_masks_everything_prunable_has_one():
     assert all(mask.all() for mask in masks)
     one = jaxprune.fixed_mask_transform(prunable=lambda path, leaf: path == "a").init(params)
     assert [mask.shape for mask in jax.tree.leaves(one)] == [params["a"].shape]
-    with pytest.raises(ValueError, match="`prunable` goes without `masks`"):
+    with pytest.raises(ValueError, match="Give `masks` or `prunable`, not both"):
         jaxprune.fixed_mask_transform(params, prunable=lambda path, leaf: True)
 
 
