@@ -4,7 +4,7 @@
     python scripts/train.py fashion_resnet8 --sparsity 0.9 --seed 1
     python scripts/train.py digits_resnet8 --help      # lists every option with its value there
 
-`python -m jaxprune.experiments.train` is the same command, without a checkout. You can stop a run at
+`python -m jaxprune.experiments.train` is the same command without a checkout. You can stop a run at
 any time; the same command resumes it and ends with the same numbers. It writes into --workdir:
 
     config.json     the resolved configuration
