@@ -145,7 +145,7 @@ def test_each_score_and_control_is_a_network_within_the_budget(finished):
 def opened(dense):
     """The trained network as the script sees it."""
     config = json.loads((dense / "config.json").read_text())
-    config = Config(**{k: v for k, v in config.items() if k != "resolved_steps"})
+    config = Config(**{k: v for k, v in config.items() if k not in ("resolved_steps", "format")})
     return networks.read_dense(dense, config)
 
 
@@ -164,7 +164,7 @@ def test_before_training_it_is_the_dense_network_with_zeros(finished, opened):
 
 def test_files_are_enough_to_run_it_and_to_rebuild_it(finished, opened):
     workdir, _ = finished
-    images = opened.setting.source.prepare(opened.setting.source.test.images)
+    images = opened.experiment.source.prepare(opened.experiment.source.test.images)
     for name in ("l1-0.5-seed0", "scratch-0.5-seed0"):
         record = records(workdir)[name]
         widths = models.Widths(**record["widths"])
@@ -176,7 +176,7 @@ def test_files_are_enough_to_run_it_and_to_rebuild_it(finished, opened):
             nnx.update(model, part)
         model.eval()
         logits = nnx.jit(type(model).__call__)(model, images)
-        accuracy = float(np.mean(jnp.argmax(logits, -1) == opened.setting.source.test.labels))
+        accuracy = float(np.mean(jnp.argmax(logits, -1) == opened.experiment.source.test.labels))
         assert accuracy == pytest.approx(record["accuracy"], abs=1.5 / 360)
         if name != "scratch-0.5-seed0":
             plan = structure.load_plan(workdir / name / "plan.json")
@@ -208,7 +208,7 @@ def test_training_goes_on_with_the_batches_that_come_next(opened, monkeypatch):
 
     monkeypatch.setattr(training, "fit", fit)
     networks.fine_tune(opened, networks.unpruned(opened), [])
-    batches = data.index_batches(opened.setting.source.size, 16, seed=0)
+    batches = data.index_batches(opened.experiment.source.size, 16, seed=0)
     order = [next(batches).tolist() for _ in range(31)]
     assert seen == [(30, {"next_index": 30}, order[30], 1)]
 
@@ -230,10 +230,10 @@ def test_scores_are_those_of_the_network(opened):
 
 def test_gradients_are_means_over_training_images_in_evaluation(opened):
     found = networks.mean_gradients(opened, 3)
-    images, labels = opened.setting.source.train
+    images, labels = opened.experiment.source.train
     batches = data.index_batches(len(labels), 16, seed=0)
     rows = np.concatenate([next(batches) for _ in range(3)])
-    inputs = opened.setting.source.prepare(jnp.asarray(images[rows]))
+    inputs = opened.experiment.source.prepare(jnp.asarray(images[rows]))
 
     def loss(params):
         variables = {"params": params, "model_state": opened.state.model_state}
