@@ -14,20 +14,26 @@ CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 pyt
 NEWER := $(CANDIDATES) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python3)
 SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks examples)
 
-# A compiled program is kept in the checkout and found again by the next run of the tests.
-CACHE := JAX_COMPILATION_CACHE_DIR="$(CURDIR)/.cache/jax" \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+# Pytest keeps its rewritten tests; without them each process would need five seconds more.
+export PYTHONDONTWRITEBYTECODE :=
+PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) --dist worksteal
+# What the markers of pyproject.toml leave.
+FAST := not (slow or processes or scripts or faults)
+# How many broken rules make test-faults tries, evenly spread: make test-faults FAULTS=8
+FAULTS ?=
 
-# What a new JAX is most likely to break. Left out: what tests the tests, and what needs data sets.
-QUICK := trees stats scores budgets schedules selection patterns masks transforms agip contract \
-	structure_ops structure_plans structure_fuzz compaction training checkpoints
-LEFT_OUT := structure_fuzz.py::test_a_broken_rule_is_noticed training.py::test_loss_falls_on_digits \
-	training.py::test_the_benchmark_of_the_loop_runs
+# What a new JAX is most likely to break, without what needs data sets or other libraries.
+QUICK := test_trees test_stats test_scores test_budgets test_schedules test_selection \
+	test_patterns test_masks test_checkpoints transforms/test_transforms transforms/test_agip \
+	transforms/test_contract structure/test_operations structure/test_plans structure/test_fuzz \
+	structure/test_shrinking training/test_training
+# With 64-bit numbers on: what holds for 32 bits must hold for float64 leaves and wider defaults.
+X64 := test_selection test_timetables test_patterns test_scores test_stats test_budgets \
+	transforms/test_contract transforms/test_resume transforms/test_agip
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-newest test-quickly test-x64 coverage lint wheel format bench tpu-check \
-	cuda-check clean
+.PHONY: help demo test test-fast test-faults test-newest test-quickly test-x64 coverage lint wheel \
+	format bench tpu-check cuda-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -35,8 +41,14 @@ help:  ## list the targets
 demo: $(VENV)/.train  ## train a small ResNet on real images, dense and pruned, and compare them
 	$(PYTHON) scripts/demo.py
 
-test: $(VENV)/.test  ## run all tests, README snippets and docstring examples
-	$(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) --dist worksteal $(ARGS)
+test: $(VENV)/.test  ## run all tests but test-faults, README snippets and docstring examples
+	$(PYTEST) -m "not faults" $(ARGS)
+
+test-fast: $(VENV)/.test  ## run what needs no child processes and little time, about a minute
+	$(PYTEST) -m "$(FAST)" $(ARGS)
+
+test-faults: $(VENV)/.test  ## break the rules of `structure` one by one; a test must notice
+	JAXPRUNE_FAULTS=$(FAULTS) $(PYTEST) -m faults tests/structure $(ARGS)
 
 # An environment with the newest Python that is here and the newest JAX, Flax and Optax.
 test-newest:  ## run a quick suite on the newest JAX and Python, about four minutes
@@ -55,15 +67,10 @@ test-quickly: $(VENV)/.python
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade \
 	  --upgrade-strategy eager --editable . chex hypothesis pytest pytest-xdist
 	@$(PYTHON) -m pip list --disable-pip-version-check | grep -iE '^(jax|jaxlib|flax|optax) '
-	JAXPRUNE_FUZZ=100 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
-	  --dist worksteal $(QUICK:%=tests/test_%.py) $(LEFT_OUT:%=--deselect tests/test_%) $(ARGS)
-
-# With 64-bit numbers on: what holds for 32 bits must hold for float64 leaves and wider defaults.
-X64 := contract selection plans patterns resume agip scores stats budgets
+	$(PYTEST) -m "$(FAST)" $(QUICK:%=tests/%.py) $(ARGS)
 
 test-x64: $(VENV)/.test  ## run the laws with jax_enable_x64, about three minutes
-	JAX_ENABLE_X64=1 $(CACHE) $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) \
-	  --dist worksteal $(X64:%=tests/test_%.py) $(ARGS)
+	JAX_ENABLE_X64=1 $(PYTEST) -m "not faults" $(X64:%=tests/%.py) $(ARGS)
 
 # Only what runs in the test processes themselves counts, so the commands of scripts/ look untested.
 coverage:  ## run the fast tests and print which lines of the library they run

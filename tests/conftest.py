@@ -60,3 +60,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def environment():
     """The environment of child processes: one device instead of eight."""
     return os.environ | {"XLA_FLAGS": ONE_DEVICE}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Marks what starts child processes, all of which get `environment`."""
+    for item in items:
+        if "environment" in item.fixturenames and not item.get_closest_marker("processes"):
+            item.add_marker("scripts")

@@ -543,10 +543,8 @@ def test_bad_images_are_named(error, batch, text):
 
 # ------------------------------------------------------------------------------------- pruning
 
-# Compiling takes all of the time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-SMALL_IMAGES = ["resnet8", "resnet20", "resnet32", "resnet56", "resnet110"]
-NETWORKS = [*SMALL_IMAGES, "resnet18", "resnet34", "resnet50", "resnet101"]
+# Of both kinds of blocks; the others are only deeper, and take minutes to compile.
+NETWORKS = ["resnet8", "resnet32", "resnet18", "resnet50"]
 
 
 def narrow(name: str) -> Widths:
@@ -579,11 +577,11 @@ def third_by_third(path: str, leaf) -> patterns.Pattern:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_trains_a_step_of_every_granularity(name):
+def test_networks_train_a_step_of_every_granularity(name):
     """Weights, 2:4, blocks and channels, with a mask update in the first step."""
     graphdef, *states = filled(name, widths=narrow(name), num_classes=10)
     params, stats = map(nnx.to_pure_dict, states)
-    side = 8 if name in SMALL_IMAGES else 32
+    side = 8 if name in ("resnet8", "resnet32") else 32
     x, labels = images(2, side, side, 3), np.array([3, 7])
 
     def train(variables, x):
@@ -611,7 +609,7 @@ def test_every_network_trains_a_step_of_every_granularity(name):
         for kind, own in options.items()
     }
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(params, stats, states, x):
         grads, done = jax.grad(loss)(params, stats, x), {}
         for kind, optimizer in optimizers.items():
@@ -667,13 +665,13 @@ def compacted(name: str, widths: Widths, side: int, seed: int):
     return both, plan, plan.compact(variables), x
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
-    ("name", "widths", "side"),
+    ("name", "widths", "side", "seed"),
     [
-        ("resnet8", THIN, 8),
-        ("resnet20", Widths(6, ((5, 6),) * 3 + ((7, 8),) * 3 + ((9, 10),) * 3), 8),
-        ("resnet50", thin_resnet50(), 64),
+        ("resnet8", THIN, 8, 0),
+        ("resnet8", THIN, 8, 1),
+        ("resnet20", Widths(6, ((5, 6),) * 3 + ((7, 8),) * 3 + ((9, 10),) * 3), 8, 1),
+        ("resnet50", thin_resnet50(), 64, 0),
     ],
 )
 def test_a_network_of_the_compacted_widths_is_the_compacted_function(name, widths, side, seed):

@@ -68,6 +68,7 @@ def both(environment, tmp_path_factory):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
+@pytest.mark.processes
 def test_the_first_one_is_asked_and_all_know(both):
     for found in both:
         assert found["value"] == {"who": 0, "long": "x" * 5000}
@@ -76,11 +77,13 @@ def test_the_first_one_is_asked_and_all_know(both):
     assert [found["calls"] for found in both] == [[0], []]
 
 
+@pytest.mark.processes
 def test_an_error_is_one_of_all(both):
     assert [found["raised"] for found in both] == [["KeyError", "'of 0'"], ["ValueError", "'of 0'"]]
     assert [found["no JSON"][0] for found in both] == ["TypeError", "ValueError"]
 
 
+@pytest.mark.processes
 def test_arrays_of_the_first_one_and_of_all(both):
     for found in both:
         assert found["mine"] == {"a": [0, 1, 2], "b": [True]}

@@ -203,6 +203,7 @@ def test_totals_weigh_each_shape_by_how_often_it_occurs(blocks):
                        "time / dense": pytest.approx(0.7)}  # fmt: skip
 
 
+@pytest.mark.scripts
 def test_the_benchmark_runs(blocks, monkeypatch, tmp_path, capsys):
     path = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", ["blocks.py", "--quick", "--json", str(path)])

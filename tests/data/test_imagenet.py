@@ -1046,6 +1046,7 @@ def test_bad_arguments_of_a_cache(dataset, tmp_path):
 # --- The benchmark --------------------------------------------------------------------------------
 
 
+@pytest.mark.scripts
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     record, loader = tmp_path / "record.json", benchmarks.load("loader")
     monkeypatch.setattr(loader.os, "cpu_count", lambda: 1)  # worker processes are tested above

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.support.children import PIPES, ends, free_port, kill
 
@@ -67,6 +68,7 @@ def run(folder, environment, mesh, count):
     ]
 
 
+@pytest.mark.processes
 def test_two_processes_have_the_masks_of_one(environment, tmp_path):
     """Large parameters are split over both, small ones are on each."""
     (tmp_path / "alone").mkdir()

@@ -46,10 +46,10 @@ def _run(workdir, environment, *more):
     return done.stdout
 
 
-def _interrupt(workdir, environment, step, number):
+def _interrupt(workdir, environment, step, number, *more):
     """Starts the run and sends it a signal once it has reported a step; its exit status."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(_command(workdir), env=environment, **pipes)
+    process = subprocess.Popen(_command(workdir, *more), env=environment, **pipes)
     output = ""
     try:
         for line in process.stdout:
@@ -93,10 +93,17 @@ def _error(capsys, *args):
 
 
 def test_killed_and_stopped_run_equals_an_uninterrupted_one(finished, environment, tmp_path):
-    reference, _ = finished
-    code, _ = _interrupt(tmp_path, environment, 12, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert (tmp_path / "checkpoints" / "10").exists()
+    """It begins in the folder of another run, which `--overwrite` deletes."""
+    reference, tmp_path = finished[0], tmp_path / "run"
+    shutil.copytree(reference, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"seed": 1}))
+    code, output = _interrupt(tmp_path, environment, 12, signal.SIGKILL, "--overwrite")
+    assert code == -signal.SIGKILL and "resumes at" not in output
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")}
+    assert 10 in steps and STEPS not in steps
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
     code, output = _interrupt(tmp_path, environment, 33, signal.SIGTERM)
     assert code == 0
@@ -166,38 +173,22 @@ def test_a_run_does_not_go_on_with_other_images(finished, tmp_path, monkeypatch,
     assert "a run with a different configuration: the images: " in message and "7 now" in message
 
 
-def test_overwrite_starts_afresh_and_spares_other_files(finished, environment, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
-    (workdir / "notes.txt").write_text("mine")
-    output = _run(workdir, environment, "--overwrite", "--seed", "1")
-    assert "resumes at" not in output
-    assert json.loads((workdir / "config.json").read_text())["seed"] == 1
-    assert _checkpoint(workdir) != _checkpoint(finished[0])
-    assert [record["step"] for record in _metrics(workdir)][-1] == STEPS
-    assert len(_metrics(workdir)) == len(_metrics(finished[0]))
-    assert (workdir / "notes.txt").read_text() == "mine"
-
-
 def test_overwrite_deletes_nothing_where_no_run_was(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     train.delete_run(tmp_path)
     assert (tmp_path / "checkpoints").exists()
 
 
-def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path):
+def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "summary.json").unlink()
     (file,) = (workdir / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
     file.write_bytes(file.read_bytes()[:100])
     before = _modified(workdir)
-    done = subprocess.run(
-        _command(workdir), env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1
-    assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in done.stderr
-    assert "move this folder away" in done.stderr
+    message = _error(capsys, *OPTIONS, "--workdir", str(workdir))
+    assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in message
+    assert "move this folder away" in message
     assert _modified(workdir) == before
 
     (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")

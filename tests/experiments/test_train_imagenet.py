@@ -37,12 +37,14 @@ def source(originals, tmp_path_factory):
     return tiny.write_source(tmp_path_factory.mktemp("source"), *originals)
 
 
-@pytest.fixture
-def command(source, tmp_path):
+@pytest.fixture(scope="module")
+def command(source, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+
     def make(workdir, *more, source=source):
         lists = json.dumps([tiny.CLASSES, WNIDS])
         words = [sys.executable, "-c", PROGRAM, lists, str(COUNT), *OPTIONS]
-        words += ["--source-dir", str(source), "--data-dir", str(tmp_path / "data")]
+        words += ["--source-dir", str(source), "--data-dir", str(data)]
         return [*words, "--workdir", str(workdir), *more]
 
     return make
@@ -52,19 +54,26 @@ def run(words, environment):
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
 
 
+@pytest.fixture(scope="module")
+def whole(command, environment, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    done = run(command(workdir), environment)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
 def checkpoint(workdir):
     path = workdir / "checkpoints" / str(STEPS) / "record" / "metadata"
     return json.loads(path.read_text())["leaves"]
 
 
-def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tmp_path):
-    done = run(command(tmp_path / "whole"), environment)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+def test_a_run_from_tars_is_the_same_when_it_was_killed(whole, command, environment, tmp_path):
+    summary = json.loads((whole / "summary.json").read_text())
     right = summary["test_accuracy"] * tiny.VALIDATION
     assert right == pytest.approx(round(right)), "each of the validation images counts once"
     assert summary["sparsity"] == pytest.approx(0.72, abs=1e-4)
-    assert any("parameter_average" in path for path in checkpoint(tmp_path / "whole"))
+    assert any("parameter_average" in path for path in checkpoint(whole))
 
     process = subprocess.Popen(command(tmp_path / "killed"), env=environment, **PIPES)
     for line in process.stdout:
@@ -74,12 +83,12 @@ def test_a_run_from_tars_is_the_same_when_it_was_killed(command, environment, tm
     assert not (tmp_path / "killed" / "summary.json").exists()
     done = run(command(tmp_path / "killed", "--threads", "1"), environment)
     assert "resumes at step 4" in done.stdout, done.stderr
-    assert checkpoint(tmp_path / "killed") == checkpoint(tmp_path / "whole"), "bit for bit"
+    assert checkpoint(tmp_path / "killed") == checkpoint(whole), "bit for bit"
 
 
-def test_two_processes_read_their_parts_of_each_batch(command, environment, tmp_path):
+@pytest.mark.processes
+def test_two_processes_read_their_parts_of_each_batch(whole, command, environment, tmp_path):
     """The run of one process: masks to the bit, and every image counts once in evaluation."""
-    assert run(command(tmp_path / "one"), environment).returncode == 0
     start = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     codes, outputs = ends(
         [
@@ -90,7 +99,7 @@ def test_two_processes_read_their_parts_of_each_batch(command, environment, tmp_
         ]
     )
     assert codes == [0, 0], outputs
-    one, two = (test_train_processes.leaves(tmp_path / name, STEPS) for name in ("one", "two"))
+    one, two = (test_train_processes.leaves(run, STEPS) for run in (whole, tmp_path / "two"))
     assert one.keys() == two.keys() and any("masks" in path for path in one)
     for path, leaf in one.items():
         if leaf.dtype == bool:

@@ -87,16 +87,27 @@ def alone(environment, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "data=1,fsdp=2"])
-def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
-    """Through both switches; one gets SIGTERM on the way, and all go on later."""
-    children = start(tmp_path, *[["--mesh", mesh]] * 2)
-    until(children[0], "step 8/")
-    children[1].send_signal(signal.SIGTERM)
-    codes, outputs = ends(children)
-    assert codes == [0, 0], outputs
-    assert "stopped and saved at step" in outputs[0] and outputs[1].count("step") == 0
-    assert not (tmp_path / "summary.json").exists()
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("mesh", "signals"),
+    [
+        ("data=2", {8: signal.SIGINT}),
+        ("data=1,fsdp=2", {10: signal.SIGKILL, 14: signal.SIGTERM}),
+    ],
+)
+def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh, signals):
+    """Through both switches; one of them is stopped or lost on the way, and all go on later."""
+    for step, number in signals.items():
+        children = start(tmp_path, *[["--mesh", mesh]] * 2)
+        until(children[0], f"step {step}/")
+        children[1].send_signal(number)
+        codes, outputs = ends(children, timeout=120)
+        if number == signal.SIGKILL:  # the other one notices
+            assert codes[0] != 0 and codes[1] == -signal.SIGKILL
+        else:
+            assert codes == [0, 0 if number == signal.SIGTERM else 128 + signal.SIGINT], outputs
+            assert "stopped and saved at step" in outputs[0] and outputs[1].count("step") == 0
+        assert not (tmp_path / "summary.json").exists()
 
     codes, outputs = ends(start(tmp_path, *[["--mesh", mesh]] * 2))
     assert codes == [0, 0], outputs
@@ -114,26 +125,7 @@ def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh):
             np.testing.assert_allclose(found[path], leaf, rtol=2e-3, atol=2e-4, err_msg=path)
 
 
-def test_an_interrupt_of_one_process_stops_all_of_them(start, tmp_path):
-    children = start(tmp_path, [], [])
-    until(children[0], "step 8/")
-    children[1].send_signal(signal.SIGINT)
-    codes, outputs = ends(children)
-    assert codes == [0, 128 + signal.SIGINT], outputs
-    assert "stopped and saved at step" in outputs[0]
-
-
-def test_a_lost_process_stops_the_others(start, tmp_path):
-    children = start(tmp_path, [], [])
-    until(children[0], "step 10/")
-    children[1].kill()
-    codes, outputs = ends(children, timeout=120)
-    assert codes[0] != 0 and codes[1] == -signal.SIGKILL
-    assert (tmp_path / "checkpoints" / "6").exists() and not (tmp_path / "summary.json").exists()
-    codes, outputs = ends(start(tmp_path, [], []))
-    assert codes == [0, 0] and "resumes at step" in outputs[0], outputs
-
-
+@pytest.mark.processes
 def test_processes_that_disagree_stop_at_once(start, tmp_path):
     codes, outputs = ends(start(tmp_path, ["--seed", "1"], ["--seed", "2"]))
     assert 0 not in codes
@@ -190,6 +182,7 @@ def pod(environment):
     return go
 
 
+@pytest.mark.processes
 def test_hosts_of_a_pod_slice_find_each_other(pod):
     """With a stand-in for the server that describes a machine of Google's cloud."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata) as server:

@@ -231,6 +231,7 @@ def test_the_map_names_every_file():
     assert named - files - tests == set(), "docs/architecture.md names files that are not there"
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize(("page", "blocks"), _cases("python"))
 def test_python_blocks_run(page, blocks, tmp_path):
     # Blocks keep their line numbers, so that a traceback points into the page.
@@ -244,6 +245,7 @@ def test_python_blocks_run(page, blocks, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize(("page", "blocks"), _cases("bash"))
 def test_commands_parse(page, blocks):
     found = {
@@ -293,6 +295,7 @@ def test_commands():
     ]
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize(
     ("command", "fine"),
     [

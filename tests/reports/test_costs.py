@@ -243,6 +243,7 @@ def test_a_comparison_compiles_each_function_once(monkeypatch):
     assert len(compiled) == 2
 
 
+@pytest.mark.scripts
 def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
     path = Path(__file__).parents[2] / "benchmarks" / "structure.py"
     record = tmp_path / "record.json"

@@ -15,6 +15,7 @@ import jaxprune
 from jaxprune import budgets, scores, structure
 from jaxprune.transforms._gates import Gate, lengths, root_mean_square
 from tests.support.checks import draw
+from tests.support.combinations import in_turn
 
 STEPS = 12
 WINDOW = {"every": 2, "start": 1, "stop": 7}  # mask updates at 1, 3, 5 and 7
@@ -185,8 +186,9 @@ def test_a_gradient_that_is_not_finite_is_refused():
     assert np.isfinite(average[NORMED]).all()
 
 
-@pytest.mark.parametrize("inner", ["momentum", "adamw", "decay"])
-@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize(
+    ("inner", "multiple"), [("momentum", 1), ("momentum", 4), ("adamw", 4), ("decay", 1)]
+)
 def test_training_goes_on_the_same_without_the_channels(inner, multiple):
     make = INNER[inner]
     dense = list(trained(make(agip())))
@@ -385,10 +387,13 @@ def test_three_layers_whose_names_are_not_in_order():
 # ---- small and large numbers
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("weight", "gradient"), [(0, -60), (-60, 0), (-120, 0), (40, 30)])
-def test_scaled_networks_are_ranked_as_they_are(rule, weight, gradient):
+SCALES = [(0, -60), (-60, 0), (-120, 0), (40, 30)]
+
+
+@pytest.mark.parametrize(("rule", "scales"), in_turn(RULES, SCALES) + in_turn(RULES, SCALES[::-1]))
+def test_scaled_networks_are_ranked_as_they_are(rule, scales):
     """Gradients of 1e-18, weights of 1e-18 and 1e-36, and products above 1e19: no square fits."""
+    weight, gradient = scales
     params, mlp = layers(["b", "a", "c"], (3, 8, 6, 2))
     grads = {name: draw(*kernel.shape, seed=50) for name, kernel in params.items()}
     plain, _ = kept_at_once(params, grads, mlp, **RULES[rule])

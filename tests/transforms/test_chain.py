@@ -11,6 +11,7 @@ import pytest
 
 import jaxprune
 from jaxprune import budgets
+from tests.support.combinations import in_turn
 
 contrib = optax.contrib
 SHAPES = {"a": (16, 24), "b": (24, 16)}
@@ -51,8 +52,11 @@ def pruned_entries(tree: Any, masks: Any) -> np.ndarray:
 # ---- norms
 
 
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("method", ["fixed masks", "magnitude", "agip"])
+METHODS = ["fixed masks", "magnitude", "agip"]
+FIRST = {*in_turn(NORMS, METHODS), *(("clip_by_global_norm", method) for method in METHODS)}
+
+
+@pytest.mark.parametrize(("name", "method"), sorted(FIRST))
 def test_the_first_step_is_that_of_the_sparse_network(name: str, method: str) -> None:
     sparse, masks = jaxprune.prune(draw(100), 0.95, budget=budgets.uniform)
     options: dict[str, Any] = {"stop": 0, "budget": budgets.uniform}
@@ -108,8 +112,9 @@ def test_inner_is_one_of_three_and_a_momentum_cannot_be_hidden() -> None:
         jaxprune.chain(optax.sgd(0.1, momentum=0.9), blind, inner="sparse").init(draw(0))
 
 
-@pytest.mark.parametrize("name", ["lamb", "muon", "clip_by_global_norm"])
-@pytest.mark.parametrize("method", ["magnitude", "rigl"])
+@pytest.mark.parametrize(
+    ("name", "method"), in_turn(["lamb", "muon", "clip_by_global_norm"], ["magnitude", "rigl"])
+)
 def test_sparsity_0_is_the_plain_optimizer_behind_norms_too(name: str, method: str) -> None:
     prune = getattr(jaxprune, f"{method}_transform")(0.0, stop=1)
     got = steps_of(jaxprune.chain(NORMS[name](), prune), 3)[-1][0]
@@ -129,8 +134,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize(("name", "method"), in_turn(STARTS, ["set", "rigl"]))
 def test_moments_go_back_to_what_init_gives(name: str, method: str) -> None:
     member, field, value = STARTS[name]
     prune = getattr(jaxprune, f"{method}_transform")(0.5, every=1, stop=9, drop=0.4)
@@ -182,11 +186,16 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize("wrapper", NESTED)
-@pytest.mark.parametrize("method", ["set", "rigl"])
-def test_pruning_inside_of_wrappers_is_pruning_beside_them(wrapper: str, method: str) -> None:
+@functools.cache
+def beside(method: str) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A transformation, and four steps with it in a chain without wrappers."""
     prune = getattr(jaxprune, f"{method}_transform")(0.5, every=1, stop=9, drop=0.4)
-    flat = steps_of(jaxprune.chain(SGD(0.1), prune), 4)
+    return prune, steps_of(jaxprune.chain(SGD(0.1), prune), 4)
+
+
+@pytest.mark.parametrize(("wrapper", "method"), in_turn(NESTED, ["set", "rigl"]))
+def test_pruning_inside_of_wrappers_is_pruning_beside_them(wrapper: str, method: str) -> None:
+    prune, flat = beside(method)
     nested = steps_of(jaxprune.chain(*NESTED[wrapper](prune)), 4)
     for (params, state), (wanted, wanted_state) in zip(nested[1:], flat[1:], strict=True):
         masks = jaxprune.get_masks(state)

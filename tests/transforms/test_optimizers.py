@@ -17,6 +17,7 @@ import pytest
 
 import jaxprune
 from jaxprune import budgets
+from tests.support.combinations import in_turn
 
 contrib = optax.contrib
 SPARSITY, STEPS = 0.6, 4
@@ -164,8 +165,11 @@ def test_the_tables_name_everything_that_optax_offers() -> None:
     assert sum(map(len, tables)) == len(offered())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+# Each optimizer with one method in turn, and one that looks at all it is given with each of them.
+CASES = {*in_turn(OPTIMIZERS, PRUNERS), *(("lbfgs", pruner) for pruner in PRUNERS)}
+
+
+@pytest.mark.parametrize(("name", "pruner"), sorted(CASES))
 def test_every_optimizer_of_optax(name: str, pruner: str) -> None:
     tx = jaxprune.chain(OPTIMIZERS[name](), PRUNERS[pruner]())
     params = make_params()

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune
 from jaxprune import budgets, layouts, patterns, timetables
+from tests.support.combinations import in_turn
 
 WINDOW = {"every": 2, "start": 0, "stop": 4}
 TRANSFORMS = {
@@ -138,6 +139,7 @@ def test_a_budget_may_name_the_whole_stack():
     assert np.asarray(masks["layers"]["kernel"]).sum((1, 2)).tolist() == [32] * 3
 
 
+@settings(max_examples=8)
 @given(seed=st.integers(0, 5), axis=st.integers(0, 2), fraction=st.sampled_from([0.0, 0.3]))
 def test_regrowth_keeps_each_copy_at_its_number(seed, axis, fraction):
     leaf = {"layers": normal(seed, 3, 4, 5)}
@@ -153,8 +155,7 @@ def test_regrowth_keeps_each_copy_at_its_number(seed, axis, fraction):
         assert (old & ~own).sum() == min(moved, size - old.sum())
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(("name", "axis"), in_turn(TRANSFORMS, [0, 1]))
 def test_transformations_treat_each_copy_as_a_leaf(name, axis):
     """The same training on a stack and on a leaf for each layer gives the same masks."""
     trees = stacked_network(axis)
@@ -259,7 +260,8 @@ def test_layouts_find_inputs_of_each_copy(axis):
             np.testing.assert_array_equal(mask, layer["kernel"])
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+# Those that differ in what they do with gradients.
+@pytest.mark.parametrize("name", ["agip, regrowth", "saliency", "rigl", "straight through", "acdc"])
 def test_shard_map_over_data_gives_the_masks_of_one_device(name):
     """Parameters and state are replicated, the batch is split."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

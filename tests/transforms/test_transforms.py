@@ -13,6 +13,7 @@ from jaxprune import budgets, patterns, scores, trees
 from jaxprune.transforms import MaskState
 from jaxprune.transforms._acdc import phases
 from tests.support import reference
+from tests.support.combinations import in_turn
 
 SHAPES = {"a": (6, 10), "b": (10, 4)}
 GRADUAL = ["magnitude_transform", "saliency_transform", "random_transform"]
@@ -149,19 +150,19 @@ def test_set_grows_at_random_and_differently_at_each_mask_update_and_seed():
     assert drawn.min() < np.sort(np.asarray(noise)[~first[2]])[-first[0].sum()]
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
-@pytest.mark.parametrize(
-    ("inner", "fields"),
-    [
-        (optax.sgd(0.1, momentum=0.9), ["trace"]),
-        (optax.adamw(0.1), ["mu", "nu"]),
-        (optax.inject_hyperparams(optax.adam)(0.1), ["mu", "nu"]),
-        (optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale(-0.1)), ["trace"]),
-        (optax.masked(optax.trace(0.9), {"a": True, "b": True, "bias": False}), ["trace"]),
-        (optax.MultiSteps(optax.adam(0.1), 2), ["mu", "nu"]),
-    ],
-)  # fmt: skip
-def test_chain_restarts_the_moments_of_regrown_weights(name, inner, fields):
+RESTARTED = [
+    (optax.sgd(0.1, momentum=0.9), ["trace"]),
+    (optax.adamw(0.1), ["mu", "nu"]),
+    (optax.inject_hyperparams(optax.adam)(0.1), ["mu", "nu"]),
+    (optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale(-0.1)), ["trace"]),
+    (optax.masked(optax.trace(0.9), {"a": True, "b": True, "bias": False}), ["trace"]),
+    (optax.MultiSteps(optax.adam(0.1), 2), ["mu", "nu"]),
+]
+
+
+@pytest.mark.parametrize(("member", "name"), in_turn(RESTARTED, DYNAMIC))
+def test_chain_restarts_the_moments_of_regrown_weights(member, name):
+    inner, fields = member
     prune = getattr(jaxprune, name)(0.5, every=2, stop=20, drop=0.4)
     trace = Trace(jaxprune.chain(inner, prune), 7)
     regrown = 0

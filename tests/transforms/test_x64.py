@@ -14,6 +14,7 @@ import pytest
 
 import jaxprune
 from jaxprune import at_init, patterns, structure
+from tests.support.combinations import in_turn
 from tests.transforms.test_contract import (
     INNER,
     STEPS,
@@ -27,8 +28,12 @@ from tests.transforms.test_contract import (
 X64 = functools.partial(jax.enable_x64, True)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+# Each row with one dtype in turn, and some with both.
+CASES = in_turn(TRANSFORMS, [np.float32, np.float64])
+CASES += [("default", np.float64), ("everything", np.float64), ("channels", np.float32)]
+
+
+@pytest.mark.parametrize(("transform", "dtype"), dict.fromkeys(CASES))
 def test_the_masks_are_those_of_32_bits(transform, dtype):
     expected = run(transform, "momentum")
     with X64():
