@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,7 @@ class Run:
             saved = processes.on_first(lambda: checkpoints.read_json(workdir / "config.json"))
             summary = processes.on_first(lambda: checkpoints.read_json(workdir / "summary.json"))
             if saved is not None:
-                check_format(saved, workdir)
-                checkpoints.check_config(saved, self.options, str(workdir))
+                check_same_run(saved, self.options, workdir)
             if summary is not None:
                 processes.say((workdir / "summary.txt").read_text())
                 processes.say(f"{workdir} is finished; --overwrite trains it again.")
@@ -121,7 +120,7 @@ class Run:
             if self.manager.latest_step() is not None:
                 record = checkpoints.read_record(self.manager)
                 saved = self.images | record["config"] | record
-                checkpoints.check_config(saved, self.options | self.images, str(workdir))
+                check_same_run(saved, self.options | self.images, workdir)
             self.stages = Stages(experiment, None if record is None else record["stage"])
             if record is None:
                 state = experiment.create(self.config.seed)
@@ -254,8 +253,8 @@ class Run:
         return sparsity_of(state.params, self.masks(state))
 
 
-def check_format(saved: dict[str, Any], workdir: Path) -> None:
-    """Refuses a folder whose checkpoints have other names than this version writes."""
+def check_same_run(saved: Mapping[str, Any], options: Mapping[str, Any], workdir: Path) -> None:
+    """Raises if a folder holds a run with other options, or of a version with other names."""
     if saved.get("format", 1) != FORMAT:
         raise ValueError(
             f"`workdir` {workdir} holds a run of format {saved.get('format', 1)}, and this version "
@@ -263,6 +262,10 @@ def check_format(saved: dict[str, Any], workdir: Path) -> None:
             "see CHANGELOG.md); name another --workdir, or finish the run with the version that "
             "began it"
         )
+    try:
+        checkpoints.check_config(saved, options, str(workdir))
+    except ValueError as error:
+        raise ValueError(f"{error} `--overwrite` deletes it and trains again.") from None
 
 
 def default_workdir(config: Config) -> str:

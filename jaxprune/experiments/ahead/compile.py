@@ -94,6 +94,8 @@ def parse(args: list[str]) -> argparse.Namespace:
 def make_mesh(platform: str, topology: str, text: str) -> Mesh:
     """Arranges the devices of a topology, or as many of this machine as the text says."""
     axes = sharding.parse_mesh(text) if text else {}
+    if platform == "tpu" and topology.partition(":")[0] in programs.GPUS:
+        raise ValueError(f"`topology` {topology} is one of GPUs; add `--platform cuda`")
     if platform == "cpu":
         if axes and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
