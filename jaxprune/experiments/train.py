@@ -198,7 +198,7 @@ class Run:
         """Writes the metrics of the last steps."""
         config, stage = self.config, self.stages.stage
         values |= self.spent()
-        self.peaks.update(results.peaks(self.stages.peak_bytes, self.peaks))
+        self.peaks = results.peaks(self.stages.peak_bytes, self.peaks)
         values["sparsity"] = self.sparsity(state)
         rates = rewarmed(self.experiment.schedule, stage.cut, config.rewarm_steps)
         values["learning_rate"] = float(np.asarray(rates(step - 1)))
@@ -227,6 +227,7 @@ class Run:
 
     def save(self, step: int, state: training.TrainState) -> None:
         """Writes a checkpoint with all that a resumed run needs."""
+        self.peaks = results.peaks(self.stages.peak_bytes, self.peaks)
         record = {"data": {"next_index": step}, "config": self.resolved}
         record |= self.images | self.spent()
         record |= {"stage": self.stages.to_record(), "peaks": self.peaks}

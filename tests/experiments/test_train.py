@@ -130,7 +130,7 @@ def test_finished_run_has_everything(finished):
     assert summary["test_accuracy"] == _metrics(workdir)[-1]["test_accuracy"]
     assert set(summary["versions"]) == {"jax", "flax", "optax", "jaxprune"}
     config = json.loads((workdir / "config.json").read_text())
-    assert set(config) == {field.name for field in FIELDS} | {"resolved_steps"}
+    assert set(config) == {field.name for field in FIELDS} | {"resolved_steps", "format"}
     for name in ("training.png", "densities.png"):
         assert (workdir / name).read_bytes()[1:4] == b"PNG"
     assert list((workdir / "tensorboard").iterdir())
@@ -206,7 +206,7 @@ def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path, capsys)
     before = _modified(workdir)
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir))
     assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in message
-    assert "move this folder away" in message
+    assert "move it away" in message
     assert _modified(workdir) == before
 
     (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")
