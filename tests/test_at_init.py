@@ -112,6 +112,7 @@ ALL = {
 }
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 7))
 def test_snip_is_the_sensitivity_to_a_mask(seed):
     weights, batch = _weights(seed), _batch(seed)
@@ -171,6 +172,7 @@ def test_grasp_removes_first_what_holds_the_gradient_flow_back(seed):
     assert flow(lambda s: s < middle) > flow(lambda s: s >= middle)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2), widths=st.sampled_from([(3, 1), (1, 4, 1), (2, 7, 3, 5)]))
 def test_synflow_is_the_share_of_paths_through_each_weight(seed, widths):
     kernels = _kernels(seed, widths)
@@ -185,6 +187,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
 def test_synflow_gives_every_layer_of_a_plain_network_the_same_sum(name, sparsity):
@@ -205,6 +208,7 @@ def _without_floors(shapes, sparsity):
     return budgets.Budget(budgets.keep_count(size, sparsity), (0,) * len(shapes))
 
 
+@pytest.mark.slow
 def test_a_single_cut_empties_a_layer_and_a_hundred_rounds_do_not():
     # One wide pair of layers: its many weights share the sum that 32 weights share at the end.
     kernels = _kernels(0, (8, 100, 500, 8, 4))
@@ -224,6 +228,7 @@ def test_a_single_cut_empties_a_layer_and_a_hundred_rounds_do_not():
         at_init.synflow(_dense, jaxprune.apply_masks(kernels, once), (1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_scores_are_float32_like_the_parameters_and_sum_to_one(name, dtype):
@@ -339,6 +344,7 @@ def _deep(depth=40, width=32):
     return _kernels(0, (width,) * (depth + 1))
 
 
+@pytest.mark.slow
 def test_a_signal_beyond_float32_is_an_error_that_says_what_to_do():
     kernels = _deep()
     with pytest.raises(ValueError, match="too deep .* scale the input .* or compute in float64"):
@@ -380,6 +386,7 @@ def _resnet():
     return jax.jit(lambda p, x: nnx.merge(graph, p, rest)(x)), params, ones
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_and_without_scales_of_zero():
     apply, params, ones = _resnet()
     with pytest.warns(UserWarning, match="blocks/0/conv1/kernel, blocks/0/conv2/kernel") as seen:
@@ -470,6 +477,7 @@ def test_a_kernel_without_scores_is_named_in_a_warning(name):
     assert len(seen) == 1 and seen[0].filename == __file__
 
 
+@pytest.mark.slow
 def test_a_dead_copy_in_a_stack_is_named_in_a_warning():
     weights = jnp.ones((3, 2, 2))
     alive = jnp.array([1.0, 0.0, 1.0])[:, None, None]

@@ -280,6 +280,7 @@ def test_windows_of_known_networks_are_convolutions(rule, shape):
     assert rule(named(shape, (64, 96)), 0.8) == wanted
 
 
+@pytest.mark.slow
 @ERDOS_RENYI
 def test_networks_of_this_library_and_others_need_no_layouts(rule):
     vgg = named((3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 512, 512), (25088, 4096), (4096, 1000))

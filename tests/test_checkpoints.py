@@ -96,6 +96,7 @@ def _damage_each_file(folder):
     return said
 
 
+@pytest.mark.slow
 def test_any_damaged_byte_is_reported_or_harmless(tmp_path):
     _saved(tmp_path, 2, 3).close()
     # In a process of its own: Orbax leaves coroutines behind that complain at some later time.

@@ -41,6 +41,7 @@ def _trained(optimizer, params=PARAMS, steps=3, frozen=()):
 # ---- masks hold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -65,6 +66,7 @@ def test_a_new_state_has_nothing_to_tell():
     assert jaxprune.check(PARAMS, state).ok
 
 
+@pytest.mark.slow
 def test_sharded_arrays_and_nnx():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -208,6 +210,7 @@ def test_leaves_that_never_moved():
     assert "`prunable`" in report.findings[0].fix
 
 
+@pytest.mark.slow
 def test_rows_never_seen_and_idle_experts():
     params = {"embedding": N(0, 6, 4), "experts": N(1, 3, 4, 4)}
     optimizer = jaxprune.chain(optax.sgd(0.1), jaxprune.agip_transform(0.3, start=5, stop=5))

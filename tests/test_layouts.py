@@ -494,6 +494,7 @@ class Transformer(linen.Module):
         return linen.Dense(7, name="head")(x)
 
 
+@pytest.mark.slow
 def test_a_scanned_linen_transformer():
     tokens = jnp.zeros((2, 5), int)
     params = Transformer().init(jax.random.key(0), tokens)["params"]
@@ -548,6 +549,7 @@ def test_nnx_modules_with_vmapped_and_scanned_layers():
     assert found.stacked("layers/bias", None) == (0,) and found.stacked("up/bias", None) is None
 
 
+@pytest.mark.slow
 def test_equinox_modules():
     eqx = pytest.importorskip("equinox")
 
@@ -614,6 +616,7 @@ def test_haiku_layer_stacks():
     assert len(stacked) == 2 and not any("head" in path for path in stacked)  # w and b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "resnet18"])
 def test_models_of_this_library_store_outputs_last(name):
     from jaxprune import models

@@ -46,6 +46,7 @@ def whole(tmp_path_factory):
     return (folder / "metrics.jsonl").read_bytes(), log.count
 
 
+@pytest.mark.slow
 def test_a_log_that_is_cut_at_any_byte_gives_the_last_figures_or_none(whole, tmp_path):
     """scripts/train.py at its last checkpoint: the state is there, any part of the log is not."""
     contents, count = whole

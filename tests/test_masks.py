@@ -83,6 +83,7 @@ def test_get_masks_finds_the_transformation(place):
     assert masks["bias"].shape == ()  # nothing is kept of a leaf that is never pruned
 
 
+@pytest.mark.slow
 def test_get_masks_after_an_update_are_the_zeros_of_the_parameters():
     optimizer = PLACES["jaxprune.chain"]
     gradients = jax.tree.map(lambda p: jnp.cos(7 * p), PARAMS)
@@ -165,6 +166,7 @@ def _trained(optimizer, params=BRANCHES, steps=3):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE_BRANCHES)
 def test_get_masks_merges_whole_branches(name):
     params, state = _trained(WHOLE_BRANCHES[name])
@@ -218,6 +220,7 @@ def test_masks_of_different_models_do_not_merge():
         jaxprune.get_masks(states)
 
 
+@pytest.mark.slow
 def test_get_masks_from_nnx():
     model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 3, rngs=nnx.Rngs(1)))
     before = nnx.state(model, nnx.Param)
@@ -672,6 +675,7 @@ def test_masks_of_a_module_are_checked_all_the_same():
     assert jaxprune.set_masks(state, masks.replace(weight=None)).masks.weight.all()
 
 
+@pytest.mark.slow
 def test_train_an_equinox_module_with_the_masks_of_the_whole_one():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))

@@ -86,6 +86,7 @@ def assert_close(actual, expected, tolerance: float):
 # ------------------------------------------------------------------------------------- sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "published"),
     [
@@ -99,6 +100,7 @@ def test_imagenet_parameter_counts_are_the_published_ones(name, published):
     assert count(abstract(name)) == published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [8, 20, 32, 56, 110])
 def test_cifar_parameter_counts_by_closed_form(depth):
     # With n blocks a stage and w in (16, 32, 64): 2n - 1 convolutions w -> w in each stage and one
@@ -116,6 +118,7 @@ def test_cifar_parameter_counts_by_closed_form(depth):
         assert abs(option_a / 1e6 - rounded[depth]) < 0.03 * rounded[depth]
 
 
+@pytest.mark.slow
 @given(
     widths=st.lists(st.integers(1, 9), min_size=9, max_size=9),
     num_classes=st.integers(1, 7),
@@ -167,6 +170,7 @@ def test_paths_are_readable():
     assert len(found) == 3 + 6 * 9 + 3 * 2 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "projected"),
     [
@@ -280,6 +284,7 @@ def numpy_forward(name, variables, x, train):
     return x.mean((1, 2)) @ variables["head/kernel"] + variables["head/bias"], moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "widths", "shape", "train"),
     [
@@ -436,6 +441,7 @@ def mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_equals_one_device(single, mesh):
     (params, stats, x, labels), expected = single
     x, labels = jax.device_put((x, labels), NamedSharding(mesh, P("data")))
@@ -576,6 +582,7 @@ def third_by_third(path: str, leaf) -> patterns.Pattern:
     return (None, patterns.n_m(2, 4, axis=-2), block)[sum(map(ord, path)) % 3] if fits else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_train_a_step_of_every_granularity(name):
     """Weights, 2:4, blocks and channels, with a mask update in the first step."""
@@ -665,6 +672,7 @@ def compacted(name: str, widths: Widths, side: int, seed: int):
     return both, plan, plan.compact(variables), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "widths", "side", "seed"),
     [
@@ -693,6 +701,7 @@ def test_a_network_of_the_compacted_widths_is_the_compacted_function(name, width
         assert float(jnp.abs(logits).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_widths_of_a_network_are_those_that_it_was_built_with():
     for name in ("resnet8", "resnet56", "resnet34", "resnet50"):
         state = nnx.state(abstract(name), nnx.Param)

@@ -44,6 +44,7 @@ GROUPS = [((8,), 4, 0), ((3, 6), 3, 1), ((12, 5), 4, -2), ((2, 3, 8, 2), 2, 2), 
 GROUPS += [((4, 2), 1, -2), ((2, 16), 8, -1), ((6, 1, 5), 6, -3), ((0, 4), 4, -1)]
 
 
+@pytest.mark.slow
 @given(
     group=st.sampled_from(GROUPS),
     kind=st.sampled_from(sorted(VALUES)),
@@ -61,6 +62,7 @@ def test_n_m_keeps_what_sorting_every_group_keeps(group, kind, seed, density):
         np.testing.assert_array_equal(allowed, reference.n_m_mask(scores, n, m, axis, among))
 
 
+@pytest.mark.slow
 @given(
     n=st.integers(1, 4),
     more=st.integers(0, 3),
@@ -124,6 +126,7 @@ def test_traced_n_needs_one_trace_and_is_clipped():
         np.testing.assert_array_equal(select(scores, jnp.int32(n)), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(VALUES))
 def test_n_m_eager_jit_and_vmap_agree(kind):
     scores, among = _scores(kind, 1, (3, 8, 5)), _flags(1, (3, 8, 5))
@@ -181,11 +184,13 @@ def _check_units(pattern, shape, block, seed):
     np.testing.assert_array_equal(patterns.any_kept(pattern, mask), some)
 
 
+@pytest.mark.slow
 @given(case=_cases(), seed=st.integers(0, 999))
 def test_units_against_loops(case, seed):
     _check_units(*case, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mean", "max", "sum"])
 @pytest.mark.parametrize(
     "shape, block", [((9,), (2,)), ((5, 7), (3, 4)), ((2, 3, 8, 5), (1, 2, 3, 4)), ((4, 9), (3, 1))]
@@ -195,6 +200,7 @@ def test_ragged_blocks_against_loops(shape, block, how):
         _check_units(patterns.blocks(block, how), shape, block, seed)
 
 
+@pytest.mark.slow
 @given(case=_cases(), seed=st.integers(0, 99))
 def test_exact_means_of_ragged_blocks(case, seed):
     pattern, shape, block = case
@@ -241,6 +247,7 @@ def test_channels_of_leaves_of_any_number_of_dimensions(axis):
     assert patterns.unit_shape(patterns.channels(axis=-1), (7,)) == (7,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [patterns.blocks((2, 3), "max"), patterns.blocks((2, 2)), patterns.channels(-1, "sum")],
@@ -280,6 +287,7 @@ def _moves(function, *args):
     return set(re.findall(r"(all-gather|all-to-all|collective-\w+|all-reduce)(?=[-\w]*\()", text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("name", ON_DEVICES)
 def test_n_m_stays_on_each_device(name, axis):
@@ -477,6 +485,7 @@ def test_n_m_groups_lie_along_the_inputs_of_every_layout():
     assert found[2] == patterns.n_m(2, 4, axis=-1)
 
 
+@pytest.mark.slow
 def test_pruned_groups_lie_along_inputs():
     params = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in KERNELS.items()}
     _, masks = jaxprune.prune(params, 0.5, pattern=patterns.n_m(2, 4, layouts=FOUND))

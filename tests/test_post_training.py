@@ -208,6 +208,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_every_kind_of_product_has_the_energy_of_its_output(name):
     # `||X w_i||^2 = w_i^T X^T X w_i`: layout and Gram matrix must belong together.
@@ -241,6 +242,7 @@ def test_output_channels_come_in_the_order_of_height_width_input_for_every_layou
         np.testing.assert_array_equal(matrix, kernel.reshape(24, 5))
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -331,6 +333,7 @@ def test_wanda_keeps_the_lower_of_equal_scores():
     np.testing.assert_array_equal(masks["kernel"], np.arange(4)[:, None] < 2 + np.zeros((1, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_m", [(2, 4), (1, 2), (4, 8)])
 def test_wanda_keeps_n_of_m_input_features(n_m):
     w, x = _normal(0, 16, 6), _correlated(1, 40, 16)
@@ -341,6 +344,7 @@ def test_wanda_keeps_n_of_m_input_features(n_m):
 # --- SparseGPT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("features", "outputs", "block", "sparsity"),
     [(24, 7, 128, 0.5), (24, 7, 8, 0.5), (29, 5, 8, 0.3), (24, 1, 5, 0.9), (6, 4, 2, 0.0)],
@@ -357,6 +361,7 @@ def test_sparsegpt_is_the_reference(features, outputs, block, sparsity):
         assert part.sum() == reference.keep_count(part.size, sparsity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_m", "block"), [((2, 4), 128), ((2, 4), 8), ((1, 2), 6), ((3, 8), 8)])
 def test_sparsegpt_keeps_n_of_m_input_features(n_m, block):
     w, x = _normal(0, 16, 6), _correlated(1, 40, 16)
@@ -413,6 +418,7 @@ def test_dead_features_get_weights_of_zero_and_leave_the_others_alone():
     np.testing.assert_allclose(pruned["kernel"], expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_sparsegpt_reconstructs_better_than_wanda_better_than_magnitude():
     # On average over 20 layers; single layers may come out the other way round.
     errors = []
@@ -454,6 +460,7 @@ def test_one_compilation_for_each_shape():
 METHODS = {"wanda": wanda, "sparsegpt": sparsegpt}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_sequential_shows_each_layer_its_pruned_predecessors(method):
     params = {"b": jnp.asarray(_normal(0, 6, 24)), "a": jnp.asarray(_normal(1, 24, 5))}
@@ -485,6 +492,7 @@ def resnet():
     return nnx.split(model, nnx.Param, ...)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_resnet_of_nnx_end_to_end(method, resnet):
     graph, params, rest = resnet
@@ -524,6 +532,7 @@ class _Net(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_linen_network_with_a_cast_and_patterns(method):
     images = _normal(0, 4, 5, 5, 4)
@@ -536,6 +545,7 @@ def test_linen_network_with_a_cast_and_patterns(method):
         assert np.asarray(masks["params"][name]["bias"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_groups_are_pruned_as_layers_of_their_own(method):
     kernel, image = _normal(0, 3, 3, 2, 6), _normal(1, 2, 6, 6, 4)
@@ -578,6 +588,7 @@ def _while(w, x):
     return jax.lax.while_loop(lambda h: h.sum() < 0, lambda h: h @ w, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
@@ -714,6 +725,7 @@ def _unrolled(params, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"n_m": (2, 4)}])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

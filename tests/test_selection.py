@@ -89,6 +89,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=2 * hypothesis.settings.default.max_examples)
 @given(**EXAMPLES)
 def test_keeps_what_a_stable_sort_keeps(shapes, kind, seed):
@@ -100,6 +101,7 @@ def test_keeps_what_a_stable_sort_keeps(shapes, kind, seed):
         assert _count(masks) == min(keep, size)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=2 * hypothesis.settings.default.max_examples)
 @given(**EXAMPLES)
 def test_floors_and_among_keep_what_a_stable_sort_keeps(shapes, kind, seed):
@@ -134,6 +136,7 @@ def test_any_shapes(shapes, seed):
             _equal(SELECT(scores, keep, floors=floors), largest(scores, keep, floors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ties", "half zeros", "outlier", "all binades", "one binade"])
 @pytest.mark.parametrize("floored", [False, True])
 def test_two_hundred_thousand_entries(kind, floored):
@@ -231,6 +234,7 @@ def test_narrow_scores_are_compared_in_float32(dtype):
 # ---- cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VALUES)
 def test_few_passes_over_the_scores(kind, monkeypatch):
     passes, total = [], counting._total
@@ -246,6 +250,7 @@ def test_few_passes_over_the_scores(kind, monkeypatch):
 # ---- transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "ties", "special"])
 def test_eager_jit_and_vmap_agree(kind):
     shapes, keeps = SHAPES[2], np.array([0, 3, 9, 17, 28], np.int32)
@@ -287,6 +292,7 @@ def test_counts_are_exact_beyond_the_integers_of_float32():
 # ---- stacked leaves: each copy is a layer
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 9),
     axes=st.sampled_from([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]),
@@ -339,6 +345,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(counting, "WIDE", counting.Width(np.int32, np.uint32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "special"])
 @pytest.mark.parametrize("shapes", [[(200, 150), (40, 100)], [(40_000,), (3,)]])
 def test_counters_that_are_too_narrow_are_not_used(kind, shapes, narrow):
@@ -351,6 +358,7 @@ def test_counters_that_are_too_narrow_are_not_used(kind, shapes, narrow):
     assert counting.count_kept(masks).dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_the_64_bit_path_selects_the_same(monkeypatch):
     scores = _draw("ties", 3, SHAPES[2])
     monkeypatch.setattr(counting, "width_of", lambda leaves: counting.WIDE)
@@ -424,6 +432,7 @@ def test_the_compilers_text_is_read_as_we_think():
     assert max(_exchanged(text)["all-gather"]) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_leaves_get_the_masks_of_one_device_and_exchange_counts_only(name, dtype):

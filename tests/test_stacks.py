@@ -166,6 +166,7 @@ def test_from_metadata_on_linen(axis):
         stacks.from_metadata(variables, "experts")
 
 
+@pytest.mark.slow
 def test_from_metadata_on_linen_without_names():
     with pytest.raises(ValueError, match="no axis named layers. Names seen: none. Ask"):
         stacks.from_metadata(_linen(named=False))

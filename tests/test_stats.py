@@ -111,6 +111,7 @@ WITHOUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_MOMENTUM)
 def test_first_moment_is_the_momentum(name):
     optimizer = WITH_MOMENTUM[name]

@@ -652,6 +652,7 @@ def test_a_whole_module_as_sparse_matrices():
     assert all(_is_same(storage.from_bcoo(tree)[key], module[key]) for key in module)
 
 
+@pytest.mark.slow
 def test_files_of_a_whole_equinox_module():
     eqx = pytest.importorskip("equinox")
     module = eqx.nn.Sequential(
@@ -668,6 +669,7 @@ def test_files_of_a_whole_equinox_module():
 # ---- sparse matrices
 
 
+@pytest.mark.slow
 @given(leaves=st.lists(masked_leaf(), max_size=3))
 def test_bcoo_holds_what_is_kept_and_comes_back(leaves):
     leaves = [leaf for leaf in leaves if leaf[0].dtype.itemsize <= 4]
@@ -712,6 +714,7 @@ def test_without_masks_kernels_with_zeros_become_sparse():
     _assert_same_bits(storage.from_bcoo(tree), params)
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_bcoo_and_back():
     layers = [nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(1))]
     params = nnx.state(nnx.List(layers), nnx.Param)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import budgets, counting, patterns, timetables
@@ -47,6 +47,7 @@ def test_select_keeps_the_largest_of_each_leaf_under_a_fixed_budget(budget):
         assert counts(masks) == list(floors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_drop_and_grow_conserves_each_leaf_under_a_fixed_budget(seed):
     timetable = by_budget(budgets.uniform, [0.6, 0.6, 0.6], moved=[0.5, 0.3, 0.0])
@@ -65,6 +66,8 @@ def test_drop_and_grow_conserves_each_leaf_under_a_fixed_budget(seed):
         masks = wanted
 
 
+@pytest.mark.slow
+@settings(max_examples=12)
 @given(
     before=st.integers(0, 100),
     after=st.integers(0, 100),
@@ -110,6 +113,7 @@ def test_without_growth_nothing_comes_back():
     assert all(bool(jnp.all(a | ~b)) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_leaves_of_different_patterns_have_their_own_budgets():
     kinds = {
         "a": patterns.n_m(2, 4, axis=-2),
@@ -246,6 +250,7 @@ def test_a_tree_of_three_billion_weights_compiles_its_mask_update():
             assert [(m.shape, m.dtype) for m in new] == [(leaf.shape, bool)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [budgets.uniform, budgets.global_budget(0.0)])
 @pytest.mark.parametrize("pattern", [None, patterns.channels(axis=-1)])
 def test_64_bit_counters_lead_to_the_same_masks(budget, pattern, monkeypatch):

@@ -89,6 +89,7 @@ def run_all(blocks, case, pattern, wrong=None):
     return run(case.x, kept, case.cotangent, used)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_way_is_the_masked_convolution(blocks, name):
     case, mask, pattern = build(blocks, *SHAPES[name])
@@ -113,6 +114,7 @@ def test_every_way_is_the_masked_convolution(blocks, name):
     assert set(results["input gradient"]) == wanted | turned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks", "1x1", "fan-in", "2:4"])
 def test_one_wrong_index_is_noticed(blocks, name):
     case, mask, pattern = build(blocks, *SHAPES[name])
@@ -170,6 +172,7 @@ def test_densities_and_the_nearest_that_a_shape_allows(blocks):
     assert blocks.within(tried, 2) == {"forward": ["a", "b"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("resnet20", 32), ("resnet50", 64)])
 def test_the_layers_are_those_of_the_network(blocks, name, size):
     layers = blocks.layers_of(name, size)

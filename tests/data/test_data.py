@@ -237,6 +237,7 @@ def test_corrupt_files_are_all_named_and_nothing_is_prepared(tiny, tmp_path):
     assert_loaded(data.load("fashion_mnist", source_dir=folder), arrays)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_prepares_afresh(tiny, tmp_path):
     folder, arrays = tiny
     script = """
@@ -348,6 +349,7 @@ def test_debian_files_become_the_official_ones():
     assert shapes == [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
 
 
+@pytest.mark.slow
 def test_nothing_imports_tensorflow_and_the_package_imports_no_extra(tiny):
     script = """
 import json, sys
@@ -454,6 +456,7 @@ def window(image, pad, row, column, mirrored):
     return cut[:, ::-1] if mirrored else cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize(("pad", "flip"), [(4, True), (2, False), (0, True)])
 def test_augment_equals_the_reference_with_the_same_draws(pad, flip, dtype):

@@ -477,6 +477,7 @@ def test_a_missing_extra_is_named(source, monkeypatch, absent):
         imagenet.load(source)
 
 
+@pytest.mark.slow
 def test_importing_needs_no_extra_and_nothing_imports_tensorflow(source, contents):
     script = """
 import json, sys
@@ -701,6 +702,7 @@ def test_processes_share_a_batch_without_overlap(module_dataset, count, start):
     same([map(np.concatenate, zip(*parts, strict=True))], [expected[start]])
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(dataset, module_dataset):
     with train_batches(dataset.train, stop=7, workers=2, threads=2) as batches:
         seen = list(batches)
@@ -792,6 +794,7 @@ def module_test_images(originals, contents, tmp_path_factory):
     return images, next(eval_batches(images, 11)).images
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing_in_evaluation(dataset):
     # More workers than batches.
     with eval_batches(dataset.test.select(np.arange(4)), workers=2) as batches:
@@ -848,6 +851,7 @@ def test_each_bad_image_is_reported_once(bad_dataset):
     assert batches.corrupt[29] == "n01496331_6.JPEG" and set(batches.corrupt) == {4, 5, 6, 29}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_images_are_an_error(bad_dataset, workers):

@@ -246,6 +246,7 @@ def test_gradients_are_means_over_training_images_in_evaluation(opened):
     assert not any(leaf.any() for leaf in jax.tree.leaves(found["model_state"]))
 
 
+@pytest.mark.slow
 def test_a_function_in_the_place_of_a_module_trains_the_same():
     mesh, tx = sharding.make_mesh(devices=jax.devices()[:1]), optax.sgd(0.1, momentum=0.9)
     thin = models.Widths(2, ((2, 2), (3, 4), (3, 4)))

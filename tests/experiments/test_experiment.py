@@ -87,6 +87,7 @@ def test_held_out_images_are_training_images_that_are_not_trained_on():
     assert sources.held_out(whole, 0) is whole
 
 
+@pytest.mark.slow
 def test_the_average_of_parameters(config):
     """Follows the parameters and is tested in their place, with the zeros of the masks."""
     own = dataclasses.replace(config, ema=0.75, weight_decay=0.0, momentum=0.0)

@@ -180,6 +180,7 @@ def test_a_state_of_nnx_variables():
     assert len([own for own in jax.tree.leaves(found) if tuple(own.spec)]) == 4
 
 
+@pytest.mark.slow
 def test_training_on_split_parameters_gives_the_masks_of_whole_ones():
     random = np.random.default_rng(0)
     params = {

@@ -104,6 +104,7 @@ def test_commands_are_recorded_without_addresses():
     assert study.without_hosts(words) == "a --jobs 1 -- --steps 5".split()
 
 
+@pytest.mark.slow
 def test_what_is_stopped_inside_of_a_round_is_saved(tmp_path):
     schedule = rewinding.hold(optax.cosine_decay_schedule(0.1, 10), 10)
     tx = jaxprune.chain(optax.sgd(schedule, momentum=0.9), jaxprune.fixed_mask_transform())

@@ -154,6 +154,7 @@ def test_interrupted_before_and_after_switches(finished, environment, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -134,6 +134,7 @@ def test_runs_seed_by_seed_with_the_dense_one_first(study, capsys):
     assert (study.root / "agip-0.72-seed1" / "log.txt").read_text() == "training agip-0.72-seed1\n"
 
 
+@pytest.mark.slow
 def test_numbers_are_means_deviations_and_ratios_to_the_same_seed(study, monkeypatch):
     monkeypatch.setattr(reports, "plot_accuracy", study.real_plot)
     assert study.go(*GRID, "--seeds", "0", "1", "2", *STEPS) == 0
@@ -316,6 +317,7 @@ def test_real_runs(study, monkeypatch, environment):
     assert CACHE or list((study.root / "compilation_cache").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "other", "message"),
     [

@@ -266,6 +266,7 @@ def _loaded_after(*statements: str) -> set[str]:
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_import_is_light_and_needs_no_optional_package():
     # Flax loads some of them itself; only what we add counts.
     base = "import jax, flax, flax.linen, flax.nnx, optax, numpy, scipy"
@@ -277,6 +278,7 @@ def test_import_is_light_and_needs_no_optional_package():
     assert {name.split(".")[0] for name in ours} & OPTIONAL == set()
 
 
+@pytest.mark.slow
 def test_every_public_name_is_reachable_after_import_jaxprune():
     code = "import jaxprune; print(*(getattr(jaxprune, name) for name in jaxprune.__all__))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

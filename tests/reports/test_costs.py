@@ -187,6 +187,7 @@ def test_costs_of_plans_are_those_of_their_functions():
         assert structure.byte_cost(variables)(plan) == nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_costs_of_plans_of_a_resnet(train):
     functions, variables = resnet20()

@@ -450,6 +450,7 @@ def _full_disk(figure, file, **_):
     raise OSError("disk full")
 
 
+@pytest.mark.slow
 def test_plots_leave_pyplot_alone(tmp_path):
     code = (
         "import sys, numpy as np; from jaxprune import reports;"

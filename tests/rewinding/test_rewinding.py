@@ -39,24 +39,53 @@ class State(NamedTuple):
     opt_state: Any
 
 
+@functools.cache  # so that all toys with one schedule share their compiled step
 def optimizer(schedule, mask=None):
     mask = jaxprune.fixed_mask_transform() if mask is None else mask
     sgd = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(schedule, momentum=0.9))
     return jaxprune.chain(sgd, mask)
 
 
+@functools.cache
+def held(schedule):
+    return rewinding.hold(schedule, STEPS)
+
+
+@functools.cache
+def step_of(tx, make_state):
+    """One training step, compiled."""
+
+    @jax.jit
+    def step(state, key):
+        inputs = jax.random.normal(key, (16, 6))
+
+        def loss(params):
+            first, last = params["first"], params["last"]
+            hidden = jnp.tanh(inputs @ first["kernel"] + first["bias"][None])
+            return jnp.mean((hidden @ last["kernel"] - 1) ** 2), hidden.mean(0)
+
+        params, statistics, opt_state = fields(state)
+        grads, mean = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return make_state(
+            params=optax.apply_updates(params, updates),
+            statistics=0.9 * statistics + 0.1 * mean,
+            opt_state=opt_state,
+        )
+
+    return step
+
+
 class Toy:
     """A regression of random targets as a `Task`, with a diary of what it was asked to do."""
 
     def __init__(self, schedule=SCHEDULES["cosine"], tx=None, make_state=State):
-        self.tx = optimizer(rewinding.hold(schedule, STEPS)) if tx is None else tx
+        self.tx = optimizer(held(schedule)) if tx is None else tx
         self.make_state = make_state
         self.begun = {}  # (round, first step) -> the state that a training started from
         self.calls = []
         self.trained = {}  # (method, round) -> the state it ended with
-        self.task = Task(
-            self.init, self.train, self.evaluate, rewinding.hold(schedule, STEPS), STEPS, "toy"
-        )
+        self.task = Task(self.init, self.train, self.evaluate, held(schedule), STEPS, "toy")
 
     def init(self, number):
         keys = jax.random.split(jax.random.key(number), 2)
@@ -68,27 +97,9 @@ class Toy:
             params=params, statistics=jnp.zeros(8), opt_state=self.tx.init(params)
         )
 
-    @functools.cached_property
+    @property
     def step(self):
-        @jax.jit
-        def step(state, key):
-            inputs = jax.random.normal(key, (16, 6))
-
-            def loss(params):
-                first, last = params["first"], params["last"]
-                hidden = jnp.tanh(inputs @ first["kernel"] + first["bias"][None])
-                return jnp.mean((hidden @ last["kernel"] - 1) ** 2), hidden.mean(0)
-
-            params, statistics, opt_state = fields(state)
-            grads, mean = jax.grad(loss, has_aux=True)(params)
-            updates, opt_state = self.tx.update(grads, opt_state, params)
-            return self.make_state(
-                params=optax.apply_updates(params, updates),
-                statistics=0.9 * statistics + 0.1 * mean,
-                opt_state=opt_state,
-            )
-
-        return step
+        return step_of(self.tx, self.make_state)
 
     def train(self, state, start, stop, number):
         self.begun.setdefault((number, start), jax.tree.map(jnp.copy, state))
@@ -148,12 +159,19 @@ def wrapped(name, schedule):
     }[name]()
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize(
-    "name", ["chain", "ours", "injected", "masked", "partition", "schedule last"]
-)
-@pytest.mark.parametrize("driver", ["fine_tune", "rewind_learning_rate", "rewind_weights"])
-def test_rates_are_exactly_those_of_the_schedule(kind, name, driver, tmp_path):
+WRAPPED = ["chain", "ours", "injected", "masked", "partition", "schedule last"]
+DRIVERS = ["fine_tune", "rewind_learning_rate", "rewind_weights"]
+# Every pair of an optimizer and a driver, and every pair of each with a schedule.
+RATES = [
+    (name, driver, list(SCHEDULES)[(i + j) % 3])
+    for i, name in enumerate(WRAPPED)
+    for j, driver in enumerate(DRIVERS)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "driver", "kind"), RATES)
+def test_rates_are_exactly_those_of_the_schedule(name, driver, kind, tmp_path):
     schedule = rewinding.hold(SCHEDULES[kind], STEPS)
     tx = wrapped(name, schedule)
     rates = {}
@@ -274,6 +292,7 @@ def check_start(state, params, source, masks, step):
     assert int(optax.tree.get(state.opt_state, "count")) == step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["fine_tune", "rewind_learning_rate", "random_masks"])
 def test_trained_weights_go_on_with_all_of_their_state(driver, tmp_path):
     toy, _, state, start = begun(driver, tmp_path)
@@ -329,6 +348,7 @@ def test_the_dense_control_trains_everything(tmp_path):
 # ---- masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["fine_tune", "rewind_weights", "random_masks", "reinitialize"])
 def test_masks_are_nested_and_exact_and_zeros_stay(driver, tmp_path):
     toy = Toy()
@@ -391,6 +411,7 @@ def test_random_masks_follow_their_seed(tmp_path):
     assert same(found["a"], found["b"]) and not same(found["a"], found["c"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -477,6 +498,7 @@ class Killed(Exception):
     """Stands for a kill: nothing in the drivers catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["fine_tune", "rewind_weights", "rewind_learning_rate"])
 def test_a_killed_run_ends_with_the_same_bits(driver, tmp_path):
     more = {"to": EARLY} if driver == "rewind_weights" else {}
@@ -577,6 +599,7 @@ class Falling(Toy):
         return kept / 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guard", "harmed"),
     [
@@ -719,6 +742,7 @@ def test_weights_that_pruning_changed_are_used(tmp_path):
 # ---- devices and types
 
 
+@pytest.mark.slow
 def test_states_keep_their_shardings_and_their_freedom(tmp_path):
     mesh = sharding.make_mesh()
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
@@ -802,6 +826,7 @@ def flax_state(**named):
     return OtherFlaxState(step=0, apply_fn=len, tx=optax.sgd(1), **named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_state", [dict, DataState, flax_state, collections.OrderedDict])
 def test_any_state_with_the_two_fields(make_state, tmp_path):
     expected = rewinding.rewind_weights(Toy().task, tmp_path / "a", DENSITIES[:2], to=EARLY)

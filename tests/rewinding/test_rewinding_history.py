@@ -100,6 +100,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_task_is_refused_or_replaces_what_was_there(change, tmp_path):
     options, message = CHANGES[change]
@@ -116,6 +117,7 @@ def test_another_task_is_refused_or_replaces_what_was_there(change, tmp_path):
     refused(make_task(), tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_half_trained_stage_does_not_become_a_mixture(stage, tmp_path):
     task, fresh = make_task(rate=0.03), driven(make_task(rate=0.03), tmp_path / "fresh")
@@ -138,6 +140,7 @@ def test_a_half_trained_stage_does_not_become_a_mixture(stage, tmp_path):
     assert driven(task, tmp_path / "c", overwrite=True) == fresh
 
 
+@pytest.mark.slow
 def test_the_right_score_of_the_example_in_the_docs(tmp_path):
     """With the rate .03 the program of docs/rewinding.md scores -.178; with .3 it is -.070."""
     text = (Path(__file__).parents[2] / "docs" / "rewinding.md").read_text()
@@ -208,6 +211,7 @@ def test_another_machine_may_round_differently():
     assert _history.differences(json.loads(json.dumps(history)), history) == []
 
 
+@pytest.mark.slow
 @given(step=st.integers(0, 999), factor=st.sampled_from([0.9, 1.1, 0.0]))
 def test_the_rate_of_every_step_counts(step, factor):
     table = np.linspace(1e-3, 2e-3, 1000)
@@ -282,6 +286,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PAIRS)
 def test_another_rule_is_refused_or_replaces_what_was_there(kind, tmp_path):
     one, two = PAIRS[kind]
@@ -455,6 +460,7 @@ DRIVERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_parameters_that_can_be_called_are_a_tree(driver, tmp_path):
     call = functools.partial(getattr(rewinding, driver), **DRIVERS[driver])
@@ -464,6 +470,7 @@ def test_parameters_that_can_be_called_are_a_tree(driver, tmp_path):
     assert [(a.score, a.density) for a in found] == [(b.score, b.density) for b in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", [name for name in DRIVERS if name != "retrain_dense"])
 @pytest.mark.parametrize("option", ["score", "prunable", "masks"])
 def test_options_that_can_be_called_are_trees(option, driver, tmp_path):
@@ -500,6 +507,7 @@ def test_a_state_that_holds_functions_is_named(tmp_path):
     assert "activation: " in str(error.value) and "name: str" in str(error.value)
 
 
+@pytest.mark.slow
 def test_modules_of_equinox(tmp_path):
     equinox = pytest.importorskip("equinox")
     model = equinox.nn.MLP(6, 3, 8, 1, key=jax.random.key(0))

@@ -78,6 +78,7 @@ def test_taylor_is_taken_at_the_norms(groups):
     np.testing.assert_allclose(found[INNER], sums**2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_taylor_predicts_the_change_of_the_loss(groups):
     def loss(gate):
         params = jax.tree.map(lambda x: x, PARAMS)

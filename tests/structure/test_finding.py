@@ -59,6 +59,7 @@ SHRINK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRINK)
 def test_operations_that_leave_a_width_free(name):
     weights, function = between(SHRINK[name])
@@ -141,6 +142,7 @@ def nnx_traces(model, *args):
     return traces, jiggle(variables)
 
 
+@pytest.mark.slow
 def test_resnet():
     model = models.resnet8(num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(3), (4, 8, 8, 1))
@@ -192,6 +194,7 @@ class ViT(nn.Module):
         return nn.Dense(10, name="head")(nn.LayerNorm()(x)[:, 0])
 
 
+@pytest.mark.slow
 def test_vision_transformer():
     model, images = ViT(), jax.random.normal(jax.random.key(3), (3, 8, 8, 3))
     variables = jiggle(model.init(jax.random.key(0), images, train=False))
@@ -233,6 +236,7 @@ class Mobile(nn.Module):
         return nn.Dense(5, name="head")(u * nn.silu(g))
 
 
+@pytest.mark.slow
 def test_mobile_network():
     model, images = Mobile(), jax.random.normal(jax.random.key(3), (4, 8, 8, 3))
     variables = jiggle(model.init(jax.random.key(0), images, train=False))
@@ -335,6 +339,7 @@ def stepped(tx, function, params, state):
     return optax.apply_updates(params, updates), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_as_if_masked(mlp, name):
     tx = OPTIMIZERS[name]()
@@ -359,6 +364,7 @@ def test_training_goes_on_as_if_masked(mlp, name):
     assert jax.tree.map(jnp.shape, trained) == jax.tree.map(jnp.shape, small)
 
 
+@pytest.mark.slow
 def test_what_has_no_slices_begins_anew():
     weights, function = between(jax.nn.relu, width=256)
     weights["a"]["kernel"], x = draw(128, 256), draw(5, 128)

@@ -146,6 +146,7 @@ def test_what_no_array_holds_may_differ_too():
     assert "has y=3, in the dense network y=5" in reason
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_language_model():
     case = zoo_nnx.language_model()
     groups = structure.find_groups(list(case.traces.values()), case.variables)
@@ -225,6 +226,7 @@ def test_dropout_draws_other_bits():
     assert not planned(dropped, MLP, X).fits(dropped, MLP, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRINK)
 def test_a_proof_means_equal_numbers(name):
     weights, function = between(SHRINK[name])

@@ -133,6 +133,7 @@ def smallest(seed, steps, focus=()):
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_programs(chunk):
     """Outputs, updates and gradients; in failures, the smallest program that still fails."""

@@ -81,6 +81,7 @@ def model(request):
     return Examined(case, groups, plan, with_leaves(case.variables, leaves))
 
 
+@pytest.mark.slow
 def test_compaction_equals_masking(model):
     """Outputs, updates and gradients, of all entry points; at other sizes too."""
     case, traces = model.case, dict(model.case.traces)
@@ -142,6 +143,7 @@ def follow(functions, case, variables, steps):
     return jnp.concatenate(outs, 1), variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "whole"),
     [
@@ -179,6 +181,7 @@ def test_steps_with_a_cache_are_those_of_the_masked_model(name, whole):
 # ---- other types, no arrays, other processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "entry"), [("linen vision transformer", "evaluate"), ("nnx language model", "train")]
 )

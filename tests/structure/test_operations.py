@@ -180,6 +180,7 @@ def out_of(operation):
     return jax.eval_shape(operation, jax.ShapeDtypeStruct((5, 8), "float32")).shape[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRINK)
 def test_a_width_that_stays_free(name):
     weights, function = between(SHRINK[name], out=out_of(SHRINK[name]))
@@ -269,6 +270,7 @@ FREEZE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FREEZE)
 def test_a_width_that_stays_whole_says_why(name):
     operation, words = FREEZE[name]
@@ -1050,6 +1052,7 @@ REFUSED = pytest.mark.xfail(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=REFUSED if "closed over data" in name else ()) for name in CASES],

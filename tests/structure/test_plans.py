@@ -21,6 +21,7 @@ HEADS, WIDTH = 4, 6
 LAYOUTS = {"3hd": (3, HEADS, WIDTH), "h3d": (HEADS, 3, WIDTH), "hd3": (HEADS, WIDTH, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_heads_of_a_fused_kernel(layout):
     weights = {
@@ -351,6 +352,7 @@ def test_a_plan_whose_keys_were_sorted_is_the_same():
     np.testing.assert_array_equal(shuffled.wrap(net)(small, x), plan.wrap(net)(small, x))
 
 
+@pytest.mark.slow
 def test_each_group_loses_its_own_channels_in_the_optimizer_state():
     """The name of one group is the end of the other one's, and both have six channels."""
     params = {"kernel": draw(3, 6), "a": {"kernel": draw(6, 6)}, "z": draw(6, 2)}
@@ -433,6 +435,7 @@ def sharded_net(mesh):
     return net
 
 
+@pytest.mark.slow
 def test_what_stays_is_sharded_as_before(mesh):
     net = sharded_net(mesh)
     weights = {"a": draw(16, 32), "bias": draw(32), "b": draw(32, 16)}

@@ -48,6 +48,7 @@ def make_step(function, groups):
     return step
 
 
+@pytest.mark.slow
 def test_two_switches_train_as_masks_do():
     dense, dense_state = VARIABLES, make_optimizer(GROUPS).init(PARAMS)
     small, state, network = dense, dense_state, structure.dense_network(GROUPS)

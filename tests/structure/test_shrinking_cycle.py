@@ -74,6 +74,7 @@ def whole():
     return run, prepared, kept
 
 
+@pytest.mark.slow
 def test_it_switches_when_masks_have_changed_and_a_phase_begins(whole):
     run, prepared, _ = whole
     # Decided after 9 and 15, and done two steps later; the phase of 17 begins while the second
@@ -96,6 +97,7 @@ def test_the_next_stage_is_prepared_in_the_background(whole):
     assert all(thread is not threading.main_thread() for thread in later)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [8, 9, 10, 11, 15, 16, 17, 18, 19, 21, 30])
 def test_a_resumed_run_ends_with_the_same_bits(whole, step):
     reference, _, kept = whole
@@ -110,6 +112,7 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, step):
     assert [own | times for own in run.history] == [own | times for own in reference.history]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [9, 15])
 def test_a_decision_that_was_not_recorded_is_made_again(whole, step):
     """The checkpoint of a step is saved before the decision of that step."""
@@ -122,6 +125,7 @@ def test_a_decision_that_was_not_recorded_is_made_again(whole, step):
     jax.tree.map(np.testing.assert_array_equal, ends, kept[STEPS][:2])
 
 
+@pytest.mark.slow
 def test_next_step_names_every_step_at_which_something_happens(whole):
     """A loop that calls `advance` at these steps only ends as one that calls it after each."""
     _, _, kept = whole

@@ -144,6 +144,7 @@ def test_scores_and_gates_of_other_frameworks(framework, how):
         assert all(path.startswith("params/") for path in groups.model.parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", LIKE)
 def test_other_frameworks_compact(framework):
     build, *_ = LIKE[framework]
@@ -165,6 +166,7 @@ def test_other_frameworks_compact(framework):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", LIKE)
 def test_agip_takes_the_groups_of_a_function_in_evaluation_mode(framework):
     build, *_ = LIKE[framework]
@@ -403,6 +405,7 @@ def test_names_that_leave_no_parameter_are_said():
     assert groups.model.parameters == {"mean", "var"}
 
 
+@pytest.mark.slow
 def test_flax_batch_norms_in_a_stack_keep_their_statistics():
     class Layer(nn.Module):
         @nn.compact
@@ -515,6 +518,7 @@ def test_a_batch_norm_over_a_mapped_axis():
 # ---- the frameworks themselves
 
 
+@pytest.mark.slow
 def test_haiku():
     hk = pytest.importorskip("haiku")
 
@@ -544,6 +548,7 @@ def test_haiku():
             plan.verify(trace.function, variables, IMAGES, updates=trace.updates)
 
 
+@pytest.mark.slow
 def test_equinox():
     eqx = pytest.importorskip("equinox")
 

@@ -76,6 +76,7 @@ def _setup(devices=1):
     return mesh, split, sharding.replicate(jax.tree.map(jnp.copy, state), mesh), run, evaluate
 
 
+@pytest.mark.slow
 def test_steps_equal_a_loop_written_by_hand():
     _, split, state, run, _ = _setup()
     losses = []
@@ -119,6 +120,7 @@ def test_chunk_equals_single_steps():
     chex.assert_trees_all_close(chunked, stacked, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     widths = models.Widths(4, ((4, 4), (4, 4), (4, 4)))
     results = []
@@ -246,6 +248,7 @@ def test_fit_stops_when_told_without_losing_a_step():
     assert int(state.step) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 1, "fsdp": 8}])
 def test_any_mesh_and_streamed_batches_give_the_same_numbers(axes):
     """Rows of indices on one device; images and labels on meshes that split parameters."""
@@ -321,6 +324,7 @@ def test_cross_entropy_equals_numpy(smoothing):
     np.testing.assert_allclose(got, -(targets * log_probs).sum(-1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_falls_on_digits():
     dataset = data.load("digits")
     mesh, tx = sharding.make_mesh(devices=jax.devices()[:1]), optax.sgd(0.1, momentum=0.9)
@@ -369,6 +373,7 @@ def _one_step(tx, model, rows=ROWS[:1], devices=1, **options):
     return run(state, split, jnp.asarray(rows), KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("options", [{"parts": 4}, {"parts": 8}, {"remat": True}])
 def test_parts_and_rematerialisation_change_no_gradient(options, devices):
@@ -392,6 +397,7 @@ def test_parts_have_batch_statistics_of_their_own():
     chex.assert_trees_all_close(state.model_state, expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_parts_do_not_live_at_the_same_time():
     """Activations of four parts take less than half of the memory of the whole batch."""
     tx, mesh = optax.sgd(0.1), sharding.make_mesh(devices=jax.devices()[:1])

@@ -184,6 +184,7 @@ def test_regrown_weights_start_at_zero_where_the_statistic_is_largest() -> None:
     assert new.sum() == 50
 
 
+@pytest.mark.slow
 def test_what_a_mask_update_drops_it_does_not_regrow() -> None:
     tx = jaxprune.agip_transform(
         lambda step: 0.5, every=1, start=0, stop=4, regrow=0.5, score=scores.magnitude, decay=0.0
@@ -203,6 +204,7 @@ def test_what_a_mask_update_drops_it_does_not_regrow() -> None:
     np.testing.assert_array_equal(np.flatnonzero(second), [0, 1, 2, 3, *range(14, 20)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [budgets.uniform, budgets.global_budget(0.5)])
 def test_regrowth_moves_weights_between_layers_unless_the_budget_fixes_them(budget: Any) -> None:
     tx = jaxprune.chain(
@@ -228,6 +230,7 @@ def test_regrowth_moves_weights_between_layers_unless_the_budget_fixes_them(budg
 # Mechanism 4: the rate of the survivors.
 
 
+@pytest.mark.slow
 def test_rate_by_density_scales_the_update_of_each_leaf() -> None:
     plain, scaled = (
         jaxprune.chain(optax.sgd(0.1), jaxprune.agip_transform(0.75, start=0, stop=0, rate=rate))
@@ -267,6 +270,7 @@ def test_rate_by_statistic_favours_large_gradients() -> None:
 # Faults.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decay", "chain"),
     [(0.9, jaxprune.chain), (0.9, optax.chain), (None, optax.chain)],  # a momentum stays NaN
@@ -414,6 +418,7 @@ def train_unmoved(params, loss, transform, steps=4):
     return {path: int(mask.sum()) for path, mask in jaxprune.get_masks(state).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_a_leaf_without_gradient_keeps_its_share_by_magnitude(decay):
     """A fixed table of positions: `|w| S` is 0 everywhere, which does not mean worthless."""
@@ -437,6 +442,7 @@ def test_a_leaf_without_gradient_keeps_its_share_by_magnitude(decay):
     assert sizes[mask].min() > sizes[~mask].max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jaxprune.agip_transform, jaxprune.saliency_transform])
 def test_a_leaf_that_starts_at_0_keeps_its_share_and_is_named(method):
     """The second factor of LoRA: its gradients are large, its weights still 0."""
@@ -474,6 +480,7 @@ def test_an_expert_that_was_never_chosen_keeps_its_share():
     assert kept.sum() == 64 and kept[3] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-18, 1e-30])
 def test_tiny_gradients_rank_like_large_ones(scale):
     params = {"kernel": jnp.asarray(np.random.default_rng(3).normal(size=(8, 8)), jnp.float32)}

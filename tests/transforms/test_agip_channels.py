@@ -100,6 +100,7 @@ def off(state):
 CASES = [(name, "default") for name in INNER] + [("momentum", name) for name in OPTIONS][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inner", "option"), CASES)
 def test_counts_and_zeros_are_exact(inner, option):
     optimizer = INNER[inner](agip(**OPTIONS[option]))
@@ -136,6 +137,7 @@ def test_sparsity_zero_gives_the_updates_of_the_plain_optimizer():
         states = plain_state, state
 
 
+@pytest.mark.slow
 def test_the_statistic_is_the_root_of_the_mean_squared_taylor_term_at_the_gates():
     decay, expected, params = 0.8, np.zeros(10), PARAMS
     optimizer = INNER["momentum"](agip(decay=decay, start=50, stop=50))
@@ -171,6 +173,7 @@ def test_a_channel_comes_back_and_learns_again():
     assert back, "nothing came back"
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_refused():
     optimizer = jaxprune.chain(optax.sgd(0.1), agip(start=1, stop=1))
     state, params = optimizer.init(PARAMS), PARAMS
@@ -186,6 +189,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
     assert np.isfinite(average[NORMED]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inner", "multiple"), [("momentum", 1), ("momentum", 4), ("adamw", 4), ("decay", 1)]
 )
@@ -302,6 +306,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(names=NAMES, rule=st.sampled_from(list(RULES)), seed=st.integers(0, 99))
 def test_each_group_is_ranked_by_its_own_statistics(names, rule, seed):
@@ -323,6 +328,7 @@ def test_each_group_is_ranked_by_its_own_statistics(names, rule, seed):
         np.testing.assert_array_equal(found[str(name)], kept[name], err_msg=f"{name} of {names}")
 
 
+@pytest.mark.slow
 def test_regrowth_and_floors_do_not_depend_on_the_names():
     """Widths, budgets, what is dropped and what comes back belong to layers, not to positions."""
     options = {"regrow": 0.5, "every": 1, "start": 0, "stop": 3, "budget": budgets.erdos_renyi}
@@ -349,6 +355,7 @@ def test_regrowth_and_floors_do_not_depend_on_the_names():
     assert run(["b", "a", "c"]) == expected and run([10, 9, 2]) == expected
 
 
+@pytest.mark.slow
 def test_three_layers_whose_names_are_not_in_order():
     """Channels that hardly count are the last eight of b and the first eight of a."""
 
@@ -390,6 +397,7 @@ def test_three_layers_whose_names_are_not_in_order():
 SCALES = [(0, -60), (-60, 0), (-120, 0), (40, 30)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "scales"), in_turn(RULES, SCALES) + in_turn(RULES, SCALES[::-1]))
 def test_scaled_networks_are_ranked_as_they_are(rule, scales):
     """Gradients of 1e-18, weights of 1e-18 and 1e-36, and products above 1e19: no square fits."""

@@ -56,6 +56,7 @@ METHODS = ["fixed masks", "magnitude", "agip"]
 FIRST = {*in_turn(NORMS, METHODS), *(("clip_by_global_norm", method) for method in METHODS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), sorted(FIRST))
 def test_the_first_step_is_that_of_the_sparse_network(name: str, method: str) -> None:
     sparse, masks = jaxprune.prune(draw(100), 0.95, budget=budgets.uniform)
@@ -84,6 +85,7 @@ def test_the_first_step_is_that_of_the_sparse_network(name: str, method: str) ->
         np.testing.assert_allclose(got[leaf], weights, rtol=1e-5, atol=1e-6, err_msg=leaf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sparse"),
     [("magnitude", True), ("random", True), ("saliency", True), ("set", True), ("rigl", True),
@@ -112,6 +114,7 @@ def test_inner_is_one_of_three_and_a_momentum_cannot_be_hidden() -> None:
         jaxprune.chain(optax.sgd(0.1, momentum=0.9), blind, inner="sparse").init(draw(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"), in_turn(["lamb", "muon", "clip_by_global_norm"], ["magnitude", "rigl"])
 )
@@ -134,6 +137,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), in_turn(STARTS, ["set", "rigl"]))
 def test_moments_go_back_to_what_init_gives(name: str, method: str) -> None:
     member, field, value = STARTS[name]
@@ -146,6 +150,7 @@ def test_moments_go_back_to_what_init_gives(name: str, method: str) -> None:
         assert all(np.isfinite(leaf).all() for leaf in params.values())
 
 
+@pytest.mark.slow
 def test_a_history_of_weights_starts_again_too() -> None:
     prune = jaxprune.rigl_transform(0.5, every=1, stop=9, drop=0.4)
     tx = jaxprune.chain(optax.scale_by_lbfgs(memory_size=3), optax.scale(-0.01), prune)
@@ -193,6 +198,7 @@ def beside(method: str) -> tuple[Any, list[tuple[Any, Any]]]:
     return prune, steps_of(jaxprune.chain(SGD(0.1), prune), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "method"), in_turn(NESTED, ["set", "rigl"]))
 def test_pruning_inside_of_wrappers_is_pruning_beside_them(wrapper: str, method: str) -> None:
     prune, flat = beside(method)
@@ -208,6 +214,7 @@ def test_pruning_inside_of_wrappers_is_pruning_beside_them(wrapper: str, method:
         np.testing.assert_array_equal(pruned_entries(found, masks), 0.0)
 
 
+@pytest.mark.slow
 def test_two_pruning_transformations_in_one_chain() -> None:
     options: dict[str, Any] = {"every": 1, "stop": 9, "drop": 0.4}
     one = jaxprune.set_transform(0.5, prunable=lambda path, leaf: path == "a", **options)
@@ -232,6 +239,7 @@ def quadratic(params: Any) -> jax.Array:
     return sum(jnp.sum((params[name] - targets[name]) ** 4) for name in params)  # pyright: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "agip", "rigl"])
 def test_a_line_search_goes_on_from_the_masked_point(method: str) -> None:
     prune = getattr(jaxprune, f"{method}_transform")(0.8, every=1, start=1, stop=3)
@@ -254,6 +262,7 @@ def test_a_line_search_goes_on_from_the_masked_point(method: str) -> None:
     assert (pruned_entries(params, jaxprune.get_masks(state)) == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "agip", "straight_through", "fixed"])
 def test_a_line_search_in_a_plain_chain_is_refused(method: str) -> None:
     _, masks = jaxprune.prune(draw(100), 0.5)
@@ -356,6 +365,7 @@ def test_masks_that_became_numbers_are_bools_when_read_and_refused_when_used(wra
 # ---- decay=None
 
 
+@pytest.mark.slow
 def test_without_an_average_each_leaf_needs_one_momentum() -> None:
     agip = functools.partial(jaxprune.agip_transform, 0.5, stop=0, decay=None)
 

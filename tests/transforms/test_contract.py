@@ -268,6 +268,7 @@ def plain() -> tuple[optax.GradientTransformation, Callable[..., Any], Callable[
     return tx, jax.jit(tx.update), jax.jit(jax.grad(loss))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_sparsity_0_gives_the_plain_optimizer(transform: str) -> None:
     pruned, (tx, update, gradient) = INNER["momentum"](TRANSFORMS[transform](0.0)), plain()
@@ -281,6 +282,7 @@ def test_sparsity_0_gives_the_plain_optimizer(transform: str) -> None:
         params, states = optax.apply_updates(params, updates), (pruned_state, plain_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_one_trace_same_trees_and_dtypes_and_donation(transform: str) -> None:
     tx, _ = built(transform)
@@ -300,6 +302,7 @@ def test_one_trace_same_trees_and_dtypes_and_donation(transform: str) -> None:
     chex.assert_trees_all_equal(params, run(transform).params[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_scan_and_vmap_give_the_numbers_of_the_loop(transform: str) -> None:
     tx, step = built(transform)
@@ -332,6 +335,7 @@ ON_EIGHT += sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transform", "layout"), ON_EIGHT)
 def test_eight_devices_give_the_masks_of_one(transform: str, layout: str) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -352,6 +356,7 @@ def test_eight_devices_give_the_masks_of_one(transform: str, layout: str) -> Non
     chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_state_saves_restores_and_goes_on_bit_for_bit(transform: str, tmp_path: Any) -> None:
     tx, _ = built(transform)
@@ -396,6 +401,7 @@ HALVES += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transform", "dtype", "update_dtype"), HALVES)
 def test_half_precision_leaves_no_residue(transform: str, dtype: Any, update_dtype: Any) -> None:
     tx = TRANSFORMS[transform]()
@@ -478,6 +484,7 @@ class Module:
         return loss({"a": self.a, "b": self.b}, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_trees_that_can_be_called(transform: str) -> None:
     tx = TRANSFORMS[transform]()
@@ -499,6 +506,7 @@ def test_trees_that_can_be_called(transform: str) -> None:
     chex.assert_trees_all_equal(jaxprune.get_masks(state), Module(**expected))
 
 
+@pytest.mark.slow
 def test_nested_lists_and_tuples() -> None:
     flat = jax.tree.leaves(make_params())
     params = [(flat[0],), [flat[1], {"w": flat[2]}]]

@@ -169,6 +169,7 @@ def test_the_tables_name_everything_that_optax_offers() -> None:
 CASES = {*in_turn(OPTIMIZERS, PRUNERS), *(("lbfgs", pruner) for pruner in PRUNERS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pruner"), sorted(CASES))
 def test_every_optimizer_of_optax(name: str, pruner: str) -> None:
     tx = jaxprune.chain(OPTIMIZERS[name](), PRUNERS[pruner]())

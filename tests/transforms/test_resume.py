@@ -38,6 +38,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_later_target_is_reached(method):
     make = METHODS[method]
@@ -48,6 +49,7 @@ def test_a_later_target_is_reached(method):
         assert sparsity(after) == pytest.approx(0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_shorter_schedule_is_made_up_for(method):
     make = METHODS[method]
@@ -66,6 +68,7 @@ def test_a_schedule_that_starts_later_waits():
     assert sparsity(train(later, state, 1, params)[1]) == pytest.approx(0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jaxprune.set_transform, jaxprune.rigl_transform])
 def test_the_same_schedule_goes_on_without_another_move(method):
     def make():
@@ -98,6 +101,7 @@ def test_a_state_of_other_shapes_names_them():
         train(jaxprune.magnitude_transform(0.5, stop=0), state, 1, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_whose_keys_sort_differently_is_read_by_path(method):
     """Text keys, as in a file, sort "10" before "9"; numbers do not."""

@@ -63,6 +63,7 @@ def test_uniform_keeps_the_same_share_of_each_layer():
     assert np.asarray(alone)[0].mean() < 0.001  # nothing says that it is a stack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("pattern", [None, patterns.channels(axis=-1), patterns.blocks((4, 2))])
@@ -139,6 +140,7 @@ def test_a_budget_may_name_the_whole_stack():
     assert np.asarray(masks["layers"]["kernel"]).sum((1, 2)).tolist() == [32] * 3
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(seed=st.integers(0, 5), axis=st.integers(0, 2), fraction=st.sampled_from([0.0, 0.3]))
 def test_regrowth_keeps_each_copy_at_its_number(seed, axis, fraction):
@@ -155,6 +157,7 @@ def test_regrowth_keeps_each_copy_at_its_number(seed, axis, fraction):
         assert (old & ~own).sum() == min(moved, size - old.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "axis"), in_turn(TRANSFORMS, [0, 1]))
 def test_transformations_treat_each_copy_as_a_leaf(name, axis):
     """The same training on a stack and on a leaf for each layer gives the same masks."""
@@ -213,6 +216,7 @@ def test_scanned_vectors_are_not_pruned():
     assert masks["layers"]["mix"].sum(1).tolist() == [8] * 4
 
 
+@pytest.mark.slow
 def test_a_sharded_stack_gets_the_same_masks():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params = {"layers": normal(0, 4, 8, 16)}
@@ -261,6 +265,7 @@ def test_layouts_find_inputs_of_each_copy(axis):
 
 
 # Those that differ in what they do with gradients.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["agip, regrowth", "saliency", "rigl", "straight through", "acdc"])
 def test_shard_map_over_data_gives_the_masks_of_one_device(name):
     """Parameters and state are replicated, the batch is split."""

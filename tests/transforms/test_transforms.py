@@ -51,6 +51,7 @@ class Trace:
 # ---- gradual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADUAL)
 @pytest.mark.parametrize("budget", [budgets.uniform, budgets.global_budget(0.0)])
 def test_gradual_methods_drop_the_lowest_scores_among_what_is_kept(name, budget):
@@ -131,6 +132,7 @@ def test_rigl_drops_by_magnitude_and_grows_by_gradient(chain):
             np.testing.assert_array_equal(new, expected)
 
 
+@pytest.mark.slow
 def test_set_grows_at_random_and_differently_at_each_mask_update_and_seed():
     def grown(seed: int) -> list[np.ndarray]:
         prune = jaxprune.set_transform(0.7, every=1, stop=50, drop=0.5, seed=seed)
@@ -160,6 +162,7 @@ RESTARTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("member", "name"), in_turn(RESTARTED, DYNAMIC))
 def test_chain_restarts_the_moments_of_regrown_weights(member, name):
     inner, fields = member
@@ -187,6 +190,7 @@ def test_chain_restarts_the_moments_of_regrown_weights(member, name):
         np.testing.assert_allclose(got, state.trace["bias"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adafactors_sums_over_rows_are_left_alone():
     params = {"kernel": jnp.ones((128, 128))}
     tx = jaxprune.chain(optax.adafactor(0.1), jaxprune.rigl_transform(0.5, every=1, stop=3))
@@ -388,6 +392,7 @@ def window(name: str) -> dict[str, Any]:
     return {"every": 2, "start": 0, "stop": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("pattern", ["2:5", "blocks", "channels"])
 def test_patterns_hold_for_every_method(name, pattern):
@@ -412,6 +417,7 @@ def test_patterns_hold_for_every_method(name, pattern):
         assert sum(int(m[0].sum()) for m in (a, b)) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["saliency_transform", "rigl_transform"])
 def test_a_mask_update_waits_for_a_finite_gradient(name):
     tx = jaxprune.chain(

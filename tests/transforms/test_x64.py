@@ -33,6 +33,7 @@ CASES = in_turn(TRANSFORMS, [np.float32, np.float64])
 CASES += [("default", np.float64), ("everything", np.float64), ("channels", np.float32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transform", "dtype"), dict.fromkeys(CASES))
 def test_the_masks_are_those_of_32_bits(transform, dtype):
     expected = run(transform, "momentum")
@@ -75,6 +76,7 @@ def test_one_call_without_training(dtype):
         assert sum(int(m.sum()) for m in jax.tree.leaves(rounds) if m.ndim > 1) == 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_channels(dtype):
     def net(w, x):
