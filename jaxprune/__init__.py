@@ -47,7 +47,7 @@ changes with a note there that says what to write instead.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
 
 from jaxprune import (
     at_init,
@@ -88,7 +88,7 @@ from jaxprune.transforms import (
     straight_through_transform,
 )
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from jaxprune import (
         checkpoints,
         data,
@@ -162,7 +162,7 @@ _LAZY = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Imports a lazy module at its first use."""
     if name not in _LAZY:
         raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")

@@ -1,14 +1,112 @@
-"""What all commands share: options split at `--`, errors as one message."""
+"""Shared by all commands: options split at `--`, the record of a workdir, errors as one message."""
 
+import argparse
 import contextlib
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune import checkpoints
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the program with one message where an error is the user's to mend, not a traceback."""
+    """Ends the program with one message if an error is the user's to mend, without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line at the first `--` into its own words and those for the runs.
+
+    Example:
+        >>> split(["digits_resnet8", "--jobs", "2", "--", "--steps", "5"])
+        (['digits_resnet8', '--jobs', '2'], ['--steps', '5'])
+        >>> split(["digits_resnet8"])
+        (['digits_resnet8'], [])
+    """
+    end = args.index("--") if "--" in args else len(args)
+    return list(args[:end]), list(args[end + 1 :])
+
+
+def parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
+    """Parses the words before `--`; the words after it become `training`."""
+    own, training = split(args)
+    options = parser.parse_args(own)
+    options.training = training
+    return options
+
+
+def refuse(parser: argparse.ArgumentParser, own: Collection[str], words: Iterable[str]) -> None:
+    """Ends the program if words for the runs hold options that the command sets itself.
+
+    Args:
+        parser: the parser of the command.
+        own: names of such options, with hyphens and without the leading ones.
+        words: the words for the runs.
+    """
+    given = {word.partition("=")[0].lstrip("-").replace("_", "-") for word in words
+             if word.startswith("--")}  # fmt: skip
+    if found := sorted(given & set(own)):
+        parser.error(
+            f"--{', --'.join(found)} may not be given to the runs: this command sets it, or it has "
+            "no effect here"
+        )
+
+
+def record_command(
+    path: Path,
+    settings: Mapping[str, Any],
+    words: Sequence[str],
+    *,
+    binding: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Adds a command to the record of a workdir, or refuses a workdir with different settings.
+
+    Args:
+        path: the record, a JSON file in the workdir.
+        settings: what must not change while results are added; JSON-ready.
+        words: the command, such as `["python", "scripts/study.py", "digits_resnet8"]`.
+        binding: whether the settings that are there count; False if nothing was made with them.
+        check: raises if the command does not fit the workdir for another reason.
+
+    Raises:
+        ValueError: the workdir cannot be written or has different settings; nothing is recorded.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "study.json")
+        >>> record_command(path, {"steps": 5}, ["study", "--seeds", "0"])
+        >>> record_command(path, {"steps": 5}, ["study", "--seeds", "0 1"])
+        >>> commands_in(path)
+        ['study --seeds 0', "study --seeds '0 1'"]
+    """
+    checkpoints.check_writable(path.parent)
+    saved = checkpoints.read_json(path)
+    if saved is not None and binding:
+        checkpoints.check_config(saved, settings, str(path.parent))
+    check()
+    commands = dict.fromkeys([*commands_in(path), shlex.join(words)])
+    checkpoints.write_json(path, {**settings, "commands": list(commands)})
+
+
+def commands_in(path: Path) -> list[str]:
+    """Returns the commands of a record; none if there is no such file."""
+    return (checkpoints.read_json(path) or {}).get("commands", [])
+
+
+def check_results(found: Collection[Any], workdir: Path) -> None:
+    """Raises if `--report-only` found nothing to report.
+
+    Example:
+        >>> check_results([], Path("runs/a"))
+        Traceback (most recent call last):
+        ValueError: `workdir` runs/a holds no finished run to report
+    """
+    if not found:
+        raise ValueError(f"`workdir` {workdir} holds no finished run to report")

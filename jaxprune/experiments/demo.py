@@ -3,8 +3,8 @@
     python scripts/demo.py
 
 The images are scikit-learn's digits, which come inside its package, so nothing is downloaded. Each
-run is one call of scripts/train.py; its folder holds every record, checkpoint and plot. A demo that
-was stopped goes on where it was.
+run is one call of scripts/train.py; its folder holds every record, checkpoint and plot. The same
+command resumes a demo that was stopped.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ROWS = {
 
 
 def main() -> None:
-    """Both runs, the table and the plots."""
+    """Trains both networks and shows the table."""
     options = parse()
     began = time.perf_counter()
     for name, (label, arguments) in RUNS.items():
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(folder: Path) -> str:
-    """The table of both runs and where the plots are, which it writes."""
+    """Writes the plots; returns the table of both runs and the paths of the plots."""
     summaries = {
         label: json.loads((folder / name / "summary.json").read_text())
         for name, (label, _) in RUNS.items()

@@ -32,9 +32,7 @@ def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
         The contents of summary.json.
     """
     workdir, log = run.workdir, run.metrics
-    measured = (
-        {"sparsity": run.sparsity(state)} | run.total | peaks(run.stages.peak_bytes, run.peaks)
-    )
+    measured = {"sparsity": run.sparsity(state)} | run.total | run.peaks
     dense = make_optimizer(run.config, optax.constant_schedule(0), None)
     state, masks = jax.tree.map(processes.on_host, (state, run.masks(state)))
     table = jaxprune.summarize(state.params, masks)
@@ -87,7 +85,7 @@ def environment() -> dict[str, Any]:
 
 
 def is_untested(log: MetricsLog, end: int) -> bool:
-    """Whether the evaluation of the last step is to be made again, because its line is lost."""
+    """Says whether the last step must be evaluated again, because its record is lost."""
     return processes.on_first(lambda: not log.has(end, "test_accuracy"))
 
 

@@ -2,17 +2,17 @@
 
     python scripts/train.py digits_resnet8
     python scripts/train.py fashion_resnet8 --sparsity 0.9 --seed 1
-    python scripts/train.py digits_resnet8 --help      # every option with its value there
+    python scripts/train.py digits_resnet8 --help      # lists every option with its value there
 
-A run can be stopped at any time; the same command goes on where it was and ends with the same
-numbers. Everything that it writes is in --workdir:
+`python -m jaxprune.experiments.train` is the same command without a checkout. You can stop a run at
+any time; the same command resumes it and ends with the same numbers. It writes into --workdir:
 
     config.json     the resolved configuration
     metrics.jsonl   one record a line: loss, accuracy, sparsity, speed, test accuracy
-    checkpoints/    Orbax: state, data position and configuration of the newest steps
+    checkpoints/    state, data position and configuration of the newest steps (Orbax)
     tensorboard/    the same metrics for TensorBoard
-    summary.json    accuracy, counts, bytes and times of the finished run; summary.txt is the table
-    report.html     the story of the run in one file: curves, switches, widths; opens anywhere
+    summary.json    accuracy, counts, bytes and times of the finished run; summary.txt is a table
+    report.html     the whole run in one file: curves, switches and widths; needs no network
     training.png, densities.png
 """
 
@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,11 @@ from jaxprune.experiments.pruning import pruning_of
 from jaxprune.experiments.stages import Stages, unranked_groups
 from jaxprune.logs import MetricsLog, show_progress
 
-# What may change when a run is resumed; all else must be as it was.
+# Options that may change when a run is resumed; all others must be the same.
 FREE = {"workdir", "overwrite", "data_dir", "source_dir", "workers", "threads", "mesh"}
 FREE |= {"coordinator", "processes", "process", "host_timeout"}
 SECONDS = "seconds", "cpu_seconds"  # of training, without evaluations and checkpoints
-# What --overwrite deletes, config.json last: it is what says that the folder holds a run.
+# What --overwrite deletes. config.json comes last, as it says that the folder holds a run.
 OUTPUTS = (
     "summary.json", "summary.txt", "report.html", "training.png", "densities.png",
     "metrics.jsonl", "checkpoints", "tensorboard", "config.json",
@@ -100,8 +100,7 @@ class Run:
             saved = processes.on_first(lambda: checkpoints.read_json(workdir / "config.json"))
             summary = processes.on_first(lambda: checkpoints.read_json(workdir / "summary.json"))
             if saved is not None:
-                check_format(saved, workdir)
-                checkpoints.check_config(saved, self.options, str(workdir))
+                check_same_run(saved, self.options, workdir)
             if summary is not None:
                 processes.say((workdir / "summary.txt").read_text())
                 processes.say(f"{workdir} is finished; --overwrite trains it again.")
@@ -121,7 +120,7 @@ class Run:
             if self.manager.latest_step() is not None:
                 record = checkpoints.read_record(self.manager)
                 saved = self.images | record["config"] | record
-                checkpoints.check_config(saved, self.options | self.images, str(workdir))
+                check_same_run(saved, self.options | self.images, workdir)
             self.stages = Stages(experiment, None if record is None else record["stage"])
             if record is None:
                 state = experiment.create(self.config.seed)
@@ -199,7 +198,7 @@ class Run:
         """Writes the metrics of the last steps."""
         config, stage = self.config, self.stages.stage
         values |= self.spent()
-        self.peaks.update(results.peaks(self.stages.peak_bytes, self.peaks))
+        self.peaks = results.peaks(self.stages.peak_bytes, self.peaks)
         values["sparsity"] = self.sparsity(state)
         rates = rewarmed(self.experiment.schedule, stage.cut, config.rewarm_steps)
         values["learning_rate"] = float(np.asarray(rates(step - 1)))
@@ -228,6 +227,7 @@ class Run:
 
     def save(self, step: int, state: training.TrainState) -> None:
         """Writes a checkpoint with all that a resumed run needs."""
+        self.peaks = results.peaks(self.stages.peak_bytes, self.peaks)
         record = {"data": {"next_index": step}, "config": self.resolved}
         record |= self.images | self.spent()
         record |= {"stage": self.stages.to_record(), "peaks": self.peaks}
@@ -254,8 +254,8 @@ class Run:
         return sparsity_of(state.params, self.masks(state))
 
 
-def check_format(saved: dict[str, Any], workdir: Path) -> None:
-    """Refuses a folder whose checkpoints have other names than this version writes."""
+def check_same_run(saved: Mapping[str, Any], options: Mapping[str, Any], workdir: Path) -> None:
+    """Raises if a folder holds a run with other options, or of a version with other names."""
     if saved.get("format", 1) != FORMAT:
         raise ValueError(
             f"`workdir` {workdir} holds a run of format {saved.get('format', 1)}, and this version "
@@ -263,23 +263,27 @@ def check_format(saved: dict[str, Any], workdir: Path) -> None:
             "see CHANGELOG.md); name another --workdir, or finish the run with the version that "
             "began it"
         )
+    try:
+        checkpoints.check_config(saved, options, str(workdir))
+    except ValueError as error:
+        raise ValueError(f"{error} `--overwrite` deletes it and trains again.") from None
 
 
 def default_workdir(config: Config) -> str:
-    """runs/ and what tells most runs apart."""
+    """Names a folder in runs/ after the options that tell most runs apart."""
     kind = "-channels" if config.granularity == "channels" else ""
     method = "none" if config.method == "none" else f"{config.method}{kind}-{config.sparsity:g}"
     return f"runs/{config.dataset}-{config.model}-{method}-seed{config.seed}"
 
 
 def clock() -> np.ndarray:
-    """Seconds of the wall clock and of this process on all cores."""
+    """Returns the seconds of the wall clock, and those of this process on all cores."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 @contextlib.contextmanager
 def timed(durations: list[Any]) -> Iterator[None]:
-    """Appends how long the block took, as `clock` counts."""
+    """Appends the duration of the block, as `clock` counts it."""
     began = clock()
     try:
         yield
@@ -288,13 +292,13 @@ def timed(durations: list[Any]) -> Iterator[None]:
 
 
 def delete_run(workdir: Path) -> None:
-    """Removes what an earlier run wrote and nothing else; nothing at all where there was no run."""
+    """Deletes the outputs of an earlier run and nothing else, if there is a run."""
     for path in (workdir / name for name in OUTPUTS if (workdir / "config.json").exists()):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sparsity_of(params: Any, masks: Any) -> float:
-    """Fraction of the prunable weights that is masked."""
+    """Returns the fraction of the prunable weights that is masked."""
     flags = trees.prunable_flags(params)
     by_path = trees.leaf_by_path(masks)
     kernels = [by_path[path] for path, flag in zip(trees.leaf_by_path(params), flags) if flag]
@@ -304,7 +308,7 @@ def sparsity_of(params: Any, masks: Any) -> float:
 
 @jax.jit
 def count_true(masks: list[jax.Array]) -> list[jax.Array]:
-    """How many weights each mask keeps; one dispatch for all."""
+    """Counts the weights that each mask keeps, in one dispatch."""
     return [mask.sum(dtype=jnp.int32) for mask in masks]
 
 

@@ -74,7 +74,7 @@ class Shrinking:
         functions: `function(variables, *args)` of the dense network -> the args of a batch on which
             both networks are compared at a switch.
         policy: when a switch pays.
-        phases: step -> value, what else changes while the run goes on, such as the size of images.
+        phases: step -> value, what else changes during the run, such as the size of images.
             The value of step 0 is needed. A new phase begins with a switch, too: `policy.delay`
             steps after its step, or with the switch that is pending then.
         params: the key of the trained parameters in the variables.

@@ -71,12 +71,16 @@ def fit(
         ValueError: if the batch does not divide by the number of devices.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from flax import nnx
+        >>> from jaxprune import training
         >>> from jaxprune.data import Split
-        >>> mesh, tx = make_mesh(), optax.sgd(0.1)
+        >>> mesh, tx = sharding.make_mesh(), optax.sgd(0.1)
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-        >>> graphdef, state = create_state(model, tx, mesh)
-        >>> step = make_train_step(graphdef, tx, lambda key, images: images / 255)
-        >>> run = make_chunk_step(step, mesh)
+        >>> graphdef, state = training.create_state(model, tx, mesh)
+        >>> step = training.make_train_step(graphdef, tx, lambda key, images: images / 255)
+        >>> run = training.make_chunk_step(step, mesh)
         >>> split = Split(jnp.ones((9, 2)), jnp.zeros(9, jnp.int32))
         >>> batches = iter([np.zeros(8, np.int32)] * 7)
         >>> state = fit(state, 7, run, split, batches, jax.random.key(0), mesh)

@@ -48,7 +48,7 @@ def create_state(
 
     Example:
         >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-        >>> _, state = create_state(model, optax.sgd(0.1), make_mesh())
+        >>> _, state = create_state(model, optax.sgd(0.1), sharding.make_mesh())
         >>> state.params["kernel"].shape
         (3, 2)
     """
@@ -118,7 +118,7 @@ def make_train_step(
     Example:
         >>> tx = optax.sgd(0.1)
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-        >>> graphdef, state = create_state(model, tx, make_mesh())
+        >>> graphdef, state = create_state(model, tx, sharding.make_mesh())
         >>> step = make_train_step(graphdef, tx, lambda key, images: images / 255)
         >>> batch = jnp.ones((4, 2)), jnp.zeros(4, jnp.int32)
         >>> state, metrics = jax.jit(step)(state, *batch, jax.random.key(0))
@@ -166,7 +166,7 @@ def make_chunk_step(
 
     Example:
         >>> from jaxprune.data import Split
-        >>> mesh, tx = make_mesh(), optax.sgd(0.1)
+        >>> mesh, tx = sharding.make_mesh(), optax.sgd(0.1)
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
         >>> graphdef, state = create_state(model, tx, mesh)
         >>> step = make_train_step(graphdef, tx, lambda key, images: images / 255)
@@ -212,7 +212,7 @@ def make_evaluate(
 
     Example:
         >>> from jaxprune.data import Split
-        >>> mesh = make_mesh()
+        >>> mesh = sharding.make_mesh()
         >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
         >>> graphdef, state = create_state(model, optax.sgd(0.1), mesh)
         >>> evaluate = make_evaluate(graphdef, lambda images: images / 255, mesh)

@@ -105,7 +105,7 @@ def test_networks_of_another_training_are_refused(dense, finished, script, tmp_p
     (again / "checkpoints" / "30" / "record" / "metadata").write_text(json.dumps(record))
     before = records(finished[0])
     code, text = script.go(again, *OPTIONS, "--workdir", finished[0])
-    assert code and "were made from another training of the same configuration" in text
+    assert code and "were made from a different training of the same configuration" in text
     assert all(str(finished[0] / name) in text for name in CELLS)
     assert records(finished[0]) == before
     assert script.go(dense, *OPTIONS, "--workdir", finished[0])[0] == 0
@@ -145,7 +145,7 @@ def test_each_score_and_control_is_a_network_within_the_budget(finished):
 def opened(dense):
     """The trained network as the script sees it."""
     config = json.loads((dense / "config.json").read_text())
-    config = Config(**{k: v for k, v in config.items() if k != "resolved_steps"})
+    config = Config(**{k: v for k, v in config.items() if k not in ("resolved_steps", "format")})
     return networks.read_dense(dense, config)
 
 
@@ -164,7 +164,7 @@ def test_before_training_it_is_the_dense_network_with_zeros(finished, opened):
 
 def test_files_are_enough_to_run_it_and_to_rebuild_it(finished, opened):
     workdir, _ = finished
-    images = opened.setting.source.prepare(opened.setting.source.test.images)
+    images = opened.experiment.source.prepare(opened.experiment.source.test.images)
     for name in ("l1-0.5-seed0", "scratch-0.5-seed0"):
         record = records(workdir)[name]
         widths = models.Widths(**record["widths"])
@@ -176,7 +176,7 @@ def test_files_are_enough_to_run_it_and_to_rebuild_it(finished, opened):
             nnx.update(model, part)
         model.eval()
         logits = nnx.jit(type(model).__call__)(model, images)
-        accuracy = float(np.mean(jnp.argmax(logits, -1) == opened.setting.source.test.labels))
+        accuracy = float(np.mean(jnp.argmax(logits, -1) == opened.experiment.source.test.labels))
         assert accuracy == pytest.approx(record["accuracy"], abs=1.5 / 360)
         if name != "scratch-0.5-seed0":
             plan = structure.load_plan(workdir / name / "plan.json")
@@ -208,7 +208,7 @@ def test_training_goes_on_with_the_batches_that_come_next(opened, monkeypatch):
 
     monkeypatch.setattr(training, "fit", fit)
     networks.fine_tune(opened, networks.unpruned(opened), [])
-    batches = data.index_batches(opened.setting.source.size, 16, seed=0)
+    batches = data.index_batches(opened.experiment.source.size, 16, seed=0)
     order = [next(batches).tolist() for _ in range(31)]
     assert seen == [(30, {"next_index": 30}, order[30], 1)]
 
@@ -230,10 +230,10 @@ def test_scores_are_those_of_the_network(opened):
 
 def test_gradients_are_means_over_training_images_in_evaluation(opened):
     found = networks.mean_gradients(opened, 3)
-    images, labels = opened.setting.source.train
+    images, labels = opened.experiment.source.train
     batches = data.index_batches(len(labels), 16, seed=0)
     rows = np.concatenate([next(batches) for _ in range(3)])
-    inputs = opened.setting.source.prepare(jnp.asarray(images[rows]))
+    inputs = opened.experiment.source.prepare(jnp.asarray(images[rows]))
 
     def loss(params):
         variables = {"params": params, "model_state": opened.state.model_state}
@@ -303,7 +303,7 @@ def test_killed_and_stopped_it_skips_what_is_done_and_ends_the_same(
                 process.send_signal(signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
     assert seen[0].startswith("1 of 4 networks are finished")
-    assert "stopped; the same command goes on from there\n" in seen
+    assert "stopped; run the same command to resume\n" in seen
     assert [*records(tmp_path)] == CELLS[:2]
     assert (tmp_path / CELLS[0] / "summary.json").read_text() == done
 
@@ -405,11 +405,11 @@ def test_runs_that_cannot_be_compared_are_all_named(script, tmp_path):
     code, text = script.go(*runs, "--workdir", tmp_path / "out")
     assert code not in (0, None) and "Traceback" not in text
     for problem in (
-        "must be finished, dense and differ in their seeds only",
+        "must be finished, dense and differ only in their seeds",
         f"{runs[1]}: batch_size is 7, but 64 in {runs[0]}",
         f"{runs[2]}: is pruned (agip); train with --method none",
         f"{runs[3]}: is not finished",
-        f"{runs[4]}: has seed 0, as another run has",
+        f"{runs[4]}: has seed 0, as an earlier one has",
         f"{runs[5]}: holds no run of scripts/train.py",
     ):
         assert problem in text
@@ -425,7 +425,7 @@ def test_runs_that_cannot_be_compared_are_all_named(script, tmp_path):
         (["run", "--budgets", "0.5", "1"], "--budgets must lie in (0, 1)"),
         (["run", "--steps", "0"], "--steps, --score-batches and --multiple must be at least 1"),
         (["run", "--steps", "9", "--warmup-steps", "9"], "--warmup-steps less than --steps"),
-        (["--report-only"], "holds no finished network"),
+        (["--report-only"], "holds no finished run to report"),
     ],
 )
 def test_refusals(args, message, script, tmp_path):

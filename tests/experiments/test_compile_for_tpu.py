@@ -94,6 +94,12 @@ def test_what_libtpu_refuses_names_the_fix(installed, fix, monkeypatch):
 # ---- checks
 
 
+def test_a_gpu_needs_its_platform(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compile_for_tpu.main(["--topology", "h100:8"])
+    assert "`topology` h100:8 is one of GPUs; add `--platform cuda`" in str(stopped.value)
+
+
 def gather(size, source, conditional=False):
     return Collective("all-gather", 4 * size, (1, size), source, conditional)
 

@@ -43,7 +43,7 @@ def test_parse_mesh(text, expected):
         ("data=2.5", "'data=2.5': a size must be an integer of at least 1"),
         ("data=²", "'data=²': a size must be an integer of at least 1"),
         ("model=2", "'model=2': no such axis; use data or fsdp"),
-        ("data=2,data=4", "'data=4': data is there already; name each axis once"),
+        ("data=2,data=4", "'data=4': data occurs twice; name each axis once"),
         ("data=4,", "'': has no size"),
     ],
 )

@@ -211,6 +211,28 @@ def test_a_stop_while_ray_starts(tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
+@needs_ray
+def test_machines_without_jaxprune_are_named(tmp_path):
+    import ray
+
+    for cause, kind, text in (
+        (
+            RuntimeError("The remote function failed to import on the worker. No module named 'x'"),
+            ValueError,
+            "cannot import jaxprune, so it runs nothing; install jaxprune",
+        ),
+        (ValueError("another process is training a"), ValueError, "another process is training a"),
+    ):
+        error = ray.exceptions.RayTaskError("train", "traceback", cause)
+
+        def get(_, error=error):
+            raise error
+
+        stand_in = types.SimpleNamespace(get=get, exceptions=ray.exceptions)
+        with pytest.raises(kind, match=text):
+            ray_jobs.exit_code(stand_in, None, tmp_path)
+
+
 # ---- with Ray
 
 
@@ -271,7 +293,7 @@ def test_a_stop_lets_runs_save_and_the_same_command_goes_on(tmp_path, start, go,
     assert driver.wait(timeout=300) == 128 + kind
     assert {p.parent.name for p in folder.glob("*/saved")} == {"none-seed0", "agip-0.72-seed0"}
     text = driver.stdout.read()
-    assert "stopped; the same command goes on from there" in text
+    assert "stopped; run the same command to resume" in text
     assert "FAILED" not in text
     use = ["--engine", "ray", "--ray-address", address, "--jobs", "1"]
     code, text = go(test_study.FAKE, *_study(folder), *use, *STEPS)

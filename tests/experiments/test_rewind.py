@@ -188,10 +188,10 @@ def test_help_says_what_the_options_cost(script):
         (["digits_resnet8", "--jobs", "0"], "--jobs and --save-every must be at least 1"),
         (["digits_resnet8", "--rounds", "0"], "`rounds` must be at least 1"),
         (["digits_resnet8", "--rate", "1"], "`rate` must lie in"),
-        (["digits_resnet8", "--", "--sparsity", ".5"], "--sparsity may not follow"),
-        (["digits_resnet8", "--", "--prune_every=5"], "--prune-every may not follow"),
+        (["digits_resnet8", "--", "--sparsity", ".5"], "--sparsity may not be given"),
+        (["digits_resnet8", "--", "--prune_every=5"], "--prune-every may not be given"),
         (["digits_resnet8", "--seeds", "-1"], "`seed` must be at least 0"),
-        (["--report-only"], "holds no trained network"),
+        (["--report-only"], "holds no finished run to report"),
     ],
 )
 def test_refusals(args, message, script, tmp_path):
@@ -217,7 +217,7 @@ def test_an_interrupt_says_how_to_go_on(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rewinding, "run_seed", interrupted)
     code, text = script.go("digits_resnet8", "--workdir", tmp_path)
-    assert code == 130 and "the same command goes on from there" in text
+    assert code == 130 and "run the same command to resume" in text
 
 
 def test_report_only_trains_nothing(finished, script):

@@ -221,7 +221,7 @@ def test_a_stop_lets_the_run_save_and_the_same_command_goes_on(study, capsys):
     assert _names(study) == ["none-seed0", "agip-0.72-seed0", "random-0.72-seed0"]
     assert (study.root / "random-0.72-seed0" / "saved").exists()
     text = capsys.readouterr().out
-    assert "stopped; the same command goes on" in text
+    assert "stopped; run the same command to resume" in text
     assert "FAILED" not in text
     assert len(_table(study)) == 2
     study.faults()
@@ -245,7 +245,7 @@ def test_other_training_options_are_refused(study):
     before = (study.root / "study.json").read_text()
     message = study.go(*GRID, "--seeds", "1", "--", "--steps", "7")
     assert "options: ['--steps', '5'] there, ['--steps', '7'] now" in message
-    assert "use another workdir" in message
+    assert "use a different folder" in message
     assert (study.root / "study.json").read_text() == before
     assert len(_names(study)) == 5
 
@@ -255,7 +255,7 @@ def test_runs_with_other_configurations_are_not_mixed(study):
     for arguments in ([*GRID, "--seeds", "0", *STEPS], ["fashion", "--report-only"]):
         message = study.go(*arguments)
         assert "steps: 99 there, 5 now" in message or "steps: 5 there, 99 now" in message
-        assert "use another workdir" in message
+        assert "use a different folder" in message
         assert "agip-0.72-seed0" in message and "none-seed0" in message
         assert "data_dir" not in message and "seed:" not in message
     assert _names(study) == ["none-seed0", "agip-0.72-seed0"]
@@ -277,7 +277,10 @@ def test_a_mistyped_first_command_can_be_corrected(study):
         (("a", "--jobs", "0"), "--jobs must be at least 1"),
         (("a", "--methods", "none"), "invalid choice: 'none'"),
         (("a", "--steps", "5"), "--steps"),
-        (("a", "--", "--seed=3", "--overwrite"), "--overwrite, --seed may not follow `--`"),
+        (
+            ("a", "--", "--seed=3", "--overwrite"),
+            "--overwrite, --seed may not be given",
+        ),
     ],
 )
 def test_bad_options_are_named(study, args, part, capsys):
@@ -329,5 +332,5 @@ def test_a_folder_that_holds_another_run_than_its_name_says(name, other, message
     shutil.copytree(study.root / other, study.root / name)
     _calls(study)
     code = study.go(*GRID, "--seeds", "0", "1", *STEPS)
-    assert "hold other runs than their names say" in code and message in code
+    assert "hold different runs from those that their names say" in code and message in code
     assert not _calls(study)

@@ -130,7 +130,7 @@ def test_finished_run_has_everything(finished):
     assert summary["test_accuracy"] == _metrics(workdir)[-1]["test_accuracy"]
     assert set(summary["versions"]) == {"jax", "flax", "optax", "jaxprune"}
     config = json.loads((workdir / "config.json").read_text())
-    assert set(config) == {field.name for field in FIELDS} | {"resolved_steps"}
+    assert set(config) == {field.name for field in FIELDS} | {"resolved_steps", "format"}
     for name in ("training.png", "densities.png"):
         assert (workdir / name).read_bytes()[1:4] == b"PNG"
     assert list((workdir / "tensorboard").iterdir())
@@ -155,9 +155,27 @@ def test_other_options_are_refused_and_nothing_is_lost(finished, capsys):
     before = _modified(workdir)
     other = ["--sparsity", "0.9", "--seed", "1"]
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir), *other)
-    for part in ("sparsity: 0.72 there, 0.9 now", "seed: 0 there, 1 now", "a different folder"):
+    for part in (
+        "sparsity: 0.72 there, 0.9 now",
+        "seed: 0 there, 1 now",
+        "--overwrite",
+        "a different folder",
+    ):
         assert part in message
     assert _modified(workdir) == before
+
+
+def test_a_run_of_an_earlier_format_is_refused_by_name(finished, tmp_path, capsys):
+    """Before 0.1.0 leaves of the optimizer state had other names."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("format") == train.FORMAT
+    path.write_text(json.dumps(saved))
+    before = _modified(tmp_path / "run")
+    message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "run"))
+    assert "holds a run of format 1" in message and "CHANGELOG" in message
+    assert _modified(tmp_path / "run") == before
 
 
 def test_a_run_does_not_go_on_with_other_images(finished, tmp_path, monkeypatch, capsys):
@@ -188,7 +206,7 @@ def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path, capsys)
     before = _modified(workdir)
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir))
     assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in message
-    assert "move this folder away" in message
+    assert "move it away" in message
     assert _modified(workdir) == before
 
     (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")

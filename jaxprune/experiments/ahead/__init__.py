@@ -1,1 +1,1 @@
-"""The training step compiled for machines that are not there, and held to rules."""
+"""The training step, compiled for machines that are not there and checked against rules."""

@@ -1,4 +1,4 @@
-"""What must hold of a compiled training step: where pruning keeps its state, and what it moves."""
+"""Checks of a compiled training step: where pruning keeps its state, and what it moves."""
 
 import math
 import re
@@ -23,7 +23,7 @@ class Check(NamedTuple):
 
 
 def check_all(networks: Sequence[Network], found: Sequence[Program]) -> list[Check]:
-    """All checks of the programs of a network and of what is left of it."""
+    """Checks the programs of a network and of the smaller one."""
     dense, params = found[0], networks[0].variables["params"]
     checks = []
     if jax.tree.leaves(masks_of(dense.state)):
@@ -36,7 +36,7 @@ def check_all(networks: Sequence[Network], found: Sequence[Program]) -> list[Che
 
 
 def check_gathers(collectives: Sequence[programs.Collective], size: int) -> Check:
-    """Pruning gathers no array of the size of a whole parameter."""
+    """Checks that pruning gathers no array as large as a whole parameter."""
     own = [
         one
         for one in collectives
@@ -54,7 +54,7 @@ def check_gathers(collectives: Sequence[programs.Collective], size: int) -> Chec
 
 
 def check_masks(state: training.TrainState) -> Check:
-    """One byte for each pruned weight, and split like the weight."""
+    """Checks that a mask has one byte for each pruned weight, and is split like the weight."""
     owners = trees.leaf_by_path(state.params)
     masks = trees.leaf_by_path(masks_of(state))
     problems = [
@@ -70,7 +70,7 @@ def check_masks(state: training.TrainState) -> Check:
 
 
 def check_statistics(state: training.TrainState) -> Check:
-    """Four bytes for each pruned weight, and split like the weight."""
+    """Checks that statistics have four bytes for each pruned weight, and are split like it."""
     owners = trees.leaf_by_path(state.params)
     leaves = trees.leaf_by_path(statistics_of(state))
     problems = []
@@ -87,7 +87,7 @@ def check_statistics(state: training.TrainState) -> Check:
 
 
 def check_in_place(program: Program) -> Check:
-    """The new state takes the place of the old one."""
+    """Checks that the new state takes the memory of the old one."""
     nbytes = sum(own.padded for own in jax.tree.leaves(program.state))
     aliased = program.memory.aliased
     text = f"the step writes {aliased} bytes in place; its state has {nbytes}"
@@ -95,7 +95,7 @@ def check_in_place(program: Program) -> Check:
 
 
 def check_smaller(macs: Sequence[int], found: Sequence[Program]) -> list[Check]:
-    """Without half of the channels, arithmetic falls as MACs do, and memory as their root."""
+    """Checks that with half of the channels FLOPs fall as MACs do, and memory as their root."""
     ratio = macs[1] / macs[0]
     measured = {
         "FLOPs": (ratio, 0, [own.flops for own in found]),
@@ -110,7 +110,7 @@ def check_smaller(macs: Sequence[int], found: Sequence[Program]) -> list[Check]:
 
 
 def check_fits(program: Program, nbytes: int) -> Check:
-    """The peak fits into memory; the compiler of GPUs only warns."""
+    """Checks that the peak fits into memory; XLA only warns for GPUs."""
     text = (
         f"the peak of {program.memory.peak} bytes must fit into {nbytes}, what JAX takes of a GPU"
     )
@@ -121,7 +121,7 @@ def check_fits(program: Program, nbytes: int) -> Check:
 
 
 def pruning_of(state: training.TrainState) -> Any:
-    """The state of the pruning transformation; None for a dense run."""
+    """Returns the state of the pruning transformation; None for a dense run."""
 
     def is_pruning(value: Any) -> bool:
         return "masks" in getattr(value, "_fields", ())
@@ -131,19 +131,19 @@ def pruning_of(state: training.TrainState) -> Any:
 
 
 def masks_of(state: training.TrainState) -> Any:
-    """The masks; nothing for a dense run."""
+    """Returns the masks; nothing for a dense run."""
     pruning = pruning_of(state)
     return () if pruning is None else pruning.masks
 
 
 def statistics_of(state: training.TrainState) -> Any:
-    """All else that pruning keeps."""
+    """Returns all state of pruning but the masks."""
     pruning = pruning_of(state)
     return () if pruning is None else pruning._replace(masks=())
 
 
 def pruned_weights(state: training.TrainState) -> int:
-    """Entries of what is masked, on one device; where channels are pruned, of all parameters."""
+    """Counts the masked entries on one device; those of all parameters if channels are pruned."""
     params = trees.leaf_by_path(state.params)
     of_channels = trees.state_fields(state.opt_state, "channels")
     paths = params if of_channels else trees.leaf_by_path(masks_of(state))
@@ -151,7 +151,7 @@ def pruned_weights(state: training.TrainState) -> int:
 
 
 def smallest_split(params: Any, state: training.TrainState) -> int:
-    """Entries of the smallest masked parameter that is split, or of the smallest if none is."""
+    """Returns the size of the smallest masked parameter that is split, or of the smallest."""
     whole = {path: leaf.shape for path, leaf in trees.leaf_by_path(params).items()}
     own = trees.leaf_by_path(state.params)
     masked = trees.leaf_by_path(masks_of(state))
@@ -160,6 +160,6 @@ def smallest_split(params: Any, state: training.TrainState) -> int:
 
 
 def first(problems: Sequence[str]) -> str:
-    """The first few of a list."""
+    """Shows the first few of a list."""
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     return "; ".join(problems[:3]) + more

@@ -6,11 +6,11 @@
     python scripts/compile_for_tpu.py --topology v5e:2x4 --mesh data=4,fsdp=2 -- --batch-size 1024
     python scripts/compile_for_tpu.py --platform cuda --topology h100:8
 
-What follows `--` are options of train.py. Needs libtpu (the extra `tpu`) and no TPU, or JAX's CUDA
-plugin (the extra `cuda`) and no GPU: nothing runs, and no array is made. The step is compiled for
-the network and for what is left of it without half of the channels. Each report has memory,
-arithmetic and exchanges between devices, all of one device, and checks; the exit status is 1 if one
-of them fails.
+Options after `--` are those of train.py. The command needs libtpu (the extra `tpu`) and no TPU, or
+JAX's CUDA plugin (the extra `cuda`) and no GPU: nothing runs, and no array is made. It compiles the
+step for the network, and for the network without half of its channels. Each report lists memory,
+arithmetic and exchanges between devices, all for one device, and checks; the exit status is 1 if a
+check fails.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jaxprune import programs, sharding
+from jaxprune.experiments import command
 from jaxprune.experiments.ahead import checks
 from jaxprune.experiments.ahead.steps import (
     Network,
@@ -48,6 +49,7 @@ MIB = 2**20
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = parse(sys.argv[1:] if args is None else list(args))
     passed = True
@@ -55,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
         own = [options.config, *options.training]
         config = tyro.extras.overridable_config_cli(CONFIGS, args=own)
         check_config(config)
-        jax.config.update("jax_platforms", "cpu")  # where what is traced would run
+        jax.config.update("jax_platforms", "cpu")  # traced constants live there
         for topology in options.topology:
             mesh = make_mesh(options.platform, topology, options.mesh or config.mesh)
             sharding.check_batch(config.batch_size, mesh)
@@ -65,24 +67,22 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """The command line; `training` is what follows the `--`."""
+    """Parses the command line; `training` holds the options after `--`."""
     form = argparse.RawDescriptionHelpFormatter
     usage = "compile_for_tpu.py [options] [-- options of train.py]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--topology", nargs="+", metavar="NAME:SIDES",
-        help=f"chips to compile for; default: {' '.join(DEFAULTS['tpu'])}; of cuda: "
-        f"{programs.GPU_EXAMPLE}, also for example h100:2x8 for two machines")  # fmt: skip
+        help=f"chips to compile for; default: {' '.join(DEFAULTS['tpu'])}; for cuda "
+        f"{programs.GPU_EXAMPLE}; h100:2x8 means two machines of eight")  # fmt: skip
     add("--config", default="synthetic_resnet50", choices=CONFIGS, metavar="NAME",
         help="named configuration of train.py; default: synthetic_resnet50")  # fmt: skip
-    add("--mesh", help="such as data=4,fsdp=2; default: data over all devices")
+    add("--mesh", help="mesh such as data=4,fsdp=2; default: data over all devices")
     add("--platform", default="tpu", choices=[*DEFAULTS],
-        help="cuda: GPUs; cpu: as many fake devices of this machine as --mesh says")  # fmt: skip
+        help="cuda: GPUs; cpu: as many virtual devices of this machine as --mesh has")  # fmt: skip
     add("--effort", type=float, default=-1.0,
-        help="of the TPU compiler: 0 is that of training; default: -1, faster")  # fmt: skip
-    end = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(args[:end])
-    options.training = args[end + 1 :]
+        help="effort of the TPU compiler: 0 as in training, -1 (default) faster")  # fmt: skip
+    options = command.parse(parser, args)
     if options.topology is None or options.platform == "cpu":
         options.topology = DEFAULTS[options.platform]
     return options
@@ -92,8 +92,10 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 
 def make_mesh(platform: str, topology: str, text: str) -> Mesh:
-    """The devices of a topology, or as many of this machine as the text says."""
+    """Arranges the devices of a topology, or as many of this machine as the text says."""
     axes = sharding.parse_mesh(text) if text else {}
+    if platform == "tpu" and topology.partition(":")[0] in programs.GPUS:
+        raise ValueError(f"`topology` {topology} is one of GPUs; add `--platform cuda`")
     if platform == "cpu":
         if axes and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
@@ -109,7 +111,7 @@ def make_mesh(platform: str, topology: str, text: str) -> Mesh:
 
 
 def report(config: Config, mesh: Mesh, platform: str, topology: str, effort: float) -> bool:
-    """Compiles, prints, and says whether all is well."""
+    """Compiles and prints a report; returns whether all checks passed."""
     compiler = {"exec_time_optimization_effort": effort} if platform == "tpu" else {}
     source = shapes_of(config)
     dense = dense_network(config, source)
@@ -138,7 +140,7 @@ def report(config: Config, mesh: Mesh, platform: str, topology: str, effort: flo
 
 
 def table(networks: Sequence[Network], found: Sequence[Program]) -> list[str]:
-    """What both networks cost."""
+    """Lists the costs of both networks."""
 
     def padded(tree: Any) -> float:
         return sum(own.padded for own in jax.tree.leaves(tree)) / MIB
@@ -166,7 +168,7 @@ def table(networks: Sequence[Network], found: Sequence[Program]) -> list[str]:
 
 
 def exchanges(program: Program) -> list[str]:
-    """Counts and bytes of the exchanges of a step and of a mask update."""
+    """Lists counts and bytes of the exchanges of a step and of a mask update."""
     lines = [f"  {'exchanges':32} {'number':>10} {'MiB':>10}"]
     for conditional, when in ((False, "each step"), (True, "mask update")):
         for kind in programs.KINDS:
@@ -181,7 +183,7 @@ def exchanges(program: Program) -> list[str]:
 
 
 def entries(tree: Any) -> int:
-    """Of all arrays."""
+    """Counts the entries of all arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 

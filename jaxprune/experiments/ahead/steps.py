@@ -26,7 +26,7 @@ OPTIMIZER = "optimizer"  # is in the names of all operations of the optimizer, p
 
 
 class Network(NamedTuple):
-    """A network as functions of shapes."""
+    """A network as functions and shapes."""
 
     functions: structure.FromNNX  # of the dense network
     stage: structure.Stage
@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
 
 def check_config(config: Config) -> None:
-    """Refuses what needs data."""
+    """Raises if the step depends on data."""
     problems = []
     if config.method in AT_INIT:
         names = ", ".join(AT_INIT)
@@ -56,7 +56,7 @@ def check_config(config: Config) -> None:
 
 
 def shapes_of(config: Config) -> Source:
-    """The data of a configuration without images. Mean and deviation are any: constants."""
+    """Describes the data of a configuration without images; mean and deviation are arbitrary."""
     size = IMAGENET if config.dataset == "imagenet2012" else 4 * config.batch_size
     large = size, (config.image_size, config.image_size, 3), 1000
     size, shape, classes = DATA_SETS.get(config.dataset, large)

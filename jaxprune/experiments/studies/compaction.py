@@ -1,36 +1,33 @@
-"""Removes channels of trained ResNets for real, by several scores, and trains the small ones on.
+"""Removes channels of trained ResNets for real, by several scores, and trains the smaller networks.
 
     python scripts/train.py digits_resnet8 --method none --workdir runs/dense-0
     python scripts/compact.py runs/dense-0 --scores l1 taylor --budgets 0.5 0.25
 
-Takes finished dense runs of scripts/train.py that differ in their seeds only. For each score and
-budget (the fraction of the MACs that is left) a folder in the workdir gets plan.json, the smaller
-parameters and statistics (network.npz, read by jaxprune.storage.load) and summary.json. Three
-controls: random scores; `scratch`, a new network of the widths that `l1` chose; and `dense`, the
-whole network. All of them are trained equally long on the same batches.
+Takes finished dense runs of scripts/train.py that differ only in their seeds. For each score and
+budget (the fraction of the MACs that is kept) a folder in the workdir gets plan.json, the smaller
+parameters and statistics (network.npz, read by jaxprune.storage.load) and summary.json. There are
+three controls: random scores; `scratch`, a new network with the widths that `l1` chose; and
+`dense`, the whole network. All of them are trained for the same time on the same batches.
 
-After a stop the same command goes on with what is not finished; it may name more runs, scores and
-budgets. results.jsonl, .md and .png always cover all that is there.
+To resume after a stop, run the same command again; it may name more runs, scores and budgets.
+results.jsonl, .md and .png always cover all finished networks.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import logging
-import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import optax
 
-import jaxprune
 from jaxprune import checkpoints, models, storage, structure, training
+from jaxprune.experiments import command, results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.studies.compaction_results import write_results
@@ -47,20 +44,20 @@ from jaxprune.experiments.studies.networks import (
     variables_of,
 )
 
-# What may differ between the runs. All but the seed change no number of a dense run.
+# What may differ between the runs. Only the seed changes a number of a dense run.
 FREE = {"seed", "workdir", "overwrite", "data_dir", "source_dir", "sparsity"}
-# What all networks of a workdir share, beside the configuration of the dense runs.
+# What all networks of a workdir share, besides the configuration of the dense runs.
 SHARED = "steps", "learning_rate", "warmup_steps", "score_batches", "floor", "multiple"
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     args = sys.argv[1:] if args is None else list(args)
     options = parse(args)
     with plain_errors():
         if options.report_only:
-            if not write_results(options.workdir, [*SCORES]):
-                raise ValueError(f"`workdir` {options.workdir} holds no finished network")
+            command.check_results(write_results(options.workdir, [*SCORES]), options.workdir)
             return
         runs = read_runs(options)
         cells = {config.seed: cells_of(options, config.seed) for _, config in runs}
@@ -70,13 +67,16 @@ def main(args: Sequence[str] | None = None) -> None:
             sources.update({config.seed: source_of(path) for path, config in runs})
             check_cells(options.workdir, cells, sources)
 
-        command = shlex.join(["python", "scripts/compact.py", *args])
-        record_command(options, runs, command, check)
+        settings = checkpoints.fields(runs[0][1], FREE)
+        settings |= {f"compact.py --{name}": getattr(options, name) for name in SHARED}
+        words = ["python", "scripts/compact.py", *args]
+        path = options.workdir / "config.json"
+        command.record_command(path, settings, words, check=check)
         compare(options, runs, cells, sources)
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     form = argparse.RawDescriptionHelpFormatter
     meanings = "".join(f"  {name:11} {what}\n" for name, what in SCORES.items())
     text = f"{__doc__}\nscores:\n{meanings}"
@@ -86,17 +86,17 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--scores", nargs="+", default=[*SCORES], choices=SCORES, metavar="SCORE",
         help="default: all of them")  # fmt: skip
     add("--budgets", nargs="+", type=float, default=[0.5, 0.25], metavar="FRACTION",
-        help="of the MACs that is left; default: .5 .25")  # fmt: skip
-    add("--steps", type=int, default=300, help="of training after compaction; default: 300")
+        help="of the MACs that is kept; default: 0.5 0.25")  # fmt: skip
+    add("--steps", type=int, default=300, help="training steps after compaction; default: 300")
     add("--learning-rate", type=float,
-        help="the highest one; default: a quarter of the dense run's")  # fmt: skip
+        help="the highest rate; default: a quarter of the dense run's")  # fmt: skip
     add("--warmup-steps", type=int, help="default: a tenth of the steps")
     add("--score-batches", type=int, default=8,
         help="training batches whose mean gradient `taylor` takes; default: 8")  # fmt: skip
     add("--floor", type=float, default=0.1, metavar="FRACTION",
-        help="of the channels that each group keeps at least; default: .1")  # fmt: skip
+        help="of its channels that each group keeps at least; default: 0.1")  # fmt: skip
     add("--multiple", type=int, default=1,
-        help="widths are multiples of it, and 8 makes steps faster; default: 1")  # fmt: skip
+        help="widths are multiples of this; 8 makes steps faster; default: 1")  # fmt: skip
     add("--workdir", type=Path, default=Path("runs/compact"), help="default: runs/compact")
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
     options = parser.parse_args(args)
@@ -116,14 +116,14 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 
 def read_runs(options: argparse.Namespace) -> list[tuple[Path, Config]]:
-    """The dense runs and their configurations; an error names all that is wrong with them."""
+    """Reads the dense runs and their configurations; the error lists all that is wrong."""
     problems, runs = [], []
     for path in options.runs:
         saved = checkpoints.read_json(path / "config.json")
         if saved is None:
             problems.append(f"{path}: holds no run of scripts/train.py")
         elif not (path / "summary.json").exists():
-            problems.append(f"{path}: is not finished; the command that began it goes on")
+            problems.append(f"{path}: is not finished; run the command that began it to resume")
         elif saved.get("method") != "none":
             problems.append(f"{path}: is pruned ({saved.get('method')}); train with --method none")
         else:
@@ -137,33 +137,14 @@ def read_runs(options: argparse.Namespace) -> list[tuple[Path, Config]]:
                 if value != theirs[key]
             ]
             if config.seed in [other.seed for _, other in runs]:
-                problems.append(f"{path}: has seed {config.seed}, as another run has")
+                problems.append(f"{path}: has seed {config.seed}, as an earlier one has")
             runs.append((path, config))
     if problems:
         text = "\n  ".join(problems)
-        raise ValueError(f"runs must be finished, dense and differ in their seeds only:\n  {text}")
+        raise ValueError(f"runs must be finished, dense and differ only in their seeds:\n  {text}")
     if options.learning_rate is None:
         options.learning_rate = runs[0][1].learning_rate / 4
     return runs
-
-
-def record_command(
-    options: argparse.Namespace,
-    runs: Sequence[tuple[Path, Config]],
-    command: str,
-    check: Callable[[], None],
-) -> None:
-    """Writes config.json, or refuses a workdir of another comparison and what `check` refuses."""
-    checkpoints.check_writable(options.workdir)
-    now = checkpoints.fields(runs[0][1], FREE)
-    now |= {f"compact.py --{name}": getattr(options, name) for name in SHARED}
-    path = options.workdir / "config.json"
-    saved = checkpoints.read_json(path)
-    if saved is not None:
-        checkpoints.check_config(saved, now, str(options.workdir))
-    check()
-    commands = [*dict.fromkeys([*(saved or {}).get("commands", []), command])]
-    checkpoints.write_json(path, now | {"commands": commands})
 
 
 def compare(
@@ -199,14 +180,14 @@ def compare(
                     flush=True,
                 )
     if stopped:
-        print("stopped; the same command goes on from there")
+        print("stopped; run the same command to resume")
         sys.exit(128 + stopped[0])
     write_results(options.workdir, [*SCORES])
     print(f"\n{(options.workdir / 'results.md').read_text()}\nwritten to {options.workdir}")
 
 
 def source_of(path: Path) -> str:
-    """Tells the trained networks of dense runs apart, whatever their folders are called."""
+    """Returns what tells the trained networks of dense runs apart, wherever they lie."""
     with contextlib.closing(checkpoints.open_manager(path / "checkpoints")) as manager:
         return checkpoints.fingerprint(manager)
 
@@ -214,7 +195,7 @@ def source_of(path: Path) -> str:
 def check_cells(
     workdir: Path, cells: Mapping[int, Mapping[str, Any]], sources: Mapping[int, str]
 ) -> None:
-    """Refuses finished networks that were made from other dense networks than those given now."""
+    """Raises if finished networks were made from dense networks that are not those given now."""
     problems = []
     for seed, own in cells.items():
         for name in own:
@@ -224,13 +205,13 @@ def check_cells(
     if problems:
         text = "\n  ".join(problems)
         raise ValueError(
-            "networks were made from another training of the same configuration; use another "
-            f"--workdir, or delete these folders:\n  {text}"
+            "networks were made from a different training of the same configuration; use a "
+            f"different --workdir, or delete these folders:\n  {text}"
         )
 
 
 def cells_of(options: argparse.Namespace, seed: int) -> dict[str, tuple[str, float]]:
-    """Folder -> score and budget, in the order in which they run."""
+    """Returns folder -> score and budget, in the order in which they run."""
     scores = [*dict.fromkeys(options.scores), "scratch"]
     pairs = [(score, budget) for budget in dict.fromkeys(options.budgets) for score in scores]
     cells = {f"{score}-{budget:g}-seed{seed}": (score, budget) for score, budget in pairs}
@@ -238,16 +219,16 @@ def cells_of(options: argparse.Namespace, seed: int) -> dict[str, tuple[str, flo
 
 
 def open_run(options: argparse.Namespace, path: Path, config: Config) -> Dense:
-    """A trained network, to be trained on as the options say."""
+    """Reads a trained network, to be trained further as the options say."""
     own = {name: getattr(options, name) for name in ("steps", "learning_rate", "warmup_steps")}
     dense = read_dense(path, dataclasses.replace(config, schedule="cosine", **own))
-    for budget in options.budgets:  # one below the floors is refused before anything is trained
+    for budget in options.budgets:  # refuse one below the floors before anything is trained
         plan_of(options, dense, "l1", budget)
     return dense
 
 
 def plan_of(options: argparse.Namespace, dense: Dense, score: str, budget: float) -> structure.Plan:
-    """Which channels stay."""
+    """Returns which channels stay."""
     limits: Any = {"floor": options.floor, "multiple": options.multiple}
     return choose(dense, score, budget, batches=options.score_batches, **limits)
 
@@ -261,7 +242,7 @@ def run_cell(
     stopped: Sequence[Any],
     source: str,
 ) -> dict[str, Any] | None:
-    """Makes a network smaller, trains it, writes its folder; None if it was told to stop."""
+    """Makes a network smaller, trains it and writes its folder; returns None if it was stopped."""
     began = time.perf_counter()
     experiment = dense.experiment
     whole = plan = experiment.groups.plan({})
@@ -292,9 +273,7 @@ def run_cell(
         "seconds_per_step": seconds,
         "dense_seconds_per_step": dense_seconds,
         "widths": models.widths_of(state.params)._asdict(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, jaxprune)},
-    }
+    } | results.environment()
     record["seconds"] = time.perf_counter() - began
     write_cell(options.workdir / name, record, plan if score in SCORES else None, state)
     return record
@@ -303,7 +282,7 @@ def run_cell(
 def write_cell(
     folder: Path, record: dict[str, Any], plan: structure.Plan | None, state: training.TrainState
 ) -> None:
-    """The folder of a cell, whole or not at all."""
+    """Writes the folder of a network, whole or not at all."""
     partial = folder.with_name(f".{folder.name}.partial")
     for path in (partial, folder):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,31 +1,31 @@
-"""Channels that go while a network trains, against every control on the same device and data.
+"""Channels removed while a network trains, against every control on the same device and data.
 
     python scripts/study.py headline fashion_resnet20 --seeds 0 1 --workdir runs/headline \\
         --levers "--small-images 0.5 --small-until 0.25 --parts 4" -- --steps 900 --sparsity 0.47
 
-What follows `--` goes to every run, `--levers` to a second set of runs of the main arms, `--rates`
-to single arms. Runs share no compiled programs: each pays for all that it compiles. After a stop
-the same command goes on. The workdir gets a folder for each run, with its story as report.html, and
-results.jsonl, .md and .png.
+Options after `--` go to every run, `--levers` to a second set of runs of the main arms, `--rates`
+to single arms. Runs share no compiled programs: each pays for all that it compiles. To resume after
+a stop, run the same command again. The workdir gets a folder for each run, with its story as
+report.html, and results.jsonl, .md and .png.
 """
 
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxprune import checkpoints, logs, reports
-from jaxprune.experiments.studies import jobs, ray_jobs
+from jaxprune.experiments import command
+from jaxprune.experiments.studies import jobs, ray_jobs, tables
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
 GOALS = {"parameters": 0.28, "accuracy": 0.992, "seconds": 0.32, "bytes": 0.35}
 CLOSE = 0.992  # of the dense network's accuracy
 SHRINKS = ["--granularity", "channels", "--compact"]
-OWN = {"--method", "--granularity", "--compact", "--widths", "--seed", "--workdir", "--overwrite"}
+OWN = {"method", "granularity", "compact", "widths", "seed", "workdir", "overwrite"}
 
 Summaries = Mapping[str, Mapping[str, Any]]  # name of an arm -> summary.json of its run
 
@@ -40,16 +40,19 @@ class Arm(NamedTuple):
 
 
 def arms(*, levers: bool) -> dict[str, Arm]:
-    """All of them, in the order of the table; names with a + are those with levers."""
+    """Returns all arms in the order of the table; names with a + are those with levers."""
     found: dict[str, Arm] = {}
     for plus in ["", "+"] if levers else [""]:
         found |= {
             f"dense{plus}": Arm("the dense network", (), lambda _: method("none"), bool(plus)),
             f"agip{plus}": Arm(
-                "channels go while it trains", (), lambda _: [*method("agip"), *SHRINKS], bool(plus)
+                "channels are removed while it trains",
+                (),
+                lambda _: [*method("agip"), *SHRINKS],
+                bool(plus),
             ),
             f"narrow{plus}": Arm(
-                "the widths that agip ends with, from scratch",
+                "a network with the final widths of agip, from scratch",
                 (f"agip{plus}",),
                 lambda done, plus=plus: [*method("none"), *widths(done[f"agip{plus}"])],
                 bool(plus),
@@ -64,9 +67,9 @@ def arms(*, levers: bool) -> dict[str, Arm]:
         if not plus:
             found |= {
                 "magnitude": Arm(
-                    "as agip, by length", (), lambda _: [*method("magnitude"), *SHRINKS]
+                    "as agip, by magnitude", (), lambda _: [*method("magnitude"), *SHRINKS]
                 ),
-                "random": Arm("as agip, by chance", (), lambda _: [*method("random"), *SHRINKS]),
+                "random": Arm("as agip, at random", (), lambda _: [*method("random"), *SHRINKS]),
                 "agip, masks only": Arm(
                     "as agip, and nothing is removed", (), lambda _: [*method("agip"), *SHRINKS[:2]]
                 ),
@@ -75,17 +78,17 @@ def arms(*, levers: bool) -> dict[str, Arm]:
 
 
 def method(name: str) -> list[str]:
-    """Options of train.py."""
+    """Returns the options of a method."""
     return ["--method", name]
 
 
 def widths(summary: Mapping[str, Any]) -> list[str]:
-    """Options of a network as wide as another one."""
+    """Returns the options of a network as wide as that of a finished run."""
     return ["--widths", json.dumps(summary["widths"])]
 
 
 def steps_in_time(done: Summaries, plus: str) -> list[str]:
-    """Options of a dense run that takes as long as agip did, compilation included."""
+    """Returns the options of a dense run that takes as long as agip did, with compilation."""
     dense, agip = done[f"dense{plus}"], done[f"agip{plus}"]
     clock = clock_of(dense)
     each = (dense[clock] - dense["startup"]) / dense["steps"]
@@ -93,32 +96,33 @@ def steps_in_time(done: Summaries, plus: str) -> list[str]:
 
 
 def clock_of(summary: Mapping[str, Any]) -> str:
-    """By what runs take equally long: on CPU by their own time, whatever else the machine does."""
+    """Returns what time is measured by: on CPU that of the process, whatever else is running."""
     return "cpu_seconds" if summary["device"].endswith("cpu") else "seconds"
 
 
 def startup(records: Sequence[Mapping[str, Any]], clock: str) -> float:
-    """Seconds before the first step, from the first two lines of metrics of training."""
+    """Returns the seconds before the first step, from the first two records of training."""
     first, second = [record for record in records if "train_loss" in record][:2]
     each = (second[clock] - first[clock]) / (second["step"] - first["step"])
     return first[clock] - each * first["step"]
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs what `study.py headline` is told to."""
+    """Runs the command line of `study.py headline`."""
     options = parse(list(args))
-    try:
-        if not options.report_only:
-            record_command(options, shlex.join(["python", "scripts/study.py", "headline", *args]))
+    with command.plain_errors():
+        if options.report_only:
+            command.check_results(write_results(options.workdir), options.workdir)
+        else:
+            settings = {"config": options.config, "options": options.training}
+            settings |= {"levers": options.levers, "rates": options.rates}
+            words = ["python", "scripts/study.py", "headline", *args]
+            command.record_command(options.workdir / "study.json", settings, words)
             study(options)
-        elif not write_results(options.workdir):
-            raise ValueError(f"`workdir` {options.workdir} holds no finished run of a study")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """The command line; `training` is what follows the `--`."""
+    """Parses the command line; `training` holds the options after `--`."""
     form = argparse.RawDescriptionHelpFormatter
     usage = "study.py headline CONFIG [options] [-- options of train.py]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form)
@@ -132,13 +136,9 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at once, each on its share of the cores")
     ray_jobs.add_options(parser)
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
-    end = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(args[:end])
-    options.training = args[end + 1 :]
+    options = command.parse(parser, args)
     options.levers = shlex.split(options.levers)
-    given = {word.partition("=")[0] for word in [*options.training, *options.levers]}
-    if own := sorted(OWN & given):
-        parser.error(f"{', '.join(own)} may not be given to runs: the study sets it")
+    command.refuse(parser, OWN, [*options.training, *options.levers])
     if not (options.config or options.report_only):
         parser.error("CONFIG is missing")
     if options.jobs < 1 or min(options.seeds) < 0:
@@ -155,27 +155,17 @@ def parse(args: list[str]) -> argparse.Namespace:
     return options
 
 
-def record_command(options: argparse.Namespace, command: str) -> None:
-    """Adds the command to study.json; an error if runs there had other options."""
-    checkpoints.check_writable(options.workdir)
-    path = options.workdir / "study.json"
-    now = {"config": options.config, "options": options.training}
-    now |= {"levers": options.levers, "rates": options.rates}
-    saved = checkpoints.read_json(path) or now
-    checkpoints.check_config(saved, now, str(options.workdir))
-    commands = [*dict.fromkeys([*saved.get("commands", []), command])]
-    checkpoints.write_json(path, now | {"commands": commands})
-
-
 def study(options: argparse.Namespace) -> None:
-    """Trains what is not finished, first what others need; exits with 1 if something failed."""
+    """Trains what is not finished, in the order of needs; exits with 1 if something failed."""
     workdir, failed = options.workdir, {}
     total = len(options.chosen) * len(options.seeds)
 
     def finished(name: str) -> str | None:
         write_results(workdir)
         summary = checkpoints.read_json(workdir / name / "summary.json")
-        return summary and f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
+        if summary is None:
+            return None
+        return f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
 
     while not failed:
         commands, done = ready(options)
@@ -199,7 +189,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def ready(options: argparse.Namespace) -> tuple[dict[str, list[str]], int]:
-    """Folder -> command of each run that can begin, and how many are finished."""
+    """Returns folder -> command of each run that can begin, and how many are finished."""
     commands, finished = {}, 0
     for seed in options.seeds:
         done = summaries(options.workdir, seed)
@@ -219,7 +209,7 @@ def ready(options: argparse.Namespace) -> tuple[dict[str, list[str]], int]:
 
 
 def check_arms(options: argparse.Namespace, seed: int, done: Summaries) -> None:
-    """Refuses finished runs whose options no longer follow from the runs that they build on."""
+    """Raises if options of a finished run no longer follow from the runs that it depends on."""
     problems = []
     for name, arm in options.chosen.items():
         if name not in done or not done.keys() >= set(arm.needs):
@@ -233,18 +223,18 @@ def check_arms(options: argparse.Namespace, seed: int, done: Summaries) -> None:
     if problems:
         text = "\n  ".join(problems)
         raise ValueError(
-            "runs were made for other runs than those that are there now; delete their folders, "
-            f"and the same command trains them again:\n  {text}"
+            "runs depend on earlier versions of runs that are there now; delete their folders, and "
+            f"the same command trains them again:\n  {text}"
         )
 
 
 def folder_of(arm: str, seed: int) -> str:
-    """Of a run."""
+    """Returns the name of the folder of a run."""
     return f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
 def summaries(workdir: Path, seed: int) -> dict[str, Any]:
-    """Arm -> summary of its run, if finished, with its seconds before the first step."""
+    """Returns arm -> summary of its finished run, with its seconds before the first step."""
     found, problems = {}, []
     for name in arms(levers=True):
         folder = workdir / folder_of(name, seed)
@@ -266,117 +256,97 @@ def summaries(workdir: Path, seed: int) -> dict[str, Any]:
 
 # ---- results
 
-NOTE = f"""Accuracy: on the test images; SD: sample standard deviation over seeds. All that is
-relative is to `dense` of the same seed. Seconds: of training with everything that is compiled and
-every switch, without evaluations and checkpoints; CPU time: the same of the process, whatever else
-the machine does, and on CPU what the plot, the goals and runs in the time of others go by. MACs:
-of one image. Step bytes: the most that XLA
-plans for a training step, without the data set, of all steps of a run. Process bytes: the most that
-the process held, with Python, the data set and the compiler. Close: seconds until the test accuracy
-first reached {CLOSE} of that of `dense` at its end."""
+NOTE = f"""Accuracy: on the test images; ±: sample standard deviation over seeds. Relative figures
+are relative to `dense` of the same seed. Seconds: of training, with all compilation and every
+switch, without evaluations and checkpoints. CPU time: the same of the process alone; on CPU the
+plot, the goals and the runs "time of ..." use it. MACs: of one image. Step bytes: the most that XLA
+plans for any training step of a run, without the data set. Process bytes: the most that the process
+held, with Python, the data set and the compiler. Close: seconds until the test accuracy first
+reached {CLOSE} of that of `dense` at its end."""
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:
     """Writes results.jsonl, .md and .png of all finished runs; returns the rows of the table."""
-    known, seeds = (
-        arms(levers=True),
-        sorted(
-            {
-                int(path.parent.name.rpartition("seed")[2])
-                for path in workdir.glob("*-seed*/config.json")
-            }
-        ),
-    )
-    runs = []
-    for seed in seeds:
-        done = summaries(workdir, seed)
-        dense = done.get("dense")
-        for name in known.keys() & done.keys() if dense else ():
-            records = logs.read_records(workdir / folder_of(name, seed) / "metrics.jsonl")
-            runs.append({"arm": name, "seed": seed} | measured(done[name], dense, records))
+    runs = finished_runs(workdir)
     if not runs:
         return []
-    runs.sort(key=lambda run: (list(known).index(run["arm"]), run["seed"]))
-    checkpoints.write_text(
-        workdir / "results.jsonl", "".join(json.dumps(run) + "\n" for run in runs)
-    )
-    rows = aggregate(runs)
-    clock = clock_of(runs[0])
+    rows, clock = aggregate(runs), clock_of(runs[0])
     timed = [row | {"seconds": row[clock], "seconds SD": row[f"{clock} SD"]} for row in rows]
     reports.plot_tradeoffs(timed, workdir / "results.png")
-    saved = checkpoints.read_json(workdir / "study.json") or {}
-    facts = [f"- {name}: {known[name].about}" for name in known if name in {r["arm"] for r in rows}]
-    facts += [f"- command: `{command}`" for command in saved.get("commands", [])]
-    for run in runs:
-        versions = ", ".join(" ".join(package) for package in run["versions"].items())
-        facts += [f"- device: {run['device']}", f"- versions: {versions}"]
+    known = arms(levers=True)
+    facts = [f"{row['arm']}: {known[row['arm']].about}" for row in rows]
+    facts += tables.facts(command.commands_in(workdir / "study.json"), runs)
     table = [shown(row) for row in rows]
     parts = (
         reports.markdown_table(table, list(table[0])),
         reports.markdown_table([goals(row) for row in timed], ["arm", *map(str, GOALS), "all"]),
         NOTE,
-        "\n".join(dict.fromkeys(facts)),
     )
-    checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
+    tables.write(workdir, runs, parts, facts)
     return rows
+
+
+def finished_runs(workdir: Path) -> list[dict[str, Any]]:
+    """Returns a record of each run that has a finished dense run of its seed, arm by arm."""
+    order = list(arms(levers=True))
+    paths = workdir.glob("*-seed*/config.json")
+    runs = []
+    for seed in sorted({int(path.parent.name.rpartition("seed")[2]) for path in paths}):
+        done = summaries(workdir, seed)
+        dense = done.get("dense")
+        if dense is None:
+            continue
+        for name, summary in done.items():
+            records = logs.read_records(workdir / folder_of(name, seed) / "metrics.jsonl")
+            runs.append({"arm": name, "seed": seed} | measured(summary, dense, records))
+    return sorted(runs, key=lambda run: (order.index(run["arm"]), run["seed"]))
+
+
+# Name of a figure in the results -> its name in summary.json.
+FIGURES = {
+    "accuracy": "test_accuracy",
+    "parameters": "parameters",
+    "macs": "macs",
+    "seconds": "seconds",
+    "cpu_seconds": "cpu_seconds",
+    "bytes": "step_peak_bytes",
+    "process_bytes": "process_peak_bytes",
+}
 
 
 def measured(
     summary: Mapping[str, Any], dense: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a run is compared by."""
+    """Returns the figures by which a run is compared, also relative to the dense run."""
     limit = CLOSE * dense["test_accuracy"]
     close = [r["seconds"] for r in records if r.get("test_accuracy", 0.0) >= limit]
-    kept = "device", "versions", "steps", "switches"
-    return {
-        "accuracy": summary["test_accuracy"],
-        "parameters": summary["parameters"],
-        "macs": summary["macs"],
-        "seconds": summary["seconds"],
-        "cpu_seconds": summary["cpu_seconds"],
-        "bytes": summary["step_peak_bytes"],
-        "process_bytes": summary["process_peak_bytes"],
-        "close": close[0] if close else None,
-        "relative": {
-            "accuracy": summary["test_accuracy"] / dense["test_accuracy"],
-            "parameters": summary["parameters"] / dense["parameters"],
-            "macs": summary["macs"] / dense["macs"],
-            "seconds": summary["seconds"] / dense["seconds"],
-            "cpu_seconds": summary["cpu_seconds"] / dense["cpu_seconds"],
-            "bytes": summary["step_peak_bytes"] / dense["step_peak_bytes"],
-            "process_bytes": summary["process_peak_bytes"] / dense["process_peak_bytes"],
-        },
-    } | {name: summary[name] for name in kept}
+    return (
+        {name: summary[key] for name, key in FIGURES.items()}
+        | {"close": close[0] if close else None}
+        | {"relative": {name: summary[key] / dense[key] for name, key in FIGURES.items()}}
+        | {name: summary[name] for name in ("device", "versions", "steps", "switches")}
+    )
 
 
 def aggregate(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each arm: means over seeds, and standard deviations under names with `SD`."""
-    rows = []
-    for name in dict.fromkeys(run["arm"] for run in runs):
-        own = [run for run in runs if run["arm"] == name]
-        row: dict[str, Any] = {"arm": name, "runs": len(own)}
-        for key in own[0]["relative"]:
-            values = [run["relative"][key] for run in own]
-            row[key] = statistics.mean(values)
-            row[f"{key} SD"] = statistics.stdev(values) if len(values) > 1 else None
-        for key in ("accuracy", "parameters", "seconds", "bytes"):
-            row[f"{key} itself"] = statistics.mean(run[key] for run in own)
-        accuracies = [run["accuracy"] for run in own]
-        row["accuracy itself SD"] = statistics.stdev(accuracies) if len(own) > 1 else None
-        close = [run["close"] for run in own if run["close"] is not None]
-        row |= {"close": statistics.mean(close) if close else None, "close runs": len(close)}
-        rows.append(row)
-    return rows
+    """Returns a row for each arm; `NAME` is relative to the dense run, `NAME itself` is not."""
+    columns: dict[str, tables.Column] = {"close": lambda run: run["close"]}
+    for name in FIGURES:
+        columns[name] = lambda run, name=name: run["relative"][name]
+        columns[f"{name} itself"] = lambda run, name=name: run[name]
+    rows = tables.aggregate(runs, ["arm"], columns)
+    close = [run["arm"] for run in runs if run["close"] is not None]
+    return [row | {"close runs": close.count(row["arm"])} for row in rows]
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row under the headings of the table."""
+    """Returns a row as text, under the headings of the table."""
 
     def spread(key: str, form: str) -> str:
         deviation = row[f"{key} SD"]
         return f"{row[key]:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
 
-    close = row["close"] is not None and f"{row['close']:.0f} ({row['close runs']})"
+    close = None if row["close"] is None else f"{row['close']:.0f} ({row['close runs']})"
     return {
         "arm": row["arm"],
         "runs": row["runs"],
@@ -389,12 +359,12 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "CPU time": spread("cpu_seconds", ".3f"),
         "step bytes": f"{row['bytes']:.3f}",
         "process bytes": f"{row['process_bytes']:.3f}",
-        "close (runs)": close or None,
+        "close (runs)": close,
     }
 
 
 def goals(row: Mapping[str, Any]) -> dict[str, str]:
-    """Whether a row reaches each goal, and by how much it does or does not."""
+    """Says whether a row reaches each goal, with its figure beside the goal."""
     reached = {
         name: row[name] >= goal if name == "accuracy" else row[name] <= goal
         for name, goal in GOALS.items()

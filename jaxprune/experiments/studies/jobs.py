@@ -1,4 +1,4 @@
-"""Runs commands as child processes, several at once, each in a folder and on cores of its own."""
+"""Runs commands as child processes, several at once, each with a folder and cores of its own."""
 
 import contextlib
 import fcntl
@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxprune import checkpoints
+
+# Yields name and exit code of each command that ended; closing it stops the others.
+Ends = Generator[tuple[str, int], None, None]
 
 
 def follow(
@@ -21,23 +24,23 @@ def follow(
     done: int,
     total: int,
     finished: Callable[[str], str | None],
-    engine: Callable[..., Iterator[tuple[str, int]]],
+    engine: Callable[..., Ends],
     cached: bool = True,
 ) -> dict[str, str]:
-    """Runs commands and shows how far they are; a signal ends the program when they have saved.
+    """Runs commands and shows their progress; a signal ends the program when they have saved.
 
     Args:
         commands: see `run`.
         workdir: see `run`.
         at_once: see `run`.
-        done: how many of the total were finished before.
+        done: how many of the total are finished already.
         total: how many there are in all.
-        finished: name -> what to print of it, or None if it failed.
-        engine: `run`, or what starts commands in another way.
+        finished: function from a name to what to print, or None if the command failed.
+        engine: `run`, or what starts commands in a different way.
         cached: see `run`.
 
     Returns:
-        Name -> message of what failed.
+        Name -> message of each command that failed.
     """
     from rich import progress
 
@@ -59,7 +62,7 @@ def follow(
     for name, text in failed.items():
         print(f"{name} {text}; see {workdir / name / 'log.txt'}")
     if stopped:
-        print("stopped; the same command goes on from there")
+        print("stopped; run the same command to resume")
         sys.exit(128 + stopped[0])  # as shells report it: the study is not complete
     return failed
 
@@ -71,15 +74,15 @@ def run(
     stopped: Sequence[Any],
     *,
     cached: bool = True,
-) -> Iterator[tuple[str, int]]:
+) -> Ends:
     """Yields `(name, exit code)` of each command that ended.
 
     Args:
-        commands: name -> command line. `workdir/name/log.txt` is what it prints.
-        workdir: of the folders, and of the compiled programs that they share.
+        commands: name -> command line. It prints into `workdir/name/log.txt`.
+        workdir: gets these folders, and the compiled programs that the commands share.
         at_once: how many run at the same time, each on its share of the cores.
         stopped: as soon as this is not empty, children are asked to end and nothing is started.
-        cached: whether compiled programs are shared; if not, each run pays for its own.
+        cached: whether compiled programs are shared; if not, each command compiles its own.
     """
     waiting, children = list(commands), {}
     try:
@@ -103,7 +106,7 @@ def run(
 def start(
     command: Sequence[str], workdir: Path, name: str, *, cached: bool = True
 ) -> subprocess.Popen[bytes]:
-    """Starts a command; an error if a child that outlived its parent still runs it."""
+    """Starts a command; raises if a child that outlived its parent is still running it."""
     folder = workdir / name
     folder.mkdir(exist_ok=True)
     cache = str(workdir.absolute() / "compilation_cache")
@@ -115,12 +118,17 @@ def start(
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training {folder}; wait or end it") from None
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, env=environment, **pipes)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def give_cores(child: subprocess.Popen[bytes], slot: int, slots: int) -> None:
-    """Puts a child on its share of the cores, before it starts threads."""
+    """Restricts a child to its share of the cores, before it starts threads."""
     if slots > 1 and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(child.pid, cores[slot % len(cores) :: slots])

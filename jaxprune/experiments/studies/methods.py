@@ -3,55 +3,58 @@
     python scripts/study.py digits_resnet8 --methods agip random --sparsities 0.72 0.95 \\
         --seeds 0 1 2 --workdir runs/study --jobs 2 -- --steps 600 --batch-size 64
 
-`study.py headline` is another study: networks that shrink while they train, against their controls
-(`study.py headline --help`).
+`study.py headline` is a different study: networks that shrink while they train, compared with
+controls (`study.py headline --help`).
 
-What follows `--` goes to every run. Each seed begins with its dense run, so that a part of a study
-is already a comparison. After a stop or a failure the same command skips what is finished and goes
-on with the rest; it may name more seeds, sparsities and methods. The workdir gets a folder for each
+Options after `--` go to every run. Each seed begins with its dense run, so that a part of a study
+is already a comparison. To resume after a stop or a failure, run the same command again: it skips
+finished runs, and may name more seeds, sparsities and methods. The workdir gets a folder for each
 run (log.txt is what it printed) and results.jsonl, .md and .png, which always cover all of them.
 """
 
 import argparse
-import json
-import shlex
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from jaxprune import checkpoints, reports
+from jaxprune.experiments import command
 from jaxprune.experiments.config import Method
-from jaxprune.experiments.studies import headline, jobs, ray_jobs
+from jaxprune.experiments.studies import headline, jobs, ray_jobs, tables
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
 METHODS = [name for name in get_args(Method) if name != "none"]
 # What may differ between runs of a study. The last three change no number.
 FREE = {"method", "sparsity", "seed", "workdir", "overwrite", "data_dir", "source_dir"}
-OWN = {"--method", "--sparsity", "--seed", "--workdir", "--overwrite"}
+OWN = {"method", "sparsity", "seed", "workdir", "overwrite"}
 NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds, in the same unit.
 Relative: to the dense run (method none) of the same seed. Bytes: of a file with the parameters."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line, or that of `study.py headline`."""
     args = sys.argv[1:] if args is None else list(args)
     if args[:1] == ["headline"]:
         headline.main(args[1:])
         return
     options = parse(args)
-    try:
-        if not options.report_only:
-            record_command(options, shlex.join(["python", "scripts/study.py", *args]))
+    with command.plain_errors():
+        if options.report_only:
+            command.check_results(write_results(options.workdir), options.workdir)
+        else:
+            command.record_command(
+                options.workdir / "study.json",
+                {"config": options.config, "options": options.training},
+                ["python", "scripts/study.py", *args],
+                # If nothing was trained, the options may have been mistyped.
+                binding=bool(read_configs(options.workdir)),
+            )
             study(options)
-        elif not write_results(options.workdir):
-            raise ValueError(f"`workdir` {options.workdir} holds no finished run of a study")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """The command line; `training` is what follows the `--`."""
+    """Parses the command line; `training` holds the options after `--`."""
     form = argparse.RawDescriptionHelpFormatter
     usage = "study.py CONFIG [options] [-- options of train.py]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form)
@@ -64,31 +67,15 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at once, each on its share of the cores")
     ray_jobs.add_options(parser)
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
-    end = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(args[:end])
-    options.training = args[end + 1 :]
-    own = sorted(OWN & {option.partition("=")[0] for option in options.training})
+    options = command.parse(parser, args)
     if not (options.config or options.report_only):
         parser.error("CONFIG is missing")
-    if own:
-        parser.error(f"{', '.join(own)} may not follow `--`: the study sets it")
+    command.refuse(parser, OWN, options.training)
     too_low = options.jobs < 1 or min(options.seeds) < 0
     if too_low or not all(0 <= sparsity < 1 for sparsity in options.sparsities):
         parser.error("--jobs must be at least 1, --seeds at least 0, --sparsities in [0, 1)")
     options.run = ray_jobs.chosen(parser, options)
     return options
-
-
-def record_command(options: argparse.Namespace, command: str) -> None:
-    """Adds the command to study.json; an error if the runs there had other training options."""
-    checkpoints.check_writable(options.workdir)
-    path = options.workdir / "study.json"
-    now = {"config": options.config, "options": options.training}
-    saved = checkpoints.read_json(path) or now
-    if read_configs(options.workdir):  # where nothing was trained, it may have been mistyped
-        checkpoints.check_config(saved, now, str(options.workdir))
-    commands = [*dict.fromkeys([*saved.get("commands", []), command])]
-    checkpoints.write_json(path, now | {"commands": commands})
 
 
 def study(options: argparse.Namespace) -> None:
@@ -101,12 +88,16 @@ def study(options: argparse.Namespace) -> None:
 
     def finished(name: str) -> str | None:
         summary = write_results(workdir).get(name)
-        return summary and f"test accuracy {summary['test_accuracy']:.2%}"
+        return None if summary is None else f"test accuracy {summary['test_accuracy']:.2%}"
 
-    commands = {name: command(options, name, own) for name, own in waiting.items()}
-    count = {"done": done, "total": len(runs)}
     failed = jobs.follow(
-        commands, workdir, options.jobs, **count, finished=finished, engine=options.run
+        {name: command_line(options, name, own) for name, own in waiting.items()},
+        workdir,
+        options.jobs,
+        done=done,
+        total=len(runs),
+        finished=finished,
+        engine=options.run,
     )
     print(f"results: {workdir / 'results.md'}" if write_results(workdir) else "no run is finished")
     if failed:
@@ -114,7 +105,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def check_runs(workdir: Path, runs: Mapping[str, Sequence[str]]) -> None:
-    """Refuses folders that hold another run than their name says."""
+    """Raises if a folder holds a different run from the one that its name says."""
     problems = []
     for name, words in runs.items():
         saved = checkpoints.read_json(workdir / name / "config.json")
@@ -125,13 +116,13 @@ def check_runs(workdir: Path, runs: Mapping[str, Sequence[str]]) -> None:
     if problems:
         text = "\n  ".join(problems)
         raise ValueError(
-            "folders hold other runs than their names say; move them away, and the same command "
-            f"trains these runs:\n  {text}"
+            "folders hold different runs from those that their names say; move them away, and the "
+            f"same command trains these runs:\n  {text}"
         )
 
 
 def plan(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Folder of each run -> its options, in the order in which they run."""
+    """Returns folder -> options of each run, in the order in which they run."""
     runs = {}
     for seed in map(str, options.seeds):
         runs[f"none-seed{seed}"] = ["--method", "none", "--seed", seed]
@@ -141,15 +132,14 @@ def plan(options: argparse.Namespace) -> dict[str, list[str]]:
     return runs
 
 
-def command(options: argparse.Namespace, name: str, arguments: list[str]) -> list[str]:
-    """The command line of a run."""
+def command_line(options: argparse.Namespace, name: str, own: list[str]) -> list[str]:
+    """Returns the command of a run."""
     folder = str(options.workdir / name)
-    run = [*TRAIN, options.config, "--workdir", folder, *arguments]
-    return run + options.training
+    return [*TRAIN, options.config, "--workdir", folder, *own, *options.training]
 
 
 def read_configs(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Folder -> configuration of all runs; an error if their training options differ."""
+    """Reads folder -> configuration of all runs; raises if their training options differ."""
     configs = {p.parent.name: checkpoints.read_json(p) for p in workdir.glob("*/config.json")}
     for name, config in configs.items():
         first = next(iter(configs))
@@ -163,46 +153,47 @@ def write_results(workdir: Path) -> dict[str, dict[str, Any]]:
     records = {}
     for name, config in read_configs(workdir).items():
         summary = checkpoints.read_json(workdir / name / "summary.json")
-        if summary and Path(config["workdir"]).name == name:  # a copy of a run is not one more
+        if summary and Path(config["workdir"]).name == name:  # a copy of a run does not count
             target = 0.0 if config["method"] == "none" else config["sparsity"]
             run = {"method": config["method"], "target_sparsity": target, "seed": config["seed"]}
             records[name] = run | summary
     if records:
-        lines = (json.dumps(record) + "\n" for record in records.values())
-        checkpoints.write_text(workdir / "results.jsonl", "".join(lines))
         rows = aggregate([*records.values()])
         reports.plot_accuracy(rows, workdir / "results.png")
-        table = [{k: f"{x:.2%}" if isinstance(x, float) else x for k, x in r.items()} for r in rows]
-        commands = (checkpoints.read_json(workdir / "study.json") or {}).get("commands", [])
-        facts = [f"- command: `{command}`" for command in commands]
-        for run in records.values():
-            versions = ", ".join(" ".join(package) for package in run["versions"].items())
-            facts += [f"- device: {run['device']}", f"- versions: {versions}"]
-        parts = reports.markdown_table(table, list(rows[0])), NOTE, "\n".join(dict.fromkeys(facts))
-        checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
+        table = [shown(row) for row in rows]
+        facts = tables.facts(command.commands_in(workdir / "study.json"), records.values())
+        parts = reports.markdown_table(table, list(table[0])), NOTE
+        tables.write(workdir, records.values(), parts, facts)
     return records
 
 
 def aggregate(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and sparsity, dense first, under the headings of the table."""
+    """Returns a row for each method and sparsity, dense first."""
     dense = {run["seed"]: run["test_accuracy"] for run in records if run["method"] == "none"}
-    groups, rows = {}, []
-    for run in records:
-        key = ["none", *METHODS].index(run["method"]), run["target_sparsity"]
-        groups.setdefault(key, []).append(run)
-    for (_, sparsity), runs in sorted(groups.items()):
-        row = {"method": runs[0]["method"], "sparsity": sparsity, "runs": len(runs)}
-        pairs = [(run["test_accuracy"], dense.get(run["seed"])) for run in runs]
-        relative = [accuracy / reference for accuracy, reference in pairs if reference]
-        accuracies = [accuracy for accuracy, _ in pairs]
-        for mean, sd, x in ("accuracy", "SD", accuracies), ("relative", "relative SD", relative):
-            row[mean] = statistics.mean(x) if x else None
-            row[sd] = statistics.stdev(x) if len(x) > 1 else None
-        row["measured sparsity"] = statistics.mean(run["sparsity"] for run in runs)
-        for name in ("sparse", "dense"):
-            row[f"{name} bytes"] = round(statistics.mean(run[f"{name}_bytes"] for run in runs))
-        rows.append(row)
-    return rows
+    rows = tables.aggregate(
+        records,
+        ["method", "target_sparsity"],
+        {
+            "accuracy": lambda run: run["test_accuracy"],
+            "relative": lambda run: tables.ratio(run["test_accuracy"], dense.get(run["seed"])),
+            "measured sparsity": lambda run: run["sparsity"],
+            "sparse bytes": lambda run: run["sparse_bytes"],
+            "dense bytes": lambda run: run["dense_bytes"],
+        },
+    )
+    order = ["none", *METHODS]
+    rows.sort(key=lambda row: (order.index(row["method"]), row["target_sparsity"]))
+    return [row | {"sparsity": row["target_sparsity"], "SD": row["accuracy SD"]} for row in rows]
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row as text, under the headings of the table."""
+    share = ("sparsity", "accuracy", "SD", "relative", "relative SD", "measured sparsity")
+    text = {key: None if row[key] is None else f"{row[key]:.2%}" for key in share}
+    counts = {key: round(row[key]) for key in ("sparse bytes", "dense bytes")}
+    return {"method": row["method"], "sparsity": text["sparsity"], "runs": row["runs"]} | (
+        text | counts
+    )
 
 
 if __name__ == "__main__":

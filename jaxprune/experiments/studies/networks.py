@@ -1,6 +1,6 @@
-"""What scripts/compact.py compares: a trained network, made smaller by each score, and trained on.
+"""The networks of scripts/compact.py: a trained one, made smaller by each score, trained further.
 
-Everything that changes a network is a call of jaxprune.structure, as in docs/compaction.md.
+Everything that changes a network is a call of jaxprune.structure, as in docs/structure.md.
 """
 
 import dataclasses
@@ -21,36 +21,36 @@ from jaxprune.experiments.experiment import Experiment, Steps
 from jaxprune.experiments.network import variables_of
 
 SCORES = {
-    "l1": "sums of absolute values of filters",
+    "l1": "sums of the absolute values of filters",
     "l2": "Euclidean norms of filters",
-    "linf": "largest absolute values of filters",
-    "norm_scale": "scales of batch normalisation",
-    "taylor": "what the loss would change by, from gradients at batch normalisation",
-    "fpgm": "distances of a filter to all others of its layer",
+    "linf": "largest absolute values in filters",
+    "norm_scale": "scales of batch normalization",
+    "taylor": "changes of the loss, estimated from gradients at batch normalization",
+    "fpgm": "distances of a filter to all others in its layer",
     "random": "random numbers (control)",
 }
-ROUNDS = 9  # of timing a step of a small and of the dense network in turns
+ROUNDS = 9  # in which steps of the small and of the dense network are timed in turns
 
 
 class Dense(NamedTuple):
-    """A trained network, and what all that is made of it shares."""
+    """A trained network, and what it shares with all smaller ones."""
 
     config: Config  # of the training to come
     experiment: Experiment
     state: training.TrainState  # as trained, but at step 0 of a new schedule
-    next_batch: Any  # where the order of the data goes on
+    next_batch: Any  # position in the order of the data
 
 
 class Small(NamedTuple):
-    """A network that is to be trained."""
+    """A network to be trained."""
 
     state: training.TrainState
     steps: Steps
-    difference: float | None = None  # of its outputs to those of the dense network with zeros
+    difference: float | None = None  # of outputs, from those of the dense network with zeros
 
 
 def read_dense(path: Path, config: Config) -> Dense:
-    """A trained network from the workdir of scripts/train.py, with what shrinks together in it."""
+    """Reads a trained network from the workdir of scripts/train.py, and groups its channels."""
     config = dataclasses.replace(config, granularity="channels")
     experiment = Experiment(config)  # prunes nothing while it trains
     manager = checkpoints.open_manager(path / "checkpoints")
@@ -65,7 +65,7 @@ def read_dense(path: Path, config: Config) -> Dense:
 def choose(
     dense: Dense, score: str, budget: float, *, floor: float, multiple: int, batches: int
 ) -> structure.Plan:
-    """Keeps the channels of the highest scores that so many of the MACs pay for."""
+    """Keeps as many channels with the highest scores as the budget of MACs allows."""
     groups, macs = dense.experiment.groups, dense.experiment.macs
     scores = structure.normalized(channel_scores(dense, score, batches))
     limit = budget * macs(groups.plan({}))
@@ -74,7 +74,7 @@ def choose(
 
 
 def channel_scores(dense: Dense, score: str, batches: int) -> dict[str, np.ndarray]:
-    """Of all groups; larger is kept."""
+    """Returns the scores of the channels of each group; larger ones are kept."""
     groups, variables = dense.experiment.groups, variables_of(dense.state)
     orders = {"l1": 1, "l2": 2, "linf": np.inf}
     if score in orders:
@@ -91,7 +91,7 @@ def channel_scores(dense: Dense, score: str, batches: int) -> dict[str, np.ndarr
 
 
 def mean_gradients(dense: Dense, count: int) -> dict[str, Any]:
-    """Gradients of the loss, averaged over training batches; running statistics have none."""
+    """Averages the gradients of the loss over training batches; running statistics get zeros."""
     config, (images, labels) = dense.config, dense.experiment.train_set
     evaluate, state = dense.experiment.functions.evaluate, dense.state
 
@@ -112,12 +112,12 @@ def mean_gradients(dense: Dense, count: int) -> dict[str, Any]:
 
 
 def unpruned(dense: Dense) -> Small:
-    """The dense network itself."""
+    """Returns the dense network itself."""
     return Small(jax.tree.map(jnp.copy, dense.state), dense.experiment.dense)
 
 
 def compacted(dense: Dense, plan: structure.Plan) -> Small:
-    """What a plan leaves of the dense network, with the same functions on smaller arrays."""
+    """Returns the dense network without the channels that a plan removes."""
     experiment, variables = dense.experiment, variables_of(dense.state)
     evaluate, train = experiment.functions.evaluate, experiment.functions.train
     difference = max(
@@ -133,12 +133,12 @@ def compacted(dense: Dense, plan: structure.Plan) -> Small:
     state = training.TrainState(step, small["params"], small["model_state"], opt_state)
     network = structure.dense_network(experiment.groups).smaller(plan)
     stage = structure.Stage(network, experiment.image_size, cut=0)
-    # Training donates the state, and what is not sliced is still that of the dense network.
+    # Copied: training donates the state, and unsliced arrays belong to the dense network, too.
     return Small(jax.tree.map(jnp.copy, state), experiment.at(stage), difference)
 
 
 def from_scratch(dense: Dense, plan: structure.Plan) -> Small:
-    """A new network of the widths that a plan leaves: an ordinary module, initialised for them."""
+    """Returns a new network with the widths that a plan leaves: an ordinary, initialized module."""
     widths = models.widths_of(plan.compact(variables_of(dense.state))["params"])
     own = {"widths": json.dumps(widths._asdict()), "granularity": "weights"}
     experiment = Experiment(dataclasses.replace(dense.config, **own))
@@ -146,7 +146,7 @@ def from_scratch(dense: Dense, plan: structure.Plan) -> Small:
 
 
 def fine_tune(dense: Dense, small: Small, stopped: Sequence[Any]) -> training.TrainState:
-    """Trains a network with the batches that come after those of the dense training."""
+    """Trains a network on the batches that follow those of the dense training."""
     config, experiment = dense.config, dense.experiment
     size = len(experiment.train_set.labels)
     batches = data.index_batches(size, config.batch_size, seed=config.seed)
@@ -160,7 +160,7 @@ def fine_tune(dense: Dense, small: Small, stopped: Sequence[Any]) -> training.Tr
 
 
 def time_steps(dense: Dense, steps: Steps, state: training.TrainState) -> tuple[float, float]:
-    """Seconds of a training step of a network and of the dense one: medians of calls in turns."""
+    """Times a training step of a network and of the dense one: medians over calls in turns."""
     experiment, chunk = dense.experiment, dense.experiment.chunk
     rows = np.arange(chunk * dense.config.batch_size) % len(experiment.train_set.labels)
     indices = jnp.asarray(rows.reshape(chunk, -1), jnp.int32)

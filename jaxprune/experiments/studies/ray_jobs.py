@@ -1,7 +1,8 @@
 """Runs commands as Ray tasks: on this machine, or on all machines of a cluster.
 
-A task is a child process like those of jobs.py, with devices that Ray keeps for it. On a cluster
-the checkout and the workdir are at the same paths on every machine.
+A task is a child process like those of jobs.py, with devices that Ray reserves for it. On a cluster
+each machine needs jaxprune installed, with the same Python at the same path, and the workdir at the
+same path.
 """
 
 import argparse
@@ -11,30 +12,32 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxprune
 from jaxprune import checkpoints
 from jaxprune.experiments.studies import jobs
 
-# Variables that begin with these are those of the program that asks for the run; all others, such
+# Variables with these prefixes are taken from the program that asks for the run; all others, such
 # as the devices that Ray chose, are those of the machine where it runs.
 SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "PYTHON", "OMP_")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What a study says about how its runs are started."""
+    """Adds the options that say how the runs of a study are started."""
     add = parser.add_argument
     add("--engine", choices=["processes", "ray"], default="processes", help="what starts the runs")
-    where = "of the Ray to use; default: RAY_ADDRESS, else one is started on this machine"
+    where = "a running Ray, whose machines all have jaxprune installed; default: RAY_ADDRESS, "
+    where += "or else a new Ray on this machine"
     add("--ray-address", metavar="ADDRESS", help=where)
 
 
 def chosen(
     parser: argparse.ArgumentParser, options: argparse.Namespace
-) -> Callable[..., Iterator[tuple[str, int]]]:
-    """`jobs.run`, or `run` of this module; ends the program if Ray is needed and not installed."""
+) -> Callable[..., jobs.Ends]:
+    """Returns `jobs.run` or `run`; ends the program if Ray is needed and not installed."""
     if options.engine == "processes":
         if options.ray_address:
             parser.error("--ray-address needs --engine ray")
@@ -52,23 +55,26 @@ def run(
     *,
     cached: bool = True,
     address: str | None = None,
-) -> Iterator[tuple[str, int]]:
+) -> jobs.Ends:
     """Yields `(name, exit code)` of each command that ended.
 
     Args:
         commands: see `jobs.run`.
         workdir: see `jobs.run`.
-        at_once: how many run at the same time, if there are devices for so many.
+        at_once: how many run at the same time, if there are enough devices.
         stopped: see `jobs.run`.
         cached: see `jobs.run`.
-        address: of a running Ray; without one it is started here, and ended when all is done.
+        address: that of a running Ray; None starts one here, and stops it at the end.
+
+    Raises:
+        ValueError: no Ray answers, it has no cores, or its machines cannot import jaxprune.
     """
     here: dict[str, Any] = {"directory": os.getcwd(), "variables": settings(), "cached": cached}
     if not commands or (ray := connect(address)) is None:
         return
     waiting, running = list(commands), {}
     free, nodes = list(range(at_once)), [node for node in ray.nodes() if node["Alive"]]
-    here["slots"] = at_once if len(nodes) == 1 else 1  # elsewhere cores are nobody's own
+    here["slots"] = at_once if len(nodes) == 1 else 1  # elsewhere cores are not reserved
     try:
         needs = resources([node["Resources"] for node in nodes], at_once)
         task = ray.remote(max_retries=0, **needs)(train)  # a lost child may be alive
@@ -90,13 +96,11 @@ def run(
 
 
 def connect(address: str | None) -> Any:
-    """Ray, connected; None if the program was told to stop before it was."""
+    """Connects to Ray; returns None if the program was told to stop before that."""
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path.rstrip(os.pathsep)}}}
-    options |= {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to its makers
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 would slow runs down, and only here
@@ -108,7 +112,7 @@ def connect(address: str | None) -> Any:
         signal.signal(signal.SIGTERM, handler)
         os.kill(os.getpid(), signal.SIGTERM)
         return None
-    except Exception as error:  # Ray has no narrower class for all that may happen here
+    except Exception as error:  # Ray has no narrower class for what may happen here
         what = f"no Ray answers at {address}" if address else "Ray did not start"
         raise ValueError(f"{what}: {error}") from error
     signal.signal(signal.SIGTERM, handler)
@@ -116,25 +120,25 @@ def connect(address: str | None) -> Any:
 
 
 def cores() -> int:
-    """Of this machine, for this process."""
+    """Returns how many cores of this machine this process may use."""
     count = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0))
     return count or os.cpu_count() or 1
 
 
 def settings() -> dict[str, str]:
-    """What runs take over from this process's environment."""
+    """Returns the variables that runs inherit from this process."""
     return {key: value for key, value in os.environ.items() if key.startswith(SETTINGS)}
 
 
 def resources(nodes: Sequence[Mapping[str, float]], at_once: int) -> dict[str, Any]:
-    """What a task asks for, so that `at_once` of them fit on nodes with these resources.
+    """Returns what a task asks for, so that `at_once` of them fit on nodes with these resources.
 
-    An accelerator where there are any, and as many whole cores as fit, or a fraction of one.
+    That is an accelerator, if there are any, and as many whole cores as fit, or a fraction of one.
 
     >>> resources([{"CPU": 8.0}], 2), resources([{"CPU": 8.0}, {"CPU": 8.0}], 3)
     ({'num_cpus': 4}, {'num_cpus': 4})
-    >>> resources([{"CPU": 2.0}], 3), resources([{"CPU": 4.0}, {"CPU": 16.0, "TPU": 4.0}], 4)
-    ({'num_cpus': 0.6666}, {'num_cpus': 4, 'resources': {'TPU': 1}})
+    >>> resources([{"CPU": 2.0}], 3)
+    {'num_cpus': 0.6666}
     """
     kinds = [] if os.environ.get("JAX_PLATFORMS") == "cpu" else ["GPU", "TPU"]
     kind = next((kind for kind in kinds if any(kind in node for node in nodes)), None)
@@ -158,7 +162,7 @@ def train(
     variables: Mapping[str, str],
     cached: bool,
 ) -> int:
-    """The task: a child process, and its exit code. One that is cancelled ends its child first."""
+    """Runs a child process as a task, and returns its exit code; if canceled, ends it first."""
     os.chdir(directory)
     for key in [key for key in os.environ if key.startswith(SETTINGS)]:
         del os.environ[key]
@@ -174,10 +178,18 @@ def train(
 
 
 def exit_code(ray: Any, task: Any, folder: Path) -> int:
-    """Of a task that ended. If it died, log.txt says how; its own errors are raised here."""
+    """Returns the exit code of a task that ended, and raises its own errors.
+
+    If the task died, log.txt says how.
+    """
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
+        if "failed to import" in str(error.cause):  # Ray's words for a function that it cannot load
+            raise ValueError(
+                "a machine of the Ray cluster cannot import jaxprune, so it runs nothing; install "
+                f"jaxprune[train,ray] {jaxprune.__version__} on every machine: {error.cause}"
+            ) from None
         raise error.cause from None
     except ray.exceptions.RayError as error:
         folder.mkdir(exist_ok=True)

@@ -1,15 +1,15 @@
-"""Prunes a ResNet in rounds and trains it again, in several ways, and compares them.
+"""Prunes a ResNet in rounds, trains it again in several ways, and compares these ways.
 
     python scripts/rewind.py digits_resnet8
     python scripts/rewind.py fashion_resnet20 --rounds 8 --seeds 0 1 2 --jobs 3 -- --epochs 20
 
-A round prunes the smallest weights of the network that the round before has trained, and trains
-again. What follows `--` goes to the configuration, as in train.py; the learning rate falls in
-steps unless you say `--schedule cosine`. With --help after your options you see what they cost.
+A round prunes the smallest weights of the network that the previous round has trained, and trains
+it again. Options after `--` change the configuration, as in train.py; the learning rate falls in
+steps unless you give `--schedule cosine`. With --help after your options you see what they cost.
 
-The command can be stopped at any time; the same command goes on and ends with the same numbers. It
+The command can be stopped at any time: run it again to resume; it ends with the same numbers. It
 may name more methods, rounds and seeds. The workdir gets results.jsonl, .md and .png of all that is
-done, and a folder for each seed: the dense training, a folder for each method, and in networks/
+finished, and a folder for each seed: the dense training, a folder for each method, and in networks/
 each trained network as a sparse file (jaxprune.storage.load reads it).
 """
 
@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import logging
 import os
-import shlex
 import signal
 import sys
 import warnings
@@ -42,6 +41,7 @@ from jaxprune import (
     storage,
     training,
 )
+from jaxprune.experiments import command, results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
@@ -60,25 +60,25 @@ METHODS = {
     "retrain_dense": "prune nothing, put the learning rate back (control)",
 }
 RATE_REWOUND = ("rewind_learning_rate", "random_masks", "retrain_dense")
-# Options of train.py that this script sets or that mean nothing here.
+# Options of train.py that this command sets, or that have no effect here.
 OWN = {
     "seed", "workdir", "overwrite", "method", "sparsity", "prune-start", "prune-stop",
     "prune-every", "budget", "decay", "regrow", "rate", "drop", "phase", "init-images",
     "save-every", "eval-every",
 }  # fmt: skip
 HOSTS = {"coordinator", "processes", "process", "host_timeout"}
-# What may change when a comparison goes on.
+# What may change when a comparison is resumed.
 FREE = {"seed", "workdir", "data_dir", "source_dir", "workers", "threads", "mesh"} | HOSTS
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     args = sys.argv[1:] if args is None else list(args)
     with plain_errors():
         options = parse(args)
         if options.report_only:
-            if not write_results(options.workdir, METHODS):
-                raise ValueError(f"`workdir` {options.workdir} holds no trained network")
+            command.check_results(write_results(options.workdir, METHODS), options.workdir)
             return
         config = read_config(options)
         if options.jobs == 1:
@@ -97,7 +97,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def compare(options: argparse.Namespace, config: Config, args: Sequence[str]) -> None:
-    """All seeds, one after the other; of several processes the first writes and prints."""
+    """Runs all seeds, one after the other; of several processes the first writes and prints."""
     processes.check_same(identity(options, config) | {"rewind.py options": runs_of(options)})
     processes.on_first(lambda: begin(options, config, args))
     with checkpoints.stop_signals(*processes.signals()) as stopped:
@@ -106,7 +106,7 @@ def compare(options: argparse.Namespace, config: Config, args: Sequence[str]) ->
             for seed in options.seeds:
                 run_seed(options, dataclasses.replace(config, seed=seed), should_stop)
         except (KeyboardInterrupt, rewinding.Stopped) as reason:
-            processes.say(f"\n{str(reason) or 'stopped'}; the same command goes on from there")
+            processes.say(f"\n{str(reason) or 'stopped'}; run the same command to resume")
             interrupted = isinstance(reason, KeyboardInterrupt)
             heard = signal.SIGINT if interrupted else (stopped or [signal.SIGTERM])[0]
             sys.exit(128 + heard)
@@ -114,11 +114,12 @@ def compare(options: argparse.Namespace, config: Config, args: Sequence[str]) ->
 
 
 def begin(options: argparse.Namespace, config: Config, args: Sequence[str]) -> None:
-    """Says what it costs, and writes config.json."""
+    """Records the command in config.json, and says what it costs."""
     if options.child:
         return
     price = cost(options, config)
-    record_command(options, config, args)
+    words = ["python", "scripts/rewind.py", *without_hosts(args)]
+    command.record_command(options.workdir / "config.json", identity(options, config), words)
     print(price, flush=True)
 
 
@@ -129,7 +130,7 @@ def end(options: argparse.Namespace) -> None:
 
 
 def parse(args: list[str]) -> argparse.Namespace:
-    """The command line; `training` is what follows the `--`."""
+    """Parses the command line; `training` holds the options after `--`."""
     form = argparse.RawDescriptionHelpFormatter
     usage = "rewind.py CONFIG [options] [-- options of train.py]"
     meanings = "".join(f"  {name:22} {what}\n" for name, what in METHODS.items())
@@ -143,16 +144,17 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--methods", nargs="+", default=default, choices=METHODS, metavar="METHOD",
         help=f"default: {' '.join(default)}")  # fmt: skip
     add("--rounds", type=int, default=8, help="default: 8")
-    add("--rate", type=float, default=0.2, help="part of the rest that a round prunes; default: .2")
+    add("--rate", type=float, default=0.2,
+        help="fraction of the kept weights that a round prunes; default: 0.2")  # fmt: skip
     add("--one-shot", action="store_true", help="each density straight from the dense network")
     add("--rewind-to", type=float, default=0.1, metavar="PART",
-        help="rewind_weights: to this part of the training; default: .1")  # fmt: skip
+        help="rewind_weights: to this fraction of the training; default: 0.1")  # fmt: skip
     add("--schedule-to", type=float, default=0.0, metavar="PART",
         help="where a rewound learning rate starts; default: 0, the beginning")  # fmt: skip
     add("--pattern", choices=["weights", "channels"], default="weights", help="what is pruned")
     add("--guard", type=float, default=0.01, metavar="MARGIN",
-        help="loss at density >= .5 at which rewind_learning_rate warns; default: .01")  # fmt: skip
-    add("--switch", action="store_true", help="then rewind weights instead, to --rewind-to")
+        help="loss at density >= 0.5 from which rewind_learning_rate warns; 0.01")  # fmt: skip
+    add("--switch", action="store_true", help="then rewind the weights, to --rewind-to")
     add("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="default: 0 1")
     add("--jobs", type=int, default=1, help="seeds at once, each on its share of the cores")
     add("--workdir", type=Path, help="default: runs/rewind-CONFIG")
@@ -160,9 +162,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
     add("--child", action="store_true", help=argparse.SUPPRESS)  # of a command with --jobs
     add("-h", "--help", action="store_true", help="show this, and what the options before it cost")
-    end = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(args[:end])
-    options.training = args[end + 1 :]
+    options = command.parse(parser, args)
     options.methods = [*dict.fromkeys(options.methods)]
     options.jobs = min(options.jobs, len(options.seeds))  # one seed alone gets all cores
     options.workdir = options.workdir or Path(f"runs/rewind-{options.config}")
@@ -173,9 +173,7 @@ def parse(args: list[str]) -> argparse.Namespace:
         else:
             print("\nName a CONFIG before --help to see what it costs.")
         sys.exit()
-    given = {word.partition("=")[0].lstrip("-").replace("_", "-") for word in options.training}
-    if own := sorted(OWN & given):
-        parser.error(f"--{', --'.join(own)} may not follow `--`: it is set here or means nothing")
+    command.refuse(parser, OWN, options.training)
     if not (options.config or options.report_only):
         parser.error("CONFIG is missing")
     parts = options.rewind_to, options.schedule_to
@@ -185,7 +183,7 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The configuration with its options."""
+    """Returns the configuration with its options."""
     stepped = {
         name: (text, dataclasses.replace(config, schedule="steps", method="none"))
         for name, (text, config) in CONFIGS.items()
@@ -194,32 +192,19 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def identity(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """What must not change in a workdir."""
+    """Returns what must not change in a workdir."""
     names = "rate one_shot rewind_to schedule_to pattern guard switch".split()
     values = {f"rewind.py --{name}": getattr(options, name) for name in names}
     return {"config": options.config} | checkpoints.fields(config, FREE) | values
 
 
 def runs_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What may change there, but not between processes."""
+    """Returns what may change there, but must agree between processes."""
     return {name: getattr(options, name) for name in ("methods", "rounds", "seeds", "save_every")}
 
 
-def record_command(options: argparse.Namespace, config: Config, args: Sequence[str]) -> None:
-    """Writes config.json, or refuses a workdir of another comparison."""
-    checkpoints.check_writable(options.workdir)
-    now = identity(options, config)
-    path = options.workdir / "config.json"
-    saved = checkpoints.read_json(path)
-    if saved is not None:
-        checkpoints.check_config(saved, now, str(options.workdir))
-    command = shlex.join(["python", "scripts/rewind.py", *without_hosts(args)])
-    commands = [*dict.fromkeys([*(saved or {}).get("commands", []), command])]
-    checkpoints.write_json(path, now | {"commands": commands})
-
-
 def without_hosts(args: Sequence[str]) -> list[str]:
-    """The command line without what is of one process: addresses change between starts."""
+    """Returns the command line without the options of one process, which change between starts."""
     kept, skip = [], False
     for word in args:
         name, equals, _ = word.partition("=")
@@ -231,14 +216,14 @@ def without_hosts(args: Sequence[str]) -> list[str]:
 
 
 def trainings(options: argparse.Namespace) -> float:
-    """Cost of one seed in dense trainings."""
+    """Returns the cost of one seed, in dense trainings."""
     part = {"rewind_weights": 1 - options.rewind_to}
     part |= dict.fromkeys(RATE_REWOUND, 1 - options.schedule_to)
     return 1 + options.rounds * sum(part.get(method, 1.0) for method in options.methods)
 
 
 def cost(options: argparse.Namespace, config: Config) -> str:
-    """How much will be trained, in words."""
+    """Says in words how much will be trained."""
     length, unit = (config.steps, "steps") if config.steps else (config.epochs, "epochs")
     each, seeds = trainings(options), len(options.seeds)
     last = rewinding.densities(options.rounds, options.rate)[-1]
@@ -250,19 +235,13 @@ def cost(options: argparse.Namespace, config: Config) -> str:
 
 
 def run_seeds(options: argparse.Namespace, args: list[str]) -> None:
-    """One child process for each seed."""
-    end = args.index("--") if "--" in args else len(args)
+    """Runs one child process for each seed."""
+    words, training = command.split(args)
+    program = [sys.executable, "-m", "jaxprune.experiments.studies.rewinding"]
     commands = {}
     for seed in map(str, options.seeds):
         own = ["--seeds", seed, "--child", "--workdir", str(options.workdir)]
-        commands[f"seed-{seed}"] = [
-            sys.executable,
-            "-m",
-            "jaxprune.experiments.studies.rewinding",
-            *args[:end],
-            *own,
-            *args[end:],
-        ]
+        commands[f"seed-{seed}"] = [*program, *words, *own, "--", *training]
     failed = []
     with checkpoints.stop_signals() as stopped:
         for name, code in jobs.run(commands, options.workdir, options.jobs, stopped):
@@ -276,7 +255,7 @@ def run_seeds(options: argparse.Namespace, args: list[str]) -> None:
 
 
 def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[[], bool]) -> None:
-    """All methods for one seed; what is done already is skipped."""
+    """Runs all methods for one seed; skips finished rounds."""
     workdir = options.workdir / f"seed-{config.seed}"
     experiment = Experiment(config, lambda *_: jaxprune.fixed_mask_transform())
     steps = experiment.steps
@@ -286,6 +265,7 @@ def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[
     processes.check_same({"the images": experiment.source.fingerprint()})
     finished = [checkpoints.read_json(p)["steps"] for p in workdir.glob("**/round.json")]
     total = round(trainings(options) * steps)
+    device = f"{results.environment()['device']}, jax {jax.__version__}"
     progress = f"seed {config.seed}", total, sum(finished)
     with show_progress(*progress, write=processes.is_first()) as show:
         task = make_task(config, experiment, show, sum(finished), should_stop)
@@ -307,7 +287,7 @@ def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[
                 rounds = call(task, workdir, **shared)
             for note in dict.fromkeys(str(note.message) for note in notes):
                 processes.say(f"warning: {note}")
-            record: Any = {"seed": config.seed, "epoch": experiment.epoch, "device": device()}
+            record: Any = {"seed": config.seed, "epoch": experiment.epoch, "device": device}
             record |= {"rounds": [each._asdict() for each in rounds]}
 
             def write(path: Path = workdir / f"{method}.json", record: Any = record) -> None:
@@ -320,7 +300,7 @@ def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[
 def driver(
     options: argparse.Namespace, method: str, early: int, to: int, seed: int
 ) -> Callable[..., list[rewinding.Round]]:
-    """The driver of a method with all its arguments but task and workdir."""
+    """Returns the driver of a method with all its arguments but task and workdir."""
     own: dict[str, Any] = {"iterative": not options.one_shot}
     rule: dict[str, Any] = {"budget": budgets.global_budget(0)}
     if options.pattern == "channels":
@@ -349,7 +329,7 @@ def make_task(
     before: int,
     should_stop: Callable[[], bool],
 ) -> rewinding.Task:
-    """The project's training loop as functions."""
+    """Returns the project's training loop as a task."""
     trained = [before]
 
     def init(number: int) -> training.TrainState:
@@ -377,7 +357,7 @@ def make_task(
     def evaluate(state: training.TrainState) -> float:
         return experiment.dense.evaluate(state)["test_accuracy"]
 
-    # Also the seed, and the images themselves, wherever they lie.
+    # The description includes the seed, and the images themselves, wherever they lie.
     description: dict[str, Any] = checkpoints.fields(config, FREE - {"seed"})
     description |= {"images": experiment.source.fingerprint()}
     schedule, steps = experiment.schedule, experiment.steps
@@ -385,12 +365,12 @@ def make_task(
 
 
 def seed_of(config: Config, number: int) -> int:
-    """Of a round's new weights and data order; the dense training's is the run's own."""
+    """Returns the seed of a round's weights and data order; round 0, the dense one, has its own."""
     return config.seed + 1_000_000 * number
 
 
 def write_network(path: Path, state: training.TrainState) -> None:
-    """Parameters and statistics as a sparse file."""
+    """Writes parameters and statistics as a sparse file."""
     everything: Any = {"params": state.params, "model_state": state.model_state}
     masks = jax.tree.map(lambda _: True, everything)
     masks |= {"params": jaxprune.get_masks(state.opt_state)}
@@ -401,11 +381,6 @@ def write_network(path: Path, state: training.TrainState) -> None:
         storage.save(path, everything, masks, overwrite=True)
 
     processes.on_first(write)
-
-
-def device() -> str:
-    """What it runs on, in words."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
 if __name__ == "__main__":

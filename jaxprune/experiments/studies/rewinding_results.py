@@ -1,12 +1,12 @@
-"""Table and plot of scripts/rewind.py, from the records that it leaves in its workdir."""
+"""Results of scripts/rewind.py: the table and the plot of the records in its workdir."""
 
-import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxprune import checkpoints, reports
+from jaxprune.experiments import command
+from jaxprune.experiments.studies import tables
 
 NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds. To dense: mean
 difference to the dense network of the same seed. To retrained: the same to retrain_dense after as
@@ -15,57 +15,83 @@ LOSSLESS = "largest compression without loss against dense"
 
 
 def write_results(workdir: Path, methods: Iterable[str]) -> list[dict[str, Any]]:
-    """Writes results.jsonl, .md and .png of all seeds and methods that are done.
+    """Writes results.jsonl, .md and .png of all finished seeds and methods.
 
     Args:
         workdir: has a folder `seed-N` with a file `METHOD.json` for each.
         methods: in the order of the table.
 
     Returns:
-        A row for each method and round, dense first; empty if nothing is done.
+        A row for each method and round, dense first; empty if nothing is finished.
     """
     found = [path for name in methods for path in sorted(workdir.glob(f"seed-*/{name}.json"))]
-    records = [checkpoints.read_json(path) for path in found]
-    stale = [path for path, record in zip(found, records, strict=True) if is_stale(path, record)]
-    records = [r for path, r in zip(found, records, strict=True) if path not in stale]
+    records = {path: checkpoints.read_json(path) for path in found}
+    stale = [path for path, record in records.items() if is_stale(path, record)]
+    records = [record for path, record in records.items() if path not in stale]
     if not records:
         return []
-    lines = [
-        json.dumps({"seed": record["seed"], "epochs": one["total_steps"] / record["epoch"]} | one)
+    # The dense network is in the record of each method, and counts once.
+    rounds = {
+        (record["seed"], one["method"], one["number"]): (
+            {"seed": record["seed"], "epochs": one["total_steps"] / record["epoch"]} | one
+        )
         for record in records
         for one in record["rounds"]
-    ]
-    lines = [*dict.fromkeys(lines)]  # the dense network is in each record
-    checkpoints.write_text(workdir / "results.jsonl", "\n".join(lines) + "\n")
-    rows = aggregate([json.loads(line) for line in lines])
+    }
+    rows = aggregate([*rounds.values()])
     reports.plot_retraining(rows, workdir / "results.png")
-    commands = (checkpoints.read_json(workdir / "config.json") or {}).get("commands", [])
-    facts = [f"- command: `{command}`" for command in commands]
-    facts += [f"- device: {record['device']}" for record in records]
-    facts += [
-        f"- seed {r['seed']}: {one['note']}" for r in records for one in r["rounds"] if one["note"]
+    facts = tables.facts(command.commands_in(workdir / "config.json"), records)
+    notes = [
+        f"seed {r['seed']}: {one['note']}" for r in records for one in r["rounds"] if one["note"]
     ]
-    facts += [f"- left out, from another dense network: {p.relative_to(workdir)}" for p in stale]
-    facts.append(f"- checkpoints on disk: {checkpoint_bytes(workdir):,} bytes")
+    facts += dict.fromkeys(notes)
+    facts += [f"left out, from another dense network: {p.relative_to(workdir)}" for p in stale]
+    facts.append(f"checkpoints on disk: {checkpoint_bytes(workdir):,} bytes")
     table = [shown(row) for row in rows]
-    parts = [
+    parts = (
         reports.markdown_table(table, list(table[0])),
         NOTE,
         reports.markdown_table(lossless(rows), ["method", LOSSLESS]),
-        "\n".join(dict.fromkeys(facts)),
-    ]
-    checkpoints.write_text(workdir / "results.md", "\n\n".join(parts) + "\n")
+    )
+    tables.write(workdir, rounds.values(), parts, facts)
     return rows
 
 
 def is_stale(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a method started from another dense network than the one that is there now."""
+    """Whether a method started from a different dense network from the one that is there now."""
     dense = checkpoints.read_json(path.parent / "dense" / "round.json")
     return dense is not None and dense["score"] != record["rounds"][0]["score"]
 
 
+def aggregate(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each method and round, dense first."""
+    scores = {(one["seed"], one["method"], one["number"]): one["score"] for one in rounds}
+
+    def against(one: Mapping[str, Any], method: str, number: int) -> float | None:
+        reference = scores.get((one["seed"], method, number))
+        return None if reference is None else one["score"] - reference
+
+    rows = tables.aggregate(
+        rounds,
+        ["method", "number"],
+        {
+            "density": lambda one: one["density"],
+            "accuracy": lambda one: one["score"],
+            "to_dense": lambda one: against(one, "dense", 0),
+            "to_retrained": lambda one: against(one, "retrain_dense", one["number"]),
+            "epochs": lambda one: one["epochs"],
+        },
+    )
+    return [row | {"method": name_of(row), "SD": row["accuracy SD"]} for row in rows]
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Returns the method of a row; plots and tables call the dense network `none`."""
+    return "none" if row["method"] == "dense" else row["method"]
+
+
 def shown(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row as text, under the headings of the table."""
+    """Returns a row as text, under the headings of the table."""
     return {
         "method": row["method"],
         "density": f"{row['density']:.3f}",
@@ -80,7 +106,7 @@ def shown(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def lossless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """For each method the smallest network that is at least as accurate as the dense one."""
+    """Finds for each method the smallest network that is as accurate as the dense one."""
     found = {row["method"]: 1.0 for row in rows if row["method"] not in ("none", "retrain_dense")}
     for row in rows:
         if row["method"] in found and row["to_dense"] >= 0:
@@ -89,39 +115,5 @@ def lossless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def checkpoint_bytes(workdir: Path) -> int:
-    """What is kept to go on with: early and last steps, and the last round of each method."""
+    """Returns the bytes of all checkpoints: early and last steps, and each method's last round."""
     return sum(p.stat().st_size for p in workdir.glob("**/checkpoints/**/*") if p.is_file())
-
-
-def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and round, dense first."""
-    dense = {run["seed"]: run["score"] for run in results if run["number"] == 0}
-    control = {
-        (run["seed"], run["number"]): run["score"]
-        for run in results
-        if run["method"] == "retrain_dense"
-    }
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for run in results:
-        groups.setdefault((run["method"], run["number"]), []).append(run)
-
-    def mean(values: list[float]) -> float | None:
-        return statistics.mean(values) if values else None
-
-    rows = []
-    for (method, _), runs in groups.items():
-        scores = [run["score"] for run in runs]
-        pairs = [(run["score"], control.get((run["seed"], run["number"]))) for run in runs]
-        rows.append(
-            {
-                "method": "none" if method == "dense" else method,
-                "density": mean([run["density"] for run in runs]),
-                "runs": len(runs),
-                "accuracy": mean(scores),
-                "SD": statistics.stdev(scores) if len(scores) > 1 else None,
-                "to_dense": mean([run["score"] - dense[run["seed"]] for run in runs]),
-                "to_retrained": mean([a - b for a, b in pairs if b is not None]),
-                "epochs": mean([run["epochs"] for run in runs]),
-            }
-        )
-    return rows
