@@ -510,7 +510,7 @@ def test_a_killed_run_ends_with_the_same_bits(driver, tmp_path):
     assert len(whole.calls) > 6, "no kill inside of a round"
     assert len(whole.trained) == 3
 
-    stride = 1 if driver == "rewind_weights" else 4
+    stride = 2 if driver == "rewind_weights" else 4
     for kill_at in range(1, 2 * len(whole.calls) + 1, stride):
         toy = Toy()
         count = [0]

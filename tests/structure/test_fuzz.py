@@ -17,7 +17,7 @@ from tests.support.checks import compared, gap, graded, taken, zeroed
 from tests.support.faults import FAULTS, install
 from tests.support.jaxpr_numpy import evaluate
 
-PROGRAMS = int(os.environ.get("JAXPRUNE_FUZZ", "120"))
+PROGRAMS = int(os.environ.get("JAXPRUNE_FUZZ", "60"))
 CHUNKS = 4
 # All rules that are broken, or JAXPRUNE_FAULTS of them, evenly spread.
 _COUNT = int(os.environ.get("JAXPRUNE_FAULTS") or len(FAULTS))
