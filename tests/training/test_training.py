@@ -336,11 +336,11 @@ def test_loss_falls_on_digits():
         return data.normalize(images, dataset.mean, dataset.std)
 
     run = training.make_chunk_step(training.make_train_step(graphdef, tx, prepare), mesh)
-    batches = data.index_batches(len(dataset.train.labels), 32, seed=0)
+    batches = data.index_batches(len(dataset.train.labels), 64, seed=0)
     losses = []
     training.fit(
         state,
-        40,
+        60,
         run,
         sharding.replicate(dataset.train, mesh),
         batches,
