@@ -44,12 +44,13 @@ def fixed(sparsity: float = SPARSITY) -> optax.GradientTransformationExtraArgs:
 
 
 def channels(sparsity: float = SPARSITY) -> optax.GradientTransformationExtraArgs:
-    return agip(sparsity, groups=channel_groups())
+    return agip(sparsity, groups=channel_groups(jax.config.jax_enable_x64))
 
 
 @functools.cache
-def channel_groups() -> Any:
+def channel_groups(x64: bool) -> Any:
     """The 16 hidden channels; their gates are the columns of the kernel `a` and its bias."""
+    del x64  # groups hold indices of the width that there was when they were found
     groups = structure.find_groups(forward, make_params(), inputs(0))
     assert [group.size for group in groups.values()] == [16]
     return groups
