@@ -206,7 +206,7 @@ def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path, capsys)
     before = _modified(workdir)
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir))
     assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in message
-    assert "move it away" in message
+    assert "move it away to continue from the checkpoint before it" in message
     assert _modified(workdir) == before
 
     (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")
