@@ -121,6 +121,7 @@ def test_snip_is_the_sensitivity_to_a_mask(seed):
     _close_to_largest(_from_tree(scores), wanted, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 200.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_grasp_is_the_weight_times_the_change_of_the_gradient_along_itself(seed, temperature):
@@ -358,6 +359,7 @@ def test_a_signal_beyond_float32_is_an_error_that_says_what_to_do():
     assert all(np.isnan(score).all() for score in traced)
 
 
+@pytest.mark.slow
 def test_scaled_input_and_float64_give_the_scores_of_a_deep_network():
     kernels = _deep()
     scaled = at_init.synflow(lambda p, x: _dense(p, 1e-30 * x), kernels, (1, 32))

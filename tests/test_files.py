@@ -101,6 +101,7 @@ with files.replacing(path) as file:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_a_kill_before_the_rename_leaves_the_old_file(name, tmp_path):
     path = tmp_path / "a"
@@ -132,6 +133,7 @@ def test_permissions_are_those_of_open(tmp_path):
         os.umask(old)
 
 
+@pytest.mark.slow
 def test_readers_beside_several_writers_always_see_a_whole_file(tmp_path):
     path = tmp_path / "a"
     whole = {letter * 50_000 for letter in "abc"}

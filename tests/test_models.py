@@ -143,6 +143,7 @@ def test_widths_change_the_count_as_predicted(widths, num_classes, in_channels):
     assert count(model) == expected + c_out * num_classes + num_classes
 
 
+@pytest.mark.slow
 def test_default_widths_build_the_default_network():
     for name in ("resnet20", "resnet50"):
         stored = json.loads(json.dumps(default_widths(name)._asdict()))
@@ -212,6 +213,7 @@ def sizes_and_strides(name: str) -> list[tuple[int, int]]:
     return [(eqn.invars[1].aval.shape[0], eqn.params["window_strides"][0]) for eqn in convs]
 
 
+@pytest.mark.slow
 def test_strides_sit_in_the_3x3_of_a_bottleneck():
     block, first = [(1, 1), (3, 1), (1, 1)], [(1, 1), (3, 2), (1, 1), (1, 2)]
     expected = [(7, 2), *block, (1, 1), *block * 2]
@@ -307,6 +309,7 @@ def test_parity_with_numpy(name, widths, shape, train):
 # ------------------------------------------------------------------------------ initial values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "widths", "identities"),
     [
@@ -458,6 +461,7 @@ def sharded_step(mesh, graphdef, axis_name):
     return jax.jit(jax.shard_map(step(graphdef, axis_name), mesh=mesh, **specs))
 
 
+@pytest.mark.slow
 def test_shard_map_with_axis_name_equals_one_device(single, mesh):
     inputs, expected = single
     graphdef, *_ = filled("resnet8", widths=THIN, axis_name="data")

@@ -237,6 +237,7 @@ def test_no_pattern_is_single_weights():
     assert patterns.expand(None, jnp.array(True), ()).tolist() is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [-1, 0, -2])
 def test_channels_of_leaves_of_any_number_of_dimensions(axis):
     for shape in [(5, 2), (3, 3, 4, 5), (2, 3, 4)]:
@@ -299,6 +300,7 @@ def test_n_m_stays_on_each_device(name, axis):
     assert _moves(select, placed) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_DEVICES)
 @pytest.mark.parametrize("shape", [(4, 8), (8, 1), (1, 4)])
 def test_whole_blocks_stay_on_their_devices(name, shape):

@@ -371,6 +371,7 @@ def test_sparsegpt_keeps_n_of_m_input_features(n_m, block):
     np.testing.assert_allclose(pruned["kernel"], expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_m", [None, (2, 4)])
 def test_sparsegpt_with_a_multiple_of_the_identity_is_blockwise_magnitude_without_update(n_m):
     w = _normal(0, 160, 6)
@@ -561,6 +562,7 @@ def test_groups_are_pruned_as_layers_of_their_own(method):
         np.testing.assert_allclose(pruned[part], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_dtypes_stay_and_zeros_are_exact_in_bfloat16(method):
     params = [jnp.asarray(_normal(0, 10, 4), jnp.bfloat16)]
@@ -651,6 +653,7 @@ def test_weights_that_are_not_finite_are_named():
         sparsegpt(lambda p, x: (x @ p["a"], x @ p["b"]), params, [jnp.ones((2, 4))], 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_hessian_without_inverse_is_named(sequential):
     x = 1e3 * _normal(0, 200, 1) @ _normal(1, 1, 40)
@@ -784,6 +787,7 @@ def test_weights_used_at_every_step_of_a_sequence_add_up_their_uses():
     assert found.rows == 18
 
 
+@pytest.mark.slow
 def test_a_stacked_linen_network_with_convolutions():
     class Block(nn.Module):
         @nn.compact

@@ -18,6 +18,7 @@ FRACTIONS = st.floats(0, 1, allow_subnormal=False)
 STEPS = st.integers(0, 10_000)
 
 
+@pytest.mark.slow
 @given(step=STEPS, initial=FRACTIONS, final=FRACTIONS, window=WINDOWS)
 def test_cubic_is_the_formula(step, initial, final, window):
     ramp = schedules.cubic(final, *window, initial=initial)

@@ -54,6 +54,7 @@ def test_the_product_of_bfloat16_is_not_rounded_to_bfloat16():
     assert scores.taylor([w], [w])[0].tolist() == [(1.0 + 2.0**-7) ** 2]
 
 
+@pytest.mark.slow
 def test_random_depends_on_seed_and_position_only():
     params, other = _trees(0)
     one, same, unlike = scores.random(3)(params), scores.random(3)(other), scores.random(4)(params)
@@ -90,6 +91,7 @@ def test_positions_beyond_32_bits_do_not_repeat(monkeypatch):
 # ---- random scores
 
 
+@pytest.mark.slow
 def test_draw_hashes_the_row_major_position_under_a_word_for_each_leaf():
     key, shapes = jax.random.key(3), [(4, 3, 5), (7,), ()]
     words = jax.random.bits(key, (3,), jnp.uint32)

@@ -168,6 +168,7 @@ def test_floors_are_lowered_to_what_can_be_selected():
 # ---- ties and special values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", range(18))
 def test_ties_keep_the_lower_index_in_the_order_of_leaves(keep):
     tree = {"b": jnp.zeros((2, 1, 5)), "a": jnp.zeros((3, 2)), "c": jnp.zeros(())}

@@ -120,6 +120,7 @@ def test_bits_refuse_what_does_not_fit():
 # ---- round trips
 
 
+@pytest.mark.slow
 @given(leaves=st.lists(masked_leaf(), max_size=4))
 def test_every_bit_comes_back(leaves):
     params = {"list": [values for values, _ in leaves], "none": None, "empty": {}}

@@ -34,6 +34,7 @@ def by_budget(budget, sparsities, moved=None, pattern=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [budgets.uniform, budgets.erdos_renyi_kernel])
 def test_select_keeps_the_largest_of_each_leaf_under_a_fixed_budget(budget):
     timetable = by_budget(budget, [0.3, 0.8])
@@ -132,6 +133,7 @@ def test_leaves_of_different_patterns_have_their_own_budgets():
     assert set(np.asarray(masks[2]).sum(0)) == {0, 10}
 
 
+@pytest.mark.slow
 def test_n_m_falls_with_the_ramp_and_moves_within_its_groups():
     timetable = timetables.make_timetable(
         leaves({"a": (16, 3)}), range(4), [0.0, 0.2, 0.5, 0.5], moved=[0, 0, 0, 0.5],
@@ -183,6 +185,7 @@ def test_n_m_must_be_what_the_sparsity_leads_to(sparsity, part):
     assert str(error.value) == part
 
 
+@pytest.mark.slow
 def test_another_leaf_may_be_sparser_than_an_n_m_pattern():
     timetable = timetables.make_timetable(
         leaves({"a": (8, 4), "b": (8, 4)}), [0], [0.75],

@@ -27,6 +27,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # as written in the package'
 # --- What every data set promises -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keywords", "shape", "sizes"),
     [

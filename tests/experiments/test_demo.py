@@ -35,6 +35,7 @@ def _write_run(folder, accuracy, nonzeros, sparse_bytes):
     reports.plot_densities(reports.summarize([np.eye(4)]), folder / "densities.png")
 
 
+@pytest.mark.slow
 def test_comparison_shows_what_was_measured(demo, tmp_path):
     _write_run(tmp_path / "dense", 0.96, 1000, 4000)
     _write_run(tmp_path / "agip", 0.95, 280, 1250)

@@ -97,6 +97,7 @@ def _rows(headline):
     return {row[0]: dict(zip(heading, row)) for row in rows[2:] if len(row) == len(heading)}
 
 
+@pytest.mark.slow
 def test_arms_wait_for_what_they_need(headline):
     assert headline.go("fashion", "--seeds", "0", "1", *LEVERS, *TRAINING) == 0
     calls = {call["run"]: call for call in _calls(headline)}

@@ -259,6 +259,7 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

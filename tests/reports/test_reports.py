@@ -392,6 +392,7 @@ def test_plot_training_takes_what_was_measured(tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
+@pytest.mark.slow
 def test_plot_retraining_draws_each_method_in_both_panels(tmp_path, monkeypatch):
     figures = _recorded(monkeypatch)
     dense = {"method": "none", "density": 1.0, "accuracy": 0.9, "SD": 0.01, "epochs": 2.0}

@@ -204,6 +204,7 @@ def test_rates_are_exactly_those_of_the_schedule(name, driver, kind, tmp_path):
     assert rates == {key: {float(np.float32(rate))} for key, rate in expected.items()}
 
 
+@pytest.mark.slow
 def test_only_the_schedule_is_set():
     tx = optax.chain(
         optax.adam(SCHEDULES["cosine"]), jaxprune.magnitude_transform(0.5, start=1, stop=3)
@@ -301,6 +302,7 @@ def test_trained_weights_go_on_with_all_of_their_state(driver, tmp_path):
     assert start == (STEPS if driver == "fine_tune" else 0)
 
 
+@pytest.mark.slow
 def test_weight_rewinding_restores_the_whole_early_state(tmp_path):
     toy, rounds, state, start = begun("rewind_weights", tmp_path, to=EARLY)
     early = dense_at(toy, EARLY)
@@ -402,6 +404,7 @@ def test_one_shot_prunes_the_dense_network_each_time(tmp_path):
         assert same(held["last"]["kernel"], masks["last"]["kernel"])
 
 
+@pytest.mark.slow
 def test_random_masks_follow_their_seed(tmp_path):
     found = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -471,6 +474,7 @@ def stages(folder):
     }
 
 
+@pytest.mark.slow
 def test_only_needed_checkpoints_stay(tmp_path):
     toy = Toy()
     rounds = rewinding.rewind_weights(toy.task, tmp_path, DENSITIES, to=EARLY, save_every=2)
@@ -484,6 +488,7 @@ def test_only_needed_checkpoints_stay(tmp_path):
     assert rounds[0].checkpoint_bytes == sum(path.stat().st_size for path in files) > 0
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_not_trained_again(tmp_path):
     first = rewinding.fine_tune(Toy().task, tmp_path, DENSITIES[:2])
     toy = Toy()
@@ -637,6 +642,7 @@ def test_rewound_weights_are_not_harmed_again(tmp_path):
     assert len(caught) == 1 and [bool(one.note) for one in rounds] == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_a_guard_can_be_given_to_an_existing_run(tmp_path):
     silent = rewinding.rewind_learning_rate(Bad().task, tmp_path, DENSITIES[:2], guard=None)
     with pytest.warns(UserWarning, match="are rewound to step 0"):
@@ -669,6 +675,7 @@ def killed_at_step_5(toy):
     return toy.task._replace(train=train)
 
 
+@pytest.mark.slow
 def test_an_early_checkpoint_outlives_another_driver(tmp_path):
     toy = Toy()
     options = {"save_every": 5}
@@ -689,6 +696,7 @@ def test_a_step_that_a_stopped_training_went_past(tmp_path):
     refused(f"must have a checkpoint of step {EARLY}", tmp_path, lambda *a: call(*a))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["seed", "rule", "earlier density", "lambda"])
 def test_rounds_of_another_rule_are_refused(change, tmp_path):
     calls = {
@@ -780,6 +788,7 @@ def test_states_keep_their_shardings_and_their_freedom(tmp_path):
     rewinding.rewind_weights(Free().task, tmp_path / "free", DENSITIES[:2], to=EARLY)
 
 
+@pytest.mark.slow
 def test_weak_types_and_python_numbers_do_not_change_a_resumed_run(tmp_path):
     scores = []
     for every in (2, STEPS):
@@ -1038,6 +1047,7 @@ def test_a_state_without_the_fields(tmp_path):
         rewinding.fine_tune(task, tmp_path, [0.5])
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_keeps_what_was_there(tmp_path):
     toy = Toy()
 

@@ -163,6 +163,7 @@ def test_a_description_is_asked_for():
         rewinding.Task(*make_task()[:5])
 
 
+@pytest.mark.slow
 def test_contents_of_a_description_count(tmp_path):
     table = np.arange(6, dtype=np.float32)
     before = driven(make_task(description={"weights": table}), tmp_path)
@@ -184,6 +185,7 @@ def test_results_without_their_history_are_nobodys(tmp_path):
     assert "steps: absent there, 12 now" in refused(make_task(), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_history_of_another_kind_is_refused(tmp_path):
     driven(make_task(), tmp_path)
     record = {"history": [f"dense training of {STEPS} steps"], "keep": []}

@@ -296,6 +296,7 @@ def test_a_plan_survives_a_file(mlp, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+@pytest.mark.slow
 def test_transformations_of_a_wrapped_function(mlp):
     plan = mlp.plan(halves(mlp))
     small, wrapped = plan.compact(WEIGHTS), plan.wrap(FUNCTION)

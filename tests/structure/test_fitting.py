@@ -103,6 +103,7 @@ def test_heads_of_keys_and_values_fit():
     assert plan.fits(shared_heads, HEADS, X)
 
 
+@pytest.mark.slow
 def test_a_width_that_scales_embeddings_and_divides_means_does_not_fit():
     plan = planned(gemma, GEMMA, TOKENS)
     assert off(plan, gemma, GEMMA, TOKENS) > 0.1
@@ -300,6 +301,7 @@ def test_a_module_that_reads_its_width_does_not_come_back():
     np.testing.assert_allclose(plan.wrap(pure.evaluate)(small, X), dense, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resnet_there_and_back():
     images = draw(2, 8, 8, 1)
     model = models.resnet8(num_classes=10, in_channels=1, rngs=nnx.Rngs(0))

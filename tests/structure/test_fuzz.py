@@ -164,6 +164,7 @@ def test_numpy_evaluates_programs_as_jax_does(seed):
         assert gap(by_jax, evaluate(call.closed, *flat)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 3, 5, 9])
 def test_plans_of_plans(seed):
     """What is left can be pruned again, in one step as in two, by either function."""

@@ -96,6 +96,7 @@ def test_compaction_equals_masking(model):
         assert max(gaps.values()) < case.tolerance, (name, gaps)
 
 
+@pytest.mark.slow
 def test_nearly_all_parameters_can_shrink(model):
     groups, shapes = model.groups, model.groups.model.shapes
     free = {member.path for group in groups.values() for member in group.members}
@@ -201,6 +202,7 @@ def test_variables_of_half_precision(name, entry):
     assert own < 2 * error < 0.1, (own, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linen scan over layers", "nnx recurrent"])
 def test_shapes_are_enough(name):
     case = BUILDERS[name]()
@@ -316,6 +318,7 @@ def test_equinox():
     }
 
 
+@pytest.mark.slow
 def test_haiku():
     hk = pytest.importorskip("haiku")
 

@@ -82,6 +82,7 @@ def masked():
     return variables, state, structure.masked_channels(GROUPS, state)
 
 
+@pytest.mark.slow
 def test_a_channel_that_is_not_masked_does_not_go(masked):
     variables, state, keep = masked
     keep = {name: own.copy() for name, own in keep.items()}

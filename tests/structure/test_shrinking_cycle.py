@@ -90,6 +90,7 @@ def test_it_switches_when_masks_have_changed_and_a_phase_begins(whole):
     assert all(entry.get("difference", 0) < 1e-4 for entry in run.history)
 
 
+@pytest.mark.slow
 def test_the_next_stage_is_prepared_in_the_background(whole):
     _, prepared, _ = whole
     first, *later = [thread for _, thread in prepared]

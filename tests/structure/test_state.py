@@ -494,6 +494,7 @@ def test_norms_of_a_stack_of_layers():
     assert plan.verify(apply, variables, draw(4, 2)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_batch_norm_over_a_mapped_axis():
     # As Equinox maps a module over the examples: `psum` over a numbered axis is a sum.
     variables = {"in": draw(2, 8), "weight": draw(8), "out": draw(8, 3)}

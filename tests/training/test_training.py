@@ -138,6 +138,7 @@ def test_eight_devices_equal_one():
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "size"), [(1, 1), (1, 16), (1, 37), (8, 37)])
 def test_evaluation_is_exact_with_a_ragged_last_batch(devices, size):
     mesh, _, state, _, evaluate = _setup(devices)
@@ -280,6 +281,7 @@ def test_any_mesh_and_streamed_batches_give_the_same_numbers(axes):
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_stay_split_while_training():
     """Also after chunks of steps, with momentum, masks and averages beside them."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
@@ -383,6 +385,7 @@ def test_parts_and_rematerialisation_change_no_gradient(options, devices):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_have_batch_statistics_of_their_own():
     """Running statistics move once for each part, from its examples i, i + parts, ..."""
     tx, parts = optax.sgd(0.0), 2

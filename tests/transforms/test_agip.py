@@ -252,6 +252,7 @@ def test_rate_by_density_scales_the_update_of_each_leaf() -> None:
     chex.assert_trees_all_equal(updates[0]["bias"], updates[1]["bias"])
 
 
+@pytest.mark.slow
 def test_rate_by_statistic_favours_large_gradients() -> None:
     tx = jaxprune.chain(
         optax.sgd(0.1),
@@ -293,6 +294,7 @@ def test_a_gradient_that_is_not_finite_changes_no_mask_and_no_average(
     assert int(prune_state(state).refused) == 1 and int(prune_state(state).mask_updates) == 1
 
 
+@pytest.mark.slow
 def test_one_nan_leaves_the_average_of_its_weight_only() -> None:
     tx = jaxprune.chain(optax.sgd(0.1), jaxprune.agip_transform(0.5, start=5, stop=5))
     params, state = drive(tx, 2)
@@ -468,6 +470,7 @@ def test_a_leaf_that_starts_at_0_keeps_its_share_and_is_named(method):
     assert sizes[mask].min() >= sizes[~mask].max()
 
 
+@pytest.mark.slow
 def test_an_expert_that_was_never_chosen_keeps_its_share():
     params = {"experts": jnp.asarray(np.random.default_rng(2).normal(size=(4, 8, 8)), jnp.float32)}
 

@@ -454,6 +454,7 @@ def test_norms_of_small_and_large_entries():
 # ---- what has not moved yet
 
 
+@pytest.mark.slow
 def test_gates_that_are_zero_are_ranked_by_their_gradients():
     """As in AdaLN-zero, or LoRA's second factor: a gate starts at 0, and so does |w g|."""
     params, mlp = layers(["b", "a", "c"], (3, 8, 8, 2))

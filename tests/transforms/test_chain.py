@@ -344,6 +344,7 @@ def test_two_copies_of_the_parameters_are_not_ranked_together() -> None:
             optax.chain(optax.lookahead(optax.sgd(0.1), 5, 0.5), prune).init(pair)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["sam", "lookahead"])
 def test_masks_that_became_numbers_are_bools_when_read_and_refused_when_used(wrapper: str) -> None:
     inside = jaxprune.chain(optax.sgd(0.1), PRUNE)
@@ -391,6 +392,7 @@ def test_without_an_average_each_leaf_needs_one_momentum() -> None:
             np.testing.assert_array_equal(np.flatnonzero(mask), kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -60,6 +60,7 @@ def test_a_shorter_schedule_is_made_up_for(method):
         assert sparsity(after) == pytest.approx(0.9)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_starts_later_waits():
     params, state = train(jaxprune.magnitude_transform(0.5, every=1, stop=8), None, 10)
     later = jaxprune.magnitude_transform(0.9, start=15, stop=15)
@@ -80,6 +81,7 @@ def test_the_same_schedule_goes_on_without_another_move(method):
         np.testing.assert_array_equal(mask, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_of_other_leaves_names_them(method):
     make = METHODS[method]

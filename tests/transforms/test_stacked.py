@@ -78,6 +78,7 @@ def test_a_stack_is_pruned_like_its_copies(axis, budget, pattern):
         np.testing.assert_array_equal(mask, layer["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_n_m_lies_within_a_layer(axis):
     stack, separate = stacked_network(axis)
@@ -193,6 +194,7 @@ def test_biases_and_norms_of_a_stack_are_not_pruned():
     assert isinstance(state.masks["layers"]["offsets"], optax.MaskedNode)
 
 
+@pytest.mark.slow
 def test_scanned_vectors_are_not_pruned():
     """`layouts.find` knows the copies of what is no kernel: `mix` has one dimension."""
     params = {"layers": {"kernel": normal(0, 4, 16, 16), "mix": normal(1, 4, 16)}}

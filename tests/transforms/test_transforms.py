@@ -105,6 +105,7 @@ def moved_counts(totals: list[int], drop: float, step: int, stop: int) -> list[i
     return [int(np.floor(total * fraction + 0.5)) for total in totals]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", [jaxprune.chain, optax.chain])
 def test_rigl_drops_by_magnitude_and_grows_by_gradient(chain):
     stop, drop = 6, 0.4

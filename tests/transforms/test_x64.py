@@ -58,6 +58,7 @@ def test_the_masks_are_those_of_32_bits(transform, dtype):
         assert before == after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_one_call_without_training(dtype):
     expected = jaxprune.prune(make_params(), 0.7)[1]
@@ -102,6 +103,7 @@ def test_channels(dtype):
         assert kept.sum() == 4
 
 
+@pytest.mark.slow
 def test_scores_before_training():
     with X64():
         params = make_params(np.float64)
