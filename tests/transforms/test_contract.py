@@ -224,7 +224,8 @@ def kept(masks: Any) -> int:
 
 
 CASES = [(name, "momentum") for name in TRANSFORMS]
-CASES += [(name, inner) for name in ("default", "rigl_transform") for inner in INNER]
+CASES += [(name, inner) for inner, name in in_turn(INNER, ["default", "rigl_transform"])]
+CASES = list(dict.fromkeys(CASES))
 
 
 @pytest.mark.parametrize(("transform", "inner"), CASES)
