@@ -398,8 +398,7 @@ def test_words_of_arrays_are_their_contents(dtype, index):
     assert words.isdisjoint({describe(each, "it", []) for each in (other, array.reshape(4, 3))})
 
 
-def test_a_module_of_the_user_counts_with_its_file(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_module_of_the_user_counts_with_its_file(tmp_path):
     found = []
     for number in (1, 2):
         (tmp_path / "my_rules_of_pruning.py").write_text(f"NUMBER = {number}\n")
