@@ -191,3 +191,50 @@ def test_without_mask_updates_only_phases_change():
 def test_phases_must_begin_at_step_0():
     with pytest.raises(ValueError, match=r"`phases` must have a value for step 0, but has \[5\]"):
         make_run(phases={5: LARGE})
+
+
+def test_a_step_at_which_something_is_due_cannot_be_left_out(whole):
+    _, _, kept = whole
+    run, _ = make_run(prepare=lambda stage: stage)
+    run.begin()
+    with pytest.raises(ValueError, match="`advance` must be done with step 3 before step 4"):
+        run.advance(4, *kept[4][:2])
+    run, _ = make_run(kept[10][2], prepare=lambda stage: stage)
+    run.begin(10, kept[10][1])
+    with pytest.raises(ValueError, match="`advance` must be done with step 11 before step 12"):
+        run.advance(12, *kept[10][:2])
+    assert run.history == [] and run.coming.step == 11
+
+
+def test_a_checkpoint_of_the_step_of_a_switch_may_be_saved_before_it(whole):
+    _, _, kept = whole
+    variables, state, record = kept[10]
+    run, _ = make_run(record)
+    run.begin(10, state)
+    before = run.prepared(variables, state)
+    resumed, _ = make_run(record, prepare=lambda stage: stage)
+    resumed.begin(11, before[1])
+    again = resumed.advance(11, *resumed.advance(11, *before))  # the second call does nothing
+    jax.tree.map(np.testing.assert_array_equal, again, kept[11][:2])
+    with pytest.raises(ValueError, match="step 11 before step 12: .* right after `begin`"):
+        resumed, _ = make_run(record, prepare=lambda stage: stage)
+        resumed.begin(11, before[1])
+        resumed.advance(12, *before)
+
+
+def test_a_record_of_steps_that_are_arrays_is_plain(whole):
+    _, _, kept = whole
+    run, _ = make_run(kept[8][2], prepare=lambda stage: stage)
+    run.begin(jnp.int32(8), kept[8][1])
+    run.advance(jnp.int32(9), *kept[9][:2])
+    assert json.loads(json.dumps(run.to_record())) == kept[9][2]
+
+
+def test_a_switch_needs_a_step_to_be_prepared():
+    with pytest.raises(ValueError, match=r"`policy.delay` must be at least 1; got 0"):
+        make_run(policy=structure.Policy(switch_steps=1, delay=0))
+
+
+def test_mask_updates_may_come_in_any_order():
+    run, _ = make_run(mask_updates=UPDATES[::-1])
+    assert run._changes == [3, 9, 15, 21]
