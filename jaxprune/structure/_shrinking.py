@@ -147,7 +147,8 @@ class Shrinking:
             raise ValueError(f"`policy.delay` must be at least 1; got {policy.delay}.")
         self.phases = dict(sorted(phases.items()))
         self.steps, self.policy = steps, policy
-        self._changes = sorted(step + 1 for step in mask_updates)  # steps done when masks have changed
+        # Steps done when masks have changed.
+        self._changes = sorted(step + 1 for step in mask_updates)
         self._cost, self._make_optimizer, self._prepare = cost, make_optimizer, prepare
         self._functions, self._params = functions, params
         self._describe = _figures if describe is None else describe
@@ -159,6 +160,7 @@ class Shrinking:
         self._record = record
         self._last = 0  # step of the last call of `begin` or `advance`
         if record is not None:
+            self._check_record(record)
             self.history = list(record["history"])
             self.stage = Stage(self._dense, self._values[record["phase"]], record["cut"])
             if record["plan"] is not None:
@@ -274,6 +276,22 @@ class Shrinking:
 
     def _phase_at(self, step: int) -> Any:
         return next(value for at, value in reversed(self.phases.items()) if at <= step)
+
+    def _check_record(self, record: Mapping[str, Any]) -> None:
+        """Raises if a record is of a run with other phases or of another network."""
+        coming, count = record["coming"], len(self.phases)
+        last = max(own["phase"] for own in (record, coming) if own is not None)
+        if last >= count:
+            raise ValueError(
+                f"`record` has phase number {last}, but `phases` has {count} values: resume with "
+                "the phases that the run began with."
+            )
+        kept, groups = (coming or {}).get("keep"), self._dense.groups
+        if kept is not None and kept.keys() != groups.keys():
+            raise ValueError(
+                f"`record` is of another network: it keeps channels of {sorted(kept)}, but "
+                f"`groups` has {sorted(groups)}."
+            )
 
     # ---- what comes next
 

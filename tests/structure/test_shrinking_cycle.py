@@ -238,3 +238,17 @@ def test_a_switch_needs_a_step_to_be_prepared():
 def test_mask_updates_may_come_in_any_order():
     run, _ = make_run(mask_updates=UPDATES[::-1])
     assert run._changes == [3, 9, 15, 21]
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"phase": 2}, "`record` has phase number 2, but `phases` has 2 values"),
+        ({"coming": {"step": 9, "keep": None, "phase": 3}}, "`record` has phase number 3"),
+        ({"coming": {"step": 9, "keep": {"other:1": [0]}, "phase": 0}}, "of another network"),
+    ],
+)
+def test_a_record_of_another_run_is_refused(changes, match):
+    record = make_run()[0].to_record()
+    with pytest.raises(ValueError, match=match):
+        make_run(record | changes)
