@@ -198,6 +198,9 @@ class Shrinking:
     def advance(self, step: int, variables: Any, opt_state: Any) -> tuple[Any, Any]:
         """Decides or switches, if it is time for that; call it after every step.
 
+        If masks changed while a switch was prepared, and a channel that it would remove is kept
+        again, that switch is given up and decided on anew.
+
         Arrays come back where slicing leaves them: with a mesh, put them where they belong.
 
         Args:
@@ -223,7 +226,10 @@ class Shrinking:
         if step >= self.steps:
             return variables, opt_state
         if self.coming is not None and step == self.coming.step:
-            variables, opt_state = self._switch(self.coming, variables, opt_state)
+            if self._came_back(opt_state):
+                self.coming = None
+            else:
+                variables, opt_state = self._switch(self.coming, variables, opt_state)
             self._decide(step, opt_state)  # masks may have changed while it was prepared
         elif self.coming is None and step in self._decisions():
             self._decide(step, opt_state)
@@ -301,6 +307,13 @@ class Shrinking:
         keep = self._masked_enough(step, opt_state) if self._changes else None
         if keep is not None or phase != self.stage.phase:
             self._plan(step + self.policy.delay, keep, phase)
+
+    def _came_back(self, opt_state: Any) -> bool:
+        """Tells whether masks keep a channel now that the pending switch would remove."""
+        if self.coming is None or self.coming.keep is None:
+            return False
+        now, keep = masked_channels(self.stage.groups, opt_state), self.coming.keep
+        return any(bool(np.any(now[name] & ~keep[name])) for name in keep)
 
     def _masked_enough(self, step: int, opt_state: Any) -> dict[str, np.ndarray] | None:
         """Returns the channels to keep, if removing all others pays."""

@@ -145,17 +145,34 @@ def test_next_step_names_every_step_at_which_something_happens(whole):
 
 
 def test_a_switch_that_is_refused_changes_nothing(whole):
-    """The masked network and the smaller one differ: a channel is lost that was not masked."""
+    """The masked network and the smaller one differ: what they compute is not a number."""
     _, _, kept = whole
     variables, state, record = kept[10]
     run, _ = make_run(record)
     run.begin(10, state)
-    name = next(n for n, own in run.coming.keep.items() if own.sum() > 1)
-    run.coming.keep[name][np.flatnonzero(run.coming.keep[name])[0]] = False
     before = run.stage, run.prepared, list(run.history)
-    with pytest.raises(ValueError, match="`keep` must keep every channel that is not masked"):
-        run.advance(11, variables, state)
+    broken = variables | {"shift": jnp.full(3, jnp.nan)}
+    with pytest.raises(ValueError, match="differs from the present one by nan"):
+        run.advance(11, broken, state)
     assert (run.stage, run.prepared, run.history) == before
+
+
+def test_a_switch_is_decided_on_again_if_a_channel_came_back(whole):
+    """Masks that regrow may change between the decision and the switch."""
+    _, _, kept = whole
+    variables, state, record = kept[10]
+    run, _ = make_run(record, prepare=lambda stage: stage)
+    run.begin(10, state)
+    masks, before = run.coming.keep, run.stage
+    name = next(n for n, own in masks.items() if own.sum() > 1)
+    fewer = masks[name] & (np.arange(len(masks[name])) != np.flatnonzero(masks[name])[0])
+    run.coming = run.coming._replace(keep=masks | {name: fewer})
+    same = run.advance(11, variables, state)
+    assert same[0] is variables and same[1] is state
+    assert run.stage is before and run.history == [] and run.coming.step == 13
+    jax.tree.map(np.testing.assert_array_equal, dict(run.coming.keep), dict(masks))
+    assert run.advance(13, *run.advance(12, *same))[0] is not variables
+    assert run.history[0]["step"] == 13
 
 
 def test_a_step_that_does_not_compile_changes_nothing(whole):
