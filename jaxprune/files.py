@@ -21,7 +21,8 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
 
     Args:
         path: the file; its folder must exist. Its permissions stay; those of a new file are what
-            `open` would give.
+            `open` would give. A file that is read-only is replaced, too, and a symbolic link is
+            replaced by the file instead of followed.
         mode: "w" for text in UTF-8 or "wb" for bytes.
 
     Yields:

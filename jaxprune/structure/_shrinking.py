@@ -70,10 +70,12 @@ class Shrinking:
         cost: function from a plan of `groups` to the cost of a step, such as `mac_cost` returns.
         make_optimizer: function from a `Stage` to the optimizer; pass `stage.groups` on to
             `agip_transform`.
-        prepare: function from a `Stage` to what trains it, such as a compiled step.
+        prepare: function from a `Stage` to what trains it, such as a compiled step. It runs in
+            another thread, where no context of the caller holds, such as that of `jax.set_mesh` or
+            `jax.default_matmul_precision`: enter them in `prepare`.
         functions: `function(variables, *args)` of the dense network -> the args of a batch on which
             both networks are compared at a switch.
-        policy: when a switch pays.
+        policy: when a switch pays; its `delay` is at least 1.
         phases: step -> value, what else changes during the run, such as the size of images.
             The value of step 0 is needed. A new phase begins with a switch, too: `policy.delay`
             steps after its step, or with the switch that is pending then.
@@ -84,7 +86,8 @@ class Shrinking:
             of `stage`.
 
     Raises:
-        ValueError: `phases` has no value for step 0, or `record` does not fit.
+        ValueError: `phases` has no value for step 0, `policy.delay` is less than 1, or `record`
+            does not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -140,9 +143,12 @@ class Shrinking:
         phases = {0: None} if phases is None else phases
         if 0 not in phases:
             raise ValueError(f"`phases` must have a value for step 0, but has {sorted(phases)}.")
+        if policy.delay < 1:
+            raise ValueError(f"`policy.delay` must be at least 1; got {policy.delay}.")
         self.phases = dict(sorted(phases.items()))
         self.steps, self.policy = steps, policy
-        self._changes = [step + 1 for step in mask_updates]  # steps done when masks have changed
+        # Steps done when masks have changed.
+        self._changes = sorted(step + 1 for step in mask_updates)
         self._cost, self._make_optimizer, self._prepare = cost, make_optimizer, prepare
         self._functions, self._params = functions, params
         self._describe = _figures if describe is None else describe
@@ -152,7 +158,9 @@ class Shrinking:
         self.history: list[dict[str, Any]] = []
         self.stage = Stage(self._dense, self.phases[0])
         self._record = record
+        self._last = 0  # step of the last call of `begin` or `advance`
         if record is not None:
+            self._check_record(record)
             self.history = list(record["history"])
             self.stage = Stage(self._dense, self._values[record["phase"]], record["cut"])
             if record["plan"] is not None:
@@ -164,10 +172,14 @@ class Shrinking:
     def begin(self, step: int = 0, opt_state: Any = None) -> None:
         """Prepares the present stage and, in a resumed run, the switch that was decided on.
 
+        If checkpoints are saved before `advance` is called with their step, call it with that step
+        right after this, because the switch may be due then; a second call does nothing.
+
         Args:
             step: steps done so far.
             opt_state: the restored state of the whole optimizer; not needed at step 0.
         """
+        step = self._last = int(step)
         self.prepared = self._prepare(self.stage)
         record, self._record = self._record, None
         if record is None:
@@ -186,6 +198,9 @@ class Shrinking:
     def advance(self, step: int, variables: Any, opt_state: Any) -> tuple[Any, Any]:
         """Decides or switches, if it is time for that; call it after every step.
 
+        If masks changed while a switch was prepared, and a channel that it would remove is kept
+        again, that switch is given up and decided on anew.
+
         Arrays come back where slicing leaves them: with a mesh, put them where they belong.
 
         Args:
@@ -197,13 +212,24 @@ class Shrinking:
             Both, compacted if channels were removed.
 
         Raises:
-            ValueError: the smaller network computes something else, see `shrink`. Nothing has
-                changed then.
+            ValueError: the smaller network computes something else, see `shrink`, and nothing has
+                changed; or a step at which something was due was left out.
         """
+        step, due = int(step), self.next_step(self._last)
+        if due < min(step, self.steps):
+            raise ValueError(
+                f"`advance` must be done with step {due} before step {step}: call it after every "
+                "step, or with each step that `next_step` names; with the step of a checkpoint "
+                "that was saved before it, call it right after `begin`."
+            )
+        self._last = step
         if step >= self.steps:
             return variables, opt_state
         if self.coming is not None and step == self.coming.step:
-            variables, opt_state = self._switch(self.coming, variables, opt_state)
+            if self._came_back(opt_state):
+                self.coming = None
+            else:
+                variables, opt_state = self._switch(self.coming, variables, opt_state)
             self._decide(step, opt_state)  # masks may have changed while it was prepared
         elif self.coming is None and step in self._decisions():
             self._decide(step, opt_state)
@@ -257,6 +283,22 @@ class Shrinking:
     def _phase_at(self, step: int) -> Any:
         return next(value for at, value in reversed(self.phases.items()) if at <= step)
 
+    def _check_record(self, record: Mapping[str, Any]) -> None:
+        """Raises if a record is of a run with other phases or of another network."""
+        coming, count = record["coming"], len(self.phases)
+        last = max(own["phase"] for own in (record, coming) if own is not None)
+        if last >= count:
+            raise ValueError(
+                f"`record` has phase number {last}, but `phases` has {count} values: resume with "
+                "the phases that the run began with."
+            )
+        kept, groups = (coming or {}).get("keep"), self._dense.groups
+        if kept is not None and kept.keys() != groups.keys():
+            raise ValueError(
+                f"`record` is of another network: it keeps channels of {sorted(kept)}, but "
+                f"`groups` has {sorted(groups)}."
+            )
+
     # ---- what comes next
 
     def _decide(self, step: int, opt_state: Any) -> None:
@@ -265,6 +307,13 @@ class Shrinking:
         keep = self._masked_enough(step, opt_state) if self._changes else None
         if keep is not None or phase != self.stage.phase:
             self._plan(step + self.policy.delay, keep, phase)
+
+    def _came_back(self, opt_state: Any) -> bool:
+        """Tells whether masks keep a channel now that the pending switch would remove."""
+        if self.coming is None or self.coming.keep is None:
+            return False
+        now, keep = masked_channels(self.stage.groups, opt_state), self.coming.keep
+        return any(bool(np.any(now[name] & ~keep[name])) for name in keep)
 
     def _masked_enough(self, step: int, opt_state: Any) -> dict[str, np.ndarray] | None:
         """Returns the channels to keep, if removing all others pays."""

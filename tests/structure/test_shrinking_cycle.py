@@ -146,17 +146,34 @@ def test_next_step_names_every_step_at_which_something_happens(whole):
 
 
 def test_a_switch_that_is_refused_changes_nothing(whole):
-    """The masked network and the smaller one differ: a channel is lost that was not masked."""
+    """The masked network and the smaller one differ: what they compute is not a number."""
     _, _, kept = whole
     variables, state, record = kept[10]
     run, _ = make_run(record)
     run.begin(10, state)
-    name = next(n for n, own in run.coming.keep.items() if own.sum() > 1)
-    run.coming.keep[name][np.flatnonzero(run.coming.keep[name])[0]] = False
     before = run.stage, run.prepared, list(run.history)
-    with pytest.raises(ValueError, match="`keep` must keep every channel that is not masked"):
-        run.advance(11, variables, state)
+    broken = variables | {"shift": jnp.full(3, jnp.nan)}
+    with pytest.raises(ValueError, match="differs from the present one by nan"):
+        run.advance(11, broken, state)
     assert (run.stage, run.prepared, run.history) == before
+
+
+def test_a_switch_is_decided_on_again_if_a_channel_came_back(whole):
+    """Masks that regrow may change between the decision and the switch."""
+    _, _, kept = whole
+    variables, state, record = kept[10]
+    run, _ = make_run(record, prepare=lambda stage: stage)
+    run.begin(10, state)
+    masks, before = run.coming.keep, run.stage
+    name = next(n for n, own in masks.items() if own.sum() > 1)
+    fewer = masks[name] & (np.arange(len(masks[name])) != np.flatnonzero(masks[name])[0])
+    run.coming = run.coming._replace(keep=masks | {name: fewer})
+    same = run.advance(11, variables, state)
+    assert same[0] is variables and same[1] is state
+    assert run.stage is before and run.history == [] and run.coming.step == 13
+    jax.tree.map(np.testing.assert_array_equal, dict(run.coming.keep), dict(masks))
+    assert run.advance(13, *run.advance(12, *same))[0] is not variables
+    assert run.history[0]["step"] == 13
 
 
 def test_a_step_that_does_not_compile_changes_nothing(whole):
@@ -192,3 +209,64 @@ def test_without_mask_updates_only_phases_change():
 def test_phases_must_begin_at_step_0():
     with pytest.raises(ValueError, match=r"`phases` must have a value for step 0, but has \[5\]"):
         make_run(phases={5: LARGE})
+
+
+def test_a_step_at_which_something_is_due_cannot_be_left_out(whole):
+    _, _, kept = whole
+    run, _ = make_run(prepare=lambda stage: stage)
+    run.begin()
+    with pytest.raises(ValueError, match="`advance` must be done with step 3 before step 4"):
+        run.advance(4, *kept[4][:2])
+    run, _ = make_run(kept[10][2], prepare=lambda stage: stage)
+    run.begin(10, kept[10][1])
+    with pytest.raises(ValueError, match="`advance` must be done with step 11 before step 12"):
+        run.advance(12, *kept[10][:2])
+    assert run.history == [] and run.coming.step == 11
+
+
+def test_a_checkpoint_of_the_step_of_a_switch_may_be_saved_before_it(whole):
+    _, _, kept = whole
+    variables, state, record = kept[10]
+    run, _ = make_run(record)
+    run.begin(10, state)
+    before = run.prepared(variables, state)
+    resumed, _ = make_run(record, prepare=lambda stage: stage)
+    resumed.begin(11, before[1])
+    again = resumed.advance(11, *resumed.advance(11, *before))  # the second call does nothing
+    jax.tree.map(np.testing.assert_array_equal, again, kept[11][:2])
+    with pytest.raises(ValueError, match="step 11 before step 12: .* right after `begin`"):
+        resumed, _ = make_run(record, prepare=lambda stage: stage)
+        resumed.begin(11, before[1])
+        resumed.advance(12, *before)
+
+
+def test_a_record_of_steps_that_are_arrays_is_plain(whole):
+    _, _, kept = whole
+    run, _ = make_run(kept[8][2], prepare=lambda stage: stage)
+    run.begin(jnp.int32(8), kept[8][1])
+    run.advance(jnp.int32(9), *kept[9][:2])
+    assert json.loads(json.dumps(run.to_record())) == kept[9][2]
+
+
+def test_a_switch_needs_a_step_to_be_prepared():
+    with pytest.raises(ValueError, match=r"`policy.delay` must be at least 1; got 0"):
+        make_run(policy=structure.Policy(switch_steps=1, delay=0))
+
+
+def test_mask_updates_may_come_in_any_order():
+    run, _ = make_run(mask_updates=UPDATES[::-1])
+    assert run._changes == [3, 9, 15, 21]
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"phase": 2}, "`record` has phase number 2, but `phases` has 2 values"),
+        ({"coming": {"step": 9, "keep": None, "phase": 3}}, "`record` has phase number 3"),
+        ({"coming": {"step": 9, "keep": {"other:1": [0]}, "phase": 0}}, "of another network"),
+    ],
+)
+def test_a_record_of_another_run_is_refused(changes, match):
+    record = make_run()[0].to_record()
+    with pytest.raises(ValueError, match=match):
+        make_run(record | changes)
