@@ -12,7 +12,7 @@ PYTHON3 ?=
 CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 python
 # Those of pyenv need not be on the path.
 NEWER := $(CANDIDATES) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python3)
-SOURCES := jaxprune tests scripts conftest.py $(wildcard benchmarks examples)
+SOURCES := jaxprune tests scripts conftest.py .ci $(wildcard benchmarks examples)
 
 # Pytest keeps its rewritten tests; without them each process would need five seconds more.
 export PYTHONDONTWRITEBYTECODE :=
