@@ -12,7 +12,7 @@ from jaxprune import masks, trees
 class AverageState(NamedTuple):
     """The state of `average_parameters`."""
 
-    parameter_average: Any  # a tree like the parameters
+    parameter_average: Any  # like the parameters, in float32 or wider
 
 
 def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
@@ -21,6 +21,9 @@ def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
     Chain it after the whole optimizer, so that it sees the new parameters:
     `optax.chain(jaxprune.chain(optimizer, pruning), average_parameters(0.999))`.
 
+    The average is kept in float32 or wider: in bfloat16 a step of a thousandth would round to
+    nothing. It takes the memory of one more copy of the parameters.
+
     Args:
         decay: share of the old average that each step keeps, in [0, 1).
 
@@ -28,7 +31,7 @@ def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
         An Optax transformation. `with_averages` reads its average.
 
     Raises:
-        ValueError: if `decay` is outside [0, 1).
+        ValueError: if `decay` is outside [0, 1); the update, if it is called without `params`.
 
     Example:
         >>> optimizer = optax.chain(optax.sgd(1.0), average_parameters(0.75))
@@ -41,10 +44,15 @@ def average_parameters(decay: float) -> optax.GradientTransformationExtraArgs:
         raise ValueError(f"`decay` must lie in [0, 1), but is {decay!r}.")
 
     def init(params: Any) -> AverageState:
-        return AverageState(jax.tree.map(jnp.copy, params))
+        return AverageState(jax.tree.map(lambda leaf: _wide(jnp.copy(leaf)), params))
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        new = optax.apply_updates(params, updates)
+        if params is None:
+            raise ValueError(
+                "`params` is missing: averages follow the parameters; call "
+                "`optimizer.update(updates, state, params)`."
+            )
+        new = jax.tree.map(_wide, optax.apply_updates(params, updates))
         average = optax.incremental_update(new, state.parameter_average, 1 - decay)
         return updates, AverageState(average)
 
@@ -61,7 +69,10 @@ def with_averages(params: Any, opt_state: Any) -> Any:
         opt_state: state of the whole optimizer.
 
     Returns:
-        A tree like `params`.
+        A tree like `params`, with its dtypes.
+
+    Raises:
+        ValueError: the state has more than one average, or that of a different tree.
 
     Example:
         >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -71,6 +82,16 @@ def with_averages(params: Any, opt_state: Any) -> Any:
     found = trees.state_fields(opt_state, "parameter_average")
     if not found:
         return params
+    if len(found) > 1:
+        raise ValueError(f"`opt_state` must hold one average of parameters, but has {len(found)}.")
+    trees.check_same_structure("the average in `opt_state`", found[0], params)
+    averages = jax.tree.map(lambda own, leaf: own.astype(leaf.dtype), found[0], params)
     if trees.state_fields(opt_state, "masks"):
-        return masks.apply_masks(found[0], masks.get_masks(opt_state))
-    return found[0]
+        return masks.apply_masks(averages, masks.get_masks(opt_state))
+    return averages
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    """Returns a leaf in float32 if its type is narrower; other types do not change."""
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if narrow else leaf
