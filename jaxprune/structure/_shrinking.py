@@ -158,7 +158,7 @@ class Shrinking:
         self.history: list[dict[str, Any]] = []
         self.stage = Stage(self._dense, self.phases[0])
         self._record = record
-        self._last = 0  # step of the last call of `begin` or `advance`
+        self._due = 0  # the next step at which `advance` has something to do
         if record is not None:
             self._check_record(record)
             self.history = list(record["history"])
@@ -179,21 +179,12 @@ class Shrinking:
             step: steps done so far.
             opt_state: the restored state of the whole optimizer; not needed at step 0.
         """
-        step = self._last = int(step)
+        step = int(step)
         self.prepared = self._prepare(self.stage)
         record, self._record = self._record, None
-        if record is None:
-            return
-        coming = record["coming"]
-        if coming is None:  # a decision that was due, but not made when the checkpoint was saved
-            if step in self._decisions():
-                self._decide(step, opt_state)
-            return
-        keep = coming["keep"]
-        if keep is not None:
-            sizes = {name: group.size for name, group in self.stage.groups.items()}
-            keep = {name: np.isin(np.arange(sizes[name]), own) for name, own in keep.items()}
-        self._plan(coming["step"], keep, self._values[coming["phase"]])
+        if record is not None:
+            self._take_up(record["coming"], step, opt_state)
+        self._due = self.next_step(step)
 
     def advance(self, step: int, variables: Any, opt_state: Any) -> tuple[Any, Any]:
         """Decides or switches, if it is time for that; call it after every step.
@@ -215,24 +206,26 @@ class Shrinking:
             ValueError: the smaller network computes something else, see `shrink`, and nothing has
                 changed; or a step at which something was due was left out.
         """
-        step, due = int(step), self.next_step(self._last)
+        step, due = int(step), self._due
+        if step < due:
+            return variables, opt_state
         if due < min(step, self.steps):
             raise ValueError(
                 f"`advance` must be done with step {due} before step {step}: call it after every "
                 "step, or with each step that `next_step` names; with the step of a checkpoint "
                 "that was saved before it, call it right after `begin`."
             )
-        self._last = step
         if step >= self.steps:
             return variables, opt_state
-        if self.coming is not None and step == self.coming.step:
+        if self.coming is not None:
             if self._came_back(opt_state):
                 self.coming = None
             else:
                 variables, opt_state = self._switch(self.coming, variables, opt_state)
             self._decide(step, opt_state)  # masks may have changed while it was prepared
-        elif self.coming is None and step in self._decisions():
+        else:
             self._decide(step, opt_state)
+        self._due = self.next_step(step)
         return variables, opt_state
 
     def next_step(self, step: int) -> int:
@@ -300,6 +293,18 @@ class Shrinking:
             )
 
     # ---- what comes next
+
+    def _take_up(self, coming: Mapping[str, Any] | None, step: int, opt_state: Any) -> None:
+        """Prepares the switch that a record says is coming, or makes a decision that is due."""
+        if coming is None:  # it may have been due, but not made when the checkpoint was saved
+            if step in self._decisions():
+                self._decide(step, opt_state)
+            return
+        keep = coming["keep"]
+        if keep is not None:
+            sizes = {name: group.size for name, group in self.stage.groups.items()}
+            keep = {name: np.isin(np.arange(sizes[name]), own) for name, own in keep.items()}
+        self._plan(coming["step"], keep, self._values[coming["phase"]])
 
     def _decide(self, step: int, opt_state: Any) -> None:
         """Prepares a switch if one pays now: to fewer channels, to a new phase, or to both."""

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import schedules, structure
+from jaxprune import schedules, sharding, structure
 from tests.structure.test_shrinking import GROUPS, NORMED, VARIABLES, X, Y, apply
 
 STEPS, UPDATES = 40, schedules.mask_update_steps(2, 20, 6)  # masks change after 3, 9, 15, 21
@@ -270,3 +270,42 @@ def test_a_record_of_another_run_is_refused(changes, match):
     record = make_run()[0].to_record()
     with pytest.raises(ValueError, match=match):
         make_run(record | changes)
+
+
+def test_on_a_mesh_it_switches_at_the_same_steps_to_the_same_channels(whole):
+    """Eight devices, the batch split over them; arrays go back to their places after a switch."""
+    reference, _, kept = whole
+    mesh = sharding.make_mesh()
+    x, y = sharding.put((X, Y), sharding.batch_sharding(mesh))
+
+    def prepare(stage):
+        function, optimizer = stage.wrap(apply), make_optimizer(stage)
+
+        @jax.jit
+        def step(variables, state):
+            def loss(params):
+                return jnp.mean((function(variables | {"params": params}, x) - y) ** 2)
+
+            params = variables["params"]
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return variables | {"params": optax.apply_updates(params, updates)}, state
+
+        return step
+
+    run, _ = make_run(prepare=prepare)
+    run.begin()
+    variables = sharding.replicate(VARIABLES, mesh)
+    state = sharding.replicate(run.optimizer.init(VARIABLES["params"]), mesh)
+    for step in range(1, STEPS + 1):
+        variables, state = run.prepared(variables, state)
+        variables, state = sharding.replicate(run.advance(step, variables, state), mesh)
+    assert [own["step"] for own in run.history] == [own["step"] for own in reference.history]
+    assert [own.get("widths") for own in run.history] == [
+        own.get("widths") for own in reference.history
+    ]
+    assert all(leaf.sharding.mesh.size == 8 for leaf in jax.tree.leaves(variables))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        jax.device_get(variables),
+        jax.device_get(kept[STEPS][0]),
+    )
