@@ -10,6 +10,8 @@ from jaxprune import reports
 from jaxprune.experiments.studies import headline as headline_module
 from jaxprune.experiments.studies import methods
 
+pytestmark = pytest.mark.scripts  # the stand-in runs in child processes
+
 # A run whose numbers follow from its options, as train.py would leave them.
 FAKE = """
 import argparse, json, os, pathlib, sys

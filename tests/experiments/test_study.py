@@ -16,6 +16,7 @@ from jaxprune.experiments import config as configs
 from jaxprune.experiments.studies import methods
 
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+pytestmark = pytest.mark.scripts  # the stand-in runs in child processes
 
 # Behaves like train.py as far as a study can tell. A file beside the runs scripts its faults.
 FAKE = """

@@ -272,6 +272,7 @@ def test_a_record_of_another_run_is_refused(changes, match):
         make_run(record | changes)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_switches_at_the_same_steps_to_the_same_channels(whole):
     """Eight devices, the batch split over them; arrays go back to their places after a switch."""
     reference, _, kept = whole
