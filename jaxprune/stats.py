@@ -181,6 +181,6 @@ def all_finite(tree: Any) -> jax.Array:
 
 def _largest(leaves: list[jax.Array], stacked: Sequence[tuple[int, ...]] | None) -> jax.Array:
     """Returns the largest size of an entry of any leaf, float32 []; NaN if there is one."""
-    # Not `max`: XLA would compute the maximum of N leaves anew in each of the N places that read it,
-    # and a program of N leaves would take N ** 2 times as long to compile.
+    # Not `max`: XLA would compute the maximum of N leaves in each of the N places that read it, and
+    # a program of N leaves would take N ** 2 times as long to compile.
     return jnp.sort(jnp.concatenate(counting.peaks(leaves, stacked)))[-1]
