@@ -105,7 +105,10 @@ def minilm() -> Encoder:
 
 
 def minilm_tokenizer() -> Any:
-    """Returns the tokenizer of `minilm`, a `tokenizers.Tokenizer`.
+    """Returns the tokenizer of `minilm`, which pads the texts of a batch to the longest.
+
+    Returns:
+        A `tokenizers.Tokenizer`; `encode_batch` gives `ids` and `attention_mask` of each text.
 
     Raises:
         ImportError: if the package with the weights, or `tokenizers`, is not installed.
@@ -115,7 +118,9 @@ def minilm_tokenizer() -> Any:
         >>> minilm_tokenizer().encode("Networks become smaller.").ids
         [101, 6125, 2468, 3760, 1012, 102]
     """
-    return _library("tokenizers").Tokenizer.from_buffer(_file(*_TOKENS))
+    tokenizer = _library("tokenizers").Tokenizer.from_buffer(_file(*_TOKENS))
+    tokenizer.enable_padding()
+    return tokenizer
 
 
 def _minilm_path(name: str) -> str | None:

