@@ -57,7 +57,7 @@ def in_layers(path: str, leaf: Any) -> bool:
 def ways(apply: Any, variables: Any, calibration: list[Any]) -> dict[str, Any]:
     """Name -> (function, variables, fraction of the layers' weights that is left)."""
     options: dict[str, Any] = {"prunable": in_layers}
-    half = options | {"sparsity": 0.5}
+    half: dict[str, Any] = options | {"sparsity": 0.5}
     shot = (apply, variables, calibration)
     sparse = {
         "magnitude": jaxprune.prune(variables, **half)[0],
@@ -91,8 +91,8 @@ def file_size(variables: Any) -> int:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's, of two vectors without ties."""
-    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(x)) for x in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def compare(seed: int, calibrating: int, held_out: int) -> dict[str, dict[str, float]]:
