@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import trees
@@ -42,8 +41,8 @@ def channel_scores(
     References:
         Sun et al., A simple and effective pruning approach for large language models (the score of
         a weight), arXiv:2306.11695.
-        Muralidharan et al., Compact language models via pruning and knowledge distillation (channels
-        by activations), arXiv:2407.14679.
+        Muralidharan et al., Compact language models via pruning and knowledge distillation,
+        arXiv:2407.14679, rank channels by the size of their activations.
 
     Example:
         >>> from jaxprune import structure
