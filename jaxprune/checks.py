@@ -111,7 +111,8 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
         A `Report`: print it, or read `ok` and `findings`.
 
     Raises:
-        ValueError: if the state contains no pruning transformation, or `stacked` matches no leaf.
+        ValueError: inside `jit`; if the state contains no pruning transformation, or `stacked`
+            matches no leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,6 +125,8 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
         >>> check(params, state).findings[0].problem
         '2 of 2 masked weights are not 0'
     """
+    trees.check_known("params", params, "check")
+    trees.check_known("opt_state", opt_state, "check")
     held = masks.get_masks(opt_state)
     by_path, axes = trees.spread(held, params), stacks.axes_of(params, stacked)
     reasons = trees.reasons(params, axes)

@@ -1,7 +1,7 @@
 """Prunes without training: in one step, or in rounds that score the remaining weights again."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ def prune(
     *,
     score: scores.Score | Any = scores.magnitude,
     statistics: Any = None,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -34,8 +34,9 @@ def prune(
         score: function `(params, statistics) -> scores`, or a tree of scores like `params`, such
             as those of `jaxprune.at_init`; the weights with the largest scores are kept.
         statistics: tree like `params` for scores that need one: gradients or their averages.
-        budget: function `(shapes, sparsity) -> Budget`; None is one global ranking in which
-            each leaf keeps at least a tenth of its uniform budget.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is one global ranking in which each leaf keeps at
+            least a tenth of its uniform budget.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -57,8 +58,7 @@ def prune(
         >>> pruned["kernel"].tolist()
         [[3.0, 0.0], [2.0, 0.0]]
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    _check_sparsity(sparsity)
     flags = trees.prunable_flags(params, prunable, stacked)
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
@@ -67,7 +67,9 @@ def prune(
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
         statistics = _of_paths(statistics, paths)
-    if trees.is_rule(score):
+    is_tree = trees.is_array(score) or not jax.tree_util.all_leaves([score])
+    if trees.is_rule(score) or not is_tree:
+        scores.check_score(score)
         ranked = score(weights, statistics)
     else:
         trees.check_same_structure("score", score, params)
@@ -128,10 +130,9 @@ def prune_in_rounds(
         >>> pruned["kernel"].tolist()
         [[3.0, 0.0], [2.0, 0.0]]
     """
+    _check_sparsity(sparsity)
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
     if not trees.is_rule(score):
         raise ValueError(
             "`score` must be a function from the parameters to a tree of scores, but is a tree "
@@ -160,6 +161,22 @@ def _selected(
         if among is None
         else timetables.renew(timetable, 0, among, ranked)
     )
+
+
+def _check_sparsity(sparsity: Any) -> None:
+    """Raises unless a sparsity is a number in [0, 1)."""
+    try:
+        ok = 0 <= sparsity < 1
+    except TypeError:
+        ok = False
+    if ok:
+        return
+    fix = ""
+    if isinstance(sparsity, Mapping):
+        fix = " Give the sparsities of single leaves as `budget`, and here that of all others."
+    elif isinstance(sparsity, int) and 1 < sparsity < 100:
+        fix = f" For {sparsity} % write {sparsity / 100}."
+    raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.{fix}")
 
 
 def _of_paths(tree: Any, paths: list[str]) -> list[Any]:

@@ -605,7 +605,7 @@ def test_own_sparsities_must_lie_in_the_unit_interval():
     with pytest.raises(ValueError) as error:
         budgets.custom(own)
     assert str(error.value) == (
-        "`sparsities` must lie in [0, 1); change these:\n  a: 1.0\n  c: -0.1\n  d: nan"
+        "`sparsities` must have values in [0, 1); change these:\n  a: 1.0\n  c: -0.1\n  d: nan"
     )
 
 
@@ -615,7 +615,8 @@ def test_unknown_paths_are_named_with_the_closest_ones():
     with pytest.raises(ValueError) as error:
         rule(shapes, 0.5)
     assert str(error.value) == (
-        "`sparsities` must name pruned leaves by their paths; change these:\n"
+        "`sparsities` must name leaves by their paths, by parts of these or by wildcards; change "
+        "these:\n"
         "  conv/kernl: did you mean conv/kernel?\n  dens/kernel: did you mean dense/kernel?"
     )
     with pytest.raises(ValueError, match="change these:\n  conv/kernl\n"):
@@ -650,3 +651,66 @@ def test_the_highest_sparsity_of_the_error_can_be_used(shapes, own):
     except ValueError as error:
         highest = float(str(error).split("at most ")[1].split()[0].rstrip("."))
         assert rule(shapes, highest).total <= sum(sizes_of(shapes))
+
+
+# ---- a dict of sparsities by name
+
+
+SHAPES = {
+    "layer1/kernel": (20, 30),
+    "layer2/kernel": (30, 30),
+    "layer2/norm/w": (4, 10),
+    "head": (30, 7),
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "sparsities"),
+    [
+        ({"layer1": 0.98, "layer2": 0.9}, [0.98, 0.9, 0.9, 0.6]),
+        ({"layer1": 0.98, "*": 0}, [0.98, 0, 0, 0]),
+        ({"layer?": 0.7, "layer2/kernel": 0.5, "layer2/norm": 0.1}, [0.7, 0.5, 0.1, 0.6]),
+        ({"kernel": 0.29, "head": 0}, [0.29, 0.29, 0.6, 0]),
+        ({"*/kernel": 0.3}, [0.3, 0.3, 0.6, 0.6]),
+    ],
+)
+@pytest.mark.parametrize("share", [0, Fraction(1, 6), Fraction(1, 2), 1])
+def test_a_dict_gives_each_leaf_its_sparsity_and_all_rise_together(own, sparsities, share):
+    rule = budgets.rule_of(own, 0.6, list(SHAPES))
+    sizes = [math.prod(shape) for shape in SHAPES.values()]
+    exact = [Fraction(str(own)) * share for own in sparsities]
+    floors = tuple(
+        max(1, size - math.floor(size * part + Fraction(1, 2)))
+        for size, part in zip(sizes, exact, strict=True)
+    )
+    assert rule(SHAPES, float(Fraction("0.6") * share)) == (sum(floors), floors)
+
+
+def test_the_name_of_a_stack_means_its_copies_and_one_of_them_may_differ():
+    paths = [f"layers/kernel[{i}]" for i in range(3)]
+    shapes = dict.fromkeys(paths, (10, 10))
+    rule = budgets.rule_of({"layers": 0.5, "layers/kernel[1]": 0.9}, 0.5, paths)
+    assert rule(shapes, 0.5).floors == (50, 10, 50)
+
+
+@pytest.mark.parametrize(
+    ("own", "final", "message"),
+    [
+        ({"layer1": 1.0}, 0.5, "`budget` must have values in [0, 1); change these:\n  layer1: 1.0"),
+        ({"layer1": True}, 0.5, "change these:\n  layer1: True"),
+        ({"layer1": "90%"}, 0.5, "change these:\n  layer1: '90%'"),
+        ({"layr1": 0.5}, 0.5, "change these:\n  layr1: did you mean layer1?"),
+        ({"layer1": 0.5}, 0.0, "`sparsity` must be above 0 if `budget` is a dict"),
+        ({"laye?1": 0.5, "layer1": 0.1}, 0.5, "write a longer name for one of them:\n  layer1/"),
+    ],
+)
+def test_a_dict_that_says_nothing_clear_is_refused(own, final, message):
+    with pytest.raises(ValueError) as error:
+        budgets.rule_of(own, final, list(SHAPES))
+    assert message in str(error.value)
+
+
+def test_a_rule_that_returns_no_budget_is_named():
+    rule = budgets.rule_of(lambda shapes, sparsity: sparsity, 0.5, list(SHAPES))
+    with pytest.raises(ValueError, match="must return a `Budget` with a floor for each of 4"):
+        rule(SHAPES, 0.5)

@@ -1,6 +1,7 @@
 """Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 from jaxprune.budgets._erdos_renyi import by_layout, erdos_renyi, erdos_renyi_kernel
+from jaxprune.budgets._given import GivenBudget, check_budget, rule_of
 from jaxprune.budgets._rules import (
     Budget,
     BudgetRule,
@@ -13,11 +14,14 @@ from jaxprune.budgets._rules import (
 __all__ = [
     "Budget",
     "BudgetRule",
+    "GivenBudget",
     "by_layout",
+    "check_budget",
     "custom",
     "erdos_renyi",
     "erdos_renyi_kernel",
     "global_budget",
     "keep_count",
+    "rule_of",
     "uniform",
 ]

@@ -1,8 +1,8 @@
 """Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 import bisect
-import difflib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -62,7 +62,7 @@ def keep_count(size: int, sparsity: float) -> int:
         >>> keep_count(5, 0.5)
         2
     """
-    return size - math.floor(size * _decimal(sparsity) + Fraction(1, 2))
+    return kept_of(size, decimal(sparsity))
 
 
 def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
@@ -124,6 +124,9 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     """Limits the sparsity of some leaves; the other leaves make up for the difference.
 
+    To give leaves the sparsities themselves, pass the dict as `budget`: `budget={"layer1": 0.98,
+    "layer2": 0.9}`.
+
     At an overall sparsity `s`, every leaf is pruned to the same level `x`, but no named leaf beyond
     the limit given for it: `sum(n * min(limit, x)) = s * sum(n)` over leaves of `n` weights. Along
     a rising schedule, a named leaf therefore follows the others until it reaches its limit, and
@@ -136,15 +139,16 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     total is their sum.
 
     Args:
-        sparsities: largest sparsity of a leaf, in [0, 1), by path; 0 keeps the leaf dense. The path
-            of a stacked leaf stands for all its copies, `layers/kernel[3]` for one of them.
+        sparsities: largest sparsity of a leaf, in [0, 1), by name; 0 keeps the leaf dense. A name
+            is a path, a part of it, or has wildcards, see `trees.means`; the longest decides. The
+            path of a stacked leaf stands for all its copies, `layers/kernel[3]` for one of them.
 
     Returns:
         A function `(shapes, sparsity) -> Budget`, whose floors add up to the total.
 
     Raises:
-        ValueError: if a value is outside [0, 1); from the returned function, if a path does not
-            belong to a pruned leaf, or if the sparsity cannot be reached.
+        ValueError: if a value is outside [0, 1); from the returned function, if a name means no
+            pruned leaf, or if the sparsity cannot be reached.
 
     Example:
         >>> rule = custom({"first": 0.0, "last": 0.5})
@@ -154,13 +158,11 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         >>> rule(shapes, 0.4)
         Budget(total=180, floors=(100, 50, 30))
     """
-    bad = [f"{path}: {own!r}" for path, own in sparsities.items() if not 0 <= own < 1]
-    trees.raise_for(bad, "`sparsities` must lie in [0, 1); change these:")
+    check_sparsities("sparsities", sparsities)
     given = dict(sparsities)
 
     def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-        own = _of_copies(given, shapes)
-        _check_paths(own, shapes)
+        own = trees.by_name("sparsities", given, list(shapes))
         sizes = sizes_of(shapes)
         most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
         pruned = sum(sizes.values()) - keep_count(sum(sizes.values()), sparsity)
@@ -176,18 +178,22 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     return rule
 
 
-def _of_copies(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> dict[str, float]:
-    """Gives each copy of a stacked leaf the sparsity that is given for the whole leaf."""
-    own = dict(sparsities)
-    for path in shapes:
-        whole = path.rpartition("[")[0]
-        if whole in sparsities and path not in sparsities and whole not in shapes:
-            own[path] = sparsities[whole]
-            own.pop(whole, None)
-    return own
+def kept_of(size: int, sparsity: Fraction) -> int:
+    """Computes `keep_count` of an exact sparsity."""
+    return size - math.floor(size * sparsity + Fraction(1, 2))
 
 
-def _decimal(sparsity: float) -> Fraction:
+def check_sparsities(argument: str, sparsities: Mapping[str, float]) -> None:
+    """Raises unless all values of a dict are numbers in [0, 1)."""
+    bad = [
+        f"{name}: {own!r}"
+        for name, own in sparsities.items()
+        if isinstance(own, bool) or not isinstance(own, numbers.Real) or not 0 <= own < 1
+    ]
+    trees.raise_for(bad, f"`{argument}` must have values in [0, 1); change these:")
+
+
+def decimal(sparsity: float) -> Fraction:
     """Returns the decimal number that was written: 50 * 0.29 is below 14.5 in floating point."""
     return Fraction(str(float(sparsity)))
 
@@ -241,20 +247,10 @@ def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
     return counts
 
 
-def _check_paths(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> None:
-    """Raises if a path does not belong to a pruned leaf."""
-    problems = []
-    for path in sparsities:
-        if path not in shapes:
-            close = difflib.get_close_matches(path, list(shapes), n=1, cutoff=0.0)
-            problems.append(f"{path}: did you mean {close[0]}?" if close else path)
-    trees.raise_for(problems, "`sparsities` must name pruned leaves by their paths; change these:")
-
-
 def _is_mean(sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int]) -> bool:
     """Returns whether `sparsity` is the mean of the limits, within half a weight for each leaf."""
-    gone = sum(n * _decimal(own[path]) for path, n in sizes.items())
-    return abs(sum(sizes.values()) * _decimal(sparsity) - gone) <= Fraction(len(sizes), 2)
+    gone = sum(n * decimal(own[path]) for path, n in sizes.items())
+    return abs(sum(sizes.values()) * decimal(sparsity) - gone) <= Fraction(len(sizes), 2)
 
 
 def _raise_unreachable(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.structure._groups import Group, Groups
+from jaxprune.structure._groups import Group, Groups, Multiple
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._scores import Scores
 
@@ -102,7 +102,7 @@ def keep_within(
     floor: Fractions = 0.0,
     ceiling: Fractions = 1.0,
     ignore: Callable[[Group], bool] | None = None,
-    multiple: int = 1,
+    multiple: Multiple = 1,
 ) -> dict[str, np.ndarray]:
     """Keeps as much of one global ranking as a limit of parameters, MACs or bytes allows.
 

@@ -10,6 +10,9 @@ from jaxprune import trees
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import Model
 
+# One multiple for all groups, or a dict from the names of groups to theirs
+Multiple = int | Mapping[str, int] | None
+
 
 class Member(NamedTuple):
     """A dimension of a leaf that shrinks with a group.
@@ -113,23 +116,31 @@ class Groups(Mapping[str, Group]):
         """Returns the number of groups."""
         return len(self._groups)
 
-    def plan(self, keep: Mapping[str, Any], *, multiple: int | None = None) -> Plan:
+    def plan(self, keep: Mapping[str, Any], *, multiple: Multiple = None) -> Plan:
         """Makes the plan that keeps the given channels; groups not named are kept whole.
 
         Args:
             keep: group name -> bool [channels], True for kept channels.
             multiple: rounds the number of kept channels up to a multiple of this by keeping the
-                first of the removed channels. Default: 8 on accelerators, 1 on CPU.
+                first of the removed channels. Default: 8 on accelerators, 1 on CPU. A dict gives
+                single groups their own, by name or part of it (see `trees.means`), such as heads
+                and their width: `{"query/kernel:1": 1, "query/kernel:2": 64, "mlp": 128}`; the
+                other groups have the default.
 
         Returns:
             The `Plan`.
 
         Raises:
             ValueError: if a name is not that of a group, or an array has the wrong length or dtype
-                or keeps no channel; it lists all of them.
+                or keeps no channel (it lists all of them); if a multiple is no integer above 0.
         """
-        if multiple is None:
-            multiple = 1 if jax.default_backend() == "cpu" else 8
+        if not isinstance(keep, Mapping):
+            raise ValueError(
+                "`keep` must be a dict from the names of groups to bools, one for each channel, "
+                f"such as `structure.keep_global` returns, but is {type(keep).__name__}."
+            )
+        trees.check_known("keep", dict(keep), "Groups.plan")
+        multiples = self._multiples(multiple)
         shapes, problems = self.model.shapes, []
         kept = {path: [np.ones(size, bool) for size in shape] for path, shape in shapes.items()}
         for name, wanted in keep.items():
@@ -142,12 +153,27 @@ class Groups(Mapping[str, Group]):
             elif not channels.any():
                 problems.append(f"{name}: keeps nothing; keep at least one channel")
             else:
-                channels = rounded_up(channels, multiple)
+                channels = rounded_up(channels, multiples[name])
                 for member in self[name].members:
                     own = np.where(member.channels >= 0, channels[member.channels], True)
                     kept[member.path][member.dimension] &= own
         trees.raise_for(problems, "`keep` must hold bools for the channels of groups:")
         return Plan(self.model, kept)
+
+    def _multiples(self, multiple: Multiple) -> dict[str, int]:
+        """Returns the multiple of each group."""
+        default = 1 if jax.default_backend() == "cpu" else 8
+        if isinstance(multiple, Mapping):
+            named = trees.by_name("multiple", multiple, list(self))
+        else:
+            named = dict.fromkeys(self, default if multiple is None else multiple)
+        bad = [
+            f"{name}: {own!r}"
+            for name, own in named.items()
+            if not isinstance(own, (int, np.integer)) or isinstance(own, bool) or own < 1
+        ]
+        trees.raise_for(bad, "`multiple` must be an integer of at least 1, but is:")
+        return dict.fromkeys(self, default) | named
 
     def compact(self, plan: Plan) -> "Groups":
         """Returns the groups of the compacted variables, under the same names.

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxprune import trees
-from jaxprune.structure._groups import Groups
+from jaxprune.structure._groups import Groups, Multiple
 from jaxprune.structure._optimizer import compact_state
 from jaxprune.structure._plans import Plan
 
@@ -30,7 +30,7 @@ class Policy(NamedTuple):
     most: int = 4  # switches in a run
     saving: float = 0.2  # fraction of a step that a switch must save at least
     delay: int = 10  # steps from the decision to the switch; the smaller step compiles meanwhile
-    multiple: int | None = None  # of the widths, see `structure.Groups.plan`
+    multiple: Multiple = None  # of the widths, see `structure.Groups.plan`
 
 
 class Network(NamedTuple):
@@ -166,7 +166,7 @@ def shrink(
     opt_state: Any,
     *,
     params: str = "params",
-    multiple: int | None = None,
+    multiple: Multiple = None,
     tolerance: float = 1e-3,
 ) -> Switch:
     """Removes masked channels from a network that is being trained.

@@ -53,7 +53,7 @@ def make_timetable(
     sparsities: Sequence[float],
     *,
     moved: Sequence[float] | None = None,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     stacked: trees.Stacked = None,
 ) -> Timetable:
@@ -68,7 +68,8 @@ def make_timetable(
         steps: the steps at which masks change, ascending.
         sparsities: sparsity after each mask update, each in [0, 1).
         moved: fraction of the kept units that each mask update drops and regrows; None is 0.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget()`.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict from names of leaves to final
+            sparsities, see `budgets.rule_of`; None is `budgets.global_budget()`.
         pattern: see `jaxprune.patterns`; None prunes single weights.
         stacked: function that returns the axes that number copies, see `trees.stacked_axes`.
             `budget` and `pattern` then see single copies: `budget` gets the shape of each copy, at
@@ -93,7 +94,6 @@ def make_timetable(
         [[8, 8, 8]]
     """
     moved = [0.0] * len(steps) if moved is None else moved
-    rule = budgets.global_budget() if budget is None else budget
     axes = tuple(trees.stacked_axes(path, leaf, stacked) for path, leaf in leaves.items())
     copies = {
         path: jax.ShapeDtypeStruct(patterns.copy_shape(leaf.shape, own), jnp.result_type(leaf))
@@ -107,6 +107,14 @@ def make_timetable(
     for i, kind in enumerate(kinds):
         members.setdefault(kind, []).append(i)
     named = [(path, leaf.shape, own) for (path, leaf), own in zip(leaves.items(), axes)]
+    budgeted = [
+        copy
+        for leaf, kind in zip(named, kinds, strict=True)
+        if not isinstance(kind, patterns.NM)
+        for copy in copy_paths(*leaf)
+    ]
+    given = budgets.global_budget() if budget is None else budget
+    rule = budgets.rule_of(given, max(sparsities), budgeted)
     rankings = [
         _n_m_ranking(kind, places, sparsities, moved)
         if isinstance(kind, patterns.NM)

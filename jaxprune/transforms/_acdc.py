@@ -14,7 +14,7 @@ def acdc_transform(
     every: int = 100,
     start: int = 0,
     stop: int,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -33,8 +33,9 @@ def acdc_transform(
         every: number of steps of a phase. The paper: 5 epochs.
         start: first step of the first compressed phase. The paper: epoch 10 of 100.
         stop: first step of the last compressed phase. The paper: epoch 85 of 100.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. The
-            paper uses `budgets.global_budget(0)`, which may starve layers at high sparsity.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.erdos_renyi_kernel`. The paper uses
+            `budgets.global_budget(0)`, which may starve layers at high sparsity.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.

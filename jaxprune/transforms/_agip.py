@@ -52,7 +52,7 @@ def agip_transform(
     decay: float | None = 0.99,
     dtype: Any = jnp.float32,
     score: scores.Score | None = None,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     regrow: float = 0.0,
     rate: rates.RateRule | None = None,
@@ -114,10 +114,11 @@ def agip_transform(
         score: function `(params, statistics) -> scores`, see `jaxprune.scores`; None is
             `scores.taylor`. With `groups` it gets lists with one vector for each group, in the
             order of the groups: norms of the gates, and statistics; None is the statistic itself.
-        budget: function `(shapes, sparsity) -> Budget`; None is
-            `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
-            tenth of its uniform budget. With `groups` it counts channels, every group keeps at
-            least one, and None is `budgets.uniform`, so that the final widths are known in advance.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.global_budget(0.1)`: a global ranking in
+            which every leaf keeps at least a tenth of its uniform budget. With `groups` it counts
+            channels, every group keeps at least one, and None is `budgets.uniform`, so that the
+            final widths are known in advance.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         regrow: fraction of the kept weights that is dropped and regrown at `start`, in [0, 1).
@@ -162,6 +163,11 @@ def agip_transform(
     options = {"pattern": pattern, "rate": rate, "prunable": prunable, "stacked": stacked}
     _check(every, start, stop, decay, dtype, regrow, options if groups is not None else {})
     if groups is not None:
+        if not isinstance(groups, Mapping):
+            raise ValueError(
+                "`groups` must be the groups that `jaxprune.structure.find_groups(function, "
+                f"params, *args)` returns, but is {groups!r}."
+            )
         return channel_transform(
             sparsity,
             groups,
@@ -174,6 +180,10 @@ def agip_transform(
             regrow=regrow,
         )
     score = scores.taylor if score is None else score
+    scores.check_score(score)
+    if rate is not None:
+        form = "(statistic, mean, density) -> factor"
+        trees.check_function("rate", rate, form, "Write `rate=jaxprune.rates.by_density()`.")
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
@@ -207,6 +217,7 @@ def agip_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args, inner_state)
+        params = trees.without_settings(params, updates)
         flags, weights, moves, masks = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, flags)
 

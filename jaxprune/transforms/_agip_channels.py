@@ -54,7 +54,7 @@ def channel_transform(
     stop: int,
     decay: float | None,
     score: scores.Score | None,
-    budget: budgets.BudgetRule | None,
+    budget: budgets.GivenBudget,
     regrow: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the transformation of `agip_transform` with `groups`, which checks the arguments.
@@ -68,22 +68,27 @@ def channel_transform(
         decay: the decay of the averages; None reads the momentum at mask updates.
         score: function `(norms, statistics) -> scores` of lists with a vector for each group; None
             is the statistic itself.
-        budget: function `(shapes, sparsity) -> Budget` of channels; None is `budgets.uniform`.
+        budget: function `(shapes, sparsity) -> Budget` of channels, or a dict of sparsities by the
+            names of groups; None is `budgets.uniform`.
         regrow: fraction of the kept channels that is dropped and regrown at `start`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
     """
+    if score is not None:
+        scores.check_score(score)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
+    given = budgets.uniform if budget is None else budget
+    rule = budgets.rule_of(given, max(sparsities), list(groups))
     # Counts refer to the channels of the dense network, even if some have been removed.
     timetable = timetables.make_timetable(
         {name: jax.ShapeDtypeStruct((group.full,), bool) for name, group in groups.items()},
         steps,
         sparsities,
         moved=[fraction(step) for step in steps],
-        budget=_at_least_one(budgets.uniform if budget is None else budget),
+        budget=_at_least_one(rule),
     )
     grows = timetables.ever_grows(timetable)
     gates_of = _gates.gates_once(groups)
@@ -133,6 +138,7 @@ def channel_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args, inner_state)
+        params = trees.without_settings(params, updates)
         check_update(updates, params)
         check_bools(state.channels)
         gates = gates_of(params)

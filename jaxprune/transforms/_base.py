@@ -241,6 +241,9 @@ def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
 
 def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.Timetable]:
     """Returns a function from parameters to their timetable that caches its last few results."""
+    budgets.check_budget(options.get("budget"))
+    patterns.check_pattern(options.get("pattern"))
+    trees.check_stacked(options.get("stacked"))
     known: dict[tuple, timetables.Timetable] = {}
 
     def timetable_for(params: Any, flags: tuple[bool, ...]) -> timetables.Timetable:
@@ -294,7 +297,7 @@ def masking_transform(
     moved: Sequence[float] | None = None,
     first: Callable[[timetables.Timetable, list[jax.Array]], list[jax.Array]] | None = None,
     needs_gradient: bool = False,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -343,6 +346,7 @@ def masking_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
+        params = trees.without_settings(params, updates)
         parts = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, parts.flags)
         gradients = None

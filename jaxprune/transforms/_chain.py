@@ -78,10 +78,24 @@ def chain(
     """
     if inner not in (None, "sparse", "dense"):
         raise ValueError(f'`inner` must be None, "sparse" or "dense", but is {inner!r}.')
+    trees.raise_for(
+        [
+            f"{i}: {type(member).__name__}"
+            for i, member in enumerate(transforms)
+            if not (hasattr(member, "init") and hasattr(member, "update"))
+        ],
+        "`transforms` must be Optax transformations, each a separate argument and called, such as "
+        "`jaxprune.chain(optax.sgd(0.1), jaxprune.magnitude_transform(0.9, stop=1000))`. These "
+        "are none:",
+    )
     members = tuple(optax.with_extra_args_support(transform) for transform in transforms)
 
     def init_fn(params: Any) -> tuple[Any, ...]:
-        state = tuple(member.init(params) for member in members)
+        try:
+            state = tuple(member.init(params) for member in members)
+        except TypeError as error:
+            _explain_settings(params, error)
+            raise
         _check(state, inner)
         first = _first_pruning(state)
         masks = masks_like(params, pruning_states(state))
@@ -98,6 +112,7 @@ def chain(
                 "returned."
             )
         _check(state, inner)
+        params = trees.without_settings(params, updates)
         first = _first_pruning(state)
         extra = {"grad": updates} | extra_args
         earlier = extra.pop("inner_state", ())  # from a chain around this one
@@ -136,6 +151,22 @@ def chain(
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _explain_settings(params: Any, error: TypeError) -> None:
+    """Raises an error that names the functions and strings among the parameters, if there are."""
+    settings = [
+        f"{path}: {type(leaf).__name__}"
+        for path, leaf in trees.leaves_with_paths(params)
+        if not trees.is_numeric(leaf)
+    ]
+    if settings:
+        rule = (
+            "`params` must hold arrays only, as for every optimizer of Optax. Take the settings of "
+            "a module out, `optimizer.init(equinox.filter(module, equinox.is_inexact_array))`; "
+            "`optimizer.update` accepts the whole module. These are no arrays:"
+        )
+        raise ValueError("\n  ".join([rule, *settings])) from error
 
 
 def _masks_first(

@@ -24,7 +24,7 @@ def dynamic_transform(
     drop: float,
     seed: int,
     needs_gradient: bool,
-    budget: budgets.BudgetRule | None,
+    budget: budgets.GivenBudget,
     pattern: patterns.PatternRule,
     prunable: trees.Prunable,
     stacked: trees.Stacked,

@@ -94,6 +94,7 @@ def fixed_mask_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
+        params = trees.without_settings(params, updates)
         if not jax.tree.leaves(state.masks):
             return updates, state
         has_mask = jax.tree.map(

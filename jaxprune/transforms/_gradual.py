@@ -17,7 +17,7 @@ def gradual_transform(
     start: int,
     stop: int,
     needs_gradient: bool = False,
-    budget: budgets.BudgetRule | None,
+    budget: budgets.GivenBudget,
     pattern: patterns.PatternRule,
     prunable: trees.Prunable,
     stacked: trees.Stacked,

@@ -44,7 +44,7 @@ def straight_through_transform(
     start: int = 0,
     stop: int,
     score: scores.Score = scores.magnitude,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -69,8 +69,9 @@ def straight_through_transform(
         stop: step of the last mask update; masks are fixed from then on.
         score: function `(weights, statistics) -> scores` of the dense values; statistics are
             None.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. A
-            global ranking may starve layers at high sparsity, because weights come back.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.erdos_renyi_kernel`. A global ranking
+            may starve layers at high sparsity, because weights come back.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -100,6 +101,7 @@ def straight_through_transform(
         [[0.0, 14.0]]
     """
     check_window("straight_through_transform", every, start, stop)
+    scores.check_score(score)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     rule = budgets.erdos_renyi_kernel if budget is None else budget
@@ -123,6 +125,7 @@ def straight_through_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
+        params = trees.without_settings(params, updates)
         parts = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, parts.flags)
         values = held_for(state.dense, params, parts.flags)

@@ -2,6 +2,15 @@
 
 from jaxprune.trees._branches import spread
 from jaxprune.trees._defaults import reasons, why_not_pruned
+from jaxprune.trees._names import (
+    by_name,
+    check_function,
+    check_known,
+    is_names,
+    means,
+    named,
+    without_settings,
+)
 from jaxprune.trees._paths import (
     check_same_structure,
     is_absent,
@@ -24,6 +33,7 @@ from jaxprune.trees._paths import (
 from jaxprune.trees._rules import (
     Prunable,
     Stacked,
+    check_stacked,
     is_rule,
     prunable_flags,
     stacked_axes,
@@ -32,9 +42,14 @@ from jaxprune.trees._rules import (
 __all__ = [
     "Prunable",
     "Stacked",
+    "by_name",
+    "check_function",
+    "check_known",
     "check_same_structure",
+    "check_stacked",
     "is_absent",
     "is_array",
+    "is_names",
     "is_numeric",
     "is_placeholder",
     "is_rule",
@@ -42,6 +57,8 @@ __all__ = [
     "leaf_by_path",
     "leaves_like",
     "leaves_with_paths",
+    "means",
+    "named",
     "path_string",
     "pick",
     "places",
@@ -55,4 +72,5 @@ __all__ = [
     "state_fields",
     "unmatched",
     "why_not_pruned",
+    "without_settings",
 ]

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "jaxprs": set(),
     "counting": set(),
     "files": set(),
-    "scores": set(),
+    "scores": {"trees"},
     "schedules": set(),
     "rates": set(),
     "programs": set(),

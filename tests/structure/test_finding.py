@@ -284,6 +284,55 @@ def test_widths_are_rounded_up(mlp, kept, multiple, width):
     assert plan.kept["a/bias"][0][flags].all(), "what was to stay stays"
 
 
+def test_each_group_may_have_its_multiple():
+    """Attention whose heads and their width are dimensions of one kernel, and an MLP after it."""
+
+    def net(w, x):
+        q, k, v = (jnp.einsum("btc,chd->bthd", x, w[name]["kernel"]) for name in "qkv")
+        share = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        x = jnp.einsum("bhts,bshd,hdc->btc", share, v, w["out"])
+        return jax.nn.relu(x @ w["mlp"]["up"]) @ w["mlp"]["down"]
+
+    weights = {name: {"kernel": draw(16, 6, 16)} for name in "qkv"}
+    weights |= {"out": draw(6, 16, 16), "mlp": {"up": draw(16, 32), "down": draw(32, 4)}}
+    groups = structure.find_groups(net, weights, draw(1, 3, 16))
+    sizes = {name: group.size for name, group in groups.items()}
+    assert {"k/kernel:1": 6, "k/kernel:2": 16, "v/kernel:2": 16, "mlp/up:1": 32}.items() <= (
+        sizes.items()
+    )
+    keep = {name: np.arange(size) < 5 for name, size in sizes.items()}
+    multiple = {"k/kernel:1": 1, "kernel": 4, "mlp": 16, "*": 2}
+    plan = groups.plan(keep, multiple=multiple)
+    assert plan.shape("k/kernel")[1:] == (5, 8) and plan.shape("v/kernel")[1:] == (5, 8)
+    assert plan.shape("mlp/up")[1] == 16
+    assert plan.verify(net, weights, draw(1, 3, 16)) < 1e-5
+    # The rest has the default.
+    default = groups.plan(keep).shape("mlp/up")
+    assert groups.plan(keep, multiple={"kernel": 4}).shape("mlp/up") == default
+
+
+@pytest.mark.parametrize("multiple", [0, -1, 2.5, True, "8", {"a": 0}])
+def test_multiples_are_positive_integers(mlp, multiple):
+    with pytest.raises(ValueError, match=r"`multiple` must be an integer of at least 1, but is:\n"):
+        mlp.plan({"a/kernel:1": np.arange(8) < 3}, multiple=multiple)
+
+
+def test_what_is_no_choice_of_channels_is_refused(mlp):
+    with pytest.raises(ValueError, match="change these:\n  b: did you mean"):
+        mlp.plan({}, multiple={"b": 2})
+    with pytest.raises(ValueError, match="`keep` must be a dict from the names of groups"):
+        mlp.plan([np.arange(8) < 3])
+    with pytest.raises(ValueError, match="`keep` must hold values, but inside `jit`"):
+        jax.jit(lambda kept: mlp.plan({"a/kernel:1": kept}))(np.arange(8) < 3)
+
+
+@pytest.mark.parametrize("score", ["filter_norms", "norm_scales", "fpgm", "taylor"])
+def test_scores_are_not_for_jit(mlp, score):
+    more = (WEIGHTS,) if score == "taylor" else ()
+    with pytest.raises(ValueError, match=f"Call `structure.{score}` outside"):
+        jax.jit(lambda w: getattr(structure, score)(mlp, w, *more))(WEIGHTS)
+
+
 def test_a_plan_survives_a_file(mlp, tmp_path):
     plan = mlp.plan(halves(mlp))
     plan.save(tmp_path / "plan.json")
