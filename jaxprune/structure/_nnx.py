@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optax
 from flax import nnx
 
 from jaxprune import trees
+from jaxprune.structure._groups import Groups
+from jaxprune.structure._optimizer import CompactedState, sliced_state
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import Trace
 
@@ -60,6 +63,52 @@ class FromNNX(NamedTuple):
         module = self.merge(plan.compact(variables) if dense == plan.model.shapes else variables)
         module.eval()
         return module
+
+    def optimizer(
+        self,
+        plan: Plan,
+        optimizer: nnx.Optimizer,
+        module: Any,
+        *,
+        tx: optax.GradientTransformation | None = None,
+        groups: Groups | None = None,
+    ) -> CompactedState:
+        """Builds the optimizer of a smaller module, with the state of the dense one.
+
+        Args:
+            plan: from the groups of `traces`.
+            optimizer: the optimizer of the dense module; it is not changed.
+            module: the smaller module, from `module`.
+            tx: the transformation that continues; None is that of `optimizer`. It must differ if
+                it depends on the remaining channels (`agip_transform` with `groups`).
+            groups: as for `compact_state`.
+
+        Returns:
+            A `CompactedState`: an `nnx.Optimizer`, and the paths in its state of what could not be
+            sliced and was initialised anew.
+
+        Raises:
+            ValueError: as `compact_state`.
+        """
+        small = nnx.Optimizer(module, optimizer.tx if tx is None else tx, wrt=optimizer.wrt)
+        params = trees.leaf_by_path(nnx.state(module, optimizer.wrt))
+        shapes = plan.model.shapes
+        kept = {path: plan.shape(path) for path in shapes}
+        trees.raise_for(
+            [
+                f"{path}: shape {leaf.shape}, in the plan {kept.get(f'params/{path}', 'missing')}"
+                for path, leaf in params.items()
+                if kept.get(f"params/{path}") != leaf.shape
+            ],
+            "`module` must be the smaller module that `FromNNX.module` makes with this plan:",
+        )
+        dense = {path: shapes[f"params/{path}"] for path in params}
+        state, restarted = sliced_state(
+            plan, optimizer.opt_state, small.opt_state, dense, "params/", groups
+        )
+        nnx.update(small.opt_state, nnx.state(state))
+        small.step.set_value(optimizer.step.get_value())
+        return CompactedState(small, restarted)
 
 
 def from_nnx(

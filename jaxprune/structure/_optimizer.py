@@ -39,6 +39,7 @@ def compact_state(
     shape: momentum, moments, masks, averages) is sliced like the parameter. A leaf that has the
     shape that `optimizer.init` gives it for the compacted parameters is kept, such as a step. The
     rest, such as the row and column sums of Adafactor, cannot be sliced and is initialised anew.
+    `FromNNX.optimizer` does the same for an `nnx.Optimizer`.
 
     Args:
         plan: from `Groups.plan`.
@@ -54,8 +55,8 @@ def compact_state(
         A `CompactedState`: the state, and the paths of what was initialised anew.
 
     Raises:
-        ValueError: if a parameter is not in the plan or has a different shape there; it lists all
-            of them.
+        ValueError: if a parameter is not in the plan or has a different shape there, or the state
+            is none of this optimizer; it lists all of them.
 
     Example:
         >>> import numpy as np
@@ -69,6 +70,12 @@ def compact_state(
         >>> small.state[0].mu["in"].shape, small.restarted
         ((3, 6), ())
     """
+    if hasattr(state, "opt_state") and hasattr(state, "tx"):
+        raise ValueError(
+            "`state` must be the state of an Optax optimizer, but is an `nnx.Optimizer`. Write "
+            "`from_nnx(module).optimizer(plan, optimizer, smaller_module)`, or give its "
+            "`optimizer.tx` and `optimizer.opt_state`."
+        )
     prefix = f"{under}/" if under else ""
     dense = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
     problems = [
@@ -79,10 +86,38 @@ def compact_state(
     trees.raise_for(problems, "`params` must be those of the plan under the path `under`:")
     smaller = [plan.take(prefix + path, leaf) for path, leaf in trees.leaf_by_path(params).items()]
     new = optimizer.init(jax.tree.unflatten(jax.tree.structure(params), smaller))
+    return sliced_state(plan, state, new, dense, prefix, groups)
+
+
+def sliced_state(
+    plan: Plan,
+    state: Any,
+    new: Any,
+    dense: dict[str, tuple[int, ...]],
+    prefix: str,
+    groups: Groups | None,
+) -> CompactedState:
+    """Slices the leaves of a dense state and puts them into a new state of the smaller network.
+
+    Args:
+        plan: as for `compact_state`.
+        state: state at dense shapes.
+        new: state at the shapes of the smaller network, in any container, with the same paths.
+        dense: shapes of the dense parameters by path.
+        prefix: `under` of `compact_state`, with a slash if it is not empty.
+        groups: as for `compact_state`.
+
+    Returns:
+        A `CompactedState` in the container of `new`.
+    """
     channels = {name: plan.channels(group) for name, group in (groups or {}).items()}
+    held, fresh = trees.leaf_by_path(state), trees.leaf_by_path(new)
+    problems = [f"{path}: only in `state`" for path in held if path not in fresh]
+    problems += [f"{path}: missing in `state`" for path in fresh if path not in held]
+    trees.raise_for(problems, "`state` must be a state of `optimizer` for these parameters:")
     leaves, restarted = [], []
-    named = trees.leaves_with_paths(state)
-    for (path, leaf), (_, fresh) in zip(named, trees.leaves_with_paths(new), strict=True):
+    for path, start in fresh.items():
+        leaf = held[path]
         owner = _owner(path, jnp.shape(leaf), dense)
         # Take the longest name: a path that ends with `a/kernel:1` also ends with `kernel:1`.
         ends = [name for name in channels if f"/{path}".endswith(f"/{name}")]
@@ -91,10 +126,10 @@ def compact_state(
             leaves.append(plan.take(prefix + owner, leaf))
         elif group is not None and jnp.shape(leaf) == channels[group].shape:
             leaves.append(take(leaf, [channels[group]]))
-        elif jnp.shape(leaf) == jnp.shape(fresh):
+        elif jnp.shape(leaf) == jnp.shape(start):
             leaves.append(leaf)
         else:
-            leaves.append(fresh)
+            leaves.append(start)
             restarted.append(path)
     return CompactedState(jax.tree.unflatten(jax.tree.structure(new), leaves), tuple(restarted))
 

@@ -147,11 +147,24 @@ def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.A
 
 
 def put_masks(params: Any, flags: tuple[bool, ...], masks: Sequence[jax.Array]) -> Any:
-    """Returns a tree like `params` with masks at pruned leaves and `MaskedNode` elsewhere."""
+    """Returns a tree like `params` with masks at pruned leaves and `MaskedNode` elsewhere.
+
+    A box around a leaf that is not pruned, such as a variable of NNX, is replaced as a whole: Flax
+    asks each box for the shape, the dtype and the sharding of what it holds.
+    """
     check_one_copy(params)
-    # No masks for other leaves: every step would have to pass them in and out.
-    rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
-    return trees.put(params, flags, list(masks), rest)
+    nodes, structure = jax.tree.flatten(params, is_leaf=trees.is_box)
+    flag, mask = iter(flags), iter(masks)
+
+    def masks_of(node: Any) -> Any:
+        leaves, inner = jax.tree.flatten(node)
+        own = [next(flag) for _ in leaves]
+        if own and not any(own):
+            # No masks for other leaves: every step would have to pass them in and out.
+            return optax.MaskedNode()
+        return inner.unflatten([next(mask) if pruned else optax.MaskedNode() for pruned in own])
+
+    return structure.unflatten([masks_of(node) for node in nodes])
 
 
 def check_one_copy(params: Any) -> None:
