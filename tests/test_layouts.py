@@ -96,6 +96,12 @@ USES = {
     "queries, keys and values": ((4, 9), lambda w, x: jnp.split(x @ w, 3, -1), X, DENSE),
     "split kernel": ((4, 9), lambda w, x: [x @ part for part in jnp.split(w, 3, 1)], X, DENSE),
     "experts": ((5, 4, 3), lambda w, x: jnp.einsum("nd,ndk->nk", jnp.zeros((5, 4)), w), X, STACK),
+    "ragged experts": (
+        (5, 4, 3),
+        lambda w, x: jax.lax.ragged_dot(jnp.zeros((7, 4)), w, jnp.array([1, 2, 0, 3, 1])),
+        X,
+        STACK,
+    ),
     "scan": ((5, 4, 4), _scan, X, STACK),
     "scan, reversed": ((5, 4, 4), functools.partial(_scan, reverse=True, unroll=2), X, STACK),
     "scan over the middle": (

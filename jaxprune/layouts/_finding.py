@@ -189,9 +189,9 @@ def capture(
         leaves: arrays by path; may be traced.
         inputs: tree of arrays; may be traced.
         wanted: paths of the leaves to follow.
-        take: None; or function `(equation, other operand, shape of the kernel, its side) ->
-            (statistic, rows)`, called at each product. With it, leaves must be used unchanged: no
-            slices and no elementwise functions.
+        take: None; or function `Use -> (statistic, rows)`, called at each product. With it, leaves
+            must be used unchanged: no slices but single copies, and no elementwise functions but
+            the addition of something that does not depend on `inputs`.
 
     Returns:
         `Found`: by path, the `uses` and the sums of statistic and rows over them; and `problems`,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import layouts, trees
-from jaxprune.post_training._products import rows_of_features
+from jaxprune.post_training._products import statistic_of
 
 __all__ = [
     "Apply",
@@ -29,7 +29,8 @@ class InputStatistics(NamedTuple):
     Args:
         value: sum of the statistic over all rows: float32 [groups, features, features] for
             `gram`, [groups, features] for `squared_norms`.
-        rows: number of rows: examples times positions in sequences and images.
+        rows: number of rows: examples times positions in sequences and images. Where an index
+            picks copies of a kernel, the rows of all copies together.
         arrangement: the way the kernel is arranged as [groups, features, outputs].
 
     Example:
@@ -92,11 +93,14 @@ def input_statistics(
     and reshapes, and inside `jit`, `remat`, custom derivatives and scans. Features have the order
     of `kernel.reshape(features, outputs)` for kernels (in, out) and (height, width, in, out);
     `arrangement` brings kernels that are stored differently into this order. Stacked layers that a
-    scan runs over are groups, each with the inputs of its own layer. If a leaf is used more than
-    once, the statistics of its uses are added.
+    scan runs over are groups, each with the inputs of its own layer, and so are the copies of a
+    kernel that an index picks (a number, the counter of a loop, the expert of each row) and the
+    experts of `ragged_dot`. What is added to a kernel, such as a merged adapter, does not change
+    its inputs. If a leaf is used more than once, the statistics of its uses are added.
 
-    Memory: a convolution writes the patches of one batch at a time, which are height x width times
-    as large as its input; use smaller batches if they do not fit.
+    Memory and time: a convolution writes the patches of one batch at a time, which are height x
+    width times as large as its input; use smaller batches if they do not fit. Where rows choose
+    their experts, the rows are read once for each expert.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
@@ -210,11 +214,8 @@ def _capture_batch(
 ) -> dict[str, InputStatistics]:
     """Computes the statistics of one batch, in the order of use; can be traced."""
 
-    def take(
-        equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
-    ) -> tuple[jax.Array, int]:
-        inputs = rows_of_features(equation, other, shape, side)
-        return statistic(inputs), inputs.shape[1]
+    def take(use: layouts.Use) -> tuple[jax.Array, int]:
+        return statistic_of(use, statistic)
 
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
 
