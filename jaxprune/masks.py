@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,19 @@ from jax.core import Tracer
 
 from jaxprune import trees
 
-__all__ = ["apply_masks", "get_masks", "set_masks"]
+__all__ = ["Overlap", "apply_masks", "get_masks", "overlap", "set_masks"]
+
+
+class Overlap(NamedTuple):
+    """The fractions of kept weights that other masks keep as well, from `overlap`.
+
+    Example:
+        >>> Overlap(0.5, {"kernel": 0.5}).total
+        0.5
+    """
+
+    total: float  # over all weights that the first masks keep
+    leaves: dict[str, float]  # by path
 
 
 def get_masks(opt_state: Any) -> Any:
@@ -136,6 +148,51 @@ def apply_masks(tree: Any, masks: Any) -> Any:
     by_path = fitting(masks, tree, "`masks` must have the paths and shapes of `tree`:")
     leaves = [_masked(leaf, by_path.get(path)) for path, leaf in trees.leaf_by_path(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def overlap(masks: Any, others: Any) -> Overlap:
+    """Measures how many of the weights that one set of masks keeps are kept by another set, too.
+
+    Two random masks of density d have an overlap of about d; those of the same network have 1.
+
+    Args:
+        masks: tree of bools, True where a weight is kept.
+        others: tree of bools with the same paths. A scalar is the mask of its whole leaf; leaves
+            with a scalar in both trees, which nothing prunes, are not counted.
+
+    Returns:
+        An `Overlap`: the fraction for each leaf and for all of them together.
+
+    Raises:
+        ValueError: inside `jit`; if paths or shapes differ, or no leaf has a mask of its shape.
+
+    Example:
+        >>> first, second = {"w": np.array([True, True, False])}, {"w": np.arange(3) != 1}
+        >>> overlap(first, second)
+        Overlap(total=0.5, leaves={'w': 0.5})
+    """
+    for argument, tree in (("masks", masks), ("others", others)):
+        trees.check_known(argument, tree, "masks.overlap")
+    ours, theirs = (
+        {path: mask for path, mask in trees.places(tree).items() if trees.is_numeric(mask)}
+        for tree in (masks, others)
+    )
+    bad = [f"{path}: only in one of them" for path in ours.keys() ^ theirs.keys()]
+    own = {
+        path: (trees.shape_of(mask), trees.shape_of(theirs[path]))
+        for path, mask in ours.items()
+        if path in theirs
+    }
+    bad += [f"{path}: shapes {a} and {b}" for path, (a, b) in own.items() if a and b and a != b]
+    trees.raise_for(sorted(bad), "`masks` and `others` must be masks of the same leaves:")
+    shared, kept = {}, {}
+    for path in (path for path, shapes in own.items() if any(shapes)):
+        one, other = np.broadcast_arrays(*(np.asarray(tree[path], bool) for tree in (ours, theirs)))
+        shared[path], kept[path] = int(np.sum(one & other)), int(np.sum(one))
+    if not kept:
+        raise ValueError("`masks` and `others` must have masks of leaves, but hold scalars only.")
+    leaves = {path: shared[path] / max(1, kept[path]) for path in kept}
+    return Overlap(sum(shared.values()) / max(1, sum(kept.values())), leaves)
 
 
 def _masked(leaf: Any, mask: Any) -> Any:

@@ -714,3 +714,27 @@ def test_a_rule_that_returns_no_budget_is_named():
     rule = budgets.rule_of(lambda shapes, sparsity: sparsity, 0.5, list(SHAPES))
     with pytest.raises(ValueError, match="must return a `Budget` with a floor for each of 4"):
         rule(SHAPES, 0.5)
+
+
+# ---- sparsities by name on top of a rule
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_rule_divides_what_is_not_named(share):
+    budget = budgets.named({"layer2/norm": 0.1, "head": 0.5}, budgets.erdos_renyi_kernel)
+    rest = {path: SHAPES[path] for path in ("layer1/kernel", "layer2/kernel")}
+    rule = budgets.rule_of(budget, 0.8, list(SHAPES))
+    wanted = dict(zip(rest, budgets.erdos_renyi_kernel(rest, 0.8 * share).floors, strict=True))
+    wanted |= {"layer2/norm/w": 40 - round(4 * share), "head": 210 - math.floor(105 * share + 0.5)}
+    floors = tuple(wanted[path] for path in SHAPES)
+    assert rule(SHAPES, 0.8 * share) == (sum(floors), floors)
+
+
+def test_a_rule_beside_names_must_fix_each_leaf():
+    with pytest.raises(ValueError, match="`others` must be a function"):
+        budgets.named({"head": 0.5}, budgets.global_budget)
+    with pytest.raises(ValueError, match="`sparsities` must have values"):
+        budgets.named({"head": 1.5}, budgets.uniform)
+    budget = budgets.named({"head": 0.5}, budgets.global_budget(0.1))
+    with pytest.raises(ValueError, match="`others` must fix the number of weights of each leaf"):
+        budgets.rule_of(budget, 0.8, list(SHAPES))(SHAPES, 0.8)

@@ -1,7 +1,7 @@
 """Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 from jaxprune.budgets._erdos_renyi import by_layout, erdos_renyi, erdos_renyi_kernel
-from jaxprune.budgets._given import GivenBudget, check_budget, rule_of
+from jaxprune.budgets._given import GivenBudget, Named, check_budget, named, rule_of
 from jaxprune.budgets._rules import (
     Budget,
     BudgetRule,
@@ -15,6 +15,7 @@ __all__ = [
     "Budget",
     "BudgetRule",
     "GivenBudget",
+    "Named",
     "by_layout",
     "check_budget",
     "custom",
@@ -22,6 +23,7 @@ __all__ = [
     "erdos_renyi_kernel",
     "global_budget",
     "keep_count",
+    "named",
     "rule_of",
     "uniform",
 ]
