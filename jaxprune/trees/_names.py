@@ -91,9 +91,9 @@ def named(argument: str, names: Iterable[str], paths: Sequence[str]) -> dict[str
 change these:
           kernl: did you mean kernel?
     """
-    known, names = set(paths), list(names)
-    parts = [name for name in names if name not in known]
-    found = {path: {path: "leaf"} if path in names else {} for path in paths}
+    known, given = set(paths), dict.fromkeys(names)
+    parts = [name for name in given if name not in known]
+    found = {path: {path: "leaf"} if path in given else {} for path in paths}
     unknown = dict.fromkeys(parts)
     for path in paths if parts else ():
         for name in parts:
