@@ -22,7 +22,7 @@ class Overlap(NamedTuple):
         0.5
     """
 
-    total: float  # over all weights that the first masks keep
+    total: float  # over all weights that the first masks keep; 1 if nothing is pruned
     leaves: dict[str, float]  # by path
 
 
@@ -157,14 +157,14 @@ def overlap(masks: Any, others: Any) -> Overlap:
 
     Args:
         masks: tree of bools, True where a weight is kept.
-        others: tree of bools with the same paths. A scalar is the mask of its whole leaf; leaves
-            with a scalar in both trees, which nothing prunes, are not counted.
+        others: tree of bools with the same paths. A scalar is the mask of its whole leaf. Leaves
+            that neither tree prunes are not counted.
 
     Returns:
         An `Overlap`: the fraction for each leaf and for all of them together.
 
     Raises:
-        ValueError: inside `jit`; if paths or shapes differ, or no leaf has a mask of its shape.
+        ValueError: inside `jit`; if paths or shapes differ.
 
     Example:
         >>> first, second = {"w": np.array([True, True, False])}, {"w": np.arange(3) != 1}
@@ -186,13 +186,13 @@ def overlap(masks: Any, others: Any) -> Overlap:
     bad += [f"{path}: shapes {a} and {b}" for path, (a, b) in own.items() if a and b and a != b]
     trees.raise_for(sorted(bad), "`masks` and `others` must be masks of the same leaves:")
     shared, kept = {}, {}
-    for path in (path for path, shapes in own.items() if any(shapes)):
+    for path in own:
         one, other = np.broadcast_arrays(*(np.asarray(tree[path], bool) for tree in (ours, theirs)))
-        shared[path], kept[path] = int(np.sum(one & other)), int(np.sum(one))
-    if not kept:
-        raise ValueError("`masks` and `others` must have masks of leaves, but hold scalars only.")
+        if not (one.all() and other.all()):
+            shared[path], kept[path] = int(np.sum(one & other)), int(np.sum(one))
     leaves = {path: shared[path] / max(1, kept[path]) for path in kept}
-    return Overlap(sum(shared.values()) / max(1, sum(kept.values())), leaves)
+    total = sum(shared.values()) / max(1, sum(kept.values())) if kept else 1.0
+    return Overlap(total, leaves)
 
 
 def _masked(leaf: Any, mask: Any) -> Any:
