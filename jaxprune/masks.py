@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune import trees
+from jaxprune import meshes, trees
 
 __all__ = ["apply_masks", "get_masks", "set_masks"]
 
@@ -144,6 +144,7 @@ def _masked(leaf: Any, mask: Any) -> Any:
         return leaf
     if not trees.is_array(leaf) and trees.keeps_leaf(mask):
         return leaf  # settings of a module, such as a dropout rate, must not become arrays
+    mask = mask if jnp.ndim(mask) == 0 else meshes.placed_like(jnp.asarray(mask), leaf)
     return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
@@ -168,7 +169,9 @@ def fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
 def _placed_like(held: Any, mask: Any) -> jax.Array:
     """Returns a mask in the shape and, outside `jit`, on the devices of the one it replaces."""
     mask = jnp.broadcast_to(jnp.array(mask), held.shape)
-    if isinstance(held, Tracer) or isinstance(mask, Tracer) or not held.committed:
+    if isinstance(held, Tracer) or isinstance(mask, Tracer):
+        return meshes.placed_like(mask, held)
+    if not held.committed:
         return mask
     return jax.device_put(mask, held.sharding)
 

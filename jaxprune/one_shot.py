@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import budgets, counting, patterns, scores, timetables, trees
+from jaxprune import budgets, counting, meshes, patterns, scores, timetables, trees
 from jaxprune.masks import apply_masks, fitting
 
 __all__ = ["prune", "prune_in_rounds"]
@@ -86,7 +86,8 @@ def prune(
     kinds = tuple((ranking.pattern, ranking.members) for ranking in timetable.rankings)
     tables = [ranking[2:] for ranking in timetable.rankings]
     with counting.exact(weights):
-        kept = _selected(kinds, timetable.stacked, tables, ranked, among)
+        select = functools.partial(_selected, kinds, timetable.stacked)
+        kept = meshes.automatically(select, tables, ranked, among, like=weights)
     masks = trees.put(everything, flags, kept)
     return apply_masks(params, masks), masks
 

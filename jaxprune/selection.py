@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import counting, trees
+from jaxprune import counting, meshes, trees
 
 __all__ = ["largest"]
 
@@ -204,7 +204,8 @@ def _cut(
     nothing = _Cut(jnp.full_like(able, _TOP, dtype=width.place), everything, zero)
     # The floors alone may be enough. Until its share is known, a layer may keep all its entries.
     share = jnp.where(counting.total(floors) >= keep, zero, able)
-    return jax.lax.fori_loop(0, 3, search, (nothing, zero, share))[0]
+    start = meshes.varying_like((nothing, zero, share), keys, keep, floors, able)
+    return jax.lax.fori_loop(0, 3, search, start)[0]
 
 
 def _shares(reached: jax.Array, above: jax.Array, keep: jax.Array, floors: jax.Array) -> jax.Array:
@@ -258,6 +259,7 @@ def _search(
         return at, low_weight, high_weight, up, passes + 1
 
     carry = (start, one, one, jnp.zeros(active.shape, bool), jnp.int32(0))
+    carry = meshes.varying_like(carry, active)
     return jax.lax.while_loop(lambda carry: jnp.any(unsettled(carry[0])), body, carry)[0]
 
 

@@ -7,12 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import budgets, counting, patterns, rates, schedules, scores, stats, timetables, trees
+from jaxprune import (
+    budgets,
+    counting,
+    meshes,
+    patterns,
+    rates,
+    schedules,
+    scores,
+    stats,
+    timetables,
+    trees,
+)
 from jaxprune.transforms._agip_channels import channel_transform
 from jaxprune.transforms._base import (
     check_line_search,
     check_window,
     held_for,
+    on_any_mesh,
     project,
     put_masks,
     raw_gradients,
@@ -197,6 +209,7 @@ def agip_transform(
             mean_statistics=() if rate is None else jnp.ones(len(pruned), jnp.float32),
         )
 
+    @on_any_mesh
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -243,7 +256,7 @@ def agip_transform(
                 score(weights, scaled), weights, scaled, timetable.stacked
             )
             new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
-            return new, _survivors(new, statistics) if rate is not None else survivors
+            return new, _survivors(new, statistics, survivors) if rate is not None else survivors
 
         survivors = state.densities, state.mean_statistics
         (masks, survivors), counters = update_masks(
@@ -268,16 +281,20 @@ def agip_transform(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _survivors(
+    masks: list[jax.Array], statistics: list[jax.Array], like: Any
+) -> tuple[jax.Array, jax.Array]:
     """Returns density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     with counting.exact(masks):
-        counts = jnp.maximum(counting.count_kept(masks).astype(jnp.float32), 1)
+        counts = counting.count_kept(masks).astype(jnp.float32)
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
     sums = [
         jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))
         for mask, s in zip(masks, statistics, strict=True)
     ]
-    return counts / sizes, jnp.stack(sums) / counts
+    counts, sizes, sums = meshes.total((counts, sizes, jnp.stack(sums)), like)
+    counts = jnp.maximum(counts, 1)
+    return counts / sizes, sums / counts
 
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:

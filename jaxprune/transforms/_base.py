@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxprune import budgets, patterns, stats, timetables, trees
+from jaxprune import budgets, meshes, patterns, stats, timetables, trees
 
 
 class MaskState(NamedTuple):
@@ -202,6 +202,8 @@ def update_masks(
     def at_mask_update(carry: Any, buffers: Any, faults: Any) -> Any:
         ok = stats.all_finite(buffers)
         ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
+        # Devices that share counters must agree, whatever shard of a leaf each of them has.
+        ok = meshes.total((~ok).astype(jnp.int32), like=state.prune_step) == 0
         new = renew(done - 1, carry, buffers)
         return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, carry), ok
 
@@ -218,6 +220,26 @@ def update_masks(
         "refused": state.refused + (due & ~ok),
     }
     return carry, counters
+
+
+def on_any_mesh(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Lets an update compute on meshes with explicit axes, where operations must not mix splits.
+
+    The new state is split as the old one, and the new updates as the old ones.
+    """
+
+    @functools.wraps(update)
+    def anywhere(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        names = [name for name in ("grad", "inner_state") if name in extra_args]
+        trees_given = {name: extra_args.pop(name) for name in names}
+
+        def compute(updates: Any, state: Any, params: Any, given: Any) -> Any:
+            return update(updates, state, params, **given, **extra_args)
+
+        operands = updates, state, params, trees_given
+        return meshes.automatically(compute, *operands, like=(updates, state))
+
+    return anywhere
 
 
 def zero_counters() -> dict[str, jax.Array]:
@@ -332,8 +354,10 @@ def masking_transform(
         if first and timetable:
             # Outside `jit` the loops of the selection would be slow.
             masks = jax.jit(functools.partial(first, timetable))(weights)
+            masks = list(map(meshes.placed_like, masks, weights))
         return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
 
+    @on_any_mesh
     def update_fn(
         updates: optax.Updates,
         state: Any,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import trees
+from jaxprune import meshes, trees
 from jaxprune.transforms._base import holds_masks, keeps_value, project
 
 
@@ -82,8 +82,14 @@ def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
         return jnp.where(mask, old, jnp.asarray(new, old.dtype))
 
     leaves, structure = jax.tree.flatten(state)
-    fresh = jax.tree.leaves(member.init(params))
-    return structure.unflatten([restart(*three) for three in zip(leaves, fresh, own, strict=True)])
+
+    def restarted(leaves: list[Any], own: list[Any], params: Any) -> list[Any]:
+        fresh = jax.tree.leaves(member.init(params))
+        return [restart(*three) for three in zip(leaves, fresh, own, strict=True)]
+
+    # A history has one more axis than its mask, which explicit meshes would not mix.
+    new = meshes.automatically(restarted, leaves, own, params, like=leaves)
+    return structure.unflatten(new)
 
 
 def forget_values(state: Any, changed: Any) -> Any:

@@ -11,6 +11,7 @@ from jaxprune.transforms._base import (
     check_line_search,
     check_window,
     held_for,
+    on_any_mesh,
     put_masks,
     split,
     timetable_once,
@@ -116,6 +117,7 @@ def straight_through_transform(
             dense=put_masks(params, flags, [jnp.array(w) for w in weights]),
         )
 
+    @on_any_mesh
     def update_fn(
         updates: optax.Updates,
         state: Any,
