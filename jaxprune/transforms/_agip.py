@@ -24,6 +24,7 @@ from jaxprune.transforms._base import (
     check_line_search,
     check_window,
     held_for,
+    named_leaves,
     on_any_mesh,
     project,
     put_masks,
@@ -228,8 +229,7 @@ def agip_transform(
         if decay is None:
             average, statistics = (), moves
             if inner_state is not None:
-                paths = trees.pick(list(trees.leaf_by_path(params)), flags)
-                statistics = stats.first_moment(inner_state, paths)
+                statistics = stats.first_moment(inner_state, named_leaves(params, flags))
         else:
             raw = raw_gradients(grad, params, flags)
             if raw is None:

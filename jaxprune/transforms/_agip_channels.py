@@ -186,9 +186,9 @@ def channel_transform(
 
 def _momenta(gates: _gates.Gates, params: Any, inner_state: Any) -> dict[int, jax.Array]:
     """Returns the optimizer's momentum of each gated parameter, by position."""
-    paths = list(trees.leaf_by_path(params))
+    leaves = list(trees.leaf_by_path(params).items())
     at = sorted({gate.leaf for own in gates.values() for gate in own})
-    momenta = stats.first_moment(inner_state, [paths[i] for i in at])
+    momenta = stats.first_moment(inner_state, dict(leaves[i] for i in at))
     return dict(zip(at, momenta, strict=True))
 
 

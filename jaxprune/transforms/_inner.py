@@ -145,6 +145,15 @@ def order_problems(state: Any, where: str = "") -> list[str]:
     return problems
 
 
+def has_sam(state: Any) -> bool:
+    """Returns whether an optimizer state is that of SAM, which takes no unknown arguments."""
+
+    def is_sam(node: Any) -> bool:
+        return isinstance(node, optax.contrib.SAMState)
+
+    return any(map(is_sam, jax.tree.leaves(state, is_leaf=is_sam)))
+
+
 def _holds_no_moments(node: Any) -> bool:
     """Returns whether a node of a state has no separate entry for each weight."""
     # GaLore's moments belong to a projection, which may have the shape of the weight.
