@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import budgets, counting, meshes, patterns, scores, timetables, trees
+from jaxprune import budgets, counting, meshes, patterns, schedules, scores, timetables, trees
 from jaxprune.masks import apply_masks, fitting
 
 __all__ = ["prune", "prune_in_rounds"]
@@ -57,8 +57,7 @@ def prune(
         >>> pruned["kernel"].tolist()
         [[3.0, 0.0], [2.0, 0.0]]
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    sparsity = _fraction(sparsity)
     flags = trees.prunable_flags(params, prunable, stacked)
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
@@ -131,8 +130,7 @@ def prune_in_rounds(
     """
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    sparsity = _fraction(sparsity)
     if not trees.is_rule(score):
         raise ValueError(
             "`score` must be a function from the parameters to a tree of scores, but is a tree "
@@ -143,6 +141,14 @@ def prune_in_rounds(
         now = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)
         pruned, masks = prune(pruned, now, score=score(pruned), masks=masks, **options)
     return pruned, masks
+
+
+def _fraction(sparsity: Any) -> float:
+    """Returns `sparsity` as a Python number; raises unless it lies in [0, 1)."""
+    value = schedules.number("sparsity", sparsity)
+    if not 0 <= value < 1:
+        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    return value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -181,14 +181,15 @@ def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) 
     """Computes the sparsity after each mask update, from a cubic ramp or a schedule.
 
     Args:
-        sparsity: final sparsity of the cubic ramp, in [0, 1), or an `optax.Schedule`.
+        sparsity: final sparsity of the cubic ramp, in [0, 1), as a number or an array with one, or
+            an `optax.Schedule`.
         steps: the steps at which masks change.
 
     Returns:
         List of floats in [0, 1).
 
     Raises:
-        ValueError: if a value is outside [0, 1).
+        ValueError: if a value is outside [0, 1), no number, or traced.
 
     Example:
         >>> sparsities_at(0.75, [0, 50, 100])
@@ -196,7 +197,8 @@ def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) 
     """
     schedule = sparsity
     if not callable(schedule):
-        schedule = schedules.cubic(float(schedule), steps[0], steps[-1])
+        final = schedules.number("sparsity", schedule)
+        schedule = schedules.cubic(final, steps[0], steps[-1])
     values = [schedules.sparsity_at(schedule, step) for step in steps]
     bad = [f"{s} at step {t}" for t, s in zip(steps, values, strict=True) if not 0 <= s < 1]
     trees.raise_for(bad[-3:], "`sparsity`, a fraction of zeros, must lie in [0, 1), but is:")

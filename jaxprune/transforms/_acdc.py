@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from jaxprune import budgets, patterns, scores, timetables, trees
-from jaxprune.transforms._base import check_window, masking_transform
+from jaxprune.transforms._base import checked, masking_transform
 
 
 def acdc_transform(
@@ -64,9 +64,9 @@ def acdc_transform(
         [[True, True, True, True]]
         [[True, True, False, False]]
     """
-    bad = None if 0 <= sparsity < 1 else f"`sparsity` must lie in [0, 1), but is {sparsity!r}"
-    check_window("acdc_transform", every, start, stop, bad)
-    steps, sparsities = phases(float(sparsity), every, start, stop)
+    arguments = checked("acdc_transform", every, start, stop, sparsity=sparsity)
+    every, start, stop, fractions = arguments
+    steps, sparsities = phases(fractions["sparsity"], every, start, stop)
 
     def choose(
         timetable: timetables.Timetable, index: Any, masks: Any, weights: Any, gradients: Any

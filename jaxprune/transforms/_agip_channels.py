@@ -16,10 +16,10 @@ from jaxprune.transforms._base import (
     check_bools,
     check_line_search,
     check_update,
-    on_any_mesh,
     project,
     put_masks,
     update_masks,
+    update_of,
     zero_counters,
 )
 
@@ -125,7 +125,7 @@ def channel_transform(
             unranked=jnp.zeros([], jnp.int32),
         )
 
-    @on_any_mesh
+    @update_of(ChannelState)
     def update_fn(
         updates: optax.Updates,
         state: Any,

@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 
 from jaxprune import meshes, trees
-from jaxprune.transforms._base import check_line_search, on_any_mesh, project, put_masks, split
+from jaxprune.transforms._base import check_line_search, project, put_masks, split, update_of
 
 
 class FixedMaskState(NamedTuple):
@@ -91,7 +91,7 @@ def fixed_mask_transform(
         ]
         return FixedMaskState(put_masks(params, flags, kept))
 
-    @on_any_mesh
+    @update_of(FixedMaskState)
     def update_fn(
         updates: optax.Updates,
         state: Any,

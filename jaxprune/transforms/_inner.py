@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import meshes, trees
-from jaxprune.transforms._base import holds_masks, keeps_value, project
+from jaxprune.transforms._base import keeps_value, project
 
 
 def pruning_states(state: Any) -> list[Any]:
     """Returns all states of pruning transformations in an optimizer state, in flattening order."""
-    return [node for node in jax.tree.leaves(state, is_leaf=holds_masks) if holds_masks(node)]
+    return [
+        node
+        for node in jax.tree.leaves(state, is_leaf=trees.holds_masks)
+        if trees.holds_masks(node)
+    ]
 
 
 def masks_like(params: Any, states: Sequence[Any]) -> Any:
@@ -120,7 +124,7 @@ def differs(updates: Any, others: Any) -> jax.Array:
 
 def order_problems(state: Any, where: str = "") -> list[str]:
     """Lists the transformations that follow or wrap pruning so that zeros cannot hold."""
-    if not pruning_states(state) or holds_masks(state):
+    if not pruning_states(state) or trees.holds_masks(state):
         return []
     if type(state) is tuple or isinstance(state, list):
         children = {f"{where}[{i}]": child for i, child in enumerate(state)}
@@ -157,7 +161,7 @@ def has_sam(state: Any) -> bool:
 def _holds_no_moments(node: Any) -> bool:
     """Returns whether a node of a state has no separate entry for each weight."""
     # GaLore's moments belong to a projection, which may have the shape of the weight.
-    return holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
+    return trees.holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
 
 
 def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:

@@ -4,6 +4,7 @@ from jaxprune.trees._branches import spread
 from jaxprune.trees._defaults import reasons, why_not_pruned
 from jaxprune.trees._paths import (
     check_same_structure,
+    holds_masks,
     is_absent,
     is_array,
     is_numeric,
@@ -33,6 +34,7 @@ __all__ = [
     "Prunable",
     "Stacked",
     "check_same_structure",
+    "holds_masks",
     "is_absent",
     "is_array",
     "is_numeric",

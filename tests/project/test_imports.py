@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "masks",
         "meshes",
         "patterns",
+        "schedules",
         "scores",
         "timetables",
         "trees",
