@@ -247,21 +247,20 @@ def agip_transform(
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 
-        def settled(statistics: list[jax.Array]) -> list[jax.Array]:
-            seen = state.prune_step + 1
-            return statistics if decay is None else stats.unbias(statistics, decay, seen)
+        scale = 1.0 if decay is None else stats.unbiasing(decay, state.prune_step + 1)
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
             (masks, survivors), (statistics, weights, _) = carry, buffers
-            statistics = settled(statistics)
-            scaled = stats.rescaled(statistics)
+            scaled = stats.rescaled(statistics, scale, timetable.stacked)
             growth = scores.gradient(None, scaled) if timetables.ever_grows(timetable) else None
             ranked, unmoved = scores.rank_unmoved(
-                score(weights, scaled), weights, scaled, timetable.stacked
+                score(weights, scaled), weights, statistics, timetable.stacked
             )
             new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
-            return new, _survivors(new, statistics, survivors) if rate is not None else survivors
+            if rate is not None:
+                survivors = _survivors(new, statistics, scale, survivors)
+            return new, survivors
 
         survivors = state.densities, state.mean_statistics
         (masks, survivors), counters = update_masks(
@@ -271,7 +270,7 @@ def agip_transform(
 
         # Masks -> updates, at every step.
         if rate is not None:
-            statistics = settled(statistics)
+            statistics = [s.astype(jnp.float32) * scale for s in statistics]
             factors = [rate(*leaf) for leaf in zip(statistics, means, densities, strict=True)]
             moves = [_scale(u, factor) for u, factor in zip(moves, factors, strict=True)]
         moves = list(map(project, moves, masks, weights))
@@ -287,7 +286,7 @@ def agip_transform(
 
 
 def _survivors(
-    masks: list[jax.Array], statistics: list[jax.Array], like: Any
+    masks: list[jax.Array], statistics: list[jax.Array], scale: Any, like: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Returns density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     with counting.exact(masks):
@@ -299,7 +298,7 @@ def _survivors(
     ]
     counts, sizes, sums = meshes.total((counts, sizes, jnp.stack(sums)), like)
     counts = jnp.maximum(counts, 1)
-    return counts / sizes, sums / counts
+    return counts / sizes, scale * sums / counts
 
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
