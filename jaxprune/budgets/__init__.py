@@ -4,6 +4,7 @@ from jaxprune.budgets._erdos_renyi import by_layout, erdos_renyi, erdos_renyi_ke
 from jaxprune.budgets._rules import (
     Budget,
     BudgetRule,
+    at_all,
     custom,
     global_budget,
     keep_count,
@@ -13,6 +14,7 @@ from jaxprune.budgets._rules import (
 __all__ = [
     "Budget",
     "BudgetRule",
+    "at_all",
     "by_layout",
     "custom",
     "erdos_renyi",
