@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune import trees
+from jaxprune import meshes, trees
 
 __all__ = ["Overlap", "apply_masks", "get_masks", "overlap", "set_masks"]
 
@@ -42,7 +42,7 @@ def get_masks(opt_state: Any) -> Any:
 
     Raises:
         ValueError: if the state contains no pruning transformation, or two that belong to different
-            trees of parameters.
+            trees of parameters; if it was restored without a target, so that its parts are dicts.
 
     Example:
         >>> import optax
@@ -54,6 +54,13 @@ def get_masks(opt_state: Any) -> Any:
         [[True, True], [True, True]]
     """
     found = trees.state_fields(opt_state, "masks")
+    if not found and _lost_its_types(opt_state):
+        raise ValueError(
+            "`opt_state` must be an optimizer state, but its parts are plain dicts, as after a "
+            "restore without a target. Restore it into the structure that the optimizer makes: "
+            "with Orbax, `checkpointer.restore(path, jax.eval_shape(optimizer.init, params))`; "
+            "with Flax, `flax.serialization.from_state_dict(optimizer.init(params), opt_state)`."
+        )
     if not found:
         raise ValueError(
             "`opt_state` holds no masks: it is the state of an optimizer without a pruning "
@@ -115,7 +122,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     trees.raise_for(problems, "`masks` must belong to the model that `opt_state` optimizes:")
 
     def renewed(state: Any) -> Any:
-        if not _holds_masks(state):
+        if not trees.holds_masks(state):
             return state
         return state._replace(masks=jax.tree_util.tree_map_with_path(renewed_mask, state.masks))
 
@@ -123,7 +130,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         mask = by_path.get(trees.path_string(path), held)
         return _placed_like(held, True if mask is None else mask)
 
-    return jax.tree.map(renewed, opt_state, is_leaf=_holds_masks)
+    return jax.tree.map(renewed, opt_state, is_leaf=trees.holds_masks)
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
@@ -201,6 +208,7 @@ def _masked(leaf: Any, mask: Any) -> Any:
         return leaf
     if not trees.is_array(leaf) and trees.keeps_leaf(mask):
         return leaf  # settings of a module, such as a dropout rate, must not become arrays
+    mask = mask if jnp.ndim(mask) == 0 else meshes.placed_like(jnp.asarray(mask), leaf)
     return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
@@ -225,14 +233,18 @@ def fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
 def _placed_like(held: Any, mask: Any) -> jax.Array:
     """Returns a mask in the shape and, outside `jit`, on the devices of the one it replaces."""
     mask = jnp.broadcast_to(jnp.array(mask), held.shape)
-    if isinstance(held, Tracer) or isinstance(mask, Tracer) or not held.committed:
+    if isinstance(held, Tracer) or isinstance(mask, Tracer):
+        return meshes.placed_like(mask, held)
+    if not held.committed:
         return mask
     return jax.device_put(mask, held.sharding)
 
 
-def _holds_masks(node: Any) -> bool:
-    """Returns whether a node of an optimizer state is the state of a pruning transformation."""
-    return "masks" in getattr(node, "_fields", ())
+def _lost_its_types(state: Any) -> bool:
+    """Returns whether a state has masks, but in a dict, and no NamedTuple at all."""
+    keys = [key for path, _ in jax.tree_util.tree_leaves_with_path(state) for key in path]
+    has_types = any(isinstance(key, jax.tree_util.GetAttrKey) for key in keys)
+    return jax.tree_util.DictKey("masks") in keys and not has_types
 
 
 def _merged(found: list[Any]) -> Any:

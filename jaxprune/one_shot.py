@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import budgets, counting, patterns, scores, timetables, trees
+from jaxprune import budgets, counting, meshes, patterns, schedules, scores, timetables, trees
 from jaxprune.masks import apply_masks, fitting
 
 __all__ = ["prune", "prune_in_rounds"]
@@ -58,7 +58,7 @@ def prune(
         >>> pruned["kernel"].tolist()
         [[3.0, 0.0], [2.0, 0.0]]
     """
-    _check_sparsity(sparsity)
+    sparsity = _fraction(sparsity)
     flags = trees.prunable_flags(params, prunable, stacked)
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
@@ -88,7 +88,8 @@ def prune(
     kinds = tuple((ranking.pattern, ranking.members) for ranking in timetable.rankings)
     tables = [ranking[2:] for ranking in timetable.rankings]
     with counting.exact(weights):
-        kept = _selected(kinds, timetable.stacked, tables, ranked, among)
+        select = functools.partial(_selected, kinds, timetable.stacked)
+        kept = meshes.automatically(select, tables, ranked, among, like=weights)
     masks = trees.put(everything, flags, kept)
     return apply_masks(params, masks), masks
 
@@ -130,9 +131,9 @@ def prune_in_rounds(
         >>> pruned["kernel"].tolist()
         [[3.0, 0.0], [2.0, 0.0]]
     """
-    _check_sparsity(sparsity)
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
+    sparsity = _fraction(sparsity)
     if not trees.is_rule(score):
         raise ValueError(
             "`score` must be a function from the parameters to a tree of scores, but is a tree "
@@ -143,6 +144,20 @@ def prune_in_rounds(
         now = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)
         pruned, masks = prune(pruned, now, score=score(pruned), masks=masks, **options)
     return pruned, masks
+
+
+def _fraction(sparsity: Any) -> float:
+    """Returns `sparsity` as a Python number; raises unless it lies in [0, 1)."""
+    if isinstance(sparsity, Mapping):
+        raise ValueError(
+            "`sparsity` must be one number. Give the sparsities of single leaves as `budget`, and "
+            f"here that of all others; it is {sparsity!r}."
+        )
+    value = schedules.number("sparsity", sparsity)
+    if not 0 <= value < 1:
+        fix = f" For {value:g} % write {value / 100:g}." if 1 < value < 100 else ""
+        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.{fix}")
+    return value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -161,22 +176,6 @@ def _selected(
         if among is None
         else timetables.renew(timetable, 0, among, ranked)
     )
-
-
-def _check_sparsity(sparsity: Any) -> None:
-    """Raises unless a sparsity is a number in [0, 1)."""
-    try:
-        ok = 0 <= sparsity < 1
-    except TypeError:
-        ok = False
-    if ok:
-        return
-    fix = ""
-    if isinstance(sparsity, Mapping):
-        fix = " Give the sparsities of single leaves as `budget`, and here that of all others."
-    elif isinstance(sparsity, int) and 1 < sparsity < 100:
-        fix = f" For {sparsity} % write {sparsity / 100}."
-    raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.{fix}")
 
 
 def _of_paths(tree: Any, paths: list[str]) -> list[Any]:

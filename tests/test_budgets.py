@@ -738,3 +738,50 @@ def test_a_rule_beside_names_must_fix_each_leaf():
     budget = budgets.named({"head": 0.5}, budgets.global_budget(0.1))
     with pytest.raises(ValueError, match="`others` must fix the number of weights of each leaf"):
         budgets.rule_of(budget, 0.8, list(SHAPES))(SHAPES, 0.8)
+
+
+# ---- many sparsities at once
+
+RULES = {
+    "uniform": budgets.uniform,
+    "global": budgets.global_budget(0.3),
+    "pure global": budgets.global_budget(0.0),
+    "erdos_renyi": budgets.erdos_renyi,
+    "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
+    "by_layout": budgets.by_layout(budgets.erdos_renyi_kernel, {}),
+    "custom": budgets.custom({"0": 0.2}),
+}
+ROUND = st.integers(0, 200).map(lambda i: i / 200)  # many halves
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(shapes=st.lists(MATRIX, min_size=1, max_size=6), values=st.lists(SPARSITIES | ROUND))
+def test_all_budgets_at_once_are_those_of_one_sparsity(rule, shapes, values):
+    shapes = {str(i): shape for i, shape in enumerate(shapes)}
+
+    def of_one(sparsity):
+        try:
+            return RULES[rule](shapes, sparsity)
+        except ValueError:
+            return None
+
+    found = {value: of_one(value) for value in values if value < 1}
+    fine = [value for value, budget in found.items() if budget is not None]
+    totals, floors = budgets.at_all(RULES[rule], shapes, [*fine, *fine])
+    expected = [found[value] for value in [*fine, *fine]]
+    assert totals.tolist() == [budget.total for budget in expected]
+    assert [tuple(row) for row in floors.tolist()] == [budget.floors for budget in expected]
+    for value in set(found) - set(fine):
+        with pytest.raises(ValueError, match="`sparsity`"):
+            budgets.at_all(RULES[rule], shapes, [*fine, value])
+
+
+@pytest.mark.parametrize("rule", ["uniform", "erdos_renyi", "erdos_renyi_kernel"])
+def test_all_budgets_at_once_are_exact_at_any_size(rule):
+    # 2e15 weights, whose products with rates need more than 64 bits, and whose tenths 54.
+    shapes = {"a": (10**7, 10**8 + 1), "b": (3, 10**4 + 1), "c": (10**6 + 3, 10**9)}
+    sparsities = [0.0, 0.1, 0.29, 0.5, 0.875, 0.9999]
+    totals, floors = budgets.at_all(RULES[rule], shapes, sparsities)
+    expected = [RULES[rule](shapes, sparsity) for sparsity in sparsities]
+    assert totals.tolist() == [budget.total for budget in expected]
+    assert [tuple(row) for row in floors.tolist()] == [budget.floors for budget in expected]

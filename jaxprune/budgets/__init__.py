@@ -5,6 +5,7 @@ from jaxprune.budgets._given import GivenBudget, Named, check_budget, named, rul
 from jaxprune.budgets._rules import (
     Budget,
     BudgetRule,
+    at_all,
     custom,
     global_budget,
     keep_count,
@@ -16,6 +17,7 @@ __all__ = [
     "BudgetRule",
     "GivenBudget",
     "Named",
+    "at_all",
     "by_layout",
     "check_budget",
     "custom",

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune import trees
-from jaxprune.budgets._rules import Budget, BudgetRule, Shape, check_sparsities, decimal, kept_of
+from jaxprune.budgets._rules import (
+    Budget,
+    BudgetRule,
+    Shape,
+    check_sparsities,
+    decimal,
+    kept_of,
+    with_all,
+)
 
 __all__ = ["GivenBudget", "Named", "check_budget", "named", "rule_of"]
 
@@ -109,7 +117,8 @@ def rule_of(budget: Any, final: float, paths: Sequence[str]) -> BudgetRule:
             )
         return found
 
-    return checked
+    # The rules of this package compute the budgets of a long run at once.
+    return with_all(checked, budget.at_all) if hasattr(budget, "at_all") else checked
 
 
 def check_budget(budget: Any) -> None:

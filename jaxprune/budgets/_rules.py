@@ -5,7 +5,9 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxprune import trees
 
@@ -65,6 +67,57 @@ def keep_count(size: int, sparsity: float) -> int:
     return kept_of(size, decimal(sparsity))
 
 
+def keep_counts(sizes: Sequence[int], sparsities: np.ndarray) -> np.ndarray:
+    """Computes `keep_count` for many sizes and sparsities, int64 [sparsities, sizes]."""
+    removed = np.multiply.outer(sparsities, np.asarray(sizes, float))
+    whole = np.floor(removed + 0.5)
+    # Exact wherever floating point might round the other way.
+    close = np.abs(removed - np.floor(removed) - 0.5) <= 1e-9 + 1e-15 * removed
+    counts = np.asarray(sizes, np.int64) - whole.astype(np.int64)
+    for i, j in zip(*np.nonzero(close | (removed > 2.0**52))):
+        counts[i, j] = keep_count(int(sizes[j]), float(sparsities[i]))
+    return counts
+
+
+def at_all(
+    rule: BudgetRule, shapes: Mapping[str, Shape], sparsities: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Applies a rule to many sparsities, as the timetable of a long run does.
+
+    A rule may have an attribute `at_all`, a function `(shapes, float64 [n]) -> totals, floors` that
+    computes all budgets at once; those of this package do. It gets each sparsity once.
+
+    Args:
+        rule: function `(shapes, sparsity) -> Budget`.
+        shapes: shapes of the pruned leaves by path.
+        sparsities: fractions to prune.
+
+    Returns:
+        Totals, int64 [sparsities], and floors, int64 [sparsities, leaves].
+
+    Raises:
+        ValueError: as the rule does.
+
+    Example:
+        >>> at_all(uniform, {"a": (10, 10), "b": (20,)}, [0.5, 0.9])[1].tolist()
+        [[50, 10], [10, 2]]
+    """
+    different, where = np.unique(np.asarray(sparsities, float), return_inverse=True)
+    if hasattr(rule, "at_all"):
+        totals, floors = rule.at_all(shapes, different)
+    else:
+        found = [rule(shapes, sparsity) for sparsity in different.tolist()]
+        totals = np.array([budget.total for budget in found], np.int64)
+        floors = np.array([budget.floors for budget in found], np.int64)
+    return totals[where], floors[where]
+
+
+def with_all(rule: Any, function: Any) -> Any:
+    """Gives a rule its attribute `at_all`."""
+    rule.at_all = function
+    return rule
+
+
 def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
     """Gives every leaf the same sparsity and keeps at least one weight in each.
 
@@ -81,6 +134,15 @@ def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
     """
     floors = tuple(max(1, keep_count(math.prod(shape), sparsity)) for shape in shapes.values())
     return Budget(sum(floors), floors)
+
+
+def _uniform_at_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+    """Computes `uniform` for many sparsities."""
+    floors = np.maximum(1, keep_counts(list(sizes_of(shapes).values()), sparsities))
+    return floors.sum(axis=1), floors
+
+
+with_all(uniform, _uniform_at_all)
 
 
 def global_budget(floor: float = 0.1) -> BudgetRule:
@@ -118,7 +180,16 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
             )
         return Budget(total, floors)
 
-    return rule
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        sizes = list(sizes_of(shapes).values())
+        (totals,) = keep_counts([sum(sizes)], sparsities).T
+        shares = (floor * totals.astype(float))[:, None] * np.asarray(sizes, float) / sum(sizes)
+        floors = np.maximum(1, np.floor(shares).astype(np.int64))
+        for sparsity in sparsities[floors.sum(axis=1) > totals].tolist():
+            rule(shapes, sparsity)  # raises
+        return totals, floors
+
+    return with_all(rule, of_all)
 
 
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
@@ -236,6 +307,48 @@ def fill(
     if slope:
         level += (total - filled(level)) / slope
     return [Fraction(part, level.denominator) for part in scaled(level)]
+
+
+def filled_at_all(
+    rates: Sequence[int], least: Sequence[int], most: Sequence[int], totals: np.ndarray
+) -> np.ndarray:
+    """Computes `rounded(fill(rates, least, most, total), total)` for many totals.
+
+    Between two corners the shares of some leaves grow with the level, those of all others are
+    constant. Of a total `t` a growing leaf has `rate * (t - constants) / slope`, exactly.
+
+    Args:
+        rates: positive integers [leaves].
+        least: smallest share of each leaf.
+        most: largest share of each leaf.
+        totals: int64 [n].
+
+    Returns:
+        int64 [n, leaves].
+    """
+    bounds = list(zip(rates, least, most, strict=True))
+    corners = sorted({Fraction(b, rate) for rate, low, high in bounds for b in (low, high)})
+    reached = [sum(min(max(c * r, low), high) for r, low, high in bounds) for c in corners]
+    segment = np.searchsorted([math.ceil(own) for own in reached], totals, side="right") - 1
+    wide = max(rates, default=0) * int(totals.max(initial=0)) >= 2**62
+    kind = object if wide else np.int64  # of Python's integers, which have no limit
+    counts = np.zeros((len(totals), len(rates)), np.int64)
+    for at in np.unique(segment):
+        rows, level = segment == at, corners[at]
+        grows = np.array([low <= level * rate < high for rate, low, high in bounds])
+        constants = [low if level * rate < low else high for rate, low, high in bounds]
+        own = np.where(grows, 0, np.array(constants, kind))
+        slope = int(np.array(rates, kind)[grows].sum()) or 1
+        left = totals[rows].astype(kind) - own.sum()
+        parts = np.multiply.outer(left, np.where(grows, np.array(rates, kind), 0))
+        share, rest = own + parts // slope, parts % slope
+        order = np.argsort(-rest, axis=1, kind="stable")  # the largest remainder first
+        spare = (totals[rows] - share.sum(axis=1)).astype(np.int64)
+        first = np.arange(len(rates)) < spare[:, None]
+        more = np.zeros_like(counts[rows])
+        np.put_along_axis(more, order, first.astype(np.int64), axis=1)
+        counts[rows] = share.astype(np.int64) + more
+    return counts
 
 
 def rounded(shares: Sequence[Fraction], total: int) -> list[int]:

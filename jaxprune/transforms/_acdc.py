@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from jaxprune import budgets, patterns, scores, timetables, trees
-from jaxprune.transforms._base import check_window, masking_transform
+from jaxprune import budgets, patterns, schedules, scores, timetables, trees
+from jaxprune.transforms._base import checked, masking_transform
 
 
 def acdc_transform(
@@ -67,12 +67,13 @@ def acdc_transform(
         [[True, True, True, True]]
         [[True, True, False, False]]
     """
-    bad = None if 0 <= sparsity < 1 else f"`sparsity` must lie in [0, 1), but is {sparsity!r}"
-    short = None
-    if dense is not None and dense < 1:
-        short = f"`dense` must be at least 1 step, but is {dense!r}"
-    check_window("acdc_transform", every, start, stop, bad, short)
-    steps, sparsities = phases(float(sparsity), every, start, stop, dense)
+    other = None if dense is None else schedules.whole("dense", dense)
+    problems = []
+    if other is not None and other < 1:
+        problems = [f"`dense` must be at least 1 step, but is {dense!r}"]
+    arguments = checked("acdc_transform", every, start, stop, *problems, sparsity=sparsity)
+    every, start, stop, fractions = arguments
+    steps, sparsities = phases(fractions["sparsity"], every, start, stop, other)
 
     def choose(
         timetable: timetables.Timetable, index: Any, masks: Any, weights: Any, gradients: Any

@@ -6,19 +6,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from jaxprune import budgets, counting, patterns, rates, schedules, scores, stats, timetables, trees
+from jaxprune import (
+    budgets,
+    counting,
+    meshes,
+    patterns,
+    rates,
+    schedules,
+    scores,
+    stats,
+    timetables,
+    trees,
+)
 from jaxprune.transforms._agip_channels import channel_transform
 from jaxprune.transforms._base import (
+    Arguments,
     check_line_search,
-    check_window,
+    checked,
     held_for,
+    named_leaves,
     project,
     put_masks,
     raw_gradients,
     split,
     timetable_once,
     update_masks,
+    update_of,
     warn_of_zeros,
     zero_counters,
 )
@@ -50,7 +65,7 @@ def agip_transform(
     start: int = 0,
     stop: int,
     decay: float | None = 0.99,
-    dtype: Any = jnp.float32,
+    dtype: Any = "float32",
     score: scores.Score | None = None,
     budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
@@ -161,7 +176,10 @@ def agip_transform(
         [[False, False, False, False], [False, False, True, True]]
     """
     options = {"pattern": pattern, "rate": rate, "prunable": prunable, "stacked": stacked}
-    _check(every, start, stop, decay, dtype, regrow, options if groups is not None else {})
+    only_for_weights = options if groups is not None else {}
+    arguments = _checked(every, start, stop, decay, dtype, regrow, only_for_weights)
+    every, start, stop, fractions = arguments
+    regrow = fractions["regrow"]
     if groups is not None:
         if not isinstance(groups, Mapping):
             raise ValueError(
@@ -207,6 +225,7 @@ def agip_transform(
             mean_statistics=() if rate is None else jnp.ones(len(pruned), jnp.float32),
         )
 
+    @update_of(AgipState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -226,8 +245,7 @@ def agip_transform(
         if decay is None:
             average, statistics = (), moves
             if inner_state is not None:
-                paths = trees.pick(list(trees.leaf_by_path(params)), flags)
-                statistics = stats.first_moment(inner_state, paths)
+                statistics = stats.first_moment(inner_state, named_leaves(params, flags))
         else:
             raw = raw_gradients(grad, params, flags)
             if raw is None:
@@ -251,7 +269,9 @@ def agip_transform(
                 score(weights, scaled), weights, statistics, timetable.stacked
             )
             new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
-            return new, _survivors(new, statistics, scale) if rate is not None else survivors
+            if rate is not None:
+                survivors = _survivors(new, statistics, scale, survivors)
+            return new, survivors
 
         survivors = state.densities, state.mean_statistics
         (masks, survivors), counters = update_masks(
@@ -277,17 +297,19 @@ def agip_transform(
 
 
 def _survivors(
-    masks: list[jax.Array], statistics: list[jax.Array], scale: Any
+    masks: list[jax.Array], statistics: list[jax.Array], scale: Any, like: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Returns density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     with counting.exact(masks):
-        counts = jnp.maximum(counting.count_kept(masks).astype(jnp.float32), 1)
+        counts = counting.count_kept(masks).astype(jnp.float32)
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
     sums = [
         jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))
         for mask, s in zip(masks, statistics, strict=True)
     ]
-    return counts / sizes, scale * jnp.stack(sums) / counts
+    counts, sizes, sums = meshes.total((counts, sizes, jnp.stack(sums)), like)
+    counts = jnp.maximum(counts, 1)
+    return counts / sizes, scale * sums / counts
 
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
@@ -295,27 +317,37 @@ def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
     return (update * factor).astype(update.dtype)
 
 
-def _check(
-    every: int,
-    start: int,
-    stop: int,
-    decay: float | None,
+def _checked(
+    every: Any,
+    start: Any,
+    stop: Any,
+    decay: Any,
     dtype: Any,
-    regrow: float,
+    regrow: Any,
     only_for_weights: Mapping[str, Any],
-) -> None:
+) -> Arguments:
     """Checks the arguments of `agip_transform`; raises one error for all problems."""
     problems: list[str] = [
         f"`{name}` applies to weights and must be None with `groups`, but is {value!r}"
         for name, value in only_for_weights.items()
         if value is not None
     ]
-    if decay is not None and not 0 <= decay < 1:
+    # A traced decay is computed with, but cannot be compared.
+    known = None if isinstance(decay, Tracer) else decay
+    if known is not None and not 0 <= known < 1:
         problems.append(f"`decay` must lie in [0, 1) or be None, but is {decay!r}")
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not _is_float(dtype):
         problems.append(f"`dtype` must be a floating-point type, but is {dtype!r}")
-    elif decay is not None and decay > 0.99 and jnp.dtype(dtype) == jnp.bfloat16:
+    elif known is not None and known > 0.99 and jnp.dtype(dtype) == jnp.bfloat16:
         problems.append(f"`dtype` bfloat16 allows a `decay` up to 0.99, but it is {decay!r}")
-    if not 0 <= regrow < 1:
-        problems.append(f"`regrow` must lie in [0, 1), but is {regrow!r}")
-    check_window("agip_transform", every, start, stop, *problems)
+    return checked("agip_transform", every, start, stop, *problems, regrow=regrow)
+
+
+def _is_float(dtype: Any) -> bool:
+    """Returns whether an argument is a floating-point type."""
+    if isinstance(dtype, jax.Array):
+        return False
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxprune import budgets, schedules, scores, stats, timetables, trees
+from jaxprune import budgets, meshes, schedules, scores, stats, timetables, trees
 from jaxprune.transforms import _gates
 from jaxprune.transforms._base import (
     check_bools,
@@ -19,6 +19,7 @@ from jaxprune.transforms._base import (
     project,
     put_masks,
     update_masks,
+    update_of,
     zero_counters,
 )
 
@@ -109,6 +110,7 @@ def channel_transform(
                 kept = jnp.where(gate.channels < 0, True, channels[name][gate.channels])
                 mask = jnp.broadcast_to(_gates.along(gate, len(shape), kept), shape)
                 masks[gate.leaf] = masks.get(gate.leaf, True) & mask
+        masks = {index: meshes.placed_like(mask, leaves[index]) for index, mask in masks.items()}
         flags = tuple(index in masks for index in range(len(leaves)))
         return put_masks(params, flags, [masks[index] for index in sorted(masks)]), masks
 
@@ -128,6 +130,7 @@ def channel_transform(
             unranked=jnp.zeros([], jnp.int32),
         )
 
+    @update_of(ChannelState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -189,9 +192,9 @@ def channel_transform(
 
 def _momenta(gates: _gates.Gates, params: Any, inner_state: Any) -> dict[int, jax.Array]:
     """Returns the optimizer's momentum of each gated parameter, by position."""
-    paths = list(trees.leaf_by_path(params))
+    leaves = list(trees.leaf_by_path(params).items())
     at = sorted({gate.leaf for own in gates.values() for gate in own})
-    momenta = stats.first_moment(inner_state, [paths[i] for i in at])
+    momenta = stats.first_moment(inner_state, dict(leaves[i] for i in at))
     return dict(zip(at, momenta, strict=True))
 
 
@@ -336,11 +339,18 @@ def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
     ):
         return
     alive = {
-        name: [jnp.any(_gates.entries(gate, leaves[gate.leaf]) != 0) for gate in own]
+        name: [
+            jnp.any(leaves[gate.leaf] != 0, _gates.other_axes(gate, leaves[gate.leaf]))
+            for gate in own
+        ]
         for name, own in gates.items()
     }
     alive = jax.device_get(alive)
-    silent = [name for name in gates if not any(alive[name])]
+    silent = [
+        name
+        for name, own in gates.items()
+        if not any(np.any(a[gate.channels >= 0]) for a, gate in zip(alive[name], own, strict=True))
+    ]
     if silent:
         warnings.warn(
             f"the gates of {', '.join(silent)} are all 0, so the statistics of these channels are "

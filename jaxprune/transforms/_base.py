@@ -1,16 +1,18 @@
 """Code that all pruning transformations share: state, mask updates in one branch, projection."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxprune import budgets, patterns, stats, timetables, trees
+from jaxprune import budgets, meshes, patterns, schedules, stats, timetables, trees
 
 
 class MaskState(NamedTuple):
@@ -33,11 +35,6 @@ class MaskState(NamedTuple):
     timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
 
 
-def holds_masks(node: Any) -> bool:
-    """Returns whether a node of an optimizer state is the state of a pruning transformation."""
-    return "masks" in getattr(node, "_fields", ())
-
-
 class Parts(NamedTuple):
     """The pruned leaves of one update, each a list in flattening order."""
 
@@ -48,6 +45,8 @@ class Parts(NamedTuple):
 
 
 Renew = Callable[..., Any]
+Update = Callable[..., tuple[Any, Any]]
+_LAST_STEP = np.iinfo(np.int32).max  # steps are counted up to it
 
 
 def split(
@@ -215,6 +214,8 @@ def update_masks(
     def at_mask_update(carry: Any, buffers: Any, faults: Any) -> Any:
         ok = stats.all_finite(buffers)
         ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
+        # Devices that share counters must agree, whatever shard of a leaf each of them has.
+        ok = meshes.total((~ok).astype(jnp.int32), like=state.prune_step) == 0
         new = renew(done - 1, carry, buffers)
         return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, carry), ok
 
@@ -231,6 +232,48 @@ def update_masks(
         "refused": state.refused + (due & ~ok),
     }
     return carry, counters
+
+
+def update_of(kind: type) -> Callable[[Update], Update]:
+    """Makes a decorator for the update of a transformation whose state is of a kind.
+
+    The decorated update raises for other states. On meshes with explicit axes, where operations
+    must not mix splits, it computes with automatic axes; the new state is split as the old one, and
+    the new updates as the old ones.
+
+    Args:
+        kind: the NamedTuple of the state.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorated(update: Update) -> Update:
+        @functools.wraps(update)
+        def anywhere(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+            _check_kind(state, kind)
+            names = [name for name in ("grad", "inner_state") if name in extra_args]
+            trees_given = {name: extra_args.pop(name) for name in names}
+
+            def compute(updates: Any, state: Any, params: Any, given: Any) -> Any:
+                return update(updates, state, params, **given, **extra_args)
+
+            operands = updates, state, params, trees_given
+            return meshes.automatically(compute, *operands, like=(updates, state))
+
+        return anywhere
+
+    return decorated
+
+
+def _check_kind(state: Any, kind: Any) -> None:
+    """Raises unless a state has the fields of a kind of states."""
+    if not set(kind._fields) <= set(getattr(state, "_fields", ())):
+        raise ValueError(
+            f"`state` must be the {kind.__name__} that `init` of this transformation returned, but "
+            f"is {type(state).__name__}. To go on from other masks, start from `init` and set them "
+            "with `jaxprune.set_masks`; a state that was restored as dicts needs a target."
+        )
 
 
 def zero_counters() -> dict[str, jax.Array]:
@@ -271,17 +314,58 @@ def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.
     return timetable_for
 
 
-def check_window(name: str, every: int, start: int, stop: int, *problems: str | None) -> None:
-    """Checks the arguments of a transformation; raises one error, with the problems given."""
-    bad = []
+class Arguments(NamedTuple):
+    """The steps of the mask updates and the fractions that a transformation was given, checked."""
+
+    every: int
+    start: int
+    stop: int
+    fractions: dict[str, float]  # by name of the argument
+
+
+def checked(
+    name: str, every: Any, start: Any, stop: Any, *problems: str, **fractions: Any
+) -> Arguments:
+    """Checks the arguments of a transformation; raises one error for all problems.
+
+    Args:
+        name: name of the public transformation.
+        every: steps between mask updates.
+        start: step of the first mask update.
+        stop: step of the last mask update.
+        *problems: problems of other arguments.
+        **fractions: arguments that must lie in [0, 1).
+
+    Returns:
+        The arguments as Python numbers.
+    """
+    bad: list[str] = []
+
+    def read(kind: Callable[[str, Any], Any], name: str, value: Any, instead: float) -> Any:
+        try:
+            return kind(name, value)
+        except ValueError as error:
+            bad.append(str(error).rstrip("."))
+            return instead  # breaks no other rule
+
+    given = {"every": every, "start": start, "stop": stop}
+    every, start, stop = (read(schedules.whole, key, v, math.nan) for key, v in given.items())
     if every < 1:
         bad.append(f"`every` must be at least 1 step, but is {every!r}")
     if start < 0:
         bad.append(f"`start` must not be negative, but is {start!r}")
     if stop < start:
         bad.append(f"`stop` must not be before `start`, but {stop!r} < {start!r}")
-    bad += [problem for problem in problems if problem]
-    trees.raise_for(bad, f"{name} cannot run with these arguments:")
+    if stop > _LAST_STEP:
+        bad.append(f"`stop` must be at most {_LAST_STEP}, the last step counted, but is {stop!r}")
+    shares = {key: read(schedules.number, key, value, 0.0) for key, value in fractions.items()}
+    bad += [
+        f"`{key}` must lie in [0, 1), but is {fractions[key]!r}"
+        for key, share in shares.items()
+        if not 0 <= share < 1
+    ]
+    trees.raise_for([*bad, *problems], f"{name} cannot run with these arguments:")
+    return Arguments(every, start, stop, shares)
 
 
 def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
@@ -289,7 +373,9 @@ def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
     known = {
         path: leaf
         for path, leaf in named_leaves(params, flags).items()
-        if not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
+        if isinstance(leaf, (jax.Array, np.ndarray))
+        and not isinstance(leaf, Tracer)
+        and getattr(leaf, "is_fully_addressable", True)
     }
     zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
     if zeros:
@@ -348,8 +434,10 @@ def masking_transform(
         if first and timetable:
             # Outside `jit` the loops of the selection would be slow.
             masks = jax.jit(functools.partial(first, timetable))(weights)
+            masks = list(map(meshes.placed_like, masks, weights))
         return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
 
+    @update_of(MaskState)
     def update_fn(
         updates: optax.Updates,
         state: Any,

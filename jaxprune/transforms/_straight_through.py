@@ -9,12 +9,13 @@ import optax
 from jaxprune import budgets, patterns, schedules, scores, timetables, trees
 from jaxprune.transforms._base import (
     check_line_search,
-    check_window,
+    checked,
     held_for,
     put_masks,
     split,
     timetable_once,
     update_masks,
+    update_of,
     zero_counters,
 )
 
@@ -43,7 +44,7 @@ def straight_through_transform(
     every: int = 1,
     start: int = 0,
     stop: int,
-    score: scores.Score = scores.magnitude,
+    score: scores.Score | None = None,
     budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
@@ -68,7 +69,7 @@ def straight_through_transform(
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
         score: function `(weights, statistics) -> scores` of the dense values; statistics are
-            None.
+            None; None is `scores.magnitude`.
         budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
             leaves, see `budgets.rule_of`; None is `budgets.erdos_renyi_kernel`. A global ranking
             may starve layers at high sparsity, because weights come back.
@@ -100,7 +101,8 @@ def straight_through_transform(
         >>> params["kernel"].tolist()
         [[0.0, 14.0]]
     """
-    check_window("straight_through_transform", every, start, stop)
+    every, start, stop, _ = checked("straight_through_transform", every, start, stop)
+    score = scores.magnitude if score is None else score
     scores.check_score(score)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
@@ -115,9 +117,10 @@ def straight_through_transform(
         return StraightThroughState(
             **zero_counters(),
             masks=put_masks(params, flags, [jnp.ones_like(w, dtype=bool) for w in weights]),
-            dense=put_masks(params, flags, [jnp.array(w) for w in weights]),
+            dense=put_masks(params, flags, list(map(_copied, weights))),
         )
 
+    @update_of(StraightThroughState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -148,6 +151,11 @@ def straight_through_transform(
         return trees.put(updates, parts.flags, list(moves)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _copied(weight: Any) -> Any:
+    """Returns a copy of a weight; a shape remains one, as its values are not known."""
+    return weight if isinstance(weight, jax.ShapeDtypeStruct) else jnp.array(weight)
 
 
 def _move(update: jax.Array, mask: jax.Array, weight: jax.Array, dense: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jaxprune.trees._names import (
 )
 from jaxprune.trees._paths import (
     check_same_structure,
+    holds_masks,
     is_absent,
     is_array,
     is_box,
@@ -48,6 +49,7 @@ __all__ = [
     "check_known",
     "check_same_structure",
     "check_stacked",
+    "holds_masks",
     "is_absent",
     "is_array",
     "is_box",

@@ -127,6 +127,22 @@ def state_fields(state: Any, name: str) -> list[Any]:
     return [value for _, value in found]
 
 
+def holds_masks(node: Any) -> bool:
+    """Returns whether a node of an optimizer state is the state of a pruning transformation.
+
+    Args:
+        node: a node of a state.
+
+    Returns:
+        A bool; True for a NamedTuple with a field `masks`. Can be used as an `is_leaf`.
+
+    Example:
+        >>> holds_masks(optax.EmptyState()), holds_masks({"masks": True})
+        (False, False)
+    """
+    return "masks" in getattr(node, "_fields", ())
+
+
 def raise_for(problems: list[str], summary: str) -> None:
     """Raises one `ValueError` that lists all problems; does nothing if there are none.
 

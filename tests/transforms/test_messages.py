@@ -74,15 +74,15 @@ def test_rates_and_groups_that_are_none():
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "fix"),
+    ("sparsity", "rule"),
     [
-        ("0.5", "'0.5'.$"),
-        (50, "For 50 % write 0.5.$"),
-        ({"layer1": 0.5}, "single leaves as `budget`"),
+        ("0.5", r"be one number, but is '0.5'.$"),
+        (50, r"lie in \[0, 1\), but is 50. For 50 % write 0.5.$"),
+        ({"layer1": 0.5}, r"be one number. Give the sparsities of single leaves as `budget`"),
     ],
 )
-def test_sparsities_that_are_no_fractions(sparsity, fix):
-    with pytest.raises(ValueError, match=f"`sparsity` must lie in .*{fix}"):
+def test_sparsities_that_are_no_fractions(sparsity, rule):
+    with pytest.raises(ValueError, match=f"`sparsity` must {rule}"):
         jaxprune.prune(PARAMS, sparsity)
 
 
