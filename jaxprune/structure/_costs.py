@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend import core
 
@@ -14,7 +13,7 @@ from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._rules.control import RULES as CONTROL
-from jaxprune.structure._traces import Trace, abstract, analyze, trace_function
+from jaxprune.structure._traces import Trace, analyze, split, to_jaxpr, trace_function
 from jaxprune.structure._values import Graph, Op
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -70,7 +69,7 @@ def _along(
     return int((places % between == 0).sum())
 
 
-def count_macs(function: Callable[..., Any], *args: Any) -> int:
+def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Counts the multiply-accumulates of one call: matrix products and convolutions in its jaxpr.
 
     A scan counts as often as it runs, a `cond` as its most expensive branch, a `while` as one pass;
@@ -81,6 +80,7 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
     Args:
         function: any JAX function.
         *args: its arguments: arrays or `jax.ShapeDtypeStruct`.
+        **kwargs: its keyword arguments.
 
     Returns:
         The exact count.
@@ -94,7 +94,7 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
         >>> count_macs(lambda a, b: jnp.tanh(a @ b), jnp.ones((2, 3)), jnp.ones((3, 4)))
         24
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*jax.tree.map(abstract, args)).jaxpr)
+    return _of_jaxpr(to_jaxpr(function, *args, **kwargs)[0].jaxpr)
 
 
 def _of_jaxpr(jaxpr: Any) -> int:
@@ -127,7 +127,7 @@ def _together(name: str, params: dict[str, Any], inner: Sequence[int]) -> int:
 
 
 def mac_cost(
-    groups: Groups, function: Callable[..., Any], variables: Any, *args: Any
+    groups: Groups, function: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
 ) -> Callable[[Plan], int]:
     """Makes a function from plans to the multiply-accumulates of one call of the smaller function.
 
@@ -139,6 +139,7 @@ def mac_cost(
         variables: dense arrays or `jax.ShapeDtypeStruct`.
         *args: arguments of `function`, arrays or `jax.ShapeDtypeStruct`; a batch of one image gives
             the cost of an image.
+        **kwargs: its keyword arguments.
 
     Returns:
         A function from plans of these groups to exact counts like those of `count_macs`, for
@@ -148,7 +149,7 @@ def mac_cost(
         ValueError: as for `count_macs`.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from jaxprune.structure import find_groups
         >>> def mlp(w, x):
         ...     return jax.nn.relu(x @ w["in"]) @ w["out"]
@@ -158,7 +159,7 @@ def mac_cost(
         >>> cost(groups.plan({})), cost(groups.plan({"in:1": jnp.arange(8) < 4}))
         (40, 20)
     """
-    traced = trace_function(Trace(function, args), variables)
+    traced = trace_function(Trace(function, args, kwargs=kwargs), variables)
     analysis, graph = analyze(groups.model, traced, outputs=False)
     count = _counter(graph)
 
@@ -205,8 +206,9 @@ def byte_cost(variables: Any) -> Callable[[Plan], int]:
         >>> byte_cost(w)(groups.plan({"in:1": jnp.arange(8) < 4}))
         64
     """
-    named = trees.leaf_by_path(variables)
-    sizes = {path: abstract(leaf).dtype.itemsize for path, leaf in named.items()}
+    parts = split(variables)
+    leaves = trees.leaf_by_path(parts.tree(parts.arrays, False))
+    sizes = {path: leaf.dtype.itemsize for path, leaf in leaves.items()}
 
     def cost(plan: Plan) -> int:
         return sum(size * math.prod(plan.shape(path)) for path, size in sizes.items())
