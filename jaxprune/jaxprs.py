@@ -1,9 +1,66 @@
-"""Reads the parameters of jaxpr equations in the same way for every supported version of JAX."""
+"""Reads the equations of a jaxpr in the same way for every supported version of JAX."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["scan_counts"]
+from jax.extend import source_info_util
+
+__all__ = ["bind", "context", "scan_counts"]
+
+
+@contextlib.contextmanager
+def context(equation: Any, scope: Any = None) -> Iterator[None]:
+    """Puts an interpreter where an equation was traced.
+
+    The mesh, the names of `jax.named_scope` and the settings that are no parameters of the
+    primitive belong to an equation, too.
+
+    Args:
+        equation: an equation of a jaxpr.
+        scope: the names of the calls around it, if the interpreter enters calls by itself.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> with jax.named_scope("outer"):
+        ...     (equation,) = jax.make_jaxpr(jnp.sin)(1.0).eqns
+        >>> with context(equation):
+        ...     result = bind(equation.primitive, equation.params, [1.0])
+        >>> len(result)
+        1
+    """
+    info = equation.source_info
+    names = info.name_stack if scope is None else scope + info.name_stack
+    stack = source_info_util.current_name_stack() + names
+    with source_info_util.user_context(info.traceback, name_stack=stack), equation.ctx.manager:
+        yield
+
+
+def bind(primitive: Any, params: Mapping[str, Any], arrays: Sequence[Any]) -> list[Any]:
+    """Applies the primitive of an equation.
+
+    Args:
+        primitive: the primitive.
+        params: the parameters of the equation, perhaps changed.
+        arrays: the operands.
+
+    Returns:
+        The results, also if there is only one.
+
+    Example:
+        >>> import jax
+        >>> (equation,) = jax.make_jaxpr(jax.lax.sin)(1.0).eqns
+        >>> [result.shape for result in bind(equation.primitive, equation.params, [0.0])]
+        [()]
+    """
+    bound = primitive.get_bind_params(dict(params))
+    # Newer versions of JAX put the functions inside the parameters.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = primitive.bind(*functions, *arrays, **params)
+    return list(results) if primitive.multiple_results else [results]
 
 
 def scan_counts(params: Mapping[str, Any], operands: int) -> tuple[int, int]:

@@ -13,9 +13,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
+from jaxprune import jaxprs
 from jaxprune.structure._nodes import FROZEN, Nodes, rows_of
 from jaxprune.structure._rules import (
     control,
+    devices,
     elementwise,
     indexing,
     products,
@@ -47,12 +49,15 @@ RULES: dict[str, Rule] = {
     **reductions.RULES,
     **indexing.RULES,
     **control.RULES,
+    **devices.RULES,
 }
 INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
+CALLING = {*control.RULES, "shard_map"}  # primitives that run functions
 # Primitives that only move entries: nothing is computed from the entries that they leave out.
 _MOVES = frozenset(
     "slice split squeeze reshape transpose broadcast_in_dim convert_element_type copy".split()
 )
+_NO_SCOPE = source_info_util.new_name_stack()
 _FEW = 65536  # constants with at most this many entries are inspected
 # Each fact beside its two stronger forms; `_values` says what they mean.
 _SOFT = {ZERO: ZERO_SOFT, SAME: SAME_SOFT}
@@ -265,7 +270,12 @@ class Analysis:
         return Graph(list(ins), outs, ops)
 
     def _inline(
-        self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value], ops: list[Op]
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        ins: Sequence[Value],
+        ops: list[Op],
+        scope: Any = _NO_SCOPE,
     ) -> list[Value]:
         known: dict[Any, Value] = {}
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -280,14 +290,17 @@ class Analysis:
             name = equation.primitive.name
             if name in INLINED:
                 inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-                outs = self._inline(inner.jaxpr, inner.consts, operands, ops)
+                within = scope + equation.source_info.name_stack
+                outs = self._inline(inner.jaxpr, inner.consts, operands, ops, within)
             else:
                 where = source_info_util.summarize(equation.source_info)
                 outs = [Value(var.aval) for var in equation.outvars]
                 op = Op(name, equation.primitive, equation.params, operands, outs, f"at {where}")
+                op.equation, op.scope = equation, scope
                 self.used.update(value.leaf for value in operands if value.leaf is not None)
                 outer, self.op = self.op, op
-                self._follow(op)
+                with jaxprs.context(equation, scope):
+                    self._follow(op)
                 self.op = outer
                 ops.append(op)
             known.update(zip(equation.outvars, outs, strict=True))
@@ -301,7 +314,7 @@ class Analysis:
             out.of_params, out.of_data, out.op = of_params, of_data, op
         if op.name not in _MOVES:
             self.use(op.ins)
-        if not of_params and op.name not in control.RULES:
+        if not of_params and op.name not in CALLING:
             self._note_meeting(op)
         rule = RULES.get(op.name)
         if rule is None or rule.analyze(self, op) is False:

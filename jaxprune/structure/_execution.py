@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import jaxprs
 from jaxprune.structure._analysis import RULES, Analysis
 from jaxprune.structure._rules import elementwise
 from jaxprune.structure._values import ZERO, Graph, Op, Value
@@ -123,12 +125,8 @@ class Execution:
         outer = self.arrays, self._removed
         self.arrays, self._removed = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
         for op in graph.ops:
-            rule, operands = RULES.get(op.name), [self.read(value) for value in op.ins]
-            run = rule.run if rule is not None and rule.run is not None else None
-            if run is None or not (op.inner or self._shrinks(op)):
-                results = self.bind(op, operands)
-            else:
-                results = run(self, op, operands)
+            with jaxprs.context(op.equation, op.scope):
+                results = self._run(op, [self.read(value) for value in op.ins])
             for value, array in zip(op.outs, results, strict=True):
                 if tuple(array.shape) != self.shape(value):
                     raise ValueError(
@@ -136,26 +134,28 @@ class Execution:
                         f"plan, but gave {tuple(array.shape)}; please report this."
                     )
                 self.arrays[id(value)] = array
-        results = [self.read(value) for value in graph.outs]
+        results = [_as_array(self.read(value), value) for value in graph.outs]
         self.arrays, self._removed = outer
         return results
 
+    def _run(self, op: Op, operands: list[Any]) -> list[Any]:
+        """Runs one operation on smaller arrays."""
+        rule = RULES.get(op.name)
+        if rule is None or rule.run is None or not (op.inner or self._shrinks(op)):
+            return self.bind(op, operands)
+        return rule.run(self, op, operands)
+
     def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
         """Runs the primitive unchanged."""
-        subfunctions, params = [], op.params
-        if self._has_functions(op):
-            bound = op.primitive.get_bind_params(op.params)
-            # Older versions of JAX return the functions separately.
-            subfunctions, params = bound if isinstance(bound, tuple) else ([], bound)
-        results = op.primitive.bind(*subfunctions, *arrays, **params)
-        return list(results) if op.primitive.multiple_results else [results]
+        return jaxprs.bind(op.primitive, op.params, arrays)
 
     def _shrinks(self, op: Op) -> bool:
         return any(self.shape(value) != value.shape for value in [*op.ins, *op.outs])
 
-    @staticmethod
-    def _has_functions(op: Op) -> bool:
-        return op.name.startswith("custom_")
+
+def _as_array(array: Any, value: Value) -> Any:
+    """Makes an array of a number: in a jaxpr it may be one of Python, outside it never is."""
+    return array if isinstance(array, jax.Array) else jnp.asarray(array, value.aval.dtype)
 
 
 def _alike(arrays: Sequence[Any], dimension: int) -> list[Any]:

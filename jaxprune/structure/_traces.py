@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.structure._analysis import Analysis
@@ -204,9 +205,15 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
     """Returns the type and explicit sharding of an array, at its own or the given shape."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     sharding = named_sharding(leaf)
+    kept = sharding if sharding is not None and is_explicit(sharding) else None
+    # Inside `shard_map`, the type says over which axes of the mesh a value varies.
+    manual = jax.typeof(leaf).manual_axis_type if isinstance(leaf, Tracer) else None
+    if manual:
+        kept = jax.typeof(leaf).sharding
     return jax.ShapeDtypeStruct(
         jnp.shape(leaf) if shape is None else shape,
         dtype,
         weak_type=getattr(leaf, "weak_type", False),
-        sharding=sharding if sharding is not None and is_explicit(sharding) else None,
+        sharding=kept,
+        manual_axis_type=manual,
     )

@@ -81,6 +81,8 @@ class Op:
     outs: list[Value]
     where: str  # the line of the user's code
     inner: dict[str, Any] = dataclasses.field(default_factory=dict)  # graphs that control flow runs
+    equation: Any = None  # of the jaxpr
+    scope: Any = None  # names of the calls that were inlined around it
 
 
 class Split(NamedTuple):

@@ -36,8 +36,7 @@ _NEVER = frozenset(
 _OWN = frozenset("max min clamp div rem pow integer_pow select_n".split())
 # Primitives whose outputs are their operands, in the same order.
 IDENTITIES = frozenset(
-    "optimization_barrier device_put pvary sharding_constraint reshard pcast psum pmean "
-    "psum_invariant".split()
+    "optimization_barrier device_put pvary sharding_constraint reshard pcast".split()
 )
 _KEEP_NUMBER = frozenset("convert_element_type copy copy_p name stop_gradient".split())
 
@@ -128,8 +127,7 @@ def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     return nothing
 
 
-def identity(analysis: "Analysis", op: Op) -> bool | None:
-    """Copies what is known of each operand to the output at its position."""
+def _identity(analysis: "Analysis", op: Op) -> bool | None:
     if len(op.ins) != len(op.outs):
         return False
     for value, out in zip(op.ins, op.outs, strict=True):
@@ -138,4 +136,4 @@ def identity(analysis: "Analysis", op: Op) -> bool | None:
 
 
 RULES = {name: Rule(_analyze) for name in NAMES}
-RULES |= {name: Rule(identity) for name in sorted(IDENTITIES)}
+RULES |= {name: Rule(_identity) for name in sorted(IDENTITIES)}
