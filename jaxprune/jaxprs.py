@@ -4,9 +4,44 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import source_info_util
+from jax.sharding import AxisType, NamedSharding
 
-__all__ = ["bind", "context", "scan_counts"]
+__all__ = ["abstract", "bind", "context", "scan_counts"]
+
+
+def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """Returns the type of an array, from which a function is traced as from the array itself.
+
+    Args:
+        leaf: array, traced array, number, or `jax.ShapeDtypeStruct`.
+        shape: a different shape for it.
+
+    Returns:
+        Its shape and dtype, whether it is weakly typed, and how it is split over the axes of a mesh
+        that types name (explicit axes, and those of `jax.shard_map`).
+
+    Example:
+        >>> abstract(jnp.ones((2, 3))), abstract(jnp.asarray(1.0)).weak_type
+        (ShapeDtypeStruct(shape=(2, 3), dtype=float32), True)
+    """
+    if isinstance(leaf, Tracer):
+        own = jax.typeof(leaf)
+        sharding, manual = own.sharding, own.manual_axis_type
+    else:
+        sharding, manual = getattr(leaf, "sharding", None), None
+    types = sharding.mesh.axis_types if isinstance(sharding, NamedSharding) else ()
+    is_typed = bool(manual) or AxisType.Explicit in types
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf) if shape is None else shape,
+        leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf),
+        weak_type=getattr(leaf, "weak_type", False),
+        sharding=sharding if is_typed else None,
+        manual_axis_type=manual,
+    )
 
 
 @contextlib.contextmanager

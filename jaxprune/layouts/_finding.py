@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import trees
+from jaxprune.jaxprs import abstract
 from jaxprune.layouts._kernels import Layout
 from jaxprune.layouts._views import view_of
 from jaxprune.layouts._walk import Found, Take, Value, walk
@@ -141,7 +142,7 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
     """
     leaves, data = trees.leaf_by_path(params), jax.tree.leaves(args)
     treedef, args_treedef = jax.tree.structure(params), jax.tree.structure(args)
-    arrays = {path: _abstract(leaf) for path, leaf in leaves.items() if _is_array(leaf)}
+    arrays = {path: abstract(leaf) for path, leaf in leaves.items() if _is_array(leaf)}
     wanted = [path for path, leaf in arrays.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     found: list[Found] = []
 
@@ -155,7 +156,7 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
     def trace(by_path: dict[str, Any], inputs: list[Any]) -> None:
         found.append(capture(call, by_path, inputs, wanted))
 
-    jax.eval_shape(trace, arrays, [_abstract(leaf) for leaf in data if _is_array(leaf)])
+    jax.eval_shape(trace, arrays, [abstract(leaf) for leaf in data if _is_array(leaf)])
     reasons = {path: "is not an array" for path in leaves if path not in arrays}
     reasons |= {p: f"has dtype {x.dtype}" for p, x in arrays.items() if p not in wanted}
     for path, reason in found[0].problems:
@@ -224,8 +225,3 @@ def capture(
 def _is_array(leaf: Any) -> bool:
     """Returns whether a leaf is a JAX or NumPy array, or its abstract value."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

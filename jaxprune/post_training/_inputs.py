@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import layouts, trees
+from jaxprune.post_training._meshes import on_any_mesh, on_this_mesh
 from jaxprune.post_training._products import rows_of_features
 
 __all__ = [
@@ -213,8 +214,13 @@ def _capture_batch(
     def take(
         equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
     ) -> tuple[jax.Array, int]:
-        inputs = rows_of_features(equation, other, shape, side)
-        return statistic(inputs), inputs.shape[1]
+        def of_inputs(other: jax.Array) -> jax.Array:
+            inputs = rows_of_features(equation, other, shape, side)
+            rows.append(inputs.shape[1])
+            return statistic(inputs)
+
+        rows: list[int] = []
+        return on_any_mesh(of_inputs, other), rows[-1]
 
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
 
@@ -233,7 +239,7 @@ def _capture_batch(
     )
     # An OrderedDict, because `jit` sorts the keys of a plain dict.
     return collections.OrderedDict(
-        (path, InputStatistics(*found.sums[path], arrangement))
+        (path, InputStatistics(on_this_mesh(found.sums[path][0]), found.sums[path][1], arrangement))
         for path, arrangement in found.uses.items()
     )
 

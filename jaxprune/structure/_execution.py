@@ -11,6 +11,7 @@ from jax import lax
 from jaxprune import jaxprs
 from jaxprune.structure._analysis import RULES, Analysis
 from jaxprune.structure._rules import elementwise
+from jaxprune.structure._slicing import pick
 from jaxprune.structure._values import ZERO, Graph, Op, Value
 
 
@@ -50,7 +51,7 @@ class Execution:
         for dimension in range(len(value.shape)):
             kept = self.kept(value, dimension)
             if dimension != but and not kept.all():
-                array = jnp.take(array, np.flatnonzero(kept), axis=dimension)
+                array = pick(array, np.flatnonzero(kept), dimension)
         return array
 
     def is_zero(self, value: Value, dimension: int) -> bool:
@@ -76,7 +77,7 @@ class Execution:
         op = value.op
         if value.of_data:
             gone = np.flatnonzero(~self.kept(value, dimension))
-            whole = jnp.take(self.dense(value), gone, axis=dimension)
+            whole = pick(self.dense(value), gone, dimension)
             return self.take(whole, value, but=dimension)
         if op is None:
             raise AssertionError(f"no removed entries of {value}")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import files, trees
+from jaxprune.jaxprs import abstract
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._fitting import Fit, compare, relative_gap
@@ -21,7 +22,6 @@ from jaxprune.structure._traces import (
     Model,
     Trace,
     Traced,
-    abstract,
     analyze,
     run,
     split,

@@ -5,12 +5,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxprune import trees
+from jaxprune.jaxprs import abstract
 from jaxprune.structure._analysis import Analysis
-from jaxprune.structure._slicing import is_explicit, named_sharding
 from jaxprune.structure._values import UNGATED, ZERO_GATE, Graph, Split
 
 
@@ -199,21 +197,3 @@ def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph
         for nodes, facts in zip(graph.outs[index].nodes, graph.outs[index].facts, strict=True)
         if path in model.caches and (facts[analysis.is_free(nodes)] & UNGATED != UNGATED).any()
     }
-
-
-def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    """Returns the type and explicit sharding of an array, at its own or the given shape."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    sharding = named_sharding(leaf)
-    kept = sharding if sharding is not None and is_explicit(sharding) else None
-    # Inside `shard_map`, the type says over which axes of the mesh a value varies.
-    manual = jax.typeof(leaf).manual_axis_type if isinstance(leaf, Tracer) else None
-    if manual:
-        kept = jax.typeof(leaf).sharding
-    return jax.ShapeDtypeStruct(
-        jnp.shape(leaf) if shape is None else shape,
-        dtype,
-        weak_type=getattr(leaf, "weak_type", False),
-        sharding=kept,
-        manual_axis_type=manual,
-    )

@@ -221,3 +221,84 @@ def test_state_is_found_inside_of_a_map(mesh):
     net = jax.shard_map(part, mesh=mesh, in_specs=(P(), P("i")), out_specs=P())
     groups = structure.find_groups(net, weights, XS.reshape(-1, 3))
     assert groups.model.parameters == {"a", "b", "bias"}
+
+
+# ---- meshes with explicit axes: the types of arrays say how they are split
+
+
+@pytest.fixture(scope="module")
+def explicit():
+    axes = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axes, devices=jax.devices()[:DEVICES])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def product(x, kernel, out="model"):
+    return jnp.einsum("bi,io->bo", x, kernel, out_sharding=P("data", out))
+
+
+def mlp(w, x):
+    return product(jax.nn.relu(product(x, w["a"])), w["b"], None)
+
+
+def fused(w, x):
+    q, k, v = jnp.split(product(x, w["qkv"]) * jnp.arange(48.0)[None], 3, -1)
+    return product(jax.nn.relu(q * k + v), w["b"], None)
+
+
+def dropped(w, x):
+    hidden = product(x, w["a"], None)
+    kept = jax.random.bernoulli(jax.random.key(0), 0.5, hidden.shape)
+    return product(hidden * jax.sharding.reshard(kept, P("data", None)), w["b"], None)
+
+
+@functools.partial(jax.sharding.auto_axes, out_sharding=P("data", None))
+def automatic(w, x):
+    return jax.nn.relu(x @ w["a"]) @ w["b"]
+
+
+EXPLICIT = {
+    "products": mlp,
+    "lookup": lambda w, x: mlp(w, w["table"].at[jnp.arange(8)].get(out_sharding=P("data", None))),
+    "auto_axes": automatic,
+    "reshard": lambda w, x: mlp(w, jax.sharding.reshard(x, P("data", None))),
+    "reshapes": lambda w, x: mlp(w, x.reshape(8, 2, 3).reshape(8, 6)),
+    "slices of a width that is split": fused,
+    "dropout": dropped,
+    "scan": lambda w, x: lax.scan(lambda c, _: (jnp.tanh(c) + fused(w, c), None), x, None, 2)[0],
+    "remat": lambda w, x: jax.checkpoint(fused)(w, x),
+}
+
+
+def placed(explicit):
+    specs = {"a": P(None, "model"), "qkv": P(None, "model"), "b": P("model", None), "table": P()}
+    shapes = {"a": (6, 16), "qkv": (6, 48), "b": (16, 6), "table": (8, 6)}
+    weights = {n: jax.device_put(draw(*shape), specs[n]) for n, shape in shapes.items()}
+    return weights, jax.device_put(draw(8, 6), P("data", None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_meshes_with_explicit_axes(name, explicit):
+    function, (weights, x) = EXPLICIT[name], placed(explicit)
+    groups = structure.find_groups(function, weights, x)
+    (width,) = [group.size for group in groups.values() if "b" in {m.path for m in group.members}]
+    assert width == 16
+    for kept in (np.arange(16) % 4 < 2, np.isin(np.arange(16), (0, 3))):
+        plan = groups.plan({n: kept for n, group in groups.items() if group.size == 16})
+        assert plan.verify(function, weights, x) < 1e-5
+        output = plan.wrap(function)(plan.compact(weights), x)
+        assert output.sharding.spec == P("data", None)
+
+
+def test_names_and_settings_of_operations_are_kept():
+    def function(w, x):
+        with jax.named_scope("hidden"):
+            hidden = jax.jit(lambda x: jnp.sin(x @ w["a"]))(x)
+        return hidden @ w["b"]
+
+    plan = structure.find_groups(function, WEIGHTS, XS[0]).plan({"a:1": np.arange(16) < 4})
+    jaxpr = jax.make_jaxpr(plan.wrap(function))(plan.compact(WEIGHTS), XS[0]).jaxpr
+    names = {e.primitive.name: str(e.source_info.name_stack) for e in jaxpr.eqns}
+    assert names["sin"].startswith("hidden") and names["dot_general"] == ""

@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxprune.structure._nodes import rows_of
 from jaxprune.structure._rules.elementwise import zero_only
+from jaxprune.structure._slicing import pick
 from jaxprune.structure._values import ALWAYS_SAME, ALWAYS_ZERO, NOTHING, Op, Rule, Value
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def _run_slice(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
             first, last = int(places[0]), int(places[-1])
             array = lax.slice_in_dim(array, first, last + 1, axis=dimension)
         else:
-            array = jnp.take(array, places, axis=dimension)
+            array = pick(array, places, dimension)
     return [array]
 
 
