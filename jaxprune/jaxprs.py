@@ -5,19 +5,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.sharding import AxisType, NamedSharding
 
-__all__ = ["abstract", "bind", "context", "scan_counts"]
+__all__ = ["abstract", "bind", "context", "has_symbols", "scan_counts", "sizes"]
 
 
 def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
     """Returns the type of an array, from which a function is traced as from the array itself.
 
     Args:
-        leaf: array, traced array, number, or `jax.ShapeDtypeStruct`.
+        leaf: array, traced array, number, type of an array, or `jax.ShapeDtypeStruct`.
         shape: a different shape for it.
 
     Returns:
@@ -28,15 +29,12 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
         >>> abstract(jnp.ones((2, 3))), abstract(jnp.asarray(1.0)).weak_type
         (ShapeDtypeStruct(shape=(2, 3), dtype=float32), True)
     """
-    if isinstance(leaf, Tracer):
-        own = jax.typeof(leaf)
-        sharding, manual = own.sharding, own.manual_axis_type
-    else:
-        sharding, manual = getattr(leaf, "sharding", None), None
+    own = jax.typeof(leaf) if isinstance(leaf, Tracer) else leaf
+    sharding, manual = (getattr(own, name, None) for name in ("sharding", "manual_axis_type"))
     types = sharding.mesh.axis_types if isinstance(sharding, NamedSharding) else ()
     is_typed = bool(manual) or AxisType.Explicit in types
     return jax.ShapeDtypeStruct(
-        jnp.shape(leaf) if shape is None else shape,
+        getattr(leaf, "shape", ()) if shape is None else shape,
         leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf),
         weak_type=getattr(leaf, "weak_type", False),
         sharding=sharding if is_typed else None,
@@ -96,6 +94,58 @@ def bind(primitive: Any, params: Mapping[str, Any], arrays: Sequence[Any]) -> li
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     results = primitive.bind(*functions, *arrays, **params)
     return list(results) if primitive.multiple_results else [results]
+
+
+_STAND_INS: dict[str, int] = {}  # name of a size -> a prime number that no other name has
+
+
+def sizes(value: Any) -> Any:
+    """Replaces sizes that are symbols, such as those of `jax.export.symbolic_shape`, by numbers.
+
+    Sums and products of symbols become those of their numbers, so that shapes still fit together.
+    The number of a symbol means nothing, and bounds of symbols are not kept.
+
+    Args:
+        value: a size, or tuples of sizes; anything else in them is returned as it is.
+
+    Returns:
+        The same with numbers, each at least 2.
+
+    Example:
+        >>> b, t, rows = jax.export.symbolic_shape("b, t, b * t")
+        >>> numbers = sizes((b, t, rows, 4))
+        >>> numbers[0] * numbers[1] == numbers[2], numbers[3]
+        (True, 4)
+    """
+    if type(value) is tuple:
+        return tuple(map(sizes, value))
+    if not has_symbols((value,)):
+        return value
+    names = value._get_vars()  # `jax.export` has no public way to read or evaluate a size
+    for name in sorted(names - _STAND_INS.keys()):
+        last = max(_STAND_INS.values(), default=13)
+        _STAND_INS[name] = next(n for n in range(last + 1, 2 * last) if _is_prime(n))
+    return max(2, int(value._evaluate({name: _STAND_INS[name] for name in names})))
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % factor for factor in range(2, number))
+
+
+def has_symbols(shape: Sequence[Any]) -> bool:
+    """Tells whether a shape has sizes that are symbols.
+
+    Args:
+        shape: a shape.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> has_symbols((2, 3)), has_symbols(jax.export.symbolic_shape("b, 3"))
+        (False, True)
+    """
+    return any(hasattr(size, "_evaluate") for size in shape)
 
 
 def scan_counts(params: Mapping[str, Any], operands: int) -> tuple[int, int]:

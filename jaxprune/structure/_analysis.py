@@ -295,7 +295,8 @@ class Analysis:
             else:
                 where = source_info_util.summarize(equation.source_info)
                 outs = [Value(var.aval) for var in equation.outvars]
-                op = Op(name, equation.primitive, equation.params, operands, outs, f"at {where}")
+                params = {key: jaxprs.sizes(own) for key, own in equation.params.items()}
+                op = Op(name, equation.primitive, params, operands, outs, f"at {where}")
                 op.equation, op.scope = equation, scope
                 self.used.update(value.leaf for value in operands if value.leaf is not None)
                 outer, self.op = self.op, op
@@ -324,6 +325,10 @@ class Analysis:
         for out in op.outs:
             if not out.origins:
                 out.origins = [frozenset()] * len(out.shape)
+            if jaxprs.has_symbols(out.aval.shape) or any(
+                jaxprs.has_symbols(value.aval.shape) for value in op.ins
+            ):
+                self._keep_symbols(out)
             for dimension, size in enumerate(out.shape):
                 assert len(out.nodes[dimension]) == len(out.facts[dimension]) == size, op.name
                 if size == 1:  # removing the one index would change what it broadcasts to
@@ -336,6 +341,17 @@ class Analysis:
             if not of_params:  # a parameter dimension that survives into data is a producer
                 self.producers.update(*out.origins)
                 out.origins = [frozenset()] * len(out.shape)
+
+    def _keep_symbols(self, out: Value) -> None:
+        """Keeps dimensions of symbolic size whole.
+
+        The numbers that stand in for sizes respect no bounds, so a slice may have a different size.
+        """
+        for dimension, size in enumerate(out.shape):
+            nodes = out.nodes[dimension]
+            if jaxprs.has_symbols(out.aval.shape[dimension : dimension + 1]) or len(nodes) != size:
+                self.freeze(nodes, f"its size is symbolic {self.op.where}")
+                out.nodes[dimension], out.facts[dimension] = frozen(size), np.zeros(size, np.uint8)
 
     def _note_meeting(self, op: Op) -> None:
         """Notes how the parameters among the operands meet data."""

@@ -41,9 +41,11 @@ class Execution:
     def shape(self, value: Value) -> tuple[int, ...]:
         """Returns the shape of the smaller array of a value."""
         if id(value) not in self._shapes:
-            dimensions = range(len(value.shape))
-            sizes = tuple(int(self.kept(value, dimension).sum()) for dimension in dimensions)
-            self._shapes[id(value)] = sizes
+            kept = [self.kept(value, dimension) for dimension in range(len(value.shape))]
+            self._shapes[id(value)] = tuple(
+                size if own.all() else int(own.sum())
+                for own, size in zip(kept, value.aval.shape, strict=True)
+            )
         return self._shapes[id(value)]
 
     def take(self, array: Any, value: Value, but: int | None = None) -> Any:
@@ -148,10 +150,11 @@ class Execution:
 
     def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
         """Runs the primitive unchanged."""
-        return jaxprs.bind(op.primitive, op.params, arrays)
+        return jaxprs.bind(op.primitive, op.equation.params, arrays)
 
     def _shrinks(self, op: Op) -> bool:
-        return any(self.shape(value) != value.shape for value in [*op.ins, *op.outs])
+        values = [*op.ins, *op.outs]
+        return any(self.shape(value) != tuple(value.aval.shape) for value in values)
 
 
 def _as_array(array: Any, value: Value) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprune import trees
+from jaxprune import jaxprs, trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._joining import join
@@ -43,8 +43,9 @@ def find_groups(
             for each way in which the variables will be used, such as evaluation and training.
         variables: tree of arrays or `jax.ShapeDtypeStruct`: parameters and other state. A whole
             module may have functions, strings and numbers among its leaves; they are kept.
-        *args: trees of arrays or `jax.ShapeDtypeStruct`; later calls may use different batch sizes.
-            What is no array, such as a bool or a string, is passed on as it is.
+        *args: trees of arrays or `jax.ShapeDtypeStruct`; later calls may use different batch sizes,
+            which may be symbolic (`jax.export.symbolic_shape`). What is no array, such as a bool or
+            a string, is passed on as it is.
         updates: see `Trace`.
         parameters: `(path, leaf) -> bool`: the leaves that a mask may set to zero. Default: all
             floating-point leaves except caches and state. State is what `updates` returns, what no
@@ -62,7 +63,8 @@ def find_groups(
 
     Raises:
         ValueError: if `updates` returns something that is not in the variables, if all variables
-            are state, or if there are arguments beside a list of traces.
+            are state, if a variable has a symbolic size, or if there are arguments beside a list of
+            traces.
 
     Example:
         >>> import jax
@@ -83,6 +85,10 @@ def find_groups(
     else:
         traces = list(function)
     leaves = {path: leaf for path, leaf in trees.leaf_by_path(variables).items() if is_array(leaf)}
+    trees.raise_for(
+        [f"{p}: {leaf.shape}" for p, leaf in leaves.items() if jaxprs.has_symbols(leaf.shape)],
+        "`variables` must have known sizes; only arguments may have symbolic ones:",
+    )
     is_cache = _is_cache if caches is None else caches
     traced = [trace_function(trace, variables) for trace in traces]
     if parameters is None:

@@ -80,7 +80,8 @@ def compare(
     reasons = _differences(found, planned)
     if reasons is None:
         return Fit(True, True, None, ())
-    if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in split(small).arrays):
+    given = split((small, args, dict(kwargs))).arrays
+    if not all(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in given):
         return Fit(False, False, None, reasons)
     # Compare at moved variables too: initial zeros, such as those of a head, hide any difference.
     gaps = []

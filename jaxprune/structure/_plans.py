@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import files, trees
+from jaxprune import files, jaxprs, trees
 from jaxprune.jaxprs import abstract
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
@@ -269,7 +269,7 @@ class Plan(NamedTuple):
 
         Returns:
             A tree like the output, with a list in place of each array: bool [size] for each
-            dimension.
+            dimension, and bool [1] for one of symbolic size, which is kept whole.
 
         Raises:
             ValueError: as for the function returned by `wrap`.
@@ -278,7 +278,12 @@ class Plan(NamedTuple):
         trace = Trace(function, args, kwargs=kwargs)
         traced, graph, execution, _ = self._follow(trace, variables)
         kept = [
-            [execution.kept(value, dimension) for dimension in range(len(value.shape))]
+            [
+                np.ones(1, bool)
+                if jaxprs.has_symbols((size,))
+                else execution.kept(value, dimension)
+                for dimension, size in enumerate(value.aval.shape)
+            ]
             for value in graph.outs
         ]
         return traced.output(kept, False)

@@ -19,6 +19,7 @@ class Trace(NamedTuple):
     functions, are passed on as they are.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> Trace(lambda variables, x: x @ variables["w"], (jnp.ones((1, 2)),)).updates is None
         True
     """
@@ -53,6 +54,7 @@ class Traced(NamedTuple):
     """A function as a jaxpr with flat inputs and outputs.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> trace = Trace(lambda variables: variables["w"])
         >>> trace_function(trace, {"w": jnp.ones(2)}).updated
         {}
@@ -69,6 +71,7 @@ class Parts(NamedTuple):
     """A tree as its arrays and the way back.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> parts = split({"act": jax.nn.relu, "rate": 0.5, "w": jnp.ones(2)})
         >>> len(parts.arrays), parts.tree([3])["w"], parts.tree([3])["rate"]
         (1, 3, 0.5)

@@ -177,7 +177,7 @@ def _custom_vjp(analysis: "Analysis", op: Op) -> bool | None:
         ]
         return [x for x, is_given in zip(results, given, strict=True) if is_given]
 
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.aval.dtype) for v in [*residuals, *cotangents]]
+    shapes = [jaxprs.abstract(value.aval) for value in [*residuals, *cotangents]]
     traced = jax.make_jaxpr(backward)(*shapes)
     graph = analysis.graph(traced.jaxpr, traced.consts, [*residuals, *cotangents])
     received = [value for value, is_given in zip(op.ins, given, strict=True) if is_given]
@@ -337,8 +337,9 @@ def _run_scan(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
         return tuple(outs[:count]), tuple(outs[count:])
 
     carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
-    options = {name: op.params[name] for name in ("length", "reverse", "unroll")}
-    carry, outs = lax.scan(body, carry, rows, **options)
+    length = op.params["length"] if not rows else None  # of rows, it may be symbolic
+    options = {name: op.params[name] for name in ("reverse", "unroll")}
+    carry, outs = lax.scan(body, carry, rows, length, **options)
     return [*carry, *outs]
 
 

@@ -4,6 +4,7 @@ Inside `shard_map` a value is the part of one device. Index i of a dimension tha
 for index i of all parts, so the channels of all parts are tied: each device loses the same ones.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,7 @@ def _parts(op: Op, spec: Any, dimensions: int) -> list[int]:
 def _shard_map(analysis: "Analysis", op: Op) -> None:
     jaxpr, parts = op.params["jaxpr"], []
     for value, var, spec in zip(op.ins, jaxpr.invars, op.params["in_specs"], strict=True):
-        part = entering(value)
-        part.aval = var.aval
+        part = dataclasses.replace(entering(value), aval=var.aval)
         for dimension, count in enumerate(_parts(op, spec, len(value.shape))):
             if count > 1:
                 tied = _tie(analysis, value.nodes[dimension], value.facts[dimension], count)

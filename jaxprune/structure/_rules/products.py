@@ -103,7 +103,7 @@ def _run_convolution(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     if 0 in kernel.shape:  # a slice of a dimension may lose all its channels
         return [jnp.zeros(run.shape(op.outs[0]), op.outs[0].aval.dtype)]
     groups = image.shape[numbers.lhs_spec[1]] // kernel.shape[numbers.rhs_spec[1]]
-    params = op.params | {"feature_group_count": groups}
+    params = op.equation.params | {"feature_group_count": groups}
     return [op.primitive.bind(image, kernel, **params)]
 
 

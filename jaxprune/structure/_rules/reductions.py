@@ -68,7 +68,7 @@ def _completed(run: "Execution", op: Op, value: Value, array: Any) -> Any:
     """Appends to an operand whatever its removed entries would add to the result."""
     name = _COLLECTIVES.get(op.name, op.name)
     for axis in filter(is_number, op.params.get("axes", ())):
-        removed = len(value.nodes[axis]) - array.shape[axis]
+        removed = int((~run.kept(value, axis)).sum())
         if not removed or (name == "reduce_sum" and run.is_zero(value, axis)):
             continue
         gone = run.removed(value, axis)
