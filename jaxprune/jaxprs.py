@@ -1,7 +1,11 @@
 """Reads the equations of a jaxpr in the same way for every supported version of JAX."""
 
 import contextlib
+import functools
+import os
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +15,7 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.sharding import AxisType, NamedSharding
 
-__all__ = ["abstract", "bind", "context", "has_symbols", "scan_counts", "sizes"]
+__all__ = ["abstract", "bind", "context", "has_symbols", "line", "scan_counts", "sizes"]
 
 
 def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
@@ -96,6 +100,54 @@ def bind(primitive: Any, params: Mapping[str, Any], arrays: Sequence[Any]) -> li
     return list(results) if primitive.multiple_results else [results]
 
 
+def line(equation: Any) -> str:
+    """Says which line of the user's code an equation comes from.
+
+    That is the innermost line outside of Python's library and of installed packages, such as the
+    line of a model that calls a layer of Flax. If there is none, it is the innermost line outside
+    of JAX. An equation inside of a compiled function of `jax.numpy` knows neither; then the call
+    does.
+
+    Args:
+        equation: an equation of a jaxpr.
+
+    Returns:
+        File, line and function, or an empty string.
+
+    Example:
+        >>> (equation,) = jax.make_jaxpr(lambda x: jax.lax.sin(x))(1.0).eqns
+        >>> line(equation)
+        '<doctest jaxprune.jaxprs.line[0]>:1 (<lambda>)'
+    """
+    traceback = equation.source_info.traceback
+    frames = [] if traceback is None else traceback.frames
+    outside = (f for f in frames if not f.file_name.startswith(_JAX) and not _is_made(f.file_name))
+    first = None
+    for frame in outside:
+        first = first or frame
+        if not _is_library(frame.file_name):
+            first = frame
+            break
+    return f"{first.file_name}:{first.line_num} ({first.function_name})" if first else ""
+
+
+_JAX = f"{Path(jax.__file__).parent}{os.sep}"
+_OWN = str(Path(__file__).parent / "structure")  # it calls the functions that it traces
+_LIBRARIES = tuple(f"{path}{os.sep}" for path in (sysconfig.get_path("stdlib"), _OWN))
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    """Tells whether a file belongs to Python or an installed package."""
+    packages = {"site-packages", "dist-packages"}
+    return file.startswith(_LIBRARIES) or bool(packages & set(Path(file).parts))
+
+
+def _is_made(file: str) -> bool:
+    """Tells whether a file does not exist, because a library made the code."""
+    return file.startswith("<") and not file.startswith(("<doctest", "<stdin", "<ipython"))
+
+
 _STAND_INS: dict[str, int] = {}  # name of a size -> a prime number that no other name has
 
 
@@ -117,6 +169,8 @@ def sizes(value: Any) -> Any:
         >>> numbers[0] * numbers[1] == numbers[2], numbers[3]
         (True, 4)
     """
+    if type(value) is int:
+        return value
     if type(value) is tuple:
         return tuple(map(sizes, value))
     if not has_symbols((value,)):
@@ -145,7 +199,7 @@ def has_symbols(shape: Sequence[Any]) -> bool:
         >>> has_symbols((2, 3)), has_symbols(jax.export.symbolic_shape("b, 3"))
         (False, True)
     """
-    return any(hasattr(size, "_evaluate") for size in shape)
+    return any(type(size) is not int and hasattr(size, "_evaluate") for size in shape)
 
 
 def scan_counts(params: Mapping[str, Any], operands: int) -> tuple[int, int]:

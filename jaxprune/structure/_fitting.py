@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend import core, source_info_util
+from jax.extend import core
 
-from jaxprune import trees
+from jaxprune import jaxprs, trees
 from jaxprune.structure._traces import is_array, run, split, to_jaxpr
 
 _INLINED = frozenset(
@@ -256,7 +256,7 @@ def _is_partner(one: _Expression, other: _Expression) -> bool:
 
 
 def _describe(equation: Any, partner: Any) -> list[str]:
-    text = f"`{equation.primitive.name}` at {source_info_util.summarize(equation.source_info)}"
+    text = f"`{equation.primitive.name}` at {jaxprs.line(equation) or 'an unknown line'}"
     if partner is None:
         return [f"{text} has no counterpart in the compacted function"]
     pairs = [

@@ -189,6 +189,7 @@ def analyze(
         elif outputs:
             for nodes in out.nodes:
                 analysis.freeze(nodes, "an output has it")
+    analysis.mark_used()
     return analysis, graph
 
 

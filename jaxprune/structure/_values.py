@@ -59,7 +59,8 @@ class Value:
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense value; numbers stand in for symbolic sizes."""
-        return jaxprs.sizes(tuple(self.aval.shape))
+        shape = self.aval.shape
+        return jaxprs.sizes(shape) if jaxprs.has_symbols(shape) else shape
 
     def like(self, other: "Value") -> None:
         """Copies all that is known about a different value of the same shape."""

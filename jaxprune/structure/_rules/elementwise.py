@@ -96,14 +96,15 @@ def _facts(value: Value, dimension: int, size: int) -> np.ndarray:
 
 def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     """Returns the ZERO bits of the result; its other bits are undefined."""
-    name, numbers = op.name, [value.number for value in op.ins]
-    every, nothing = np.full_like(facts[0], ALWAYS_ZERO), np.full_like(facts[0], NOTHING)
+    name = op.name
     if name in _ALL:
         return functools.reduce(np.bitwise_and, facts)
     if name in _ANY:
         return functools.reduce(np.bitwise_or, facts)
     if name in _FIRST:
         return facts[0]
+    numbers = [value.number for value in op.ins]
+    every, nothing = np.full_like(facts[0], ALWAYS_ZERO), np.full_like(facts[0], NOTHING)
     if name in ("max", "min"):
         # max(x, c) is 0 at x = 0 if the number c is not above 0.
         sign = 1 if name == "max" else -1
