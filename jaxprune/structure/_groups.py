@@ -1,14 +1,16 @@
 """Holds groups of channels that shrink together, as `find_groups` returns them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxprune import trees
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import Model
+
+_WIDTH = 8  # widths that are no multiples of it are slow on all devices, see docs/structure.md
 
 
 class Member(NamedTuple):
@@ -49,11 +51,24 @@ class Group(NamedTuple):
     # The scales and the biases added after them; zeros in both remove what reads the channel.
     norms: tuple[Member, ...] = ()
     removed: int = 0  # number of channels that earlier plans removed, see `Groups.compact`
+    # Whether products only repeat over the channels, as over heads and experts: no width.
+    copies: bool = False
 
     @property
     def full(self) -> int:
         """The number of channels in the dense network."""
         return self.size + self.removed
+
+    @property
+    def multiple(self) -> int:
+        """The default of `Groups.plan`: kept channels are rounded up to a multiple of this.
+
+        It makes widths multiples of 8. Heads and experts are not rounded, and neither is a group of
+        at most 8 channels, which would be kept whole.
+        """
+        if self.copies or self.size <= _WIDTH:
+            return 1
+        return _WIDTH // math.gcd(_WIDTH, *map(_indices, self.members))
 
     @property
     def exact(self) -> bool:
@@ -78,7 +93,7 @@ class Groups(Mapping[str, Group]):
     """The groups of a function by name, with the reasons for all dimensions that are in none.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from jaxprune.structure import find_groups
         >>> def mlp(variables, x):
         ...     return jax.nn.relu(x @ variables["in"]) @ variables["out"]
@@ -119,7 +134,7 @@ class Groups(Mapping[str, Group]):
         Args:
             keep: group name -> bool [channels], True for kept channels.
             multiple: rounds the number of kept channels up to a multiple of this by keeping the
-                first of the removed channels. Default: 8 on accelerators, 1 on CPU.
+                first of the removed channels. Default: `Group.multiple` of each group.
 
         Returns:
             The `Plan`.
@@ -128,8 +143,6 @@ class Groups(Mapping[str, Group]):
             ValueError: if a name is not that of a group, or an array has the wrong length or dtype
                 or keeps no channel; it lists all of them.
         """
-        if multiple is None:
-            multiple = 1 if jax.default_backend() == "cpu" else 8
         shapes, problems = self.model.shapes, []
         kept = {path: [np.ones(size, bool) for size in shape] for path, shape in shapes.items()}
         for name, wanted in keep.items():
@@ -142,7 +155,7 @@ class Groups(Mapping[str, Group]):
             elif not channels.any():
                 problems.append(f"{name}: keeps nothing; keep at least one channel")
             else:
-                channels = rounded_up(channels, multiple)
+                channels = rounded_up(channels, multiple or self[name].multiple)
                 for member in self[name].members:
                     own = np.where(member.channels >= 0, channels[member.channels], True)
                     kept[member.path][member.dimension] &= own
@@ -198,6 +211,11 @@ class Groups(Mapping[str, Group]):
             lines.append("frozen:")
         lines += [f"    {f.path} dimension {f.dimension}: {f.reason}" for f in self.frozen]
         return "\n".join(lines)
+
+
+def _indices(member: Member) -> int:
+    """Returns a number that divides the number of indices that each channel has in a member."""
+    return int(np.gcd.reduce(np.bincount(member.channels[member.channels >= 0])))
 
 
 def rounded_up(kept: np.ndarray, multiple: int) -> np.ndarray:

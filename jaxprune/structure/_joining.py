@@ -61,7 +61,7 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     classes = _classes(dimensions, joined.count)
     inexact: list[set[str]] = [set() for _ in classes.places]
     rests: list[set[int]] = [set() for _ in classes.places]  # leaves, see `Analysis.rests`
-    ungated: set[int] = set()
+    ungated, copies = set[int](), set[int]()
     for analysis in analyses:
         hit = _hits(joined, classes, analysis)
         for nodes, reason in analysis.inexact:
@@ -69,6 +69,8 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
                 inexact[number].add(reason)
         for nodes in analysis.ungated:
             ungated.update(hit(nodes))
+        for nodes in analysis.copies:
+            copies.update(hit(nodes))
         for nodes, support in analysis.rests:
             for number in hit(nodes):
                 rests[number].update(support)
@@ -106,6 +108,7 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
                 ),
                 scales=multiply,
                 norms=resting if is_norm else multiply,
+                copies=number in copies,
             )
     paths, reasons_of = list(model.shapes), _reasons(dimensions, analyses, joined.unused)
     frozen = [

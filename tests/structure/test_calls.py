@@ -63,7 +63,7 @@ def test_keywords_strings_and_mutable_collections(language):
         "params/Dense_0/kernel:1": 16,
         "params/Embed_0/embedding:1": 12,
     }
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(model.apply, variables, TOKENS, updates=lambda out: out[1], **train) < 1e-5
     assert plan.verify(model.apply, variables, TOKENS, train=False, dtype=jnp.float32) < 1e-5
     small = plan.compact(variables)
@@ -80,7 +80,7 @@ def test_keywords_strings_and_mutable_collections(language):
 @pytest.mark.slow
 def test_methods_that_generate(language):
     model, variables, _, groups = language
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     small, masked = plan.compact(variables), plan.mask(variables)
     for keywords in ({}, {"temperature": 0.7, "key": KEY}):
         found = plan.wrap(model.generate)(small, TOKENS, 3, **keywords)
@@ -91,7 +91,7 @@ def test_methods_that_generate(language):
 
 def test_costs_and_fits_take_keywords(language):
     model, variables, _, groups = language
-    half, keywords = groups.plan(halves(groups)), {"train": False, "kind": "relu"}
+    half, keywords = groups.plan(halves(groups), multiple=1), {"train": False, "kind": "relu"}
     macs = structure.count_macs(model.apply, variables, TOKENS, **keywords)
     assert macs == 10 * (12 * 16 + 16 * 11)
     cost = structure.mac_cost(groups, model.apply, variables, TOKENS, **keywords)
@@ -131,7 +131,7 @@ def test_modules_of_nnx():
     model.eval()
     groups = structure.find_groups(call, model, x, kind="sine")
     assert [(group.name, group.size) for group in groups.values()] == [("first/kernel:1", 16)]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(call, model, x, kind="sine") < 1e-5
     assert plan.verify(train, model, x, updates=lambda output: output[1]) < 1e-5
     small = plan.compact(model)
@@ -141,7 +141,7 @@ def test_modules_of_nnx():
     np.testing.assert_allclose(output, train(plan.mask(model), x)[0], atol=1e-5)
     pure = structure.from_nnx(model)
     own = structure.find_groups(pure.traces(x, kind="sine"), pure.variables)
-    plan = own.plan(halves(own))
+    plan = own.plan(halves(own), multiple=1)
     assert plan.verify(pure.evaluate, pure.variables, x, kind="sine") < 1e-5
     assert pure.module(plan, pure.variables, x, kind="sine").first.kernel.shape == (3, 8)
 
@@ -171,7 +171,7 @@ def test_whole_modules_of_equinox():
     assert [(group.name, group.size) for group in groups.values()] == [
         ("body/layers/0/weight:0", 16)
     ]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(apply, model, x) < 1e-5
     assert plan.verify(apply, model, x, key=KEY, inference=False) < 1e-5
     assert plan.fits(apply, model, x)
@@ -205,7 +205,7 @@ def test_functions_of_haiku():
     assert [(group.name, group.size) for group in groups.values()] == [
         ("0/batch_norm/offset:1", 16)
     ]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(apply, variables, KEY, x, updates=updates, is_training=True) < 1e-5
     small = plan.compact(variables)
     assert plan.wrap(apply)(small, None, x, is_training=False)[0].shape == (4, 2)
@@ -222,7 +222,7 @@ def test_numbers_of_python_stay_numbers_until_jit_makes_them_arrays():
     x = draw(4, 3)
     groups = structure.find_groups(function, weights, x, 3, weak)
     assert "rate" not in groups.model.shapes
-    plan = groups.plan({"a:1": np.arange(8) < 3})
+    plan = groups.plan({"a:1": np.arange(8) < 3}, multiple=1)
     small = plan.compact(weights)
     output, power, ones = plan.wrap(function)(small, x, 3, weak)
     wanted = function(plan.mask(weights), x, 3, weak)[0]
@@ -240,7 +240,9 @@ def test_weak_types_promote_as_in_the_function_itself():
     def function(w, x, scale):
         return x @ w["a"] * scale @ w["b"]
 
-    plan = structure.find_groups(function, weights, x, 0.5).plan({"a:1": np.arange(8) < 4})
+    plan = structure.find_groups(function, weights, x, 0.5).plan(
+        {"a:1": np.arange(8) < 4}, multiple=1
+    )
     run = jax.jit(plan.wrap(function))
     assert run(plan.compact(weights), x, 0.5).dtype == jnp.bfloat16
 

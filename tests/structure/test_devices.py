@@ -86,7 +86,7 @@ def test_a_wrapped_function_inside_of_a_map(mesh):
     net = one_device(COLLECTIVES["pmean"])
     every = jax.vmap(net, (None, 0), axis_name="i")
     groups = structure.find_groups(every, WEIGHTS, XS)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     small, wanted = plan.compact(WEIGHTS), every(plan.mask(WEIGHTS), XS)
     for way, function in everywhere_wrapped(plan, net, mesh).items():
         np.testing.assert_allclose(function(small, XS), wanted, atol=1e-5, err_msg=way)
@@ -158,7 +158,7 @@ def test_norms_of_equinox_in_training(mode):
     variables = {"model": model, "state": state}
     groups = structure.find_groups(train, variables, XS[0], updates=updates)
     assert {name: group.size for name, group in groups.items()} == {"model/first/weight:0": 16}
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(train, variables, XS[0], updates=updates) < 1e-5
 
 
@@ -185,7 +185,7 @@ def test_a_width_that_is_split_over_devices(mesh, checked):
     (group,) = groups.values()
     assert group.size == 16 // DEVICES
     assert group.members[0].channels.tolist() == list(range(4)) * DEVICES
-    plan = groups.plan({group.name: np.arange(4) < 3})
+    plan = groups.plan({group.name: np.arange(4) < 3}, multiple=1)
     assert plan.verify(net, WEIGHTS, XS[0]) < 1e-5
 
     def slopes(function):
@@ -286,7 +286,7 @@ def test_meshes_with_explicit_axes(name, explicit):
     (width,) = [group.size for group in groups.values() if "b" in {m.path for m in group.members}]
     assert width == 16
     for kept in (np.arange(16) % 4 < 2, np.isin(np.arange(16), (0, 3))):
-        plan = groups.plan({n: kept for n, group in groups.items() if group.size == 16})
+        plan = groups.plan({n: kept for n, group in groups.items() if group.size == 16}, multiple=1)
         assert plan.verify(function, weights, x) < 1e-5
         output = plan.wrap(function)(plan.compact(weights), x)
         assert output.sharding.spec == P("data", None)
@@ -298,7 +298,9 @@ def test_names_and_settings_of_operations_are_kept():
             hidden = jax.jit(lambda x: jnp.sin(x @ w["a"]))(x)
         return hidden @ w["b"]
 
-    plan = structure.find_groups(function, WEIGHTS, XS[0]).plan({"a:1": np.arange(16) < 4})
+    plan = structure.find_groups(function, WEIGHTS, XS[0]).plan(
+        {"a:1": np.arange(16) < 4}, multiple=1
+    )
     jaxpr = jax.make_jaxpr(plan.wrap(function))(plan.compact(WEIGHTS), XS[0]).jaxpr
     names = {e.primitive.name: str(e.source_info.name_stack) for e in jaxpr.eqns}
     assert names["sin"].startswith("hidden") and names["dot_general"] == ""

@@ -74,7 +74,9 @@ def test_export_with_symbolic_sizes(name):
     groups = structure.find_groups(function, weights, shape)
     sizes = [group.size for group in groups.values() if "b" in {m.path for m in group.members}]
     assert sizes == ([width] if width else [])
-    plan = groups.plan({name: np.arange(group.size) % 4 < 2 for name, group in groups.items()})
+    plan = groups.plan(
+        {name: np.arange(group.size) % 4 < 2 for name, group in groups.items()}, multiple=1
+    )
     small = plan.compact(weights)
     exported = export.export(jax.jit(plan.wrap(function)))(small, shape)
     for numbers in ({"b": 5, "t": 7, "h": 2, "w": 3}, {"b": 17, "t": 19, "h": 3, "w": 2}):
@@ -89,8 +91,8 @@ def test_a_plan_of_symbolic_sizes_is_that_of_numbers():
     groups = structure.find_groups(attend, WEIGHTS, shape)
     numbers = structure.find_groups(attend, WEIGHTS, draw(2, 7, 6))
     assert list(groups) == list(numbers)
-    plan = groups.plan({"qkv:1": np.arange(4) < 2})
-    assert plan.to_dict() == numbers.plan({"qkv:1": np.arange(4) < 2}).to_dict()
+    plan = groups.plan({"qkv:1": np.arange(4) < 2}, multiple=1)
+    assert plan.to_dict() == numbers.plan({"qkv:1": np.arange(4) < 2}, multiple=1).to_dict()
     assert plan.verify(attend, WEIGHTS, draw(2, 7, 6)) < 1e-5
     kept = plan.kept_outputs(attend, WEIGHTS, shape)
     assert [own.tolist() for own in kept[:2]] == [[True], [True]] and kept[2].all()

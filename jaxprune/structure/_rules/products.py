@@ -54,6 +54,8 @@ def _dot_general(analysis: "Analysis", op: Op) -> None:
         _contract(analysis, a, at, b, bt, op)
     for at, bt in zip(batch_a, batch_b, strict=True):
         analysis.unite(a.nodes[at], b.nodes[bt])
+        if contract_a:  # without, the product is elementwise
+            analysis.copies.append(a.nodes[at])
         out.nodes.append(a.nodes[at])
         out.facts.append(zero_only(a.facts[at] | b.facts[bt]))
         out.origins.append(a.origins[at] | b.origins[bt])
