@@ -350,9 +350,7 @@ class Analysis:
                 self._keep_symbols(out)
             for dimension, size in enumerate(out.shape):
                 assert len(out.nodes[dimension]) == len(out.facts[dimension]) == size, op.name
-                if (
-                    size == 1 and out.nodes[dimension][0]
-                ):  # removing the one index would change what it broadcasts to
+                if size == 1:  # removing the one index would change what it broadcasts to
                     self.freeze(out.nodes[dimension], f"size 1 in `{op.name}` {op.where}")
             if of_data:  # no mask changes the value, so its removed entries can be computed
                 out.facts = [facts | ALWAYS_SAME for facts in out.facts]
