@@ -15,7 +15,7 @@ from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import Trace, analyze, split, to_jaxpr, trace_function
 from jaxprune.structure._values import Graph, Op
 
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 Shape = Sequence[int]
 Counter = Callable[[Execution], int]
 
@@ -39,10 +39,15 @@ def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Seque
         ...     [(2, 3), (3, 4)], [(2, 4)])
         24
     """
-    (_, right), (out,) = ins, outs
+    (left, right), (out,) = ins[:2], outs
     if name == "dot_general":
         (_, contracted), _ = params["dimension_numbers"]
         return math.prod(out) * math.prod(right[axis] for axis in contracted)
+    if name == "ragged_dot_general":  # each row is multiplied by the kernel of its group alone
+        numbers = params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        seen = {*contracted, *batch, *numbers.rhs_group_dimensions}
+        return math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in seen)
     numbers = params["dimension_numbers"]
     _, kernel_in, *kernel_space = numbers.rhs_spec
     batch, channel, *space = numbers.out_spec
