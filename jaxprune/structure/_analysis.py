@@ -334,7 +334,7 @@ class Analysis:
         of_data = all(value.of_data for value in op.ins)
         for out in op.outs:
             out.of_params, out.of_data, out.op = of_params, of_data, op
-        if op.name not in _MOVES:
+        if op.name not in _MOVES and op.name != "shard_map":  # the operations in it use them
             self.use(op.ins)
         if not of_params and op.name not in CALLING:
             self._note_meeting(op)

@@ -211,8 +211,8 @@ def test_a_width_that_devices_exchange(mesh):
     assert [group.size for group in groups.values()] == [16 // DEVICES]
 
 
-def test_state_is_found_inside_of_a_map(mesh):
-    weights = WEIGHTS | {"shift": draw(16)}
+def test_state_and_idle_leaves_are_found_inside_of_a_map(mesh):
+    weights = WEIGHTS | {"shift": draw(16), "idle": draw(5, 7)}
 
     def part(w, x):
         hidden = lax.pmean(x @ w["a"], "i") - lax.stop_gradient(w["shift"])[None]
@@ -220,7 +220,10 @@ def test_state_is_found_inside_of_a_map(mesh):
 
     net = jax.shard_map(part, mesh=mesh, in_specs=(P(), P("i")), out_specs=P())
     groups = structure.find_groups(net, weights, XS.reshape(-1, 3))
-    assert groups.model.parameters == {"a", "b", "bias"}
+    assert groups.model.parameters == {"a", "b", "bias", "idle"}
+    assert {name: group.size for name, group in groups.items()} == {"a:1": 16}
+    reasons = {(f.path, f.dimension): f.reason for f in groups.frozen}
+    assert "no traced function uses" in reasons["idle", 0]
 
 
 # ---- meshes with explicit axes: the types of arrays say how they are split
