@@ -636,3 +636,17 @@ def test_models_of_this_library_store_outputs_last(name):
     kernels = [path for path, _ in trees.leaves_with_paths(params) if path.endswith("kernel")]
     assert list(found) == kernels
     assert set(found.values()) == {CONV, DENSE}
+
+
+def test_keyword_arguments_that_are_no_arrays():
+    def apply(params, x, *, train, kind="relu", dtype=jnp.float32):
+        hidden = getattr(jax.nn, kind)(x.astype(dtype) @ params["a"])
+        return hidden @ params["b"] if train else hidden
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    found = layouts.find(
+        apply, params, jnp.ones((2, 3)), train=True, kind="gelu", dtype=jnp.float32
+    )
+    assert found["a"].inputs == (0,) and found["b"].outputs == (1,)
+    found = layouts.find(apply, params, x=jnp.ones((2, 3)), train=False)
+    assert "never multiplies" in found.reason("b")

@@ -14,7 +14,10 @@ __all__ = ["Atom", "Pick", "View", "as_kernel", "picked", "reshaped", "same_valu
 
 Shape = tuple[int, ...]
 
-_SAME_VALUE = {"convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
+_SAME_VALUE = {
+    *("convert_element_type", "copy", "copy_p", "device_put", "mesh_cast", "pvary", "reshard"),
+    *("sharding_constraint", "stop_gradient"),
+}
 # Primitives that keep every entry in its place, although its value may change.
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "cos", "div"),

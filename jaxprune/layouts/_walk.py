@@ -101,23 +101,27 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        name, touches = equation.primitive.name, any(operand.view for operand in operands)
-        if touches and name in _CALLS:
-            outputs = walk(*_body(equation.params), operands, found)
-        elif touches and name == "scan":
-            outputs = _scan(equation.params, operands, found)
-        else:
-            parameters = equation.primitive.get_bind_params(equation.params)
-            result = equation.primitive.bind(*(operand.array for operand in operands), **parameters)
-            results = result if equation.primitive.multiple_results else [result]
-            views = _follow(equation, operands, found) if touches else None
-            data = any(operand.data for operand in operands)
-            outputs = [
-                Value(array, view, data)
-                for array, view in zip(results, views or [None] * len(results), strict=True)
-            ]
+        with jaxprs.context(equation):
+            outputs = _evaluate(equation, operands, found)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate(equation: Any, operands: list[Value], found: Found) -> list[Value]:
+    """Evaluates one equation."""
+    name, touches = equation.primitive.name, any(operand.view for operand in operands)
+    if touches and name in _CALLS:
+        return walk(*_body(equation.params), operands, found)
+    if touches and name == "scan":
+        return _scan(equation.params, operands, found)
+    arrays = [operand.array for operand in operands]
+    results = jaxprs.bind(equation.primitive, equation.params, arrays)
+    views = _follow(equation, operands, found) if touches else None
+    data = any(operand.data for operand in operands)
+    return [
+        Value(array, view, data)
+        for array, view in zip(results, views or [None] * len(results), strict=True)
+    ]
 
 
 def _body(parameters: dict[str, Any]) -> tuple[Any, Sequence[Any]]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import layouts, trees
+from jaxprune.post_training._meshes import on_any_mesh, on_this_mesh
 from jaxprune.post_training._products import statistic_of
 
 __all__ = [
@@ -215,7 +216,16 @@ def _capture_batch(
     """Computes the statistics of one batch, in the order of use; can be traced."""
 
     def take(use: layouts.Use) -> tuple[jax.Array, int]:
-        return statistic_of(use, statistic)
+        def of_arrays(*arrays: jax.Array) -> jax.Array:
+            count = len(use.operands)
+            own = use._replace(operands=arrays[:count], index=next(iter(arrays[count:]), None))
+            value, number = statistic_of(own, statistic)
+            rows.append(number)
+            return value
+
+        rows: list[int] = []
+        picks = [] if use.index is None else [use.index]
+        return on_any_mesh(of_arrays, *use.operands, *picks), rows[-1]
 
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
 
@@ -234,7 +244,7 @@ def _capture_batch(
     )
     # An OrderedDict, because `jit` sorts the keys of a plain dict.
     return collections.OrderedDict(
-        (path, InputStatistics(*found.sums[path], arrangement))
+        (path, InputStatistics(on_this_mesh(found.sums[path][0]), found.sums[path][1], arrangement))
         for path, arrangement in found.uses.items()
     )
 

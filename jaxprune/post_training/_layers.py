@@ -15,6 +15,7 @@ from jaxprune.post_training._inputs import (
     input_statistics,
     not_finite,
 )
+from jaxprune.post_training._meshes import on_any_mesh
 
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
@@ -60,7 +61,7 @@ def prune_layers(
     rounds = [{path} for path in plan] if sequential else [set(plan)]
     for paths in rounds:
         for path, inputs in _with_idle(capture(paths), statistic).items():
-            leaves[path], masks[path] = method(leaves[path], inputs)
+            leaves[path], masks[path] = _prune(method, leaves[path], inputs)
         trees.raise_for(
             not_finite({path: leaves[path] for path in plan if path in paths}),
             "`batches` must give Hessians that can be inverted in float32; raise `damping`, or "
@@ -99,6 +100,15 @@ def _with_idle(
         flags = idle[path].reshape(-1, *[1] * equal.ndim)
         new[path] = inputs._replace(value=jnp.where(flags, equal, inputs.value))
     return new
+
+
+def _prune(method: Method, leaf: Any, inputs: InputStatistics) -> tuple[jax.Array, jax.Array]:
+    """Applies a method to a leaf, however it is split over devices."""
+
+    def prune(leaf: Any, value: Any) -> tuple[jax.Array, jax.Array]:
+        return method(leaf, inputs._replace(value=value))
+
+    return on_any_mesh(prune, jnp.asarray(leaf), inputs.value, like=leaf)
 
 
 def largest(scores: jax.Array, keep: int | jax.Array) -> jax.Array:

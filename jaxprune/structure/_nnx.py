@@ -22,20 +22,23 @@ class FromNNX(NamedTuple):
     """
 
     variables: dict[str, Any]  # trees under "params", "cache" and "state", where not empty
-    evaluate: Callable[..., Any]  # (variables, *args) -> output
-    train: Callable[..., Any]  # (variables, *args) -> (output, new values of cache and state)
+    evaluate: Callable[..., Any]  # (variables, *args, **kwargs) -> output
+    train: Callable[..., Any]  # (the same) -> (output, new values of cache and state)
     merge: Callable[[Any], Any]  # variables -> module, without any check of shapes
 
-    def traces(self, *args: Any) -> list[Trace]:
+    def traces(self, *args: Any, **kwargs: Any) -> list[Trace]:
         """Makes the traces of evaluation and training, for `find_groups`."""
-        return [Trace(self.evaluate, args), Trace(self.train, args, lambda output: output[1])]
+        return [
+            Trace(self.evaluate, args, kwargs=kwargs),
+            Trace(self.train, args, lambda output: output[1], kwargs=kwargs),
+        ]
 
     def is_parameter(self, path: str, leaf: Any) -> bool:
         """Tells whether a leaf is an `nnx.Param`, for `find_groups(parameters=...)`."""
         del leaf
         return path.startswith("params/")
 
-    def module(self, plan: Plan, variables: Any, *args: Any) -> Any:
+    def module(self, plan: Plan, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Builds the module with compacted arrays, if it then computes the same as the plan.
 
         Its attributes, such as `out_features`, keep their dense values. Only evaluation is
@@ -45,6 +48,7 @@ class FromNNX(NamedTuple):
             plan: from the groups of `traces`.
             variables: dense or compacted arrays.
             *args: arguments of the module.
+            **kwargs: its keyword arguments.
 
         Returns:
             An NNX module in evaluation mode.
@@ -53,7 +57,7 @@ class FromNNX(NamedTuple):
             ValueError: if the module computes something different on the compacted arrays; it says
                 where.
         """
-        fit = plan.fits(self.evaluate, variables, *args)
+        fit = plan.fits(self.evaluate, variables, *args, **kwargs)
         trees.raise_for(
             [] if fit else list(fit.reasons),
             "the module must compute the same on smaller arrays as the dense one with zeros, but "
@@ -113,7 +117,7 @@ class FromNNX(NamedTuple):
 
 def from_nnx(
     module: Any,
-    call: Callable[..., Any] = lambda module, *args: module(*args),
+    call: Callable[..., Any] = lambda module, *args, **kwargs: module(*args, **kwargs),
     *,
     state: str = "state",
 ) -> FromNNX:
@@ -121,8 +125,8 @@ def from_nnx(
 
     Args:
         module: an `nnx.Module`; it is not changed.
-        call: `call(module, *args)` applies the module; give a different one to use a different
-            method with the same variables.
+        call: `call(module, *args, **kwargs)` applies the module; give a different one to use a
+            different method with the same variables.
         state: the key of what is neither a parameter nor a cache, such as running statistics.
 
     Returns:
@@ -148,15 +152,15 @@ def from_nnx(
         parts = [variables.get(name, {}) for name in names]
         return nnx.merge(graphdef, *parts)
 
-    def evaluate(variables: Any, *args: Any) -> Any:
+    def evaluate(variables: Any, *args: Any, **kwargs: Any) -> Any:
         own = merge(variables)
         own.eval()
-        return call(own, *args)
+        return call(own, *args, **kwargs)
 
-    def train(variables: Any, *args: Any) -> Any:
+    def train(variables: Any, *args: Any, **kwargs: Any) -> Any:
         own = merge(variables)
         own.train()
-        output = call(own, *args)
+        output = call(own, *args, **kwargs)
         _, _, cache, rest = nnx.split(own, nnx.Param, nnx.Cache, ...)
         new = {"cache": nnx.to_pure_dict(cache), state: nnx.to_pure_dict(rest)}
         return output, {name: own for name, own in new.items() if name in variables}

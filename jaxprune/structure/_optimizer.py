@@ -10,6 +10,7 @@ from jaxprune import trees
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._slicing import take
+from jaxprune.structure._traces import is_array
 
 
 class CompactedState(NamedTuple):
@@ -77,14 +78,17 @@ def compact_state(
             "`optimizer.tx` and `optimizer.opt_state`."
         )
     prefix = f"{under}/" if under else ""
-    dense = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
+    leaves = trees.leaf_by_path(params)
+    dense = {path: jnp.shape(leaf) for path, leaf in leaves.items() if is_array(leaf)}
     problems = [
         f"{path}: shape {shape}, in the plan {plan.model.shapes.get(prefix + path, 'missing')}"
         for path, shape in dense.items()
         if plan.model.shapes.get(prefix + path) != shape
     ]
     trees.raise_for(problems, "`params` must be those of the plan under the path `under`:")
-    smaller = [plan.take(prefix + path, leaf) for path, leaf in trees.leaf_by_path(params).items()]
+    smaller = [
+        plan.take(prefix + path, leaf) if path in dense else leaf for path, leaf in leaves.items()
+    ]
     new = optimizer.init(jax.tree.unflatten(jax.tree.structure(params), smaller))
     return sliced_state(plan, state, new, dense, prefix, groups)
 
@@ -115,7 +119,7 @@ def sliced_state(
     problems = [f"{path}: only in `state`" for path in held if path not in fresh]
     problems += [f"{path}: missing in `state`" for path in fresh if path not in held]
     trees.raise_for(problems, "`state` must be a state of `optimizer` for these parameters:")
-    leaves, restarted = [], []
+    results, restarted = [], []
     for path, start in fresh.items():
         leaf = held[path]
         owner = _owner(path, jnp.shape(leaf), dense)
@@ -123,15 +127,15 @@ def sliced_state(
         ends = [name for name in channels if f"/{path}".endswith(f"/{name}")]
         group = max(ends, key=len, default=None)
         if owner is not None:
-            leaves.append(plan.take(prefix + owner, leaf))
+            results.append(plan.take(prefix + owner, leaf))
         elif group is not None and jnp.shape(leaf) == channels[group].shape:
-            leaves.append(take(leaf, [channels[group]]))
+            results.append(take(leaf, [channels[group]]))
         elif jnp.shape(leaf) == jnp.shape(start):
-            leaves.append(leaf)
+            results.append(leaf)
         else:
-            leaves.append(start)
+            results.append(start)
             restarted.append(path)
-    return CompactedState(jax.tree.unflatten(jax.tree.structure(new), leaves), tuple(restarted))
+    return CompactedState(jax.tree.unflatten(jax.tree.structure(new), results), tuple(restarted))
 
 
 def _owner(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:

@@ -20,7 +20,7 @@ from tests.support.checks import X, between, difference, draw, halves
 def planned(function, variables, *args):
     groups = structure.find_groups(function, variables, *args)
     assert groups
-    return groups.plan(halves(groups))
+    return groups.plan(halves(groups), multiple=1)
 
 
 def off(plan, function, variables, *args):
@@ -100,7 +100,7 @@ def test_heads_of_keys_and_values_fit():
     groups = structure.find_groups(shared_heads, HEADS, X)
     assert [group.size for group in groups.values()] == [4, 4], str(groups)
     (heads,) = [g for g in groups.values() if {m.path for m in g.members} == set(HEADS)]
-    plan = groups.plan({heads.name: np.array([True, False, False, True])})
+    plan = groups.plan({heads.name: np.array([True, False, False, True])}, multiple=1)
     assert off(plan, shared_heads, HEADS, X) < 1e-6
     assert plan.fits(shared_heads, HEADS, X)
 
@@ -156,7 +156,7 @@ def test_the_parts_of_a_language_model():
     trace = case.traces["prefill"]
     found = {}
     for name, keep in halves(groups).items():
-        plan = groups.plan({name: keep})
+        plan = groups.plan({name: keep}, multiple=1)
         found[name] = plan.fits(trace.function, case.variables, *trace.args)
     heads, width, hidden = (
         [fit for name, fit in found.items() if part in name]
@@ -181,9 +181,9 @@ def test_numbers_of_places_fit_where_the_first_places_stay():
         return (x @ w["in"]) * jnp.arange(w["in"].shape[1])[None] @ w["out"]
 
     groups = structure.find_groups(placed, MLP, X)
-    first = groups.plan({"in:1": np.arange(16) < 8}).fits(placed, MLP, X)
+    first = groups.plan({"in:1": np.arange(16) < 8}, multiple=1).fits(placed, MLP, X)
     assert first and not first.proven and first.difference < 1e-6
-    assert not groups.plan({"in:1": np.arange(16) >= 8}).fits(placed, MLP, X)
+    assert not groups.plan({"in:1": np.arange(16) >= 8}, multiple=1).fits(placed, MLP, X)
 
 
 def test_zeros_that_training_starts_from_hide_nothing():
@@ -252,7 +252,7 @@ def test_a_proof_means_equal_numbers(name):
 
 @given(kept=st.lists(st.booleans(), min_size=16, max_size=16).filter(any))
 def test_any_hidden_units_fit(kept):
-    plan = structure.find_groups(mlp, MLP, X).plan({"in:1": np.array(kept)})
+    plan = structure.find_groups(mlp, MLP, X).plan({"in:1": np.array(kept)}, multiple=1)
     assert plan.fits(mlp, MLP, X).proven
 
 
@@ -275,7 +275,7 @@ def split(module, *args):
     pure = structure.from_nnx(module)
     groups = structure.find_groups(pure.traces(*args), pure.variables, parameters=pure.is_parameter)
     assert groups
-    return pure, groups.plan(halves(groups))
+    return pure, groups.plan(halves(groups), multiple=1)
 
 
 def test_a_module_there_and_back():

@@ -54,6 +54,8 @@ def _dot_general(analysis: "Analysis", op: Op) -> None:
         _contract(analysis, a, at, b, bt, op)
     for at, bt in zip(batch_a, batch_b, strict=True):
         analysis.unite(a.nodes[at], b.nodes[bt])
+        if contract_a:  # without, the product is elementwise
+            analysis.copies.append(a.nodes[at])
         out.nodes.append(a.nodes[at])
         out.facts.append(zero_only(a.facts[at] | b.facts[bt]))
         out.origins.append(a.origins[at] | b.origins[bt])
@@ -63,6 +65,45 @@ def _dot_general(analysis: "Analysis", op: Op) -> None:
                 out.nodes.append(value.nodes[dimension])
                 out.facts.append(zero_only(value.facts[dimension]))
                 out.origins.append(value.origins[dimension])
+
+
+def _ragged_dot(analysis: "Analysis", op: Op) -> None:
+    """Follows products of which each row is multiplied by the kernel of its group.
+
+    The rows of a group lie together, so that neither rows nor groups can be removed.
+    """
+    (a, b), out, numbers = op.ins[:2], op.outs[0], op.params["ragged_dot_dimension_numbers"]
+    (contract_a, contract_b), (batch_a, batch_b) = numbers.dot_dimension_numbers
+    ragged, groups = set(numbers.lhs_ragged_dimensions), set(numbers.rhs_group_dimensions)
+    _note_kernels(analysis, b, [*batch_b, *groups])
+    for nodes in [*op.ins[2].nodes, *[a.nodes[d] for d in ragged], *[b.nodes[d] for d in groups]]:
+        analysis.freeze(nodes, f"`{op.name}` finds its groups by it {op.where}")
+    for at, bt in zip(contract_a, contract_b, strict=True):
+        if at in ragged:
+            analysis.freeze(b.nodes[bt], f"`{op.name}` finds its groups by it {op.where}")
+        else:
+            _contract(analysis, a, at, b, bt, op)
+    analysis.fix(out)
+    to = (
+        len(out.shape)
+        - len(batch_a)
+        - sum(
+            len(value.shape) - len(used)
+            for value, used in ((a, {*contract_a, *batch_a}), (b, {*contract_b, *batch_b, *groups}))
+        )
+    )  # a contraction over ragged rows leaves a result for each group, and they come first
+    for at, bt in zip(batch_a, batch_b, strict=True):
+        analysis.unite(a.nodes[at], b.nodes[bt])
+        out.nodes[to], out.facts[to] = a.nodes[at], zero_only(a.facts[at] | b.facts[bt])
+        out.origins[to] = a.origins[at] | b.origins[bt]
+        to += 1
+    for value, used in ((a, {*contract_a, *batch_a}), (b, {*contract_b, *batch_b, *groups})):
+        for dimension in range(len(value.shape)):
+            if dimension not in used:
+                out.nodes[to] = value.nodes[dimension]
+                out.facts[to] = zero_only(value.facts[dimension])
+                out.origins[to] = value.origins[dimension]
+                to += 1
 
 
 def _convolution(analysis: "Analysis", op: Op) -> bool | None:
@@ -103,11 +144,12 @@ def _run_convolution(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     if 0 in kernel.shape:  # a slice of a dimension may lose all its channels
         return [jnp.zeros(run.shape(op.outs[0]), op.outs[0].aval.dtype)]
     groups = image.shape[numbers.lhs_spec[1]] // kernel.shape[numbers.rhs_spec[1]]
-    params = op.params | {"feature_group_count": groups}
+    params = op.equation.params | {"feature_group_count": groups}
     return [op.primitive.bind(image, kernel, **params)]
 
 
 RULES = {
     "dot_general": Rule(_dot_general),
+    "ragged_dot_general": Rule(_ragged_dot),
     "conv_general_dilated": Rule(_convolution, _run_convolution),
 }
