@@ -750,6 +750,9 @@ RULES = {
     "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
     "by_layout": budgets.by_layout(budgets.erdos_renyi_kernel, {}),
     "custom": budgets.custom({"0": 0.2}),
+    "custom, all": budgets.custom({"0": 0.6, "*": 0.8}),
+    "named": budgets.rule_of({"0": 0.3}, 0.98, ["0"]),
+    "named, uniform": budgets.rule_of(budgets.named({"0": 0.7}, budgets.uniform), 0.98, ["0"]),
 }
 ROUND = st.integers(0, 200).map(lambda i: i / 200)  # many halves
 

@@ -4,14 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxprune import trees
 from jaxprune.budgets._rules import (
     Budget,
     BudgetRule,
     Shape,
+    at_all,
     check_sparsities,
     decimal,
     kept_of,
+    kept_of_parts,
+    sizes_of,
     with_all,
 )
 
@@ -164,7 +169,19 @@ def _of_names(given: Named, final: float, paths: Sequence[str]) -> BudgetRule:
             kept |= dict(zip(rest, _fixed(given.others(rest, sparsity), rest), strict=True))
         return Budget(sum(kept.values()), tuple(kept.values()))
 
-    return rule
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        sizes = list(sizes_of(shapes).values())
+        parts = [decimal(own.get(path, final)) / decimal(final) for path in shapes]
+        floors = np.maximum(1, kept_of_parts(sizes, parts, sparsities))
+        rest = {path: shape for path, shape in shapes.items() if path not in own}
+        if given.others is not None and rest:
+            totals, others = at_all(given.others, rest, sparsities.tolist())
+            for row in np.flatnonzero(others.sum(axis=1) != totals)[:1]:
+                _fixed(Budget(int(totals[row]), tuple(others[row].tolist())), rest)  # raises
+            floors[:, [path in rest for path in shapes]] = others
+        return floors.sum(axis=1), floors
+
+    return with_all(rule, of_all)
 
 
 def _fixed(budget: Budget, leaves: Mapping[str, Shape]) -> Sequence[int]:

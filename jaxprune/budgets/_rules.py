@@ -69,13 +69,20 @@ def keep_count(size: int, sparsity: float) -> int:
 
 def keep_counts(sizes: Sequence[int], sparsities: np.ndarray) -> np.ndarray:
     """Computes `keep_count` for many sizes and sparsities, int64 [sparsities, sizes]."""
-    removed = np.multiply.outer(sparsities, np.asarray(sizes, float))
+    return kept_of_parts(sizes, [Fraction(1)] * len(sizes), sparsities)
+
+
+def kept_of_parts(
+    sizes: Sequence[int], parts: Sequence[Fraction], sparsities: np.ndarray
+) -> np.ndarray:
+    """Computes `keep_counts` where each leaf has its part of the sparsity."""
+    removed = np.multiply.outer(sparsities, np.asarray(sizes, float) * np.asarray(parts, float))
     whole = np.floor(removed + 0.5)
     # Exact wherever floating point might round the other way.
     close = np.abs(removed - np.floor(removed) - 0.5) <= 1e-9 + 1e-15 * removed
     counts = np.asarray(sizes, np.int64) - whole.astype(np.int64)
     for i, j in zip(*np.nonzero(close | (removed > 2.0**52))):
-        counts[i, j] = keep_count(int(sizes[j]), float(sparsities[i]))
+        counts[i, j] = kept_of(int(sizes[j]), decimal(float(sparsities[i])) * parts[j])
     return counts
 
 
@@ -246,7 +253,22 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         floors = tuple(n - k for n, k in zip(sizes.values(), gone, strict=True))
         return Budget(sum(floors), floors)
 
-    return rule
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        own = trees.by_name("sparsities", given, list(shapes))
+        sizes = sizes_of(shapes)
+        most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
+        (totals,) = keep_counts([sum(sizes.values())], sparsities).T
+        pruned = sum(sizes.values()) - totals
+        # Near the largest sparsity of all the rule itself decides, which may raise.
+        simple = pruned < sum(most) - (len(sizes) if len(own) == len(sizes) else 0)
+        floors = np.zeros((len(sparsities), len(sizes)), np.int64)
+        filled = filled_at_all(list(sizes.values()), [0] * len(most), most, pruned[simple])
+        floors[simple] = np.asarray(list(sizes.values()), np.int64) - filled
+        for row in np.flatnonzero(~simple):
+            floors[row] = rule(shapes, float(sparsities[row])).floors
+        return floors.sum(axis=1), floors
+
+    return with_all(rule, of_all)
 
 
 def kept_of(size: int, sparsity: Fraction) -> int:
