@@ -35,6 +35,7 @@ from jaxprune.transforms._base import (
     update_masks,
     update_of,
     warn_of_zeros,
+    widened,
     zero_counters,
 )
 
@@ -303,7 +304,7 @@ def _survivors(
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies an update by its factor, in the dtype of the update."""
-    return (update * factor).astype(update.dtype)
+    return (widened(update, factor)[0] * factor).astype(update.dtype)
 
 
 def _checked(

@@ -46,6 +46,7 @@ class Parts(NamedTuple):
 
 Renew = Callable[..., Any]
 Update = Callable[..., tuple[Any, Any]]
+_WIDER = jnp.dtype(jnp.bfloat16)  # holds all numbers of the types of 8 bits
 _LAST_STEP = np.iinfo(np.int32).max  # steps are counted up to it
 
 
@@ -272,8 +273,20 @@ def zero_counters() -> dict[str, jax.Array]:
 def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the update that moves kept weights as given and pruned weights to exactly 0."""
     # In the wider of the two dtypes, because -w rounded to a narrower dtype leaves a residue.
-    dtype = jnp.promote_types(update.dtype, weight.dtype)
-    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+    update, weight = widened(update, weight)
+    return jnp.where(mask, update, -weight)
+
+
+def widened(*arrays: jax.Array) -> list[jax.Array]:
+    """Converts arrays to the narrowest type that holds the numbers of all.
+
+    JAX promotes no floating-point type of 8 bits or less, whatever the other type is.
+    """
+    kinds = {array.dtype for array in arrays}
+    if len(kinds) > 1:
+        kinds = {kind if kind.itemsize > 1 else _WIDER for kind in kinds}
+    dtype = functools.reduce(jnp.promote_types, kinds)
+    return [array.astype(dtype) for array in arrays]
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
