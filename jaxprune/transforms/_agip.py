@@ -248,7 +248,8 @@ def agip_transform(
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 
-        scale = 1.0 if decay is None else stats.unbiasing(decay, state.prune_step + 1)
+        seen = jnp.asarray(optax.safe_increment(state.prune_step))
+        scale = 1.0 if decay is None else stats.unbiasing(decay, seen)
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:

@@ -224,7 +224,7 @@ def _statistics(
         return products, slopes, fields
     # Average only over the steps since a channel came back.
     on = [state.channels[name] for name in names]
-    ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
+    ages = [optax.safe_increment(age[name]) * kept for name, kept in zip(names, on, strict=True)]
     past = [
         _gates.root_mean_square(average[name], new, decay) * kept
         for name, new, kept in zip(names, products, on, strict=True)

@@ -217,7 +217,7 @@ def update_masks(
         "prune_step": jnp.asarray(optax.safe_increment(state.prune_step)),
         "mask_updates": jnp.where(ok, done, state.mask_updates),
         "timetable_mark": jnp.where(ok, mark, state.timetable_mark),
-        "refused": state.refused + (due & ~ok),
+        "refused": jnp.where(due & ~ok, optax.safe_increment(state.refused), state.refused),
     }
     return carry, counters
 

@@ -101,7 +101,7 @@ def reasons(
 
 
 def can_be_zero(dtype: Any) -> bool:
-    """Returns whether a type is floating point and has a 0, as float8_e8m0fnu for scales has not."""
+    """Returns whether a type is floating point and has a 0; float8_e8m0fnu (scales) has none."""
     return bool(jnp.issubdtype(dtype, jnp.floating) and np.zeros((), dtype) == 0)
 
 

@@ -228,3 +228,30 @@ def test_a_type_without_0_is_not_pruned() -> None:
     assert masks["scales"].all() and not masks["a"]["kernel"].all()
     with pytest.raises(ValueError, match=r"(?s)has the number 0.*scales: .*float8_e8m0fnu"):
         jaxprune.prune(params, 0.5, prunable=lambda path, leaf: path == "scales")
+
+
+# ---- the last step that is counted
+
+
+@pytest.mark.parametrize(
+    "transform", ["default", "rate by statistic", "rigl_transform", "channels"]
+)
+def test_counters_stop_at_the_last_number(transform: str) -> None:
+    last = np.iinfo(np.int32).max
+    tx, params = TRANSFORMS[transform](), make_params()
+    gradients = jax.tree.map(jnp.cos, params)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(gradients, state, params)
+    ages = {
+        name: jnp.full_like(age, last) for name, age in getattr(state, "channel_age", {}).items()
+    }
+    fields = {"prune_step": jnp.int32(last)} | ({"channel_age": ages} if ages else {})
+    # Every mask update is overdue, so that the statistics of the last step are read.
+    updates, state = tx.update(gradients, state._replace(**fields), params)
+    assert int(state.prune_step) == last and int(state.mask_updates) == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
+    if "gradient_average" in state._fields:
+        expected = np.abs(np.asarray(params["a"]["kernel"] * state.gradient_average["a"]["kernel"]))
+        own = np.asarray(jaxprune.get_masks(state)["a"]["kernel"])
+        assert expected[own].mean() > expected[~own].mean()
