@@ -35,6 +35,7 @@ from jaxprune.transforms._base import (
     update_masks,
     update_of,
     warn_of_zeros,
+    widened,
     zero_counters,
 )
 
@@ -258,7 +259,8 @@ def agip_transform(
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 
-        scale = 1.0 if decay is None else stats.unbiasing(decay, state.prune_step + 1)
+        seen = jnp.asarray(optax.safe_increment(state.prune_step))
+        scale = 1.0 if decay is None else stats.unbiasing(decay, seen)
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
@@ -314,7 +316,7 @@ def _survivors(
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies an update by its factor, in the dtype of the update."""
-    return (update * factor).astype(update.dtype)
+    return (widened(update, factor)[0] * factor).astype(update.dtype)
 
 
 def _checked(

@@ -230,7 +230,10 @@ def _statistics(
         return products, slopes, fields
     # Average only over the steps since a channel came back.
     on = [state.channels[name] for name in names]
-    ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
+    ages = [
+        jnp.asarray(optax.safe_increment(age[name])) * kept
+        for name, kept in zip(names, on, strict=True)
+    ]
     past = [
         _gates.root_mean_square(average[name], new, decay) * kept
         for name, new, kept in zip(names, products, on, strict=True)
@@ -338,14 +341,15 @@ def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
         isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves
     ):
         return
-    alive = {
-        name: [
-            jnp.any(leaves[gate.leaf] != 0, _gates.other_axes(gate, leaves[gate.leaf]))
-            for gate in own
-        ]
-        for name, own in gates.items()
-    }
-    alive = jax.device_get(alive)
+    with jax.ensure_compile_time_eval():  # constants of a function that is being traced
+        alive = {
+            name: [
+                jnp.any(leaves[gate.leaf] != 0, _gates.other_axes(gate, leaves[gate.leaf]))
+                for gate in own
+            ]
+            for name, own in gates.items()
+        }
+        alive = jax.device_get(alive)
     silent = [
         name
         for name, own in gates.items()

@@ -46,6 +46,7 @@ class Parts(NamedTuple):
 
 Renew = Callable[..., Any]
 Update = Callable[..., tuple[Any, Any]]
+_WIDER = jnp.dtype(jnp.bfloat16)  # holds all numbers of the types of 8 bits
 _LAST_STEP = np.iinfo(np.int32).max  # steps are counted up to it
 
 
@@ -191,6 +192,8 @@ def update_masks(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Changes the masks if a mask update is due, in the only branch of a step.
 
+    Under `vmap`, as for several seeds, the branch is taken if an update is due for any of them.
+
     The last mask update at or before this step is due until the masks come from it. Therefore a
     state that resumes with a different timetable catches up with it, whatever its counters say.
 
@@ -217,10 +220,11 @@ def update_masks(
         # Devices that share counters must agree, whatever shard of a leaf each of them has.
         ok = meshes.total((~ok).astype(jnp.int32), like=state.prune_step) == 0
         new = renew(done - 1, carry, buffers)
-        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, carry), ok
+        # Under `vmap`, one of several networks may be due and this one not.
+        return jax.tree.map(lambda a, b: jnp.where(ok & due, a, b), new, carry), ok | ~due
 
     carry, ok = jax.lax.cond(
-        due,
+        _any_member(due),
         at_mask_update,
         lambda carry, *_: (carry, jnp.array(True)),
         *(carry, buffers, list(faults)),
@@ -229,9 +233,24 @@ def update_masks(
         "prune_step": jnp.asarray(optax.safe_increment(state.prune_step)),
         "mask_updates": jnp.where(ok, done, state.mask_updates),
         "timetable_mark": jnp.where(ok, mark, state.timetable_mark),
-        "refused": state.refused + (due & ~ok),
+        "refused": jnp.where(due & ~ok, optax.safe_increment(state.refused), state.refused),
     }
     return carry, counters
+
+
+@jax.custom_batching.custom_vmap
+def _any_member(flag: jax.Array) -> jax.Array:
+    """Returns a flag; under `vmap`, whether it is True for any member of the batch.
+
+    A branch with a batched condition would become both of its sides, and each step a mask update.
+    """
+    return flag
+
+
+@_any_member.def_vmap
+def _any_of_batch(size: int, is_batched: Sequence[bool], flags: jax.Array) -> tuple[Any, bool]:
+    del size
+    return _any_member(jnp.any(flags, axis=0) if is_batched[0] else flags), False
 
 
 def update_of(kind: type) -> Callable[[Update], Update]:
@@ -285,8 +304,20 @@ def zero_counters() -> dict[str, jax.Array]:
 def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the update that moves kept weights as given and pruned weights to exactly 0."""
     # In the wider of the two dtypes, because -w rounded to a narrower dtype leaves a residue.
-    dtype = jnp.promote_types(update.dtype, weight.dtype)
-    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+    update, weight = widened(update, weight)
+    return jnp.where(mask, update, -weight)
+
+
+def widened(*arrays: jax.Array) -> list[jax.Array]:
+    """Converts arrays to the narrowest type that holds the numbers of all.
+
+    JAX promotes no floating-point type of 8 bits or less, whatever the other type is.
+    """
+    kinds = {array.dtype for array in arrays}
+    if len(kinds) > 1:
+        kinds = {kind if kind.itemsize > 1 else _WIDER for kind in kinds}
+    dtype = functools.reduce(jnp.promote_types, kinds)
+    return [array.astype(dtype) for array in arrays]
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
@@ -377,7 +408,8 @@ def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
         and not isinstance(leaf, Tracer)
         and getattr(leaf, "is_fully_addressable", True)
     }
-    zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
+    with jax.ensure_compile_time_eval():  # constants of a function that is being traced
+        zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
     if zeros:
         warnings.warn(
             f"`params` holds leaves that are 0 everywhere: {', '.join(zeros)}. Weights are ranked "

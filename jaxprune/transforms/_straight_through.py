@@ -16,6 +16,7 @@ from jaxprune.transforms._base import (
     timetable_once,
     update_masks,
     update_of,
+    widened,
     zero_counters,
 )
 
@@ -133,7 +134,7 @@ def straight_through_transform(
         timetable = timetable_for(params, parts.flags)
         values = held_for(state.dense, params, parts.flags)
         dense = [
-            (value + update).astype(value.dtype)
+            jnp.add(*widened(value, update)).astype(value.dtype)
             for value, update in zip(values, parts.updates, strict=True)
         ]
 
@@ -160,7 +161,6 @@ def _copied(weight: Any) -> Any:
 
 def _move(update: jax.Array, mask: jax.Array, weight: jax.Array, dense: jax.Array) -> jax.Array:
     """Returns the update of one leaf: the given one, or one to the dense value, or one to 0."""
-    dtype = jnp.promote_types(update.dtype, weight.dtype)
-    update, weight, dense = (x.astype(dtype) for x in (update, weight, dense))
+    update, weight, dense = widened(update, weight, dense)
     # A newly used weight is recognised by its value 0; reading the old mask would force a copy.
     return jnp.where(mask, jnp.where(weight == 0, dense, update), -weight)

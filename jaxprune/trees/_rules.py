@@ -87,7 +87,8 @@ def prunable_flags(
             for (path, leaf), flag in zip(items, flags, strict=True)
             if flag and not _can_be_pruned(leaf)
         ],
-        "`prunable` must select floating-point leaves with at least one element; "
+        "`prunable` must select floating-point leaves with at least one element, of a type that "
+        "has the number 0; "
         "exclude these from the rule:",
     )
     return flags
@@ -175,8 +176,8 @@ def check_stacked(stacked: Any) -> None:
 
 
 def _can_be_pruned(leaf: Any) -> bool:
-    """Returns whether an array is floating point and not empty."""
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and 0 not in leaf.shape
+    """Returns whether an array is floating point, of a type that has a 0, and not empty."""
+    return _defaults.can_be_zero(leaf.dtype) and 0 not in leaf.shape
 
 
 def _default_flags(params: Any, items: list[tuple[str, Any]], stacked: Stacked) -> tuple[bool, ...]:

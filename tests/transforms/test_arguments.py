@@ -12,12 +12,17 @@ import optax
 import pytest
 
 import jaxprune
+from tests.support.combinations import in_turn
 from tests.transforms.test_contract import (
     INNER,
+    STEPS,
     TRANSFORMS,
     WINDOW,
     agip,
+    expected_counts,
     inputs,
+    kept,
+    kernels,
     make_params,
     make_step,
 )
@@ -177,3 +182,76 @@ def test_a_state_restored_without_a_target_says_so(transform: str) -> None:
     plain = optax.sgd(0.1, momentum=0.9).init({"masks": jnp.ones(2)})
     with pytest.raises(ValueError, match="without a pruning transformation"):
         jaxprune.get_masks(plain)
+
+
+# ---- types of eight bits and less
+
+NARROW = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e3m4", "float4_e2m1fn"]
+ROWS = ["default", "rate by statistic", "everything", "blocks, regrowth", "rigl_transform"]
+ROWS += ["straight_through_transform", "acdc_transform", "fixed_mask_transform", "channels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("transform", "dtype", "of_updates"),
+    [*in_turn(ROWS, NARROW, ["float32", "bfloat16", "float8_e5m2"]),
+     ("default", "float8_e4m3fn", "float8_e4m3fn"),
+     ("rate by density", "float8_e4m3fn", "float8_e4m3fn")],
+)  # fmt: skip
+def test_weights_of_eight_bits_with_wider_gradients(
+    transform: str, dtype: str, of_updates: str
+) -> None:
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), make_params())
+    tx = TRANSFORMS[transform]()
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    for i in range(STEPS):
+        gradients = jax.tree.map(
+            lambda leaf, i=i: (jnp.cos(leaf.astype("float32") + i) / 2).astype(of_updates), params
+        )
+        updates, state = update(gradients, state, params)
+        # optax.apply_updates adds, and JAX adds no types of eight bits to others.
+        params = jax.tree.map(
+            lambda p, u: (p.astype("float32") + u.astype("float32")).astype(dtype), params, updates
+        )
+        masks = jaxprune.get_masks(state)
+        for weight, mask in zip(kernels(params), kernels(masks), strict=True):
+            np.testing.assert_array_equal(weight.astype(np.float32)[~mask], 0)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
+    assert kept(masks) == expected_counts(transform)[-1]
+
+
+def test_a_type_without_0_is_not_pruned() -> None:
+    params = make_params() | {"scales": jnp.ones((4, 4), "float8_e8m0fnu")}
+    masks = jaxprune.prune(params, 0.5)[1]
+    assert masks["scales"].all() and not masks["a"]["kernel"].all()
+    with pytest.raises(ValueError, match=r"(?s)has the number 0.*scales: .*float8_e8m0fnu"):
+        jaxprune.prune(params, 0.5, prunable=lambda path, leaf: path == "scales")
+
+
+# ---- the last step that is counted
+
+
+@pytest.mark.parametrize(
+    "transform", ["default", "rate by statistic", "rigl_transform", "channels"]
+)
+def test_counters_stop_at_the_last_number(transform: str) -> None:
+    last = np.iinfo(np.int32).max
+    tx, params = TRANSFORMS[transform](), make_params()
+    gradients = jax.tree.map(jnp.cos, params)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(gradients, state, params)
+    ages = {
+        name: jnp.full_like(age, last) for name, age in getattr(state, "channel_age", {}).items()
+    }
+    fields = {"prune_step": jnp.int32(last)} | ({"channel_age": ages} if ages else {})
+    # Every mask update is overdue, so that the statistics of the last step are read.
+    updates, state = tx.update(gradients, state._replace(**fields), params)
+    assert int(state.prune_step) == last and int(state.mask_updates) == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
+    if "gradient_average" in state._fields:
+        expected = np.abs(np.asarray(params["a"]["kernel"] * state.gradient_average["a"]["kernel"]))
+        own = np.asarray(jaxprune.get_masks(state)["a"]["kernel"])
+        assert expected[own].mean() > expected[~own].mean()
