@@ -55,6 +55,11 @@ CASES = {
     "a table of places": (lambda w, x: mlp(w, x + w["places"][None, : x.shape[1]]), "b, t, 6", 16),
     "twice the rows": (lambda w, x: mlp(w, jnp.concatenate([x, -x]))[::2], "b, 6", 16),
     "padding": (lambda w, x: mlp(w, jnp.pad(x, ((1, 2), (0, 0)))), "b, 6", 16),
+    "as much padding as rows": (
+        lambda w, x: jnp.pad(x @ w["a"], ((0, x.shape[0]), (0, 0))) @ w["b"],
+        "b, 6",
+        16,
+    ),
     "numbers of rows": (lambda w, x: mlp(w, x * jnp.arange(x.shape[0])[:, None]), "b, 6", 16),
     "sorted rows": (lambda w, x: jnp.sort(x @ w["a"], 0) @ w["b"], "b, 6", 16),
     "dropout": (dropped, "b, 6", 16),
@@ -128,3 +133,11 @@ def test_a_size_that_equals_the_number_of_a_symbol():
     assert not groups
     (reason,) = [f.reason for f in groups.frozen if (f.path, f.dimension) == ("a", 1)]
     assert "`reshape`" in reason
+
+
+def test_a_width_that_is_merged_with_rows_stays():
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 6"), jnp.float32)
+    groups = structure.find_groups(lambda w, x: (x @ w["a"]).reshape(-1), WEIGHTS, shape)
+    assert not groups
+    (reason,) = [f.reason for f in groups.frozen if (f.path, f.dimension) == ("a", 1)]
+    assert reason.startswith("its size is symbolic at ")

@@ -286,13 +286,13 @@ FAULTS = {
         "products._contract", "analysis.unite(a.nodes[at], b.nodes[bt])", "pass"
     ),
     "what is batched is 0": Fault(
-        "products._dot_general",
+        "products._multiply",
         "zero_only(a.facts[at] | b.facts[bt])",
         "zero_only(a.facts[at] | 255)",
         ("product", "linear_per_group"),
     ),
     "batches are not united": Fault(
-        "products._dot_general", "analysis.unite(a.nodes[at], b.nodes[bt])", "pass", ("product",)
+        "products._multiply", "analysis.unite(a.nodes[at], b.nodes[bt])", "pass", ("product",)
     ),
     "a grouped convolution unites nothing": Fault(
         "products._convolution", "analysis.unite(ins[:, 0], column)", "pass", ("convolution",)
