@@ -5,6 +5,7 @@ A convolution, a norm, a hidden layer and a head, for images of 6 x 6 pixels and
 pruning but the calls that users would make.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,7 @@ class EquinoxNet(eqx.Module):
     conv: eqx.nn.Conv2d
     norm: eqx.nn.LayerNorm
     hidden: eqx.nn.Linear
+    hidden_norm: eqx.nn.BatchNorm
     head: eqx.nn.Linear
     activation: Callable[..., Any]
     dropout: eqx.nn.Dropout
@@ -209,50 +211,70 @@ class EquinoxNet(eqx.Module):
         self.conv = eqx.nn.Conv2d(3, 8, 3, padding=1, key=keys[0])
         self.norm = eqx.nn.LayerNorm(8)
         self.hidden = eqx.nn.Linear(8, 16, key=keys[1])
+        self.hidden_norm = eqx.nn.BatchNorm(16, axis_name="batch", mode="batch", momentum=0.9)
         self.head = eqx.nn.Linear(16, 4, key=keys[2])
         self.activation = jax.nn.relu
         self.dropout = eqx.nn.Dropout(0.5, inference=True)
 
-    def __call__(self, x):
+    def __call__(self, x, state):
         x = self.conv(jnp.moveaxis(x, 2, 0)).reshape(len(self.conv.weight), -1)
         x = self.activation(jax.vmap(self.norm, 1, 1)(x))
-        return self.head(self.dropout(self.activation(self.hidden(jnp.mean(x, 1)))))
+        x, state = self.hidden_norm(self.hidden(jnp.mean(x, 1)), state)
+        return self.head(self.dropout(self.activation(x))), state
 
 
 @eqx.filter_jit
-def equinox_step(model: Any, opt_state: Any, tx: Any, function: Any) -> Any:
-    @eqx.filter_value_and_grad
+def equinox_step(model: Any, state: Any, opt_state: Any, tx: Any, function: Any) -> Any:
+    @functools.partial(eqx.filter_value_and_grad, has_aux=True)
     def loss(model):
-        return cross_entropy(function(eqx.filter(model, eqx.is_inexact_array), IMAGES))
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        logits, new = function({"arrays": arrays, "state": state}, IMAGES)
+        return cross_entropy(logits), new["state"]
 
-    value, gradients = loss(model)
+    (value, state), gradients = loss(model)
     updates, opt_state = tx.update(gradients, opt_state, model)  # the whole module
-    return eqx.apply_updates(model, updates), opt_state, value
+    return eqx.apply_updates(model, updates), state, opt_state, value
 
 
 class Equinox(Client):
+    under = "arrays"
+
     def __init__(self, tx: Any) -> None:
-        model, self.tx = EquinoxNet(jax.random.key(1)), tx
+        model, state = eqx.nn.make_with_state(EquinoxNet)(jax.random.key(1))
         arrays, static = eqx.partition(model, eqx.is_inexact_array)
+        self.tx = tx
 
-        def evaluate(arrays, x):
-            return jax.vmap(eqx.combine(arrays, static))(x)
+        def apply(model, state, x):
+            options = {"in_axes": (0, None), "out_axes": (0, None), "axis_name": "batch"}
+            return jax.vmap(model, **options)(x, state)
 
-        self.traces = [structure.Trace(evaluate, (IMAGES,))]
-        self._start(model, tx.init(arrays), evaluate)
+        def evaluate(variables, x):
+            model = eqx.nn.inference_mode(eqx.combine(variables["arrays"], static))
+            return apply(model, variables["state"], x)[0]
 
-    def _start(self, model: Any, opt_state: Any, evaluate: Any) -> None:
-        self.model, self.opt_state, self.evaluate = model, opt_state, evaluate
-        self.step = self._train_one
+        def train(variables, x):
+            model = eqx.combine(variables["arrays"], static)
+            logits, state = apply(model, variables["state"], x)
+            return logits, {"state": state}
+
+        self.traces = [
+            structure.Trace(evaluate, (IMAGES,)),
+            structure.Trace(train, (IMAGES,), lambda output: output[1]),
+        ]
+        self._start(model, state, tx.init(arrays), evaluate, train)
+
+    def _start(self, model: Any, state: Any, opt_state: Any, evaluate: Any, train: Any) -> None:
+        self.model, self.state, self.opt_state = model, state, opt_state
+        self.evaluate, self.train, self.step = evaluate, train, self._train_one
 
     def _train_one(self) -> Any:
-        new = equinox_step(self.model, self.opt_state, self.tx, self.evaluate)
-        self.model, self.opt_state, value = new
+        new = equinox_step(self.model, self.state, self.opt_state, self.tx, self.train)
+        self.model, self.state, self.opt_state, value = new
         return value
 
     @property
     def variables(self) -> Any:
-        return eqx.filter(self.model, eqx.is_inexact_array)
+        return {"arrays": eqx.filter(self.model, eqx.is_inexact_array), "state": self.state}
 
     def small(self, plan, groups):
         new = object.__new__(Equinox)
@@ -260,12 +282,13 @@ class Equinox(Client):
         # Its LayerNorm reads the width, so the module itself does not fit.
         assert not plan.fits(self.evaluate, self.variables, IMAGES)
         static = eqx.filter(self.model, eqx.is_inexact_array, inverse=True)
-        state, restarted = structure.compact_state(
-            plan, self.tx, self.opt_state, self.params, groups=groups
+        opt_state, restarted = structure.compact_state(
+            plan, self.tx, self.opt_state, self.params, under="arrays", groups=groups
         )
         assert restarted == ()
-        model = eqx.combine(plan.compact(self.variables), static)
-        new._start(model, state, plan.wrap(self.evaluate))
+        small = plan.compact(self.variables)
+        functions = plan.wrap(self.evaluate), plan.wrap(self.train)
+        new._start(eqx.combine(small["arrays"], static), small["state"], opt_state, *functions)
         return new
 
 
