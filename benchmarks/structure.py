@@ -92,12 +92,11 @@ def plans_of(groups: structure.Groups, fewer: Sequence[int]) -> dict[str, struct
     ranks = {name: -np.arange(group.size) / group.size for name, group in groups.items()}
     if not fewer:
         return {"half": groups.plan(structure.keep_uniform(groups, ranks, 0.5))}
-    count, multiple = structure.count_parameters, 1 if jax.default_backend() == "cpu" else 8
-    plans = {}
+    count, plans = structure.count_parameters, {}
     for percent in fewer:
         limit = (1 - percent / 100) * count(groups.plan({}))
-        keep = structure.keep_within(groups, ranks, limit, count, multiple=multiple)
-        plans[f"{percent} % fewer"] = groups.plan(keep, multiple=multiple)
+        keep = structure.keep_within(groups, ranks, limit, count)
+        plans[f"{percent} % fewer"] = groups.plan(keep)
     return plans
 
 

@@ -23,6 +23,12 @@ _NOT_ZERO = (
     "or parameters (averages, look-ahead, schedule-free). For parameters that come from elsewhere, "
     "such as an average, call `jaxprune.apply_masks(params, jaxprune.get_masks(opt_state))`."
 )
+_NOT_FINITE = (
+    "No mask update is made while a weight is not finite (`refused` in the state counts them). Go "
+    "on from a checkpoint before it with a lower learning rate, clip gradients, or skip steps with "
+    "`optax.apply_if_finite`. Masked weights alone become 0 again by `jaxprune.apply_masks(params, "
+    "jaxprune.get_masks(opt_state))`."
+)
 _NOTHING_KEPT = (
     "Lower `sparsity`, give a budget with a larger floor, such as `budgets.global_budget(0.5)` or "
     "`budgets.uniform`, or exclude the leaf with `prunable`."
@@ -93,10 +99,10 @@ class Report(NamedTuple):
 def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Report:
     """Checks whether the masks in an optimizer state hold for parameters, and what is wrong if not.
 
-    For each leaf it reports masked weights that are not 0; a mask that has a different shape, is no
-    longer bool, or is missing although the default rule would prune the leaf; a leaf, a copy in a
-    stack or a row of an embedding that keeps nothing; and a leaf, copy or row whose AGIP average is
-    0 throughout although steps were made.
+    For each leaf it reports masked weights that are not 0; weights that are not finite; a mask that
+    has a different shape, is no longer bool, or is missing although the default rule would prune
+    the leaf; a leaf, a copy in a stack or a row of an embedding that keeps nothing; and a leaf,
+    copy or row whose AGIP average is 0 throughout although steps were made.
 
     The check runs on the host, between steps, and copies one array at a time to the host. If there
     are several processes, all of them must call it.
@@ -111,7 +117,8 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
         A `Report`: print it, or read `ok` and `findings`.
 
     Raises:
-        ValueError: if the state contains no pruning transformation, or `stacked` matches no leaf.
+        ValueError: inside `jit`; if the state contains no pruning transformation, or `stacked`
+            matches no leaf.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,6 +131,8 @@ def check(params: Any, opt_state: Any, *, stacked: trees.Stacked = None) -> Repo
         >>> check(params, state).findings[0].problem
         '2 of 2 masked weights are not 0'
     """
+    trees.check_known("params", params, "check")
+    trees.check_known("opt_state", opt_state, "check")
     held = masks.get_masks(opt_state)
     by_path, axes = trees.spread(held, params), stacks.axes_of(params, stacked)
     reasons = trees.reasons(params, axes)
@@ -158,12 +167,22 @@ def _no_bools(opt_state: Any) -> list[Finding]:
 
 
 def _zeros(path: str, leaf: Any, kept: np.ndarray) -> list[Finding]:
-    """Finds masked weights that are not 0."""
+    """Finds masked weights that are not 0, and weights that are not finite."""
     with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
-        lost = int(np.count_nonzero((processes.on_host(leaf) != 0) & ~kept))
+        values = processes.on_host(leaf)
+        finite = np.isfinite(values)
+        lost = int(np.count_nonzero((values != 0) & finite & ~kept))
     total = kept.size - int(np.count_nonzero(kept))
-    problem = f"{lost:,} of {total:,} masked weights are not 0"
-    return [Finding(path, problem, _NOT_ZERO)] if lost else []
+    findings = []
+    if lost:
+        problem = f"{lost:,} of {total:,} masked weights are not 0"
+        findings.append(Finding(path, problem, _NOT_ZERO))
+    if not finite.all():
+        masked = int(np.count_nonzero(~finite & ~kept))
+        problem = f"{finite.size - np.count_nonzero(finite):,} weights are not finite"
+        problem += f", {masked:,} of them masked" if masked else ""
+        findings.append(Finding(path, problem, _NOT_FINITE))
+    return findings
 
 
 def _emptied(path: str, kept: np.ndarray, axes: tuple[int, ...]) -> list[Finding]:

@@ -1,9 +1,205 @@
-"""Reads the parameters of jaxpr equations in the same way for every supported version of JAX."""
+"""Reads the equations of a jaxpr in the same way for every supported version of JAX."""
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import os
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["scan_counts"]
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend import source_info_util
+from jax.sharding import AxisType, NamedSharding
+
+__all__ = ["abstract", "bind", "context", "has_symbols", "line", "scan_counts", "sizes"]
+
+
+def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """Returns the type of an array, from which a function is traced as from the array itself.
+
+    Args:
+        leaf: array, traced array, number, type of an array, or `jax.ShapeDtypeStruct`.
+        shape: a different shape for it.
+
+    Returns:
+        Its shape and dtype, whether it is weakly typed, and how it is split over the axes of a mesh
+        that types name (explicit axes, and those of `jax.shard_map`).
+
+    Example:
+        >>> abstract(jnp.ones((2, 3))), abstract(jnp.asarray(1.0)).weak_type
+        (ShapeDtypeStruct(shape=(2, 3), dtype=float32), True)
+    """
+    own = jax.typeof(leaf) if isinstance(leaf, Tracer) else leaf
+    sharding, manual = (getattr(own, name, None) for name in ("sharding", "manual_axis_type"))
+    types = sharding.mesh.axis_types if isinstance(sharding, NamedSharding) else ()
+    is_typed = bool(manual) or AxisType.Explicit in types
+    return jax.ShapeDtypeStruct(
+        getattr(leaf, "shape", ()) if shape is None else shape,
+        leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf),
+        weak_type=getattr(leaf, "weak_type", False),
+        sharding=sharding if is_typed else None,
+        manual_axis_type=manual,
+    )
+
+
+@contextlib.contextmanager
+def context(equation: Any, scope: Any = None) -> Iterator[None]:
+    """Puts an interpreter where an equation was traced.
+
+    The mesh, the names of `jax.named_scope` and the settings that are no parameters of the
+    primitive belong to an equation, too.
+
+    Args:
+        equation: an equation of a jaxpr.
+        scope: the names of the calls around it, if the interpreter enters calls by itself.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> with jax.named_scope("outer"):
+        ...     (equation,) = jax.make_jaxpr(jnp.sin)(1.0).eqns
+        >>> with context(equation):
+        ...     result = bind(equation.primitive, equation.params, [1.0])
+        >>> len(result)
+        1
+    """
+    info = equation.source_info
+    names = info.name_stack if scope is None else scope + info.name_stack
+    stack = source_info_util.current_name_stack() + names
+    with source_info_util.user_context(info.traceback, name_stack=stack), equation.ctx.manager:
+        yield
+
+
+def bind(primitive: Any, params: Mapping[str, Any], arrays: Sequence[Any]) -> list[Any]:
+    """Applies the primitive of an equation.
+
+    Args:
+        primitive: the primitive.
+        params: the parameters of the equation, perhaps changed.
+        arrays: the operands.
+
+    Returns:
+        The results, also if there is only one.
+
+    Example:
+        >>> import jax
+        >>> (equation,) = jax.make_jaxpr(jax.lax.sin)(1.0).eqns
+        >>> [result.shape for result in bind(equation.primitive, equation.params, [0.0])]
+        [()]
+    """
+    bound = primitive.get_bind_params(dict(params))
+    # Newer versions of JAX put the functions inside the parameters.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = primitive.bind(*functions, *arrays, **params)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def line(equation: Any) -> str:
+    """Says which line of the user's code an equation comes from.
+
+    That is the innermost line outside of Python's library and of installed packages, such as the
+    line of a model that calls a layer of Flax. If there is none, it is the innermost line outside
+    of JAX. An equation inside of a compiled function of `jax.numpy` knows neither; then the call
+    does.
+
+    Args:
+        equation: an equation of a jaxpr.
+
+    Returns:
+        File, line and function, or an empty string.
+
+    Example:
+        >>> (equation,) = jax.make_jaxpr(lambda x: jax.lax.sin(x))(1.0).eqns
+        >>> line(equation)
+        '<doctest jaxprune.jaxprs.line[0]>:1 (<lambda>)'
+    """
+    traceback = equation.source_info.traceback
+    frames = [] if traceback is None else traceback.frames
+    outside = (f for f in frames if not f.file_name.startswith(_JAX) and not _is_made(f.file_name))
+    first = None
+    for frame in outside:
+        first = first or frame
+        if not _is_library(frame.file_name):
+            first = frame
+            break
+    return f"{first.file_name}:{first.line_num} ({first.function_name})" if first else ""
+
+
+_JAX = f"{Path(jax.__file__).parent}{os.sep}"
+_OWN = str(Path(__file__).parent / "structure")  # it calls the functions that it traces
+_LIBRARIES = tuple(f"{path}{os.sep}" for path in (sysconfig.get_path("stdlib"), _OWN))
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    """Tells whether a file belongs to Python or an installed package."""
+    packages = {"site-packages", "dist-packages"}
+    return file.startswith(_LIBRARIES) or bool(packages & set(Path(file).parts))
+
+
+def _is_made(file: str) -> bool:
+    """Tells whether a file does not exist, because a library made the code."""
+    return file.startswith("<") and not file.startswith(("<doctest", "<stdin", "<ipython"))
+
+
+_STAND_INS: dict[str, int] = {}  # name of a size -> a prime number that no other name has
+
+
+def sizes(value: Any) -> Any:
+    """Replaces sizes that are symbols, such as those of `jax.export.symbolic_shape`, by numbers.
+
+    Sums and products of symbols become those of their numbers, so that shapes still fit together.
+    The number of a symbol means nothing, and bounds of symbols are not kept.
+
+    Args:
+        value: a size, or tuples of sizes; anything else in them is returned as it is.
+
+    Returns:
+        The same with numbers, each at least 2.
+
+    Example:
+        >>> b, t, rows = jax.export.symbolic_shape("b, t, b * t")
+        >>> numbers = sizes((b, t, rows, 4))
+        >>> numbers[0] * numbers[1] == numbers[2], numbers[3]
+        (True, 4)
+    """
+    if type(value) is int:
+        return value
+    if type(value) is tuple:
+        return tuple(map(sizes, value))
+    if not has_symbols((value,)):
+        return value
+    names = value._get_vars()  # `jax.export` has no public way to read or evaluate a size
+    for name in sorted(names - _STAND_INS.keys()):
+        last = max(_STAND_INS.values(), default=13)
+        _STAND_INS[name] = next(n for n in range(last + 1, 2 * last) if _is_prime(n))
+    return max(2, int(value._evaluate({name: _STAND_INS[name] for name in names})))
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % factor for factor in range(2, number))
+
+
+def has_symbols(shape: Sequence[Any]) -> bool:
+    """Tells whether a shape has sizes that are symbols.
+
+    Args:
+        shape: a shape.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> has_symbols((2, 3)), has_symbols(jax.export.symbolic_shape("b, 3"))
+        (False, True)
+    """
+    return any(type(size) is not int and hasattr(size, "_evaluate") for size in shape)
 
 
 def scan_counts(params: Mapping[str, Any], operands: int) -> tuple[int, int]:

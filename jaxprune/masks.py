@@ -2,16 +2,28 @@
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune import trees
+from jaxprune import meshes, trees
 
-__all__ = ["apply_masks", "get_masks", "set_masks"]
+__all__ = ["Overlap", "apply_masks", "get_masks", "overlap", "set_masks"]
+
+
+class Overlap(NamedTuple):
+    """The fractions of kept weights that other masks keep as well, from `overlap`.
+
+    Example:
+        >>> Overlap(0.5, {"kernel": 0.5}).total
+        0.5
+    """
+
+    total: float  # over all weights that the first masks keep; 1 if nothing is pruned
+    leaves: dict[str, float]  # by path
 
 
 def get_masks(opt_state: Any) -> Any:
@@ -30,7 +42,7 @@ def get_masks(opt_state: Any) -> Any:
 
     Raises:
         ValueError: if the state contains no pruning transformation, or two that belong to different
-            trees of parameters.
+            trees of parameters; if it was restored without a target, so that its parts are dicts.
 
     Example:
         >>> import optax
@@ -42,6 +54,13 @@ def get_masks(opt_state: Any) -> Any:
         [[True, True], [True, True]]
     """
     found = trees.state_fields(opt_state, "masks")
+    if not found and _lost_its_types(opt_state):
+        raise ValueError(
+            "`opt_state` must be an optimizer state, but its parts are plain dicts, as after a "
+            "restore without a target. Restore it into the structure that the optimizer makes: "
+            "with Orbax, `checkpointer.restore(path, jax.eval_shape(optimizer.init, params))`; "
+            "with Flax, `flax.serialization.from_state_dict(optimizer.init(params), opt_state)`."
+        )
     if not found:
         raise ValueError(
             "`opt_state` holds no masks: it is the state of an optimizer without a pruning "
@@ -103,7 +122,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
     trees.raise_for(problems, "`masks` must belong to the model that `opt_state` optimizes:")
 
     def renewed(state: Any) -> Any:
-        if not _holds_masks(state):
+        if not trees.holds_masks(state):
             return state
         return state._replace(masks=jax.tree_util.tree_map_with_path(renewed_mask, state.masks))
 
@@ -111,7 +130,7 @@ def set_masks(opt_state: Any, masks: Any) -> Any:
         mask = by_path.get(trees.path_string(path), held)
         return _placed_like(held, True if mask is None else mask)
 
-    return jax.tree.map(renewed, opt_state, is_leaf=_holds_masks)
+    return jax.tree.map(renewed, opt_state, is_leaf=trees.holds_masks)
 
 
 def apply_masks(tree: Any, masks: Any) -> Any:
@@ -138,12 +157,58 @@ def apply_masks(tree: Any, masks: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
+def overlap(masks: Any, others: Any) -> Overlap:
+    """Measures how many of the weights that one set of masks keeps are kept by another set, too.
+
+    Two random masks of density d have an overlap of about d; those of the same network have 1.
+
+    Args:
+        masks: tree of bools, True where a weight is kept.
+        others: tree of bools with the same paths. A scalar is the mask of its whole leaf. Leaves
+            that neither tree prunes are not counted.
+
+    Returns:
+        An `Overlap`: the fraction for each leaf and for all of them together.
+
+    Raises:
+        ValueError: inside `jit`; if paths or shapes differ.
+
+    Example:
+        >>> first, second = {"w": np.array([True, True, False])}, {"w": np.arange(3) != 1}
+        >>> overlap(first, second)
+        Overlap(total=0.5, leaves={'w': 0.5})
+    """
+    for argument, tree in (("masks", masks), ("others", others)):
+        trees.check_known(argument, tree, "masks.overlap")
+    ours, theirs = (
+        {path: mask for path, mask in trees.places(tree).items() if trees.is_numeric(mask)}
+        for tree in (masks, others)
+    )
+    bad = [f"{path}: only in one of them" for path in ours.keys() ^ theirs.keys()]
+    own = {
+        path: (trees.shape_of(mask), trees.shape_of(theirs[path]))
+        for path, mask in ours.items()
+        if path in theirs
+    }
+    bad += [f"{path}: shapes {a} and {b}" for path, (a, b) in own.items() if a and b and a != b]
+    trees.raise_for(sorted(bad), "`masks` and `others` must be masks of the same leaves:")
+    shared, kept = {}, {}
+    for path in own:
+        one, other = np.broadcast_arrays(*(np.asarray(tree[path], bool) for tree in (ours, theirs)))
+        if not (one.all() and other.all()):
+            shared[path], kept[path] = int(np.sum(one & other)), int(np.sum(one))
+    leaves = {path: shared[path] / max(1, kept[path]) for path in kept}
+    total = sum(shared.values()) / max(1, sum(kept.values())) if kept else 1.0
+    return Overlap(total, leaves)
+
+
 def _masked(leaf: Any, mask: Any) -> Any:
     """Returns a leaf with zeros where its mask is False; leaves non-arrays unchanged."""
     if not trees.is_numeric(mask) or not trees.is_numeric(leaf):
         return leaf
     if not trees.is_array(leaf) and trees.keeps_leaf(mask):
         return leaf  # settings of a module, such as a dropout rate, must not become arrays
+    mask = mask if jnp.ndim(mask) == 0 else meshes.placed_like(jnp.asarray(mask), leaf)
     return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
@@ -168,14 +233,18 @@ def fitting(masks: Any, tree: Any, rule: str) -> dict[str, Any]:
 def _placed_like(held: Any, mask: Any) -> jax.Array:
     """Returns a mask in the shape and, outside `jit`, on the devices of the one it replaces."""
     mask = jnp.broadcast_to(jnp.array(mask), held.shape)
-    if isinstance(held, Tracer) or isinstance(mask, Tracer) or not held.committed:
+    if isinstance(held, Tracer) or isinstance(mask, Tracer):
+        return meshes.placed_like(mask, held)
+    if not held.committed:
         return mask
     return jax.device_put(mask, held.sharding)
 
 
-def _holds_masks(node: Any) -> bool:
-    """Returns whether a node of an optimizer state is the state of a pruning transformation."""
-    return "masks" in getattr(node, "_fields", ())
+def _lost_its_types(state: Any) -> bool:
+    """Returns whether a state has masks, but in a dict, and no NamedTuple at all."""
+    keys = [key for path, _ in jax.tree_util.tree_leaves_with_path(state) for key in path]
+    has_types = any(isinstance(key, jax.tree_util.GetAttrKey) for key in keys)
+    return jax.tree_util.DictKey("masks") in keys and not has_types
 
 
 def _merged(found: list[Any]) -> Any:

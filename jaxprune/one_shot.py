@@ -1,14 +1,14 @@
 """Prunes without training: in one step, or in rounds that score the remaining weights again."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import budgets, counting, patterns, scores, timetables, trees
+from jaxprune import budgets, counting, meshes, patterns, schedules, scores, timetables, trees
 from jaxprune.masks import apply_masks, fitting
 
 __all__ = ["prune", "prune_in_rounds"]
@@ -20,7 +20,7 @@ def prune(
     *,
     score: scores.Score | Any = scores.magnitude,
     statistics: Any = None,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -34,8 +34,9 @@ def prune(
         score: function `(params, statistics) -> scores`, or a tree of scores like `params`, such
             as those of `jaxprune.at_init`; the weights with the largest scores are kept.
         statistics: tree like `params` for scores that need one: gradients or their averages.
-        budget: function `(shapes, sparsity) -> Budget`; None is one global ranking in which
-            each leaf keeps at least a tenth of its uniform budget.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is one global ranking in which each leaf keeps at
+            least a tenth of its uniform budget.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -57,8 +58,7 @@ def prune(
         >>> pruned["kernel"].tolist()
         [[3.0, 0.0], [2.0, 0.0]]
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    sparsity = _fraction(sparsity)
     flags = trees.prunable_flags(params, prunable, stacked)
     paths = [path for path, flag in zip(trees.leaf_by_path(params), flags, strict=True) if flag]
     weights = trees.pick(params, flags)
@@ -67,7 +67,9 @@ def prune(
     if statistics is not None:
         trees.check_same_structure("statistics", statistics, params)
         statistics = _of_paths(statistics, paths)
-    if trees.is_rule(score):
+    is_tree = trees.is_array(score) or not jax.tree_util.all_leaves([score])
+    if trees.is_rule(score) or not is_tree:
+        scores.check_score(score)
         ranked = score(weights, statistics)
     else:
         trees.check_same_structure("score", score, params)
@@ -86,7 +88,8 @@ def prune(
     kinds = tuple((ranking.pattern, ranking.members) for ranking in timetable.rankings)
     tables = [ranking[2:] for ranking in timetable.rankings]
     with counting.exact(weights):
-        kept = _selected(kinds, timetable.stacked, tables, ranked, among)
+        select = functools.partial(_selected, kinds, timetable.stacked)
+        kept = meshes.automatically(select, tables, ranked, among, like=weights)
     masks = trees.put(everything, flags, kept)
     return apply_masks(params, masks), masks
 
@@ -130,8 +133,7 @@ def prune_in_rounds(
     """
     if rounds < 1:
         raise ValueError(f"`rounds` must be at least 1, but is {rounds!r}.")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.")
+    sparsity = _fraction(sparsity)
     if not trees.is_rule(score):
         raise ValueError(
             "`score` must be a function from the parameters to a tree of scores, but is a tree "
@@ -142,6 +144,20 @@ def prune_in_rounds(
         now = sparsity if k == rounds else 1 - (1 - sparsity) ** (k / rounds)
         pruned, masks = prune(pruned, now, score=score(pruned), masks=masks, **options)
     return pruned, masks
+
+
+def _fraction(sparsity: Any) -> float:
+    """Returns `sparsity` as a Python number; raises unless it lies in [0, 1)."""
+    if isinstance(sparsity, Mapping):
+        raise ValueError(
+            "`sparsity` must be one number. Give the sparsities of single leaves as `budget`, and "
+            f"here that of all others; it is {sparsity!r}."
+        )
+    value = schedules.number("sparsity", sparsity)
+    if not 0 <= value < 1:
+        fix = f" For {value:g} % write {value / 100:g}." if 1 < value < 100 else ""
+        raise ValueError(f"`sparsity` must lie in [0, 1), but is {sparsity!r}.{fix}")
+    return value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,14 +1,16 @@
 """Schedules over steps: the sparsity, and the fraction of weights that are dropped and regrown."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-__all__ = ["cosine", "cubic", "mask_update_steps", "sparsity_at"]
+__all__ = ["cosine", "cubic", "mask_update_steps", "number", "sparsity_at", "whole"]
 
 Schedule = Callable[[Any], Any]
 
@@ -110,13 +112,69 @@ def sparsity_at(schedule: Schedule, step: int) -> float:
         0.72
     """
     with jax.ensure_compile_time_eval():
-        value = np.asarray(schedule(step))
-    return float(str(value[()]))
+        return number("sparsity", schedule(step))
+
+
+def number(name: str, value: Any) -> float:
+    """Returns an argument as the decimal number that was meant; an array may hold it.
+
+    Args:
+        name: name of the argument, for the error.
+        value: a number, or an array with one.
+
+    Returns:
+        A Python float.
+
+    Raises:
+        ValueError: if the value is no single number, or is not known because it is traced.
+
+    Example:
+        >>> number("sparsity", jnp.float32(0.72)), number("sparsity", np.array([[0.5]])[0, 0])
+        (0.72, 0.5)
+    """
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"`{name}` must be known before the first step, because weights are counted exactly, "
+            "but it is traced; make the transformation outside of `jax.jit`, and name the argument "
+            "in the `static_args` of `optax.inject_hyperparams`."
+        )
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        kinds = jnp.integer, jnp.floating
+        if jnp.ndim(value) == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+            return float(str(np.asarray(value)[()]))
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError(f"`{name}` must be one number, but is {value!r}.")
+
+
+def whole(name: str, value: Any) -> int:
+    """Returns an argument as an integer; 1e5 and an array with one number are as good as 100000.
+
+    Args:
+        name: name of the argument, for the error.
+        value: a whole number, or an array with one.
+
+    Returns:
+        A Python int.
+
+    Raises:
+        ValueError: if the value is no whole number, or is not known because it is traced.
+
+    Example:
+        >>> whole("stop", 1e5), whole("every", np.int64(100))
+        (100000, 100)
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    meant = number(name, value)
+    if not meant.is_integer():
+        raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+    return int(meant)
 
 
 def _progress(step: Any, start: int, stop: int) -> Any:
     """Returns the share of the window that has passed, between 0 and 1."""
-    clip = jnp.clip if isinstance(step, jax.Array) else np.clip
-    if start == stop:
-        return clip(step - start + 1, 0, 1) * 1.0
-    return clip((step - start) / (stop - start), 0.0, 1.0)
+    passed = step - start + 1.0 if start == stop else (step - start) / (stop - start)
+    if isinstance(step, (jax.Array, np.ndarray)):
+        return (jnp if isinstance(step, jax.Array) else np).clip(passed, 0.0, 1.0)
+    return min(max(passed, 0.0), 1.0)  # a hundred times as fast for a Python number

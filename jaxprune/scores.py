@@ -13,9 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import counting
+from jaxprune import counting, trees
 
-__all__ = ["Score", "draw", "gradient", "magnitude", "random", "rank_unmoved", "taylor"]
+__all__ = [
+    "Score",
+    "check_score",
+    "draw",
+    "gradient",
+    "magnitude",
+    "random",
+    "rank_unmoved",
+    "taylor",
+]
 
 Score = Callable[[Any, Any], Any]
 
@@ -117,6 +126,30 @@ def random(seed: int) -> Score:
         return draw(jax.random.key(seed), params)
 
     return score
+
+
+def check_score(score: Any) -> None:
+    """Raises unless an argument `score` is a function `(params, statistics) -> scores`.
+
+    Args:
+        score: what the caller was given.
+
+    Raises:
+        ValueError: if it is anything else; it names the score that was meant.
+
+    Example:
+        >>> check_score("magnitude")
+        Traceback (most recent call last):
+        ...
+        ValueError: `score` must be a function `(params, statistics) -> scores`, but is \
+'magnitude'. Write `score=jaxprune.scores.magnitude`.
+    """
+    form, known = "(params, statistics) -> scores", ("magnitude", "taylor", "gradient")
+    name = score if isinstance(score, str) else getattr(score, "__name__", "")
+    fix = f"Write `score=jaxprune.scores.{name if name in known else 'magnitude'}`."
+    if name == "random":
+        fix = "Write `score=jaxprune.scores.random(0)`, with a seed."
+    trees.check_function("score", score, form, fix)
 
 
 def draw(key: jax.Array, params: Any) -> Any:

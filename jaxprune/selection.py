@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import counting, trees
+from jaxprune import counting, meshes, trees
 
 __all__ = ["largest"]
 
@@ -207,7 +207,8 @@ def _select(
     # The floors alone may be enough. Until its share is known, a layer may keep all its entries.
     share = jnp.where(counting.total(floors) >= keep, zero, able)
     masks = [jnp.zeros_like(key, bool) for key in keys]
-    return jax.lax.fori_loop(0, 3, search, (nothing, zero, share, masks))[-1]
+    start = meshes.varying_like((nothing, zero, share, masks), keys, keep, floors, able)
+    return jax.lax.fori_loop(0, 3, search, start)[-1]
 
 
 def _shares(reached: jax.Array, above: jax.Array, keep: jax.Array, floors: jax.Array) -> jax.Array:
@@ -261,6 +262,7 @@ def _search(
         return at, low_weight, high_weight, up, passes + 1
 
     carry = (start, one, one, jnp.zeros(active.shape, bool), jnp.int32(0))
+    carry = meshes.varying_like(carry, active)
     return jax.lax.while_loop(lambda carry: jnp.any(unsettled(carry[0])), body, carry)[0]
 
 

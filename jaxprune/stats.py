@@ -1,6 +1,6 @@
 """Gradients -> running statistics: the recent size of each weight's gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,35 +97,39 @@ def rescaled(
     return treedef.unflatten([leaf.astype(jnp.float32) * factor for leaf in leaves])
 
 
-def first_moment(inner_state: Any, paths: Sequence[str]) -> list[jax.Array]:
+def first_moment(inner_state: Any, leaves: Mapping[str, Any]) -> list[jax.Array]:
     """Finds the momentum that an optimizer keeps: SGD's `trace`, Adam's or Lion's `mu`.
+
+    A momentum has the path and the shape of its parameter. GaLore's belong to projections of the
+    gradients, even where they have the shape of the parameter.
 
     Args:
         inner_state: states of the transformations before the pruning transformation. Each may
             hold the momentum of some of the parameters, as in `optax.partition`.
-        paths: paths of parameters, as in `trees.leaf_by_path`.
+        leaves: parameters by path, as in `trees.leaf_by_path`; anything with a shape.
 
     Returns:
-        One array for each path, in the order of the paths.
+        One array for each parameter, in their order.
 
     Raises:
         ValueError: if a parameter has no momentum or more than one, listing every such leaf.
 
     Example:
-        >>> state = optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones(2)})
-        >>> first_moment(state, ["w"])[0].tolist()
+        >>> params = {"w": jnp.ones(2)}
+        >>> first_moment(optax.sgd(0.1, momentum=0.9).init(params), params)[0].tolist()
         [0.0, 0.0]
     """
     found: dict[str, dict[str, Any]] = {}  # parameter's path -> place in the state -> momentum
     for name in ("trace", "mu"):
         for place, tree in _fields_with_places(inner_state, name):
             for path, leaf in trees.leaf_by_path(tree).items():
-                found.setdefault(path, {})[place] = leaf
-    held = [found.get(path, {}) for path in paths]
+                if path in leaves and jnp.shape(leaf) == jnp.shape(leaves[path]):
+                    found.setdefault(path, {})[place] = leaf
+    held = [found.get(path, {}) for path in leaves]
     trees.raise_for(
         [
             f"{path}: " + (f"momenta in {' and '.join(own)}" if own else "no momentum")
-            for path, own in zip(paths, held, strict=True)
+            for path, own in zip(leaves, held, strict=True)
             if len(own) != 1
         ],
         "`decay=None` reads the momentum of the optimizer, so each pruned leaf must have exactly "
@@ -140,7 +144,8 @@ def _fields_with_places(state: Any, name: str) -> list[tuple[str, Any]]:
 
     def is_field(path: tuple[Any, ...], value: Any) -> bool:
         del value
-        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+        names = [getattr(key, "tuple_name", None) for key in path]
+        return names[-1] is not None and optax.contrib.GaLoreState.__name__ not in names
 
     found = optax.tree.get_all_with_path(state, name, filtering=is_field)
     return [(jax.tree_util.keystr(path), value) for path, value in found]

@@ -605,7 +605,7 @@ def test_own_sparsities_must_lie_in_the_unit_interval():
     with pytest.raises(ValueError) as error:
         budgets.custom(own)
     assert str(error.value) == (
-        "`sparsities` must lie in [0, 1); change these:\n  a: 1.0\n  c: -0.1\n  d: nan"
+        "`sparsities` must have values in [0, 1); change these:\n  a: 1.0\n  c: -0.1\n  d: nan"
     )
 
 
@@ -615,7 +615,8 @@ def test_unknown_paths_are_named_with_the_closest_ones():
     with pytest.raises(ValueError) as error:
         rule(shapes, 0.5)
     assert str(error.value) == (
-        "`sparsities` must name pruned leaves by their paths; change these:\n"
+        "`sparsities` must name leaves by their paths, by parts of these or by wildcards; change "
+        "these:\n"
         "  conv/kernl: did you mean conv/kernel?\n  dens/kernel: did you mean dense/kernel?"
     )
     with pytest.raises(ValueError, match="change these:\n  conv/kernl\n"):
@@ -650,3 +651,140 @@ def test_the_highest_sparsity_of_the_error_can_be_used(shapes, own):
     except ValueError as error:
         highest = float(str(error).split("at most ")[1].split()[0].rstrip("."))
         assert rule(shapes, highest).total <= sum(sizes_of(shapes))
+
+
+# ---- a dict of sparsities by name
+
+
+SHAPES = {
+    "layer1/kernel": (20, 30),
+    "layer2/kernel": (30, 30),
+    "layer2/norm/w": (4, 10),
+    "head": (30, 7),
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "sparsities"),
+    [
+        ({"layer1": 0.98, "layer2": 0.9}, [0.98, 0.9, 0.9, 0.6]),
+        ({"layer1": 0.98, "*": 0}, [0.98, 0, 0, 0]),
+        ({"layer?": 0.7, "layer2/kernel": 0.5, "layer2/norm": 0.1}, [0.7, 0.5, 0.1, 0.6]),
+        ({"kernel": 0.29, "head": 0}, [0.29, 0.29, 0.6, 0]),
+        ({"*/kernel": 0.3}, [0.3, 0.3, 0.6, 0.6]),
+    ],
+)
+@pytest.mark.parametrize("share", [0, Fraction(1, 6), Fraction(1, 2), 1])
+def test_a_dict_gives_each_leaf_its_sparsity_and_all_rise_together(own, sparsities, share):
+    rule = budgets.rule_of(own, 0.6, list(SHAPES))
+    sizes = [math.prod(shape) for shape in SHAPES.values()]
+    exact = [Fraction(str(own)) * share for own in sparsities]
+    floors = tuple(
+        max(1, size - math.floor(size * part + Fraction(1, 2)))
+        for size, part in zip(sizes, exact, strict=True)
+    )
+    assert rule(SHAPES, float(Fraction("0.6") * share)) == (sum(floors), floors)
+
+
+def test_the_name_of_a_stack_means_its_copies_and_one_of_them_may_differ():
+    paths = [f"layers/kernel[{i}]" for i in range(3)]
+    shapes = dict.fromkeys(paths, (10, 10))
+    rule = budgets.rule_of({"layers": 0.5, "layers/kernel[1]": 0.9}, 0.5, paths)
+    assert rule(shapes, 0.5).floors == (50, 10, 50)
+
+
+@pytest.mark.parametrize(
+    ("own", "final", "message"),
+    [
+        ({"layer1": 1.0}, 0.5, "`budget` must have values in [0, 1); change these:\n  layer1: 1.0"),
+        ({"layer1": True}, 0.5, "change these:\n  layer1: True"),
+        ({"layer1": "90%"}, 0.5, "change these:\n  layer1: '90%'"),
+        ({"layr1": 0.5}, 0.5, "change these:\n  layr1: did you mean layer1?"),
+        ({"layer1": 0.5}, 0.0, "`sparsity` must be above 0 if `budget` is a dict"),
+        ({"laye?1": 0.5, "layer1": 0.1}, 0.5, "write a longer name for one of them:\n  layer1/"),
+    ],
+)
+def test_a_dict_that_says_nothing_clear_is_refused(own, final, message):
+    with pytest.raises(ValueError) as error:
+        budgets.rule_of(own, final, list(SHAPES))
+    assert message in str(error.value)
+
+
+def test_a_rule_that_returns_no_budget_is_named():
+    rule = budgets.rule_of(lambda shapes, sparsity: sparsity, 0.5, list(SHAPES))
+    with pytest.raises(ValueError, match="must return a `Budget` with a floor for each of 4"):
+        rule(SHAPES, 0.5)
+
+
+# ---- sparsities by name on top of a rule
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_rule_divides_what_is_not_named(share):
+    budget = budgets.named({"layer2/norm": 0.1, "head": 0.5}, budgets.erdos_renyi_kernel)
+    rest = {path: SHAPES[path] for path in ("layer1/kernel", "layer2/kernel")}
+    rule = budgets.rule_of(budget, 0.8, list(SHAPES))
+    wanted = dict(zip(rest, budgets.erdos_renyi_kernel(rest, 0.8 * share).floors, strict=True))
+    wanted |= {"layer2/norm/w": 40 - round(4 * share), "head": 210 - math.floor(105 * share + 0.5)}
+    floors = tuple(wanted[path] for path in SHAPES)
+    assert rule(SHAPES, 0.8 * share) == (sum(floors), floors)
+
+
+def test_a_rule_beside_names_must_fix_each_leaf():
+    with pytest.raises(ValueError, match="`others` must be a function"):
+        budgets.named({"head": 0.5}, budgets.global_budget)
+    with pytest.raises(ValueError, match="`sparsities` must have values"):
+        budgets.named({"head": 1.5}, budgets.uniform)
+    budget = budgets.named({"head": 0.5}, budgets.global_budget(0.1))
+    with pytest.raises(ValueError, match="`others` must fix the number of weights of each leaf"):
+        budgets.rule_of(budget, 0.8, list(SHAPES))(SHAPES, 0.8)
+
+
+# ---- many sparsities at once
+
+RULES = {
+    "uniform": budgets.uniform,
+    "global": budgets.global_budget(0.3),
+    "pure global": budgets.global_budget(0.0),
+    "erdos_renyi": budgets.erdos_renyi,
+    "erdos_renyi_kernel": budgets.erdos_renyi_kernel,
+    "by_layout": budgets.by_layout(budgets.erdos_renyi_kernel, {}),
+    "custom": budgets.custom({"0": 0.2}),
+    "custom, all": budgets.custom({"0": 0.6, "*": 0.8}),
+    "named": budgets.rule_of({"0": 0.3}, 0.98, ["0"]),
+    "named, uniform": budgets.rule_of(budgets.named({"0": 0.7}, budgets.uniform), 0.98, ["0"]),
+}
+ROUND = st.integers(0, 200).map(lambda i: i / 200)  # many halves
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(shapes=st.lists(MATRIX, min_size=1, max_size=6), values=st.lists(SPARSITIES | ROUND))
+def test_all_budgets_at_once_are_those_of_one_sparsity(rule, shapes, values):
+    shapes = {str(i): shape for i, shape in enumerate(shapes)}
+
+    def of_one(sparsity):
+        try:
+            return RULES[rule](shapes, sparsity)
+        except ValueError:
+            return None
+
+    found = {value: of_one(value) for value in values if value < 1}
+    fine = [value for value, budget in found.items() if budget is not None]
+    totals, floors = budgets.at_all(RULES[rule], shapes, [*fine, *fine])
+    expected = [found[value] for value in [*fine, *fine]]
+    assert totals.tolist() == [budget.total for budget in expected]
+    assert [tuple(row) for row in floors.tolist()] == [budget.floors for budget in expected]
+    for value in set(found) - set(fine):
+        with pytest.raises(ValueError, match="`sparsity`"):
+            budgets.at_all(RULES[rule], shapes, [*fine, value])
+
+
+@pytest.mark.parametrize("rule", ["uniform", "erdos_renyi", "erdos_renyi_kernel"])
+def test_all_budgets_at_once_are_exact_at_any_size(rule):
+    # 2e15 weights, whose products with rates need more than 64 bits, and whose tenths 54.
+    shapes = {"a": (10**7, 10**8 + 1), "b": (3, 10**4 + 1), "c": (10**6 + 3, 10**9)}
+    sparsities = [0.0, 0.1, 0.29, 0.5, 0.875, 0.9999]
+    totals, floors = budgets.at_all(RULES[rule], shapes, sparsities)
+    expected = [RULES[rule](shapes, sparsity) for sparsity in sparsities]
+    assert totals.tolist() == [budget.total for budget in expected]
+    assert [tuple(row) for row in floors.tolist()] == [budget.floors for budget in expected]

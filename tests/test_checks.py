@@ -239,3 +239,20 @@ def test_states_in_parts():
     report = jaxprune.check(params, state)
     assert _problems(report) == {("a", "its average is 0 throughout")}
     assert (report.leaves, report.weights, report.pruned) == (2, 128, 64)
+
+
+# ---- values that are not finite
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float8_e5m2"])
+def test_weights_that_are_not_finite_are_named(dtype):
+    params, state = _trained(optax.chain(optax.sgd(0.1), jaxprune.magnitude_transform(0.5, stop=0)))
+    mask = np.asarray(jaxprune.get_masks(state)["kernel"])
+    kept, masked = np.argwhere(mask)[0], np.argwhere(~mask)[0]
+    kernel = params["kernel"].at[tuple(kept)].set(jnp.inf).at[tuple(masked)].set(jnp.nan)
+    report = jaxprune.check(params | {"kernel": kernel.astype(dtype)}, state)
+    assert _problems(report) == {("kernel", "2 weights are not finite, 1 of them masked")}
+    assert "`refused` in the state" in report.findings[0].fix
+    healed = jaxprune.apply_masks({"kernel": kernel, "bias": params["bias"]}, {
+        "kernel": mask, "bias": True})  # fmt: skip
+    assert _problems(jaxprune.check(healed, state)) == {("kernel", "1 weights are not finite")}

@@ -96,6 +96,12 @@ USES = {
     "queries, keys and values": ((4, 9), lambda w, x: jnp.split(x @ w, 3, -1), X, DENSE),
     "split kernel": ((4, 9), lambda w, x: [x @ part for part in jnp.split(w, 3, 1)], X, DENSE),
     "experts": ((5, 4, 3), lambda w, x: jnp.einsum("nd,ndk->nk", jnp.zeros((5, 4)), w), X, STACK),
+    "ragged experts": (
+        (5, 4, 3),
+        lambda w, x: jax.lax.ragged_dot(jnp.zeros((7, 4)), w, jnp.array([1, 2, 0, 3, 1])),
+        X,
+        STACK,
+    ),
     "scan": ((5, 4, 4), _scan, X, STACK),
     "scan, reversed": ((5, 4, 4), functools.partial(_scan, reverse=True, unroll=2), X, STACK),
     "scan over the middle": (
@@ -630,3 +636,17 @@ def test_models_of_this_library_store_outputs_last(name):
     kernels = [path for path, _ in trees.leaves_with_paths(params) if path.endswith("kernel")]
     assert list(found) == kernels
     assert set(found.values()) == {CONV, DENSE}
+
+
+def test_keyword_arguments_that_are_no_arrays():
+    def apply(params, x, *, train, kind="relu", dtype=jnp.float32):
+        hidden = getattr(jax.nn, kind)(x.astype(dtype) @ params["a"])
+        return hidden @ params["b"] if train else hidden
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    found = layouts.find(
+        apply, params, jnp.ones((2, 3)), train=True, kind="gelu", dtype=jnp.float32
+    )
+    assert found["a"].inputs == (0,) and found["b"].outputs == (1,)
+    found = layouts.find(apply, params, x=jnp.ones((2, 3)), train=False)
+    assert "never multiplies" in found.reason("b")

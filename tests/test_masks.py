@@ -722,3 +722,45 @@ def test_trees_are_matched_by_path_and_not_by_position():
     before = collections.OrderedDict(b=jnp.zeros((1, 2), bool), a=jnp.ones((1, 2), bool))
     _, masks = jaxprune.prune(params, 0.5, masks=before)
     assert masks["a"].tolist() == [[True, True]] and masks["b"].tolist() == [[False, False]]
+
+
+# ---- overlap
+
+
+def test_overlap_counts_what_both_keep():
+    rng = np.random.default_rng(0)
+    one = {name: rng.random((8, 8)) < density for name, density in (("a", 0.5), ("b", 0.25))}
+    other = {name: rng.random((8, 8)) < 0.5 for name in one}
+    found = jaxprune.masks.overlap(one | {"bias": True}, other | {"bias": np.True_})
+    shared = {name: (one[name] & other[name]).sum() for name in one}
+    assert found.leaves == {name: shared[name] / one[name].sum() for name in one}
+    assert found.total == sum(shared.values()) / sum(mask.sum() for mask in one.values())
+    assert jaxprune.masks.overlap(one, one).total == 1
+    full = {"bias": np.ones(100, bool)}
+    assert jaxprune.masks.overlap(one | full, other | full) == found
+    assert jaxprune.masks.overlap(full, full) == (1, {})
+    # A scalar is the mask of its leaf, and nothing is kept of none.
+    assert jaxprune.masks.overlap(one, {"a": True, "b": False}).leaves == {"a": 1, "b": 0}
+    assert jaxprune.masks.overlap([np.zeros(3, bool)], [np.ones(3, bool)]).total == 0
+
+
+def test_overlap_of_a_state_and_of_one_call():
+    prune = jaxprune.magnitude_transform(0.5, stop=0)
+    _, state = prune.update(PARAMS, prune.init(PARAMS), PARAMS)
+    _, masks = jaxprune.prune(PARAMS, 0.75)
+    found = jaxprune.masks.overlap(masks, jaxprune.get_masks(state))
+    assert found.leaves.keys() == {"conv/kernel", "dense/kernel"} and found.total > 0.9
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"a": np.ones(3, bool)}, r"a: shapes \(2,\) and \(3,\)"),
+        ({"b": np.ones(2, bool)}, "a: only in one of them\n  b: only in one of them"),
+    ],
+)
+def test_overlap_of_different_models(other, message):
+    with pytest.raises(ValueError, match=message):
+        jaxprune.masks.overlap({"a": np.ones(2, bool)}, other)
+    with pytest.raises(ValueError, match="Call `masks.overlap` outside"):
+        jax.jit(lambda masks: jaxprune.masks.overlap(masks, masks).total)(np.ones(2, bool))

@@ -421,7 +421,8 @@ def test_what_a_rule_returns_is_checked():
 
 
 def test_rule_must_be_a_pattern_or_a_function():
-    with pytest.raises(ValueError, match=r"^`pattern` must be None or made by .* but is '2:4'\.$"):
+    message = r"^`pattern` must be None or made by .* but is '2:4'\. Write `pattern=.*n_m\(2, 4, "
+    with pytest.raises(ValueError, match=message):
         patterns.patterns_of(LEAVES, "2:4")
 
 

@@ -594,12 +594,28 @@ def _while(w, x):
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
-        (lambda p, x: p["w"][jnp.array([0, 1])], "used by `gather`"),
+        (lambda p, x: jnp.tanh(p["w"][jnp.array([0, 1])]), "used by `gather`, then `tanh`"),
+        (lambda p, x: p["w"][jnp.array([0, 1])], "`apply` never multiplies it"),
+        (
+            lambda p, x: x[:, :2] @ jax.lax.dynamic_slice_in_dim(p["w"], x[0, 0].astype(int), 2),
+            "used by `dynamic_slice`",
+        ),
         (lambda p, x: x @ _changed(p["w"]), "changed by `scan`"),
         (lambda p, x: _handed_on(p["w"], x), "returned by `scan`"),
         (lambda p, x: _while(p["w"], x), "used by `while`"),
         (lambda p, x: x @ p["w"][:2].repeat(2, 0), "used by `slice`"),
-        (lambda p, x: p["w"].reshape(8, 2)[:, 0] @ x.reshape(8, 2), "used by `slice`"),
+        (lambda p, x: x @ (p["w"] + x), "used by `add`"),
+        (lambda p, x: x @ (p["w"] + p["w"]), "used by `add`"),
+        (
+            lambda p, x: jnp.einsum(
+                "bki,kij->bj", jnp.stack([x, x], 1), p["w"].reshape(2, 4, 2)[jnp.array([0, 1])]
+            ),
+            "is looked up by an index over which a product sums",
+        ),
+        (
+            lambda p, x: jax.lax.ragged_dot(p["w"], x.reshape(2, 4, 2), jnp.array([1, 3])),
+            "is the left side of `ragged_dot`, not its kernels",
+        ),
         (lambda p, x: jax.debug.callback(lambda w: None, p["w"]), "used by `debug_callback`"),
         (lambda p, x: x @ (p["w"] * 2), "used by `mul`"),
         (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1), "used by `concatenate`"),

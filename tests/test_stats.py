@@ -118,8 +118,8 @@ def test_first_moment_is_the_momentum(name):
     state = optimizer.init(PARAMS)
     gradients = {"w": jnp.full((2, 3), 0.5), "b": jnp.full(3, -0.25)}
     _, state = optimizer.update(gradients, state, PARAMS)
-    paths = ["w"] if name == "masked" else ["w", "b"]
-    moments = dict(zip(paths, stats.first_moment(state, paths), strict=True))
+    leaves = {path: PARAMS[path] for path in (["w"] if name == "masked" else ["w", "b"])}
+    moments = dict(zip(leaves, stats.first_moment(state, leaves), strict=True))
     # Up to a factor of the optimizer, and of clipping, after one step it is the gradient.
     ratio = jax.tree.map(lambda m, g: m / g, moments["w"], gradients["w"])
     assert moments["w"].shape == (2, 3)
@@ -133,7 +133,7 @@ def test_first_moment_is_the_momentum(name):
 def test_first_moment_lists_leaves_with_no_momentum_or_two(name):
     optimizer, line = WITHOUT[name]
     with pytest.raises(ValueError, match=f"(?s)`decay=None`.*exactly one.*\n  {line}$"):
-        stats.first_moment(optimizer.init(PARAMS), ["w"])
+        stats.first_moment(optimizer.init(PARAMS), {"w": PARAMS["w"]})
 
 
 # ---- all_finite

@@ -19,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.experimental import sparse
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import models, storage, trees
@@ -295,6 +297,33 @@ def test_sharded_leaves_are_saved_whole():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     leaf = jax.device_put(np.eye(16, dtype=np.float32), sharding)
     assert _dumped([leaf], [leaf > 0]) == _dumped([np.asarray(leaf)], [np.eye(16) > 0])
+
+
+@pytest.mark.parametrize("abstract", [True, False])
+def test_leaves_and_masks_go_where_like_says(abstract):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"pruned": P("data", "model"), "dense": P(None, "model"), "bias": P("model")}
+    sizes = {"pruned": (8, 8), "dense": (8, 8), "bias": (8,)}
+    params = {n: np.arange(1.0, 1 + np.prod(s), dtype="f4").reshape(s) for n, s in sizes.items()}
+    masks = {"pruned": params["pruned"] % 3 == 0, "dense": True, "bias": True}
+    params["pruned"] = np.where(masks["pruned"], params["pruned"], np.float32(0))
+    placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}
+    like = placed
+    if abstract:
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed
+        )
+    file = io.BytesIO(_dumped(params, masks))
+    restored, kept = storage.load(file, like=like)
+    for name, leaf in restored.items():
+        assert leaf.sharding == placed[name].sharding, name
+        np.testing.assert_array_equal(leaf, params[name])
+    assert kept["pruned"].sharding == placed["pruned"].sharding
+    np.testing.assert_array_equal(kept["pruned"], masks["pruned"])
+    assert kept["dense"].shape == ()
+    # An array that nobody has placed may go anywhere, and so may what is like it.
+    (free,), _ = storage.load(io.BytesIO(_dumped([np.ones(4, "f4")])), like=[jnp.zeros(4)])
+    assert not free.committed
 
 
 # ---- the file

@@ -1,5 +1,7 @@
 """Plans: exact counts on the host, and the masks that follow from them."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxprune
 from jaxprune import budgets, counting, patterns, timetables
 from tests.support import reference
 
@@ -222,7 +225,7 @@ def test_a_budget_is_counted_once_for_each_sparsity():
         return budgets.uniform(shapes, sparsity)
 
     timetable = by_budget(rule, [0.5, 0.0, 0.5, 0.0, 0.7])
-    assert asked == [0.5, 0.0, 0.7]
+    assert sorted(asked) == [0.0, 0.5, 0.7]
     assert timetable.rankings[0].keep.tolist() == [
         budgets.uniform(SHAPES, s).total for s in (0.5, 0, 0.5, 0, 0.7)
     ]
@@ -282,3 +285,30 @@ def test_marks_tell_mask_updates_apart():
     assert marks([0, 6], [0.2, 0.5])[1] != first[1]  # another step
     assert marks([0, 5], [0.2, 0.51])[1] != first[1]  # another target
     assert marks([0, 5], [0.2, 0.5], budget=budgets.uniform)[1] != first[1]
+
+
+# ---- long runs
+
+
+@pytest.mark.slow
+def test_a_mask_update_at_every_step_of_a_long_run_takes_no_time() -> None:
+    # The kernels of a ResNet-50 and 30,000 mask updates: 39 s when budgets were made one by one.
+    shapes = [(7, 7, 3, 64), (2048, 1000), *[(1, 1, 64 * i, 256) for i in range(1, 25)]]
+    shapes += [(3, 3, 32 * i, 32 * i) for i in range(1, 29)]
+    params = {str(i): jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)}
+    start = time.process_time()
+    transform = jaxprune.straight_through_transform(0.9, every=1, stop=30_000)
+    transform.init({path: {"kernel": leaf} for path, leaf in params.items()})
+    assert time.process_time() - start < 2  # 0.2 s on an idle core
+
+
+def test_marks_differ_where_what_is_kept_differs() -> None:
+    leaves = {"a": jnp.zeros((8, 8)), "b": jnp.zeros((8, 4))}
+    one = timetables.make_timetable(leaves, [0, 1, 2], [0.1, 0.5, 0.5])
+    two = timetables.make_timetable(leaves, [0, 1, 3], [0.1, 0.6, 0.5])
+    blocks = timetables.make_timetable(
+        leaves, [0, 1, 2], [0.1, 0.5, 0.5], pattern=jaxprune.patterns.blocks((1, 1))
+    )
+    assert (one.marks > 0).all() and len(set(one.marks.tolist())) == 3
+    assert (one.marks == two.marks).tolist() == [True, False, False]
+    assert not (one.marks == blocks.marks).any()

@@ -491,3 +491,96 @@ def test_the_placeholder_of_optax_is_known_and_no_parameters_are():
     assert seen == [False, True]
     assert [float(tree["kernel"].sum()) for tree in doubled.trees] == [12, 12]
     assert trees.prunable_flags({}) == ()
+
+
+# ---- names
+
+
+PATH = "model/layer1/attention/kernel"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (PATH, "leaf"),
+        ("kernel", "leaf"),
+        ("kern*", "leaf"),
+        ("attention/kernel", "leaf"),
+        ("layer?/*/kernel", "leaf"),
+        ("layer1", "module"),
+        ("model/layer[12]", "module"),
+        ("layer1/attention", "module"),
+        ("layer", None),
+        ("layer1/kernel", None),
+        ("layer2", None),
+        ("*/model", None),
+        ("kernel/x", None),
+    ],
+)
+def test_a_name_means_neighbouring_keys(name, kind):
+    assert trees.means(name, PATH) == kind
+
+
+def test_numbers_at_the_end_may_be_left_out():
+    for name in ("kernel", "a/kernel", "kernel[3]", "a/kernel[3]"):
+        assert trees.means(name, "a/kernel[3]") == "leaf"
+    assert trees.means("kernel[2]", "a/kernel[3]") is None
+    assert trees.means("a/kernel", "a/kernel:1") == trees.means("kernel:1", "a/kernel:1") == "leaf"
+
+
+def test_a_whole_path_means_one_leaf_alone():
+    found = trees.by_name("budget", {"w": 1, "b": 2}, ["w", "layer/w", "layer/b", "b2"])
+    assert found == {"w": 1, "layer/b": 2}
+
+
+NAMED = {
+    "layer1": {"kernel": np.ones((2, 3)), "bias": np.ones(3), "norm": {"scale": np.ones((2, 2))}},
+    "layer2": {"kernel": np.ones((3, 3)), "step": np.ones((2, 2), int)},
+    "w": np.ones((3, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        ("kernel", ["layer1/kernel", "layer2/kernel"]),
+        (["layer1"], ["layer1/kernel"]),  # of a module, what the default rule prunes
+        (("layer1/bias", "w"), ["layer1/bias", "w"]),  # a leaf that is named, whatever it is
+        ({"layer*"}, ["layer1/kernel", "layer2/kernel"]),
+        (["layer1/*"], ["layer1/bias", "layer1/kernel"]),
+        (["norm/scale", "layer2"], ["layer1/norm/scale", "layer2/kernel"]),
+    ],
+)
+def test_prunable_takes_names(names, chosen):
+    flags = trees.prunable_flags(NAMED, names)
+    paths = [path for path, flag in zip(trees.leaf_by_path(NAMED), flags, strict=True) if flag]
+    assert paths == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("kernl", "change these:\n  kernl: did you mean kernel?"),
+        (["kernel", "layer3", "x"], "\n  layer3: did you mean layer"),
+        ("layer2/step", "must select floating-point leaves with at least one element"),
+        ("norm", "`prunable` matches no leaf"),
+    ],
+)
+def test_names_that_choose_nothing_are_refused(names, message):
+    with pytest.raises(ValueError) as error:
+        trees.prunable_flags(NAMED, names)
+    assert message in str(error.value)
+
+
+def test_a_module_with_a_complex_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"a/kernel: shape \(2, 2\), dtype complex64"):
+        params = {"a": {"kernel": jnp.ones((2, 2), "complex64")}, "b": jnp.ones((2, 2))}
+        trees.prunable_flags(params, ["a", "b"])
+
+
+def test_names_reach_nnx_at_the_start_and_at_updates():
+    model = Net(nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    plain = nnx.to_pure_dict(state)
+    assert trees.prunable_flags(state, "blocks") == trees.prunable_flags(plain, "blocks")
+    assert sum(trees.prunable_flags(state, ["blocks/0/kernel", "norm/scale"])) == 2

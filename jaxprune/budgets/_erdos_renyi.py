@@ -5,16 +5,22 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxprune import trees
 from jaxprune.budgets._rules import (
     Budget,
     BudgetRule,
     Shape,
+    at_all,
     fill,
+    filled_at_all,
     keep_count,
+    keep_counts,
     rounded,
     sizes_of,
     smallest,
+    with_all,
 )
 
 __all__ = ["by_layout", "erdos_renyi", "erdos_renyi_kernel"]
@@ -58,11 +64,7 @@ def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         Science, arXiv:1707.04780.
     """
 
-    def rate(kernel: Shape) -> int:
-        n_in, n_out = (1, 1, *kernel)[-2:]
-        return math.prod(kernel[:-2]) * (n_in + n_out)
-
-    return _in_proportion(_rates(rate, shapes, "erdos_renyi"), shapes, sparsity)
+    return _in_proportion(_rates(_matrices, shapes, "erdos_renyi"), shapes, sparsity)
 
 
 def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
@@ -94,10 +96,18 @@ def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         Tickets Winners, arXiv:1911.11134.
     """
 
-    def rate(kernel: Shape) -> int:
-        return sum(kernel) if kernel else 1
+    return _in_proportion(_rates(_dimensions, shapes, "erdos_renyi_kernel"), shapes, sparsity)
 
-    return _in_proportion(_rates(rate, shapes, "erdos_renyi_kernel"), shapes, sparsity)
+
+def _matrices(kernel: Shape) -> int:
+    """Returns the rate of a kernel for `erdos_renyi`: inputs and outputs at each position."""
+    n_in, n_out = (1, 1, *kernel)[-2:]
+    return math.prod(kernel[:-2]) * (n_in + n_out)
+
+
+def _dimensions(kernel: Shape) -> int:
+    """Returns the rate of a kernel for `erdos_renyi_kernel`: the sum of its dimensions."""
+    return sum(kernel) if kernel else 1
 
 
 def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
@@ -129,7 +139,7 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
         Budget(total=4096, floors=(2048, 2048))
     """
 
-    def of_kernels(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    def kernels_of(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         kernels = {path: _kernel(path, shape, layouts) for path, shape in shapes.items()}
         problems = [
             f"{p}: shape {shapes[p]}, {k}" for p, k in kernels.items() if isinstance(k, str)
@@ -141,9 +151,15 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
             "axes of copies with `stacked=found.stacked`, or exclude these leaves with "
             "`prunable`:",
         )
-        return rule({path: k for path, k in kernels.items() if not isinstance(k, str)}, sparsity)
+        return {path: k for path, k in kernels.items() if not isinstance(k, str)}
 
-    return of_kernels
+    def of_kernels(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+        return rule(kernels_of(shapes), sparsity)
+
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        return at_all(rule, kernels_of(shapes), sparsities.tolist())
+
+    return with_all(of_kernels, of_all)
 
 
 class _Kernel(tuple[int, ...]):
@@ -206,3 +222,20 @@ def _in_proportion(rates: list[int], shapes: Mapping[str, Shape], sparsity: floa
         )
     shares = fill(rates, [1] * len(sizes), list(sizes.values()), total)
     return Budget(total, tuple(rounded(shares, total)))
+
+
+def _for_all(rule: BudgetRule, rate: Callable[[Shape], int]) -> None:
+    """Gives a rule of this file its attribute `at_all`."""
+
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        rates, sizes = _rates(rate, shapes, rule.__name__), list(sizes_of(shapes).values())
+        (totals,) = keep_counts([sum(sizes)], sparsities).T
+        for sparsity in sparsities[totals < len(sizes)].tolist():
+            rule(shapes, sparsity)  # raises
+        return totals, filled_at_all(rates, [1] * len(sizes), sizes, totals)
+
+    with_all(rule, of_all)
+
+
+_for_all(erdos_renyi, _matrices)
+_for_all(erdos_renyi_kernel, _dimensions)

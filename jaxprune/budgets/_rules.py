@@ -1,11 +1,13 @@
 """Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 import bisect
-import difflib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxprune import trees
 
@@ -62,7 +64,65 @@ def keep_count(size: int, sparsity: float) -> int:
         >>> keep_count(5, 0.5)
         2
     """
-    return size - math.floor(size * _decimal(sparsity) + Fraction(1, 2))
+    return kept_of(size, decimal(sparsity))
+
+
+def keep_counts(sizes: Sequence[int], sparsities: np.ndarray) -> np.ndarray:
+    """Computes `keep_count` for many sizes and sparsities, int64 [sparsities, sizes]."""
+    return kept_of_parts(sizes, [Fraction(1)] * len(sizes), sparsities)
+
+
+def kept_of_parts(
+    sizes: Sequence[int], parts: Sequence[Fraction], sparsities: np.ndarray
+) -> np.ndarray:
+    """Computes `keep_counts` where each leaf has its part of the sparsity."""
+    removed = np.multiply.outer(sparsities, np.asarray(sizes, float) * np.asarray(parts, float))
+    whole = np.floor(removed + 0.5)
+    # Exact wherever floating point might round the other way.
+    close = np.abs(removed - np.floor(removed) - 0.5) <= 1e-9 + 1e-15 * removed
+    counts = np.asarray(sizes, np.int64) - whole.astype(np.int64)
+    for i, j in zip(*np.nonzero(close | (removed > 2.0**52))):
+        counts[i, j] = kept_of(int(sizes[j]), decimal(float(sparsities[i])) * parts[j])
+    return counts
+
+
+def at_all(
+    rule: BudgetRule, shapes: Mapping[str, Shape], sparsities: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Applies a rule to many sparsities, as the timetable of a long run does.
+
+    A rule may have an attribute `at_all`, a function `(shapes, float64 [n]) -> totals, floors` that
+    computes all budgets at once; those of this package do. It gets each sparsity once.
+
+    Args:
+        rule: function `(shapes, sparsity) -> Budget`.
+        shapes: shapes of the pruned leaves by path.
+        sparsities: fractions to prune.
+
+    Returns:
+        Totals, int64 [sparsities], and floors, int64 [sparsities, leaves].
+
+    Raises:
+        ValueError: as the rule does.
+
+    Example:
+        >>> at_all(uniform, {"a": (10, 10), "b": (20,)}, [0.5, 0.9])[1].tolist()
+        [[50, 10], [10, 2]]
+    """
+    different, where = np.unique(np.asarray(sparsities, float), return_inverse=True)
+    if hasattr(rule, "at_all"):
+        totals, floors = rule.at_all(shapes, different)
+    else:
+        found = [rule(shapes, sparsity) for sparsity in different.tolist()]
+        totals = np.array([budget.total for budget in found], np.int64)
+        floors = np.array([budget.floors for budget in found], np.int64)
+    return totals[where], floors[where]
+
+
+def with_all(rule: Any, function: Any) -> Any:
+    """Gives a rule its attribute `at_all`."""
+    rule.at_all = function
+    return rule
 
 
 def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
@@ -81,6 +141,15 @@ def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
     """
     floors = tuple(max(1, keep_count(math.prod(shape), sparsity)) for shape in shapes.values())
     return Budget(sum(floors), floors)
+
+
+def _uniform_at_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+    """Computes `uniform` for many sparsities."""
+    floors = np.maximum(1, keep_counts(list(sizes_of(shapes).values()), sparsities))
+    return floors.sum(axis=1), floors
+
+
+with_all(uniform, _uniform_at_all)
 
 
 def global_budget(floor: float = 0.1) -> BudgetRule:
@@ -118,11 +187,23 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
             )
         return Budget(total, floors)
 
-    return rule
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        sizes = list(sizes_of(shapes).values())
+        (totals,) = keep_counts([sum(sizes)], sparsities).T
+        shares = (floor * totals.astype(float))[:, None] * np.asarray(sizes, float) / sum(sizes)
+        floors = np.maximum(1, np.floor(shares).astype(np.int64))
+        for sparsity in sparsities[floors.sum(axis=1) > totals].tolist():
+            rule(shapes, sparsity)  # raises
+        return totals, floors
+
+    return with_all(rule, of_all)
 
 
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     """Limits the sparsity of some leaves; the other leaves make up for the difference.
+
+    To give leaves the sparsities themselves, pass the dict as `budget`: `budget={"layer1": 0.98,
+    "layer2": 0.9}`.
 
     At an overall sparsity `s`, every leaf is pruned to the same level `x`, but no named leaf beyond
     the limit given for it: `sum(n * min(limit, x)) = s * sum(n)` over leaves of `n` weights. Along
@@ -136,15 +217,16 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     total is their sum.
 
     Args:
-        sparsities: largest sparsity of a leaf, in [0, 1), by path; 0 keeps the leaf dense. The path
-            of a stacked leaf stands for all its copies, `layers/kernel[3]` for one of them.
+        sparsities: largest sparsity of a leaf, in [0, 1), by name; 0 keeps the leaf dense. A name
+            is a path, a part of it, or has wildcards, see `trees.means`; the longest decides. The
+            path of a stacked leaf stands for all its copies, `layers/kernel[3]` for one of them.
 
     Returns:
         A function `(shapes, sparsity) -> Budget`, whose floors add up to the total.
 
     Raises:
-        ValueError: if a value is outside [0, 1); from the returned function, if a path does not
-            belong to a pruned leaf, or if the sparsity cannot be reached.
+        ValueError: if a value is outside [0, 1); from the returned function, if a name means no
+            pruned leaf, or if the sparsity cannot be reached.
 
     Example:
         >>> rule = custom({"first": 0.0, "last": 0.5})
@@ -154,13 +236,11 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         >>> rule(shapes, 0.4)
         Budget(total=180, floors=(100, 50, 30))
     """
-    bad = [f"{path}: {own!r}" for path, own in sparsities.items() if not 0 <= own < 1]
-    trees.raise_for(bad, "`sparsities` must lie in [0, 1); change these:")
+    check_sparsities("sparsities", sparsities)
     given = dict(sparsities)
 
     def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-        own = _of_copies(given, shapes)
-        _check_paths(own, shapes)
+        own = trees.by_name("sparsities", given, list(shapes))
         sizes = sizes_of(shapes)
         most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
         pruned = sum(sizes.values()) - keep_count(sum(sizes.values()), sparsity)
@@ -173,21 +253,40 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         floors = tuple(n - k for n, k in zip(sizes.values(), gone, strict=True))
         return Budget(sum(floors), floors)
 
-    return rule
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
+        own = trees.by_name("sparsities", given, list(shapes))
+        sizes = sizes_of(shapes)
+        most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
+        (totals,) = keep_counts([sum(sizes.values())], sparsities).T
+        pruned = sum(sizes.values()) - totals
+        # Near the largest sparsity of all the rule itself decides, which may raise.
+        simple = pruned < sum(most) - (len(sizes) if len(own) == len(sizes) else 0)
+        floors = np.zeros((len(sparsities), len(sizes)), np.int64)
+        filled = filled_at_all(list(sizes.values()), [0] * len(most), most, pruned[simple])
+        floors[simple] = np.asarray(list(sizes.values()), np.int64) - filled
+        for row in np.flatnonzero(~simple):
+            floors[row] = rule(shapes, float(sparsities[row])).floors
+        return floors.sum(axis=1), floors
+
+    return with_all(rule, of_all)
 
 
-def _of_copies(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> dict[str, float]:
-    """Gives each copy of a stacked leaf the sparsity that is given for the whole leaf."""
-    own = dict(sparsities)
-    for path in shapes:
-        whole = path.rpartition("[")[0]
-        if whole in sparsities and path not in sparsities and whole not in shapes:
-            own[path] = sparsities[whole]
-            own.pop(whole, None)
-    return own
+def kept_of(size: int, sparsity: Fraction) -> int:
+    """Computes `keep_count` of an exact sparsity."""
+    return size - math.floor(size * sparsity + Fraction(1, 2))
 
 
-def _decimal(sparsity: float) -> Fraction:
+def check_sparsities(argument: str, sparsities: Mapping[str, float]) -> None:
+    """Raises unless all values of a dict are numbers in [0, 1)."""
+    bad = [
+        f"{name}: {own!r}"
+        for name, own in sparsities.items()
+        if isinstance(own, bool) or not isinstance(own, numbers.Real) or not 0 <= own < 1
+    ]
+    trees.raise_for(bad, f"`{argument}` must have values in [0, 1); change these:")
+
+
+def decimal(sparsity: float) -> Fraction:
     """Returns the decimal number that was written: 50 * 0.29 is below 14.5 in floating point."""
     return Fraction(str(float(sparsity)))
 
@@ -232,6 +331,48 @@ def fill(
     return [Fraction(part, level.denominator) for part in scaled(level)]
 
 
+def filled_at_all(
+    rates: Sequence[int], least: Sequence[int], most: Sequence[int], totals: np.ndarray
+) -> np.ndarray:
+    """Computes `rounded(fill(rates, least, most, total), total)` for many totals.
+
+    Between two corners the shares of some leaves grow with the level, those of all others are
+    constant. Of a total `t` a growing leaf has `rate * (t - constants) / slope`, exactly.
+
+    Args:
+        rates: positive integers [leaves].
+        least: smallest share of each leaf.
+        most: largest share of each leaf.
+        totals: int64 [n].
+
+    Returns:
+        int64 [n, leaves].
+    """
+    bounds = list(zip(rates, least, most, strict=True))
+    corners = sorted({Fraction(b, rate) for rate, low, high in bounds for b in (low, high)})
+    reached = [sum(min(max(c * r, low), high) for r, low, high in bounds) for c in corners]
+    segment = np.searchsorted([math.ceil(own) for own in reached], totals, side="right") - 1
+    wide = max(rates, default=0) * int(totals.max(initial=0)) >= 2**62
+    kind = object if wide else np.int64  # of Python's integers, which have no limit
+    counts = np.zeros((len(totals), len(rates)), np.int64)
+    for at in np.unique(segment):
+        rows, level = segment == at, corners[at]
+        grows = np.array([low <= level * rate < high for rate, low, high in bounds])
+        constants = [low if level * rate < low else high for rate, low, high in bounds]
+        own = np.where(grows, 0, np.array(constants, kind))
+        slope = int(np.array(rates, kind)[grows].sum()) or 1
+        left = totals[rows].astype(kind) - own.sum()
+        parts = np.multiply.outer(left, np.where(grows, np.array(rates, kind), 0))
+        share, rest = own + parts // slope, parts % slope
+        order = np.argsort(-rest, axis=1, kind="stable")  # the largest remainder first
+        spare = (totals[rows] - share.sum(axis=1)).astype(np.int64)
+        first = np.arange(len(rates)) < spare[:, None]
+        more = np.zeros_like(counts[rows])
+        np.put_along_axis(more, order, first.astype(np.int64), axis=1)
+        counts[rows] = share.astype(np.int64) + more
+    return counts
+
+
 def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
     """Rounds shares to integers that add up to `total`: largest remainder, ties to lower index."""
     counts = [math.floor(share) for share in shares]
@@ -241,20 +382,10 @@ def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
     return counts
 
 
-def _check_paths(sparsities: Mapping[str, float], shapes: Mapping[str, Shape]) -> None:
-    """Raises if a path does not belong to a pruned leaf."""
-    problems = []
-    for path in sparsities:
-        if path not in shapes:
-            close = difflib.get_close_matches(path, list(shapes), n=1, cutoff=0.0)
-            problems.append(f"{path}: did you mean {close[0]}?" if close else path)
-    trees.raise_for(problems, "`sparsities` must name pruned leaves by their paths; change these:")
-
-
 def _is_mean(sparsity: float, own: Mapping[str, float], sizes: Mapping[str, int]) -> bool:
     """Returns whether `sparsity` is the mean of the limits, within half a weight for each leaf."""
-    gone = sum(n * _decimal(own[path]) for path, n in sizes.items())
-    return abs(sum(sizes.values()) * _decimal(sparsity) - gone) <= Fraction(len(sizes), 2)
+    gone = sum(n * decimal(own[path]) for path, n in sizes.items())
+    return abs(sum(sizes.values()) * decimal(sparsity) - gone) <= Fraction(len(sizes), 2)
 
 
 def _raise_unreachable(

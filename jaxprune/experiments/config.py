@@ -107,7 +107,7 @@ class Config:
     switch_steps: float = 50.0  # compact: price of a switch, in steps of the dense network
     switch_delay: int = 10  # compact: steps in which the next network compiles in the background
     rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
-    multiple: int = 0  # compact: round widths up to this multiple; 0 = 8 on accelerators, 1 on CPU
+    multiple: int = 0  # compact: round widths up to this multiple; 0 = 8, but heads are not rounded
     init_images: int = 1024  # snip, grasp: training images to score with, as one batch
 
     mesh: str = ""  # device mesh such as data=4,fsdp=2; fsdp also splits parameters; empty = data

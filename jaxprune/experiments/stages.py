@@ -152,6 +152,11 @@ class Stages:
         return Compiled(steps._replace(run=run), peak)
 
 
+def refused_updates(state: training.TrainState) -> int:
+    """Returns at how many steps a due mask update was refused, as a value was not finite."""
+    return sum(int(own) for own in trees.state_fields(state.opt_state, "refused"))
+
+
 def unranked_groups(state: training.TrainState) -> int:
     """Returns how many groups had scores of 0 only at the last mask update."""
     return sum(int(own) for own in trees.state_fields(state.opt_state, "unranked"))

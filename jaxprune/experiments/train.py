@@ -41,9 +41,11 @@ from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
 from jaxprune.experiments.optimizer import rewarmed
 from jaxprune.experiments.pruning import pruning_of
-from jaxprune.experiments.stages import Stages, unranked_groups
+from jaxprune.experiments.stages import Stages, refused_updates, unranked_groups
 from jaxprune.logs import MetricsLog, show_progress
 
+# A run ends after this number of steps at which a due mask update was refused.
+MAX_REFUSED = 100
 # Options that may change when a run is resumed; all others must be the same.
 FREE = {"workdir", "overwrite", "data_dir", "source_dir", "workers", "threads", "mesh"}
 FREE |= {"coordinator", "processes", "process", "host_timeout"}
@@ -87,6 +89,8 @@ class Run:
         self.earlier = np.zeros(2)  # seconds of training before this process
         self.aside: list[Any] = []  # seconds of evaluations and checkpoints
         self.peaks: dict[str, Any] = {}  # bytes, of this process and those before it
+        self.refused = 0  # steps at which a mask update was refused, up to the last record
+        self.stuck = 0  # steps in a row at which it was refused
         self.expected = 0  # records of metrics up to the step that it starts from
 
     def open(self) -> dict[str, Any] | None:
@@ -135,7 +139,7 @@ class Run:
             self.stages.begin(state)
         path = self.workdir / "config.json"
         processes.on_first(lambda: checkpoints.write_json(path, self.resolved))
-        self.start = int(state.step)
+        self.start, self.refused = int(state.step), refused_updates(state)
         return state
 
     @contextlib.contextmanager
@@ -209,11 +213,21 @@ class Run:
                 f"step {step}: {unranked} groups had no statistic at the last mask update and "
                 "were ranked by gradients or norms; a later --prune-start gives them more steps"
             )
+        if refused := refused_updates(state):
+            values["refused"] = refused
         self.show(step, values)
         if not math.isfinite(values["train_loss"]):
             sys.exit(
                 f"error: the loss is {values['train_loss']} at step {step}; lower "
                 f"`learning_rate` ({config.learning_rate}). Earlier checkpoints are kept."
+            )
+        more, self.refused = refused - self.refused, refused
+        self.stuck = self.stuck + more if more >= config.log_every else 0
+        if self.stuck >= MAX_REFUSED:
+            sys.exit(
+                f"error: a mask update was due at each of the last {self.stuck} steps up to step "
+                f"{step}, but a gradient or a weight is not finite, so masks can no longer change; "
+                f"lower `learning_rate` ({config.learning_rate}). Earlier checkpoints are kept."
             )
         self.metrics.write(step, values)
 

@@ -8,5 +8,6 @@ the parameters. `patterns.n_m`, `patterns.channels` and `budgets.by_layout` acce
 
 from jaxprune.layouts._finding import Layouts, capture, find
 from jaxprune.layouts._kernels import Arrangement, Layout
+from jaxprune.layouts._walk import Use
 
-__all__ = ["Arrangement", "Layout", "Layouts", "capture", "find"]
+__all__ = ["Arrangement", "Layout", "Layouts", "Use", "capture", "find"]

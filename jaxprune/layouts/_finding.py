@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import trees
+from jaxprune.jaxprs import abstract
 from jaxprune.layouts._kernels import Layout
 from jaxprune.layouts._views import view_of
 from jaxprune.layouts._walk import Found, Take, Value, walk
@@ -94,7 +95,7 @@ class Layouts(Mapping[str, Layout]):
         return self[path].copies or None if path in self else None
 
 
-def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
+def find(function: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Layouts:
     """Finds which axes of each leaf are inputs, outputs, window positions and copies.
 
     The function is traced, never run. A leaf has a layout if the trace proves that it is the
@@ -107,12 +108,13 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
     other way has no layout.
 
     Args:
-        function: function `(params, *args) -> anything` of any framework, such as the loss or the
-            model.
+        function: function `(params, *args, **kwargs) -> anything` of any framework, such as the
+            loss or the model.
         params: tree of arrays, or of `jax.ShapeDtypeStruct`. Pass the tree that is pruned, because
             layouts are looked up by path. Leaves that are not arrays are passed unchanged.
         *args: the other arguments of the function: trees of arrays or shapes; leaves that are not
             arrays are passed unchanged.
+        **kwargs: its keyword arguments, like `args`.
 
     Returns:
         `Layouts`: an immutable mapping from path to `Layout`. Its `reason(path)` says why a leaf
@@ -139,23 +141,22 @@ def find(function: Callable[..., Any], params: Any, *args: Any) -> Layouts:
         >>> layouts.reason("table")
         'used by `gather`'
     """
-    leaves, data = trees.leaf_by_path(params), jax.tree.leaves(args)
-    treedef, args_treedef = jax.tree.structure(params), jax.tree.structure(args)
-    arrays = {path: _abstract(leaf) for path, leaf in leaves.items() if _is_array(leaf)}
+    leaves, (data, given) = trees.leaf_by_path(params), jax.tree.flatten((args, kwargs))
+    treedef = jax.tree.structure(params)
+    arrays = {path: abstract(leaf) for path, leaf in leaves.items() if _is_array(leaf)}
     wanted = [path for path, leaf in arrays.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     found: list[Found] = []
 
     def call(by_path: dict[str, Any], inputs: list[Any]) -> Any:
         tree = treedef.unflatten([by_path.get(path, leaf) for path, leaf in leaves.items()])
         rest = iter(inputs)
-        return function(
-            tree, *args_treedef.unflatten([next(rest) if _is_array(x) else x for x in data])
-        )
+        args, kwargs = given.unflatten([next(rest) if _is_array(x) else x for x in data])
+        return function(tree, *args, **kwargs)
 
     def trace(by_path: dict[str, Any], inputs: list[Any]) -> None:
         found.append(capture(call, by_path, inputs, wanted))
 
-    jax.eval_shape(trace, arrays, [_abstract(leaf) for leaf in data if _is_array(leaf)])
+    jax.eval_shape(trace, arrays, [abstract(leaf) for leaf in data if _is_array(leaf)])
     reasons = {path: "is not an array" for path in leaves if path not in arrays}
     reasons |= {p: f"has dtype {x.dtype}" for p, x in arrays.items() if p not in wanted}
     for path, reason in found[0].problems:
@@ -189,9 +190,9 @@ def capture(
         leaves: arrays by path; may be traced.
         inputs: tree of arrays; may be traced.
         wanted: paths of the leaves to follow.
-        take: None; or function `(equation, other operand, shape of the kernel, its side) ->
-            (statistic, rows)`, called at each product. With it, leaves must be used unchanged: no
-            slices and no elementwise functions.
+        take: None; or function `Use -> (statistic, rows)`, called at each product. With it, leaves
+            must be used unchanged: no slices but single copies, and no elementwise functions but
+            the addition of something that does not depend on `inputs`.
 
     Returns:
         `Found`: by path, the `uses` and the sums of statistic and rows over them; and `problems`,
@@ -223,9 +224,4 @@ def capture(
 
 def _is_array(leaf: Any) -> bool:
     """Returns whether a leaf is a JAX or NumPy array, or its abstract value."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)

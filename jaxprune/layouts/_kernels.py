@@ -100,7 +100,19 @@ def arrange(equation: Any, view: View, side: int) -> Arrangement | str:
 
     `side` is the position of the view among the operands: 0 left, 1 right.
     """
-    kind = {"dot_general": _product, "conv_general_dilated": _convolution}
+    over = view.picks()
+    if over is None:
+        return "is looked up by an index, of which a reshape has split a dimension"
+    if over and equation.primitive.name != "dot_general":
+        return f"is looked up by an index with dimensions, then used by `{equation.primitive.name}`"
+    if over and set(over) & set(equation.params["dimension_numbers"][0][side]):
+        return "is looked up by an index over which a product sums"
+    kind = {
+        "dot_general": _product,
+        "conv_general_dilated": _convolution,
+        "ragged_dot_general": _ragged_product,
+    }
+    view = view.without_pick()
     return kind[equation.primitive.name](equation.params, view, side)
 
 
@@ -111,6 +123,22 @@ def _product(parameters: dict[str, Any], view: View, side: int) -> Arrangement:
     # Features have the order of the kernel's axes, whatever their order in the equation.
     groups, inputs, outputs = (_atoms(view, axes) for axes in (batch, sorted(contracting), free))
     return Arrangement(view.shape, view.copies + groups, (), inputs, outputs)
+
+
+def _ragged_product(parameters: dict[str, Any], view: View, side: int) -> Arrangement | str:
+    """Arranges the kernels of `ragged_dot`, one for each group of rows."""
+    numbers = parameters["ragged_dot_dimension_numbers"]
+    (contracting, batch), rows = numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions
+    if side == 0:
+        return "is the left side of `ragged_dot`, not its kernels"
+    if any(batch) or rows[0] in contracting[0] or parameters["group_offset"] is not None:
+        return "is used by `ragged_dot` over inputs or batches of groups"
+    groups = numbers.rhs_group_dimensions
+    free = [axis for axis in range(len(view.dims)) if axis not in (*groups, *contracting[1])]
+    numbered, inputs, outputs = (
+        _atoms(view, axes) for axes in (groups, sorted(contracting[1]), free)
+    )
+    return Arrangement(view.shape, view.copies + numbered, (), inputs, outputs)
 
 
 def _convolution(parameters: dict[str, Any], view: View, side: int) -> Arrangement | str:

@@ -4,16 +4,20 @@ Every dimension of a view is a row-major product of *atoms*: whole axes of the l
 an axis that a reshape has split. Transpositions move atoms; reshapes split and merge them.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-__all__ = ["Atom", "View", "as_kernel", "reshaped", "same_values", "view_of"]
+__all__ = ["Atom", "Pick", "View", "as_kernel", "picked", "reshaped", "same_values", "view_of"]
 
 Shape = tuple[int, ...]
 
-_SAME_VALUE = {"convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
+_SAME_VALUE = {
+    *("convert_element_type", "copy", "copy_p", "device_put", "mesh_cast", "pvary", "reshard"),
+    *("sharding_constraint", "stop_gradient"),
+}
 # Primitives that keep every entry in its place, although its value may change.
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "cos", "div"),
@@ -32,6 +36,17 @@ class Atom(NamedTuple):
     size: int
 
 
+class Pick(NamedTuple):
+    """The copies of a leaf that an index has picked, as in `kernels[i]` or `experts[chosen]`."""
+
+    atoms: tuple[Atom, ...]  # the factors of the leaf's axes that number the copies, row-major
+    index: Any  # int [picks], the copy of each pick; dimensions over it have atoms of axis PICKS
+    by: str  # the primitive
+
+
+PICKS = -1  # in place of an axis of the leaf: a dimension that runs over the picks
+
+
 class View(NamedTuple):
     """An array that holds the values of a leaf: the leaf, and the atoms of each dimension."""
 
@@ -39,6 +54,7 @@ class View(NamedTuple):
     shape: Shape  # of the leaf
     dims: tuple[tuple[Atom, ...], ...]
     copies: tuple[Atom, ...] = ()  # atoms that enclosing scans run over
+    pick: Pick | None = None
 
     def one_of_stack(self) -> "View":
         """Returns the view inside a scan over its first dimension."""
@@ -55,7 +71,27 @@ class View(NamedTuple):
         split = [dim for i, dim in enumerate(self.dims) if i not in batch]
         copies = {atom.axis for i in batch for atom in self.dims[i]}
         copies |= {atom.axis for atom in self.copies}
-        return frozenset(copies - {atom.axis for dim in split for atom in dim if atom.size > 1})
+        split = {atom.axis for dim in split for atom in dim if atom.size > 1}
+        return frozenset(copies - split - {PICKS})
+
+    def picks(self) -> list[int] | None:
+        """Returns the dimensions over the picks, in their order; None if one is mixed or split."""
+        own = [
+            (atom.stride, dim)
+            for dim, atoms in enumerate(self.dims)
+            for atom in atoms
+            if atom.axis == PICKS and atom.size > 1
+        ]
+        pure = all(len([atom for atom in self.dims[dim] if atom.size > 1]) == 1 for _, dim in own)
+        return [dim for _, dim in sorted(own, reverse=True)] if pure else None
+
+    def without_pick(self) -> "View":
+        """Returns the view of all copies: those that are picked count as copies of a scan."""
+        if self.pick is None:
+            return self
+        dims = [tuple(atom for atom in dim if atom.axis != PICKS) for dim in self.dims]
+        copies = (*self.copies, *self.pick.atoms)
+        return View(self.path, self.shape, tuple(dims), copies)
 
 
 def view_of(path: str, shape: Shape) -> View:
@@ -113,6 +149,74 @@ def same_values(equation: Any, view: View) -> View | None:
         order = parameters["dimensions"] or range(source.ndim)  # it may transpose first
         dims = reshaped(tuple(view.dims[axis] for axis in order), output.shape)
     return None if dims is None else view._replace(dims=dims)
+
+
+def picked(equation: Any, view: View, arrays: Sequence[Any]) -> list[View] | None:
+    """Returns the results of an index along dimensions of a view; None for all others.
+
+    These are slices of length 1, at places that may be computed, and lookups of such slices.
+
+    Args:
+        equation: the equation; its first operand is the view.
+        view: the view.
+        arrays: the values of the operands.
+    """
+    name, parameters = equation.primitive.name, equation.params
+    shape, outputs = arrays[0].shape, [variable.aval.shape for variable in equation.outvars]
+    if name == "gather":
+        return _gathered(parameters, view, arrays, len(outputs[0]))
+    if name not in ("slice", "dynamic_slice", "split"):
+        return None
+    cut = [axis for axis, (old, new) in enumerate(zip(shape, outputs[0])) if old != new]
+    if not cut or any(own[axis] != 1 for own in outputs for axis in cut):
+        return None
+    starts: list[Any] = [[place] for place in range(len(outputs))]
+    if name == "slice":
+        starts = [[parameters["start_indices"][axis] for axis in cut]]
+    elif name == "dynamic_slice":
+        starts = [[arrays[1 + axis] for axis in cut]]
+    dims = tuple(() if axis in cut else dim for axis, dim in enumerate(view.dims))
+    index = [[jnp.reshape(jnp.asarray(i), 1) for i in own] for own in starts]
+    found = [_at(view, cut, dims, own, name) for own in index]
+    return None if None in found else found  # pyright: ignore[reportReturnType]
+
+
+def _gathered(
+    parameters: dict[str, Any], view: View, arrays: Sequence[Any], rank: int
+) -> list[View] | None:
+    """Returns the result of `gather` if it looks up slices that are whole or of length 1."""
+    numbers, sizes = parameters["dimension_numbers"], parameters["slice_sizes"]
+    shape, places = arrays[0].shape, list(numbers.start_index_map)
+    cut = [axis for axis, (old, new) in enumerate(zip(shape, sizes)) if old != new]
+    cut = cut or [axis for axis in places if shape[axis] == 1]
+    if any(sizes[axis] != 1 for axis in cut) or numbers.operand_batching_dims:
+        return None
+    index = [arrays[1][..., places.index(axis)] for axis in cut]
+    counts = arrays[1].shape[:-1]
+    strides = [math.prod(counts[i + 1 :]) for i in range(len(counts))]
+    over = iter([(Atom(PICKS, s, n),) for s, n in zip(strides, counts, strict=True)])
+    left = [() if i in cut else dim for i, dim in enumerate(view.dims)]
+    kept = iter([dim for i, dim in enumerate(left) if i not in numbers.collapsed_slice_dims])
+    dims = tuple(next(kept if place in numbers.offset_dims else over) for place in range(rank))
+    found = _at(view, cut, dims, [own.reshape(-1) for own in index], "gather")
+    return None if found is None else [found]
+
+
+def _at(view: View, cut: Sequence[int], dims: tuple, index: Sequence[Any], by: str) -> View | None:
+    """Returns the view at an index [picks] for each axis that is cut.
+
+    None if an earlier index and this one pick several copies each.
+    """
+    atoms, picks = (), jnp.zeros(index[0].shape if index else 1, jnp.int32)
+    if view.pick is not None:
+        if min(len(picks), len(view.pick.index)) > 1:
+            return None
+        atoms, picks = view.pick.atoms, view.pick.index + picks
+    for axis, own in zip(cut, index, strict=True):
+        size = math.prod(atom.size for atom in view.dims[axis])
+        picks = picks * size + jnp.clip(own.astype(jnp.int32), 0, size - 1)
+        atoms = (*atoms, *view.dims[axis])
+    return view._replace(dims=dims, pick=Pick(atoms, picks, by))
 
 
 def as_kernel(equation: Any, views: list[View | None], data: list[bool]) -> list[View] | None:

@@ -6,6 +6,10 @@ array is a *view* of a parameter leaf. An equation that touches a view is one of
 * a cast, transposition or reshape: its result is a view too;
 * a call (`jit`, `remat`, a custom derivative): the interpreter enters it;
 * a scan: the interpreter enters it; a leaf that the scan runs over is a single copy there;
+* an index along one dimension, static, computed in a loop or read from data: its result is a view
+  of the copies that are picked;
+* a sum with something that does not depend on data, such as an adapter: a view of the same leaf,
+  whose inputs are the same;
 * a product or a convolution with the view as its kernel: a use of the leaf. The other operand is
   the input of the layer; `take` computes a statistic of it at once, so that no input outlives its
   equation;
@@ -20,6 +24,7 @@ through elementwise functions.
 All of this is decided while tracing, from shapes alone.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,17 +34,43 @@ from jax.extend import core
 
 from jaxprune import jaxprs
 from jaxprune.layouts._kernels import Arrangement, agree, arrange
-from jaxprune.layouts._views import View, as_kernel, same_values
+from jaxprune.layouts._views import PICKS, View, as_kernel, picked, same_values
 
-__all__ = ["Found", "Take", "Value", "walk"]
+__all__ = ["Found", "Take", "Use", "Value", "walk"]
 
 _CALLS = {"jit", "closed_call", "call", "remat2", "custom_jvp_call", "custom_vjp_call"}
-_PRODUCTS = {"dot_general", "conv_general_dilated"}
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 # Penalties, norms and means: a leaf that is reduced may still be a kernel elsewhere.
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
 
-# (equation, other operand, shape of the kernel, its side) -> statistic [groups, ...] and its rows
-Take = Callable[[Any, jax.Array, tuple[int, ...], int], tuple[jax.Array, int]]
+
+class Use(NamedTuple):
+    """A product with a kernel, as the argument `take` of `capture` sees it.
+
+    Example:
+        >>> shapes = []
+        >>> def take(use):
+        ...     shapes.append(use.operands[1 - use.side].shape)
+        ...     return jnp.zeros(1), 1
+        >>> from jaxprune.layouts import capture
+        >>> found = capture(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
+        ...     ["w"], take)
+        >>> shapes
+        [(5, 2)]
+    """
+
+    equation: Any
+    operands: Sequence[jax.Array]
+    side: int  # position of the kernel among the operands: 0 left, 1 right
+    # Where an index has picked the kernel: the copy of each pick, the number of copies, and the
+    # dimensions of the kernel that run over the picks, in their order.
+    index: jax.Array | None = None
+    copies: int = 1
+    picks: Sequence[int] = ()
+
+
+# the use of a kernel -> statistic [groups, ...] and its rows
+Take = Callable[[Use], tuple[jax.Array, int]]
 
 
 class Value(NamedTuple):
@@ -70,23 +101,27 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        name, touches = equation.primitive.name, any(operand.view for operand in operands)
-        if touches and name in _CALLS:
-            outputs = walk(*_body(equation.params), operands, found)
-        elif touches and name == "scan":
-            outputs = _scan(equation.params, operands, found)
-        else:
-            parameters = equation.primitive.get_bind_params(equation.params)
-            result = equation.primitive.bind(*(operand.array for operand in operands), **parameters)
-            results = result if equation.primitive.multiple_results else [result]
-            views = _follow(equation, operands, found) if touches else None
-            data = any(operand.data for operand in operands)
-            outputs = [
-                Value(array, view, data)
-                for array, view in zip(results, views or [None] * len(results), strict=True)
-            ]
+        with jaxprs.context(equation):
+            outputs = _evaluate(equation, operands, found)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate(equation: Any, operands: list[Value], found: Found) -> list[Value]:
+    """Evaluates one equation."""
+    name, touches = equation.primitive.name, any(operand.view for operand in operands)
+    if touches and name in _CALLS:
+        return walk(*_body(equation.params), operands, found)
+    if touches and name == "scan":
+        return _scan(equation.params, operands, found)
+    arrays = [operand.array for operand in operands]
+    results = jaxprs.bind(equation.primitive, equation.params, arrays)
+    views = _follow(equation, operands, found) if touches else None
+    data = any(operand.data for operand in operands)
+    return [
+        Value(array, view, data)
+        for array, view in zip(results, views or [None] * len(results), strict=True)
+    ]
 
 
 def _body(parameters: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
@@ -102,7 +137,12 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
     touched = [view for view in views if view]
     if view := same_values(equation, touched[0]):
         return [view]
-    if found.take is None:
+    if found.take is not None:
+        if views[0] and (results := picked(equation, views[0], [x.array for x in operands])):
+            return results
+        if name in ("add", "sub", "add_any") and _is_adapted(equation, operands, views):
+            return touched
+    else:
         if results := as_kernel(equation, views, [operand.data for operand in operands]):
             return results
         if name in _REDUCTIONS:
@@ -114,7 +154,7 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
         if view:
             _narrow(found, view.path, view.numbered(_batch(equation, side)))
     if name not in _PRODUCTS:
-        found.problems.extend((view.path, f"used by `{name}`") for view in touched)
+        found.problems.extend((view.path, _used_by(name, view)) for view in touched)
     elif len(touched) == 1:
         _record(equation, operands, 0 if views[0] else 1, found)
     elif operands[0].data != operands[1].data:
@@ -127,6 +167,17 @@ def _follow(equation: Any, operands: list[Value], found: Found) -> list[View] | 
     return None
 
 
+def _is_adapted(equation: Any, operands: list[Value], views: list[View | None]) -> bool:
+    """Returns whether a sum adds to one leaf something that does not depend on data."""
+    alike = len({atom.aval.shape for atom in equation.invars}) == 1
+    return alike and views.count(None) == 1 and not any(operand.data for operand in operands)
+
+
+def _used_by(name: str, view: View) -> str:
+    """Says which primitives used a leaf in a way that is not understood."""
+    return f"used by `{name}`" if view.pick is None else f"used by `{view.pick.by}`, then `{name}`"
+
+
 def _narrow(found: Found, path: str, axes: frozenset[int]) -> None:
     """Keeps the axes that number copies in this use of a leaf and in all earlier ones."""
     found.copies[path] = found.copies.get(path, axes) & axes
@@ -135,6 +186,9 @@ def _narrow(found: Found, path: str, axes: frozenset[int]) -> None:
 def _batch(equation: Any, side: int) -> tuple[int, ...]:
     """Returns the dimensions of an operand whose indices an equation computes independently."""
     numbers = equation.params.get("dimension_numbers")
+    if equation.primitive.name == "ragged_dot_general":
+        numbers = equation.params["ragged_dot_dimension_numbers"]
+        return tuple(numbers.rhs_group_dimensions) if side == 1 else ()
     if equation.primitive.name == "dot_general":
         # Without contracting axes it is elementwise, like `jnp.einsum("nd,d->nd", x, scale)`.
         return tuple(numbers[1][side]) if numbers[0][side] else ()
@@ -145,7 +199,7 @@ def _batch(equation: Any, side: int) -> tuple[int, ...]:
 
 def _record(equation: Any, operands: list[Value], side: int, found: Found) -> None:
     """Records one use of a leaf, with its statistic."""
-    view, other = operands[side].view, operands[1 - side].array
+    view = operands[side].view
     assert view is not None
     arrangement = arrange(equation, view, side)
     if isinstance(arrangement, str):
@@ -153,8 +207,11 @@ def _record(equation: Any, operands: list[Value], side: int, found: Found) -> No
     elif found.take is None:
         _add(found, view.path, arrangement, None)
     else:
-        taken = found.take(equation, other, operands[side].array.shape, side)
-        _add(found, view.path, arrangement, taken)
+        use = Use(equation, [operand.array for operand in operands], side)
+        if view.pick is not None:
+            count = math.prod(atom.size for atom in view.pick.atoms)
+            use = use._replace(index=view.pick.index, copies=count, picks=view.picks() or ())
+        _add(found, view.path, arrangement, found.take(use))
 
 
 def _add(
@@ -189,6 +246,10 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             found.problems.append((value.view.path, "changed by `scan`"))
             _narrow(found, value.view.path, value.view.numbered())
         starts.append(Value(value.array, value.view if same else None, data=True))
+    for i, value in enumerate(over):
+        if value.view and any(atom.axis == PICKS for atom in value.view.dims[0]):
+            found.problems.append((value.view.path, _used_by("scan", value.view)))
+            over[i] = value._replace(view=None)
     members = [value.view and value.view.one_of_stack() for value in over]
     mapped = {value.view.path: len(value.view.copies) for value in over if value.view}
     inner = Found(found.take, {}, {}, [], {})
@@ -241,7 +302,9 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             found.problems.append((view.path, "carried on by `scan`"))
             _narrow(found, view.path, frozenset())
     for array, view in zip(outputs, ends_views[len(last) :], strict=True):
-        stacked = view and view.path in mapped and view.stack(mapped[view.path])
+        stacked = None
+        if view and view.path in mapped and view.pick is None:
+            stacked = view.stack(mapped[view.path])
         if view and not stacked:
             found.problems.append((view.path, "returned by `scan`"))
             _narrow(found, view.path, view.numbered())

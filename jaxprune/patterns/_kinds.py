@@ -1,5 +1,6 @@
 """The kinds of patterns, and checks whether a pattern fits a leaf."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
 
@@ -210,6 +211,28 @@ def channels(
     return rule
 
 
+def check_pattern(rule: Any) -> None:
+    """Raises unless an argument `pattern` is None, a pattern, or a function that returns one.
+
+    Args:
+        rule: what the caller was given.
+
+    Raises:
+        ValueError: if it is anything else.
+
+    Example:
+        >>> check_pattern(None)
+    """
+    if rule is None or isinstance(rule, (NM, Blocks, Channels)) or callable(rule):
+        return
+    n_m_text = re.fullmatch(r"\D*(\d+)\D+(\d+)\D*", str(rule))
+    meant = "patterns.n_m({}, {}, axis=-2)".format(*n_m_text.groups()) if n_m_text else ""
+    raise ValueError(
+        f"`pattern` must be {_WANTED}, or a function of path and leaf that returns one, but "
+        f"is {rule!r}." + (f" Write `pattern=jaxprune.{meant}`." if meant else "")
+    )
+
+
 def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
     """Returns the pattern of each leaf, checked against its shape.
 
@@ -234,15 +257,11 @@ def patterns_of(leaves: Mapping[str, Any], rule: PatternRule) -> list[Pattern]:
         ValueError: each leaf must fit its pattern; exclude a leaf with `prunable`, or ...
           stem/kernel: shape (3, 8), axis -2 has 3 entries, not a multiple of m = 4
     """
-    if rule is None or isinstance(rule, (NM, Blocks, Channels)):
-        found: list[Pattern] = [rule] * len(leaves)
-    elif callable(rule):
+    check_pattern(rule)
+    if callable(rule):
         found = [rule(path, leaf) for path, leaf in leaves.items()]
     else:
-        raise ValueError(
-            f"`pattern` must be {_WANTED}, or a function of path and leaf that returns one, but "
-            f"is {rule!r}."
-        )
+        found: list[Pattern] = [rule] * len(leaves)
     problems = [
         f"{path}: shape {tuple(leaf.shape)}, {fault}"
         for (path, leaf), pattern in zip(leaves.items(), found, strict=True)

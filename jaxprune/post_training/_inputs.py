@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import layouts, trees
-from jaxprune.post_training._products import rows_of_features
+from jaxprune.post_training._meshes import on_any_mesh, on_this_mesh
+from jaxprune.post_training._products import statistic_of
 
 __all__ = [
     "Apply",
@@ -29,7 +30,8 @@ class InputStatistics(NamedTuple):
     Args:
         value: sum of the statistic over all rows: float32 [groups, features, features] for
             `gram`, [groups, features] for `squared_norms`.
-        rows: number of rows: examples times positions in sequences and images.
+        rows: number of rows: examples times positions in sequences and images. Where an index
+            picks copies of a kernel, the rows of all copies together.
         arrangement: the way the kernel is arranged as [groups, features, outputs].
 
     Example:
@@ -92,11 +94,14 @@ def input_statistics(
     and reshapes, and inside `jit`, `remat`, custom derivatives and scans. Features have the order
     of `kernel.reshape(features, outputs)` for kernels (in, out) and (height, width, in, out);
     `arrangement` brings kernels that are stored differently into this order. Stacked layers that a
-    scan runs over are groups, each with the inputs of its own layer. If a leaf is used more than
-    once, the statistics of its uses are added.
+    scan runs over are groups, each with the inputs of its own layer, and so are the copies of a
+    kernel that an index picks (a number, the counter of a loop, the expert of each row) and the
+    experts of `ragged_dot`. What is added to a kernel, such as a merged adapter, does not change
+    its inputs. If a leaf is used more than once, the statistics of its uses are added.
 
-    Memory: a convolution writes the patches of one batch at a time, which are height x width times
-    as large as its input; use smaller batches if they do not fit.
+    Memory and time: a convolution writes the patches of one batch at a time, which are height x
+    width times as large as its input; use smaller batches if they do not fit. Where rows choose
+    their experts, the rows are read once for each expert.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
@@ -210,11 +215,17 @@ def _capture_batch(
 ) -> dict[str, InputStatistics]:
     """Computes the statistics of one batch, in the order of use; can be traced."""
 
-    def take(
-        equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
-    ) -> tuple[jax.Array, int]:
-        inputs = rows_of_features(equation, other, shape, side)
-        return statistic(inputs), inputs.shape[1]
+    def take(use: layouts.Use) -> tuple[jax.Array, int]:
+        def of_arrays(*arrays: jax.Array) -> jax.Array:
+            count = len(use.operands)
+            own = use._replace(operands=arrays[:count], index=next(iter(arrays[count:]), None))
+            value, number = statistic_of(own, statistic)
+            rows.append(number)
+            return value
+
+        rows: list[int] = []
+        picks = [] if use.index is None else [use.index]
+        return on_any_mesh(of_arrays, *use.operands, *picks), rows[-1]
 
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
 
@@ -233,7 +244,7 @@ def _capture_batch(
     )
     # An OrderedDict, because `jit` sorts the keys of a plain dict.
     return collections.OrderedDict(
-        (path, InputStatistics(*found.sums[path], arrangement))
+        (path, InputStatistics(on_this_mesh(found.sums[path][0]), found.sums[path][1], arrangement))
         for path, arrangement in found.uses.items()
     )
 

@@ -1,5 +1,6 @@
 """Code that the methods share: checks, the order of the layers, and the tree of masks."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxprune.post_training._inputs import (
     input_statistics,
     not_finite,
 )
+from jaxprune.post_training._meshes import on_any_mesh
 
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
@@ -58,14 +60,55 @@ def prune_layers(
 
     rounds = [{path} for path in plan] if sequential else [set(plan)]
     for paths in rounds:
-        for path, inputs in capture(paths).items():
-            leaves[path], masks[path] = method(leaves[path], inputs)
+        for path, inputs in _with_idle(capture(paths), statistic).items():
+            leaves[path], masks[path] = _prune(method, leaves[path], inputs)
         trees.raise_for(
             not_finite({path: leaves[path] for path in plan if path in paths}),
             "`batches` must give Hessians that can be inverted in float32; raise `damping`, or "
             "pass more calibration data. No inverse was found for:",
         )
     return treedef.unflatten(list(leaves.values())), treedef.unflatten(list(masks.values()))
+
+
+def _with_idle(
+    found: dict[str, InputStatistics], statistic: Callable[[jax.Array], jax.Array]
+) -> dict[str, InputStatistics]:
+    """Gives matrices that no input has reached the statistic of equal inputs, and warns of them.
+
+    An expert may get no row of the calibration data. Its weights must not go for that: with equal
+    and uncorrelated inputs both methods are magnitude pruning without an update.
+    """
+    idle = {
+        path: np.asarray(jnp.all(inputs.value == 0, range(1, inputs.value.ndim)))
+        for path, inputs in found.items()
+    }
+    names = [
+        f"{path}[{i}]" if len(flags) > 1 else path
+        for path, flags in idle.items()
+        for i in np.flatnonzero(flags)
+    ]
+    if not names:
+        return found
+    rule = (
+        "`batches` has no input that is not 0 for these kernels, which are pruned by magnitude; "
+        "give more calibration data if they matter:"
+    )
+    warnings.warn("\n  ".join([rule, *names]), stacklevel=4)
+    new = {}
+    for path, inputs in found.items():
+        (equal,) = statistic(jnp.eye(inputs.arrangement.end[1])[None])
+        flags = idle[path].reshape(-1, *[1] * equal.ndim)
+        new[path] = inputs._replace(value=jnp.where(flags, equal, inputs.value))
+    return new
+
+
+def _prune(method: Method, leaf: Any, inputs: InputStatistics) -> tuple[jax.Array, jax.Array]:
+    """Applies a method to a leaf, however it is split over devices."""
+
+    def prune(leaf: Any, value: Any) -> tuple[jax.Array, jax.Array]:
+        return method(leaf, inputs._replace(value=value))
+
+    return on_any_mesh(prune, jnp.asarray(leaf), inputs.value, like=leaf)
 
 
 def largest(scores: jax.Array, keep: int | jax.Array) -> jax.Array:

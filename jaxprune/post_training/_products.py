@@ -1,30 +1,97 @@
 """The inputs of a kernel: the other operand of its product, as rows of features."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["rows_of_features"]
+from jaxprune import layouts
+
+__all__ = ["statistic_of"]
+
+Statistic = Callable[[jax.Array], jax.Array]
 
 
-def rows_of_features(
-    equation: Any, other: jax.Array, shape: tuple[int, ...], side: int
-) -> jax.Array:
-    """Returns the inputs of a kernel, float32 [groups, rows, features], in its matrices' order.
+def statistic_of(use: layouts.Use, statistic: Statistic) -> tuple[jax.Array, int]:
+    """Computes a statistic of the inputs of a kernel, and counts their rows.
 
-    `shape` is the shape of the kernel in the equation, `side` its position: 0 left, 1 right.
+    Of kernels that an index picks, each copy gets the inputs of its own rows. The copies are
+    visited one after the other, with rows of zeros in place of those of other copies, so that
+    memory does not grow with their number; rows of zeros add nothing to a statistic.
+
+    Args:
+        use: the product.
+        statistic: function from float32 [groups, rows, features] to [groups, ...], a sum over
+            rows.
+
+    Returns:
+        The statistic, with the groups of the kernel's matrices in their order, and the number of
+        rows; with an index, of the rows of all copies together.
     """
-    kind = {"dot_general": _product, "conv_general_dilated": _convolution}
-    inputs = kind[equation.primitive.name](equation.params, other, shape, side)
-    return inputs.astype(jnp.float32)
+    name, parameters = use.equation.primitive.name, use.equation.params
+    if name == "ragged_dot_general":
+        return _of_ragged(parameters, use.operands, statistic)
+    kernel, other = use.operands[use.side], use.operands[1 - use.side]
+    if name == "conv_general_dilated":
+        inputs = _convolution(parameters, other, kernel.shape).astype(jnp.float32)
+    else:
+        inputs = _product(parameters, other, use.side).astype(jnp.float32)
+    if use.index is None:
+        return statistic(inputs), inputs.shape[1]
+    if len(use.index) == 1:
+        value = statistic(inputs)
+        every = jnp.zeros((use.copies, *value.shape), value.dtype).at[use.index[0]].set(value)
+        return _joined(every), inputs.shape[1]
+    batch = parameters["dimension_numbers"][1][use.side]
+    inputs = inputs.reshape(*(kernel.shape[axis] for axis in batch), *inputs.shape[1:])
+    # A dimension of picks that the inputs lack: all its picks see the same inputs.
+    missing = [axis for axis in use.picks if axis not in batch]
+    inputs = jnp.broadcast_to(inputs, (*(kernel.shape[axis] for axis in missing), *inputs.shape))
+    order = [(*missing, *batch).index(axis) for axis in use.picks]
+    rest = [axis for axis in range(inputs.ndim) if axis not in order]
+    inputs = inputs.transpose(*order, *rest)
+    inputs = inputs.reshape(len(use.index), -1, *inputs.shape[-2:])
+    return _by_copy(inputs, use.index, use.copies, statistic)
 
 
-def _product(
-    parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...], side: int
-) -> jax.Array:
+def _by_copy(
+    inputs: jax.Array, index: jax.Array, copies: int, statistic: Statistic
+) -> tuple[jax.Array, int]:
+    """Computes the statistic of each copy from inputs [picks, groups, rows, features]."""
+    picks, groups, rows, features = inputs.shape
+
+    def of_copy(copy: jax.Array) -> jax.Array:
+        own = jnp.where((index == copy)[:, None, None, None], inputs, 0)
+        return statistic(own.transpose(1, 0, 2, 3).reshape(groups, picks * rows, features))
+
+    return _joined(jax.lax.map(of_copy, jnp.arange(copies))), picks * rows
+
+
+def _joined(value: jax.Array) -> jax.Array:
+    """Joins the first two axes, copies and groups."""
+    return value.reshape(-1, *value.shape[2:])
+
+
+def _of_ragged(
+    parameters: dict[str, Any], operands: Any, statistic: Statistic
+) -> tuple[jax.Array, int]:
+    """Computes the statistic for `ragged_dot`, whose rows are sorted by the kernel they meet."""
+    numbers = parameters["ragged_dot_dimension_numbers"]
+    (contracting, _), (ragged,) = numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions
+    other, sizes = operands[0].astype(jnp.float32), operands[2]
+    features = [axis for _, axis in sorted(zip(contracting[1], contracting[0], strict=True))]
+    rest = [axis for axis in range(other.ndim) if axis not in (ragged, *features)]
+    count, width = other.shape[ragged], math.prod(other.shape[axis] for axis in features)
+    inputs = other.transpose(ragged, *rest, *features).reshape(count, 1, -1, width)
+    # Rows after the last group belong to none.
+    index = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(count), side="right")
+    return _by_copy(inputs, index, len(sizes), statistic)
+
+
+def _product(parameters: dict[str, Any], other: jax.Array, side: int) -> jax.Array:
     """Arranges inputs of `dot_general`: features are contracting axes, groups are batch axes."""
     contracting, batch = parameters["dimension_numbers"]
     # Features have the order of the kernel's axes, whatever their order in the equation.
@@ -35,11 +102,8 @@ def _product(
     return other.transpose(*groups, *rows, *features).reshape(sizes)
 
 
-def _convolution(
-    parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...], side: int
-) -> jax.Array:
+def _convolution(parameters: dict[str, Any], other: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Arranges inputs of a convolution: features are window positions times input channels."""
-    del side
     image, kernel, _ = parameters["dimension_numbers"]  # each: (batch or output, channels, spatial)
     groups = parameters["feature_group_count"]
     window = tuple(shape[axis] for axis in kernel[2:])

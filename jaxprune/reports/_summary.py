@@ -133,8 +133,8 @@ def summarize(
         A `Summary`: print it, or use its `rows`, `total` and `to_dict()`.
 
     Raises:
-        ValueError: if `params` has no arrays, or only shapes and no masks; if `masks` does not
-            match it (it lists every leaf); if `prunable` or `stacked` matches nothing.
+        ValueError: inside `jit`; if `params` has no arrays, or only shapes and no masks; if `masks`
+            does not match it (it lists every leaf); if `prunable` or `stacked` matches nothing.
 
     Example:
         >>> import numpy as np
@@ -155,6 +155,7 @@ def summarize(
         -----------  -----  ----------  --------  ----  --------  -----
         total                        6         4     4    33.33%     24
     """
+    _check_known(params, masks, "summarize")
     leaves = _leaves(params)
     kept = None if masks is None else _checked(params, masks)
     axes = stacks.axes_of(params, stacked)
@@ -221,6 +222,7 @@ def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
         >>> dense - 40_000 < 1_000, sparse - (4_000 + 10_000 // 8) < 1_000
         (True, True)
     """
+    _check_known(params, masks, "checkpoint_bytes")
     kept = _checked(params, masks)
     pruned = [
         np.where(kept[path], np.asarray(leaf), np.zeros((), leaf.dtype)) if path in kept else leaf
@@ -229,6 +231,12 @@ def checkpoint_bytes(params: Any, masks: Any) -> tuple[int, int]:
     pruned = jax.tree.structure(params).unflatten(pruned)
     everything = jax.tree.map(lambda _: True, params)
     return _file_bytes(params, everything), _file_bytes(pruned, masks)
+
+
+def _check_known(params: Any, masks: Any, caller: str) -> None:
+    """Raises inside `jit`, where values are not known."""
+    trees.check_known("params", params, caller)
+    trees.check_known("masks", masks, caller)
 
 
 def _file_bytes(params: Any, masks: Any) -> int:

@@ -20,7 +20,14 @@ import jax
 import numpy as np
 
 from jaxprune import files, trees
-from jaxprune.storage._leaves import is_stored, jax_array, masked_leaves, pack_mask, unpack_mask
+from jaxprune.storage._leaves import (
+    is_stored,
+    jax_array,
+    masked_leaves,
+    pack_mask,
+    placed_like,
+    unpack_mask,
+)
 
 _FORMAT = "jaxprune.storage"
 _VERSION = 1
@@ -77,13 +84,15 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
 
     Args:
         path: a path, or a binary file open for reading.
-        like: tree of arrays or `jax.ShapeDtypeStruct` with the structure of the result. None: dicts
+        like: tree of arrays or `jax.ShapeDtypeStruct` with the structure of the result. A sharding
+            of either places the leaf and its mask: a model goes straight to its mesh. None: dicts
             nested at the slashes of the paths; lists, modules and integer keys become dicts with
             keys such as `"0"`, and empty containers are lost. The functions and strings of a module
             are copied to the result; where it has None, the file is not read.
 
     Returns:
-        Parameters and masks, with the dtypes that were saved, on the default device. Dense leaves
+        Parameters and masks, with the dtypes that were saved, on the default device unless `like`
+            says where. Dense leaves
         have the scalar mask True. A 64-bit leaf is a NumPy array unless `jax_enable_x64` is set.
 
     Raises:
@@ -197,7 +206,9 @@ def _restored(saved: tuple[np.ndarray, np.ndarray] | None, like: Any) -> tuple[A
         return like, jax_array(np.array(True))
     values, mask = saved
     is_number = not trees.is_array(like)
-    return type(like)(values.item()) if is_number else jax_array(values), jax_array(mask)
+    if is_number:
+        return type(like)(values.item()), jax_array(mask)
+    return placed_like(values, like), placed_like(mask, like)
 
 
 def _check_like(leaves: dict[str, tuple[np.ndarray, np.ndarray]], like: Any, name: str) -> None:

@@ -64,6 +64,8 @@ def masked_leaves(params: Any, masks: Any) -> dict[str, tuple[np.ndarray, np.nda
 
     The functions and strings among the leaves of modules are left out.
     """
+    trees.check_known("params", params, "storage.save")
+    trees.check_known("masks", masks, "storage.save")
     leaves = {path: leaf for path, leaf in trees.leaf_by_path(params).items() if is_stored(leaf)}
     values = {path: _host_array(leaf) for path, leaf in leaves.items()}
     trees.raise_for(
@@ -96,6 +98,20 @@ def jax_array(values: np.ndarray) -> Any:
     """Returns a JAX array, or the NumPy array if JAX would change its dtype."""
     keeps = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
     return jnp.asarray(values) if keeps else values
+
+
+def placed_like(values: np.ndarray, like: Any) -> Any:
+    """Returns a JAX array where a leaf, an array or its shape, says that it lies.
+
+    An array that JAX may move, because nobody has placed it, says nothing.
+    """
+    sharding = getattr(like, "sharding", None)
+    is_free = isinstance(like, jax.Array) and not like.committed
+    # A scalar mask stands for a dense leaf; a leaf that JAX would change remains a NumPy array.
+    changes = jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype
+    if sharding is None or is_free or changes or values.shape != like.shape:
+        return jax_array(values)
+    return jax.device_put(values, sharding)
 
 
 def _host_array(leaf: Any) -> np.ndarray:

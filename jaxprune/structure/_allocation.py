@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune import trees
-from jaxprune.structure._groups import Group, Groups
+from jaxprune.structure._groups import Group, Groups, Multiple
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._scores import Scores
 
@@ -102,7 +102,7 @@ def keep_within(
     floor: Fractions = 0.0,
     ceiling: Fractions = 1.0,
     ignore: Callable[[Group], bool] | None = None,
-    multiple: int = 1,
+    multiple: Multiple = None,
 ) -> dict[str, np.ndarray]:
     """Keeps as much of one global ranking as a limit of parameters, MACs or bytes allows.
 
@@ -114,7 +114,7 @@ def keep_within(
         floor: see `keep_uniform`.
         ceiling: see `keep_uniform`.
         ignore: see `keep_uniform`.
-        multiple: widths are rounded up to a multiple of this, as in `Groups.plan`.
+        multiple: widths are rounded up to a multiple of this, as in `Groups.plan`, also by default.
 
     Returns:
         Group name -> bool [channels], for `Groups.plan`.

@@ -3,6 +3,7 @@
 Read `_values` first: it defines the facts that are known of removed entries.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +14,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core, source_info_util
 
+from jaxprune import jaxprs
 from jaxprune.structure._nodes import FROZEN, Nodes, rows_of
 from jaxprune.structure._rules import (
     control,
+    devices,
     elementwise,
     indexing,
     products,
@@ -47,12 +50,15 @@ RULES: dict[str, Rule] = {
     **reductions.RULES,
     **indexing.RULES,
     **control.RULES,
+    **devices.RULES,
 }
 INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
+CALLING = {*control.RULES, "shard_map"}  # primitives that run functions
 # Primitives that only move entries: nothing is computed from the entries that they leave out.
 _MOVES = frozenset(
     "slice split squeeze reshape transpose broadcast_in_dim convert_element_type copy".split()
 )
+_NO_SCOPE = source_info_util.new_name_stack()
 _FEW = 65536  # constants with at most this many entries are inspected
 # Each fact beside its two stronger forms; `_values` says what they mean.
 _SOFT = {ZERO: ZERO_SOFT, SAME: SAME_SOFT}
@@ -84,6 +90,7 @@ class Analysis:
         self.nodes = Nodes()
         self.leaves: list[Value] = []
         self.used: set[int] = set()  # leaves that some operation reads
+        self._used_nodes: dict[int, np.ndarray] = {}  # by identity: many values share their nodes
         # Leaves come first, so their nodes are 1, 2, ... in order.
         self._places: list[tuple[int, int]] = []  # (leaf, dimension)
         self._starts: list[int] = []  # the first node of each place, minus 1
@@ -103,8 +110,10 @@ class Analysis:
         self.tables: set[int] = set()
         self.kernels: set[int] = set()  # leaves with two or more dimensions in one product
         self.scales: set[int] = set()  # vectors that multiply data, so that their zeros remove it
+        self.copies: list[np.ndarray] = []  # nodes that products only repeat over, such as heads
         self.unknown: dict[str, int] = {}  # primitive -> how often it froze something
         self.op = Op("update", None, {}, [], [], "of a variable")  # the current operation
+        self.symbolic = False  # whether some sizes are symbols
         self.rule_stack: list[tuple[Any, dict]] = []  # derivative rules being followed
 
     # ---- values
@@ -171,10 +180,13 @@ class Analysis:
         """Joins nodes pairwise, see `Nodes.unite`; what joins a frozen node is noted as frozen."""
         if a is b:
             return
-        frozen_a, frozen_b = self.nodes.is_frozen(a), self.nodes.is_frozen(b)
+        roots_a, roots_b = self.root(a), self.root(b)
+        if (roots_a == roots_b).all():
+            return
+        frozen_a, frozen_b = roots_a == FROZEN, roots_b == FROZEN
         for nodes in (a[frozen_b & ~frozen_a], b[frozen_a & ~frozen_b]):
             self.freeze(nodes, f"`{self.op.name}` {self.op.where} joins it to a fixed width")
-        self.nodes.unite(a, b)
+        self.nodes.unite(roots_a, roots_b)
 
     def split_factor(self, roots: np.ndarray) -> int:
         """Chooses which factor may shrink when a reshape splits a dimension; returns its index.
@@ -204,7 +216,12 @@ class Analysis:
     def use(self, values: Sequence[Value]) -> None:
         """Notes that values enter a computation or are an output."""
         for value in values:
-            for nodes in value.nodes:
+            self._used_nodes.update((id(nodes), nodes) for nodes in value.nodes)
+
+    def mark_used(self) -> None:
+        """Marks the classes of all nodes that `use` noted; classes only grow, so once is enough."""
+        for nodes in self._used_nodes.values():
+            if nodes.any():
                 self.nodes.used[self.root(nodes)] = True
 
     def is_free(self, nodes: np.ndarray) -> np.ndarray:
@@ -217,6 +234,8 @@ class Analysis:
 
     def freeze(self, nodes: np.ndarray, reason: str) -> None:
         """Marks nodes that must be kept and notes the reason for each dimension of a leaf hit."""
+        if not nodes.any():  # the usual case
+            return
         roots = self.root(nodes)
         roots = roots[roots != FROZEN]
         if not len(roots):
@@ -224,7 +243,7 @@ class Analysis:
         if self.nodes.of_leaf[roots].any():
             marked = np.zeros(self.nodes.count, bool)
             marked[roots] = True
-            marked = marked[self.root(np.arange(1, self._leaf_nodes + 1))]
+            marked = marked[self.nodes.first_roots(self._leaf_nodes)]
             hits = np.logical_or.reduceat(marked, self._starts)
             hit = [place for place, is_hit in zip(self._places, hits, strict=True) if is_hit]
             self.freezes.append((hit, reason))
@@ -261,11 +280,18 @@ class Analysis:
     def graph(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Graph:
         """Follows a jaxpr on values."""
         ops: list[Op] = []
+        self.symbolic |= any(jaxprs.has_symbols(var.aval.shape) for var in jaxpr.invars)
         outs = self._inline(jaxpr, consts, ins, ops)
         return Graph(list(ins), outs, ops)
 
     def _inline(
-        self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value], ops: list[Op]
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        ins: Sequence[Value],
+        ops: list[Op],
+        scope: Any = _NO_SCOPE,
+        caller: str = "an unknown line",
     ) -> list[Value]:
         known: dict[Any, Value] = {}
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -280,14 +306,23 @@ class Analysis:
             name = equation.primitive.name
             if name in INLINED:
                 inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-                outs = self._inline(inner.jaxpr, inner.consts, operands, ops)
+                within = scope + equation.source_info.name_stack
+                place = jaxprs.line(equation) or caller
+                outs = self._inline(inner.jaxpr, inner.consts, operands, ops, within, place)
             else:
-                where = source_info_util.summarize(equation.source_info)
+                where = jaxprs.line(equation) or caller
                 outs = [Value(var.aval) for var in equation.outvars]
-                op = Op(name, equation.primitive, equation.params, operands, outs, f"at {where}")
+                params = equation.params
+                if self.symbolic:
+                    params = {key: jaxprs.sizes(own) for key, own in params.items()}
+                op = Op(name, equation.primitive, params, operands, outs, f"at {where}")
+                op.equation, op.scope = equation, scope
                 self.used.update(value.leaf for value in operands if value.leaf is not None)
                 outer, self.op = self.op, op
-                self._follow(op)
+                # Functions that are traced on the way, such as derivative rules, need the context.
+                calls = name in CALLING
+                with jaxprs.context(equation, scope) if calls else contextlib.nullcontext():
+                    self._follow(op)
                 self.op = outer
                 ops.append(op)
             known.update(zip(equation.outvars, outs, strict=True))
@@ -299,9 +334,9 @@ class Analysis:
         of_data = all(value.of_data for value in op.ins)
         for out in op.outs:
             out.of_params, out.of_data, out.op = of_params, of_data, op
-        if op.name not in _MOVES:
+        if op.name not in _MOVES and op.name != "shard_map":  # the operations in it use them
             self.use(op.ins)
-        if not of_params and op.name not in control.RULES:
+        if not of_params and op.name not in CALLING:
             self._note_meeting(op)
         rule = RULES.get(op.name)
         if rule is None or rule.analyze(self, op) is False:
@@ -311,6 +346,8 @@ class Analysis:
         for out in op.outs:
             if not out.origins:
                 out.origins = [frozenset()] * len(out.shape)
+            if self.symbolic:
+                self._keep_symbols(out)
             for dimension, size in enumerate(out.shape):
                 assert len(out.nodes[dimension]) == len(out.facts[dimension]) == size, op.name
                 if size == 1:  # removing the one index would change what it broadcasts to
@@ -324,11 +361,24 @@ class Analysis:
                 self.producers.update(*out.origins)
                 out.origins = [frozenset()] * len(out.shape)
 
+    def _keep_symbols(self, out: Value) -> None:
+        """Keeps dimensions of symbolic size whole.
+
+        The numbers that stand in for sizes respect no bounds, so a slice may have a different size.
+        """
+        for dimension, size in enumerate(out.shape):
+            nodes = out.nodes[dimension]
+            if jaxprs.has_symbols(out.aval.shape[dimension : dimension + 1]) or len(nodes) != size:
+                self.freeze(nodes, f"its size is symbolic {self.op.where}")
+                out.nodes[dimension], out.facts[dimension] = frozen(size), np.zeros(size, np.uint8)
+
     def _note_meeting(self, op: Op) -> None:
         """Notes how the parameters among the operands meet data."""
         for value in op.ins:
+            if not value.of_params:
+                continue
             leaves = {leaf for origins in value.origins for leaf, _ in origins}
-            if value.of_params and leaves:
+            if leaves:
                 spans = sum(
                     size > 1 and bool(origins)
                     for size, origins in zip(value.shape, value.origins, strict=True)
@@ -361,7 +411,8 @@ class Analysis:
         """Tells whether one factor alone makes 0 all entries of a product that are known to be."""
         for dimension, nodes in enumerate(out.nodes):
             known = out.facts[dimension] & (ZERO_GATE | SAME_GATE) > 0
-            known &= self.is_free(nodes)
+            if known.any():
+                known &= self.is_free(nodes)
             if known.any():
                 spans = value.shape and value.shape[dimension] == len(nodes)
                 if not spans or not (value.facts[dimension][known] & ZERO_GATE > 0).all():

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import jaxprs
 from jaxprune.structure._analysis import RULES, Analysis
 from jaxprune.structure._rules import elementwise
+from jaxprune.structure._slicing import pick
 from jaxprune.structure._values import ZERO, Graph, Op, Value
 
 
@@ -38,9 +41,11 @@ class Execution:
     def shape(self, value: Value) -> tuple[int, ...]:
         """Returns the shape of the smaller array of a value."""
         if id(value) not in self._shapes:
-            dimensions = range(len(value.shape))
-            sizes = tuple(int(self.kept(value, dimension).sum()) for dimension in dimensions)
-            self._shapes[id(value)] = sizes
+            kept = [self.kept(value, dimension) for dimension in range(len(value.shape))]
+            self._shapes[id(value)] = tuple(
+                size if own.all() else int(own.sum())
+                for own, size in zip(kept, value.aval.shape, strict=True)
+            )
         return self._shapes[id(value)]
 
     def take(self, array: Any, value: Value, but: int | None = None) -> Any:
@@ -48,7 +53,7 @@ class Execution:
         for dimension in range(len(value.shape)):
             kept = self.kept(value, dimension)
             if dimension != but and not kept.all():
-                array = jnp.take(array, np.flatnonzero(kept), axis=dimension)
+                array = pick(array, np.flatnonzero(kept), dimension)
         return array
 
     def is_zero(self, value: Value, dimension: int) -> bool:
@@ -74,7 +79,7 @@ class Execution:
         op = value.op
         if value.of_data:
             gone = np.flatnonzero(~self.kept(value, dimension))
-            whole = jnp.take(self.dense(value), gone, axis=dimension)
+            whole = pick(self.dense(value), gone, dimension)
             return self.take(whole, value, but=dimension)
         if op is None:
             raise AssertionError(f"no removed entries of {value}")
@@ -123,12 +128,8 @@ class Execution:
         outer = self.arrays, self._removed
         self.arrays, self._removed = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
         for op in graph.ops:
-            rule, operands = RULES.get(op.name), [self.read(value) for value in op.ins]
-            run = rule.run if rule is not None and rule.run is not None else None
-            if run is None or not (op.inner or self._shrinks(op)):
-                results = self.bind(op, operands)
-            else:
-                results = run(self, op, operands)
+            with jaxprs.context(op.equation, op.scope):
+                results = self._run(op, [self.read(value) for value in op.ins])
             for value, array in zip(op.outs, results, strict=True):
                 if tuple(array.shape) != self.shape(value):
                     raise ValueError(
@@ -136,26 +137,29 @@ class Execution:
                         f"plan, but gave {tuple(array.shape)}; please report this."
                     )
                 self.arrays[id(value)] = array
-        results = [self.read(value) for value in graph.outs]
+        results = [_as_array(self.read(value), value) for value in graph.outs]
         self.arrays, self._removed = outer
         return results
 
+    def _run(self, op: Op, operands: list[Any]) -> list[Any]:
+        """Runs one operation on smaller arrays."""
+        rule = RULES.get(op.name)
+        if rule is None or rule.run is None or not (op.inner or self._shrinks(op)):
+            return self.bind(op, operands)
+        return rule.run(self, op, operands)
+
     def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
         """Runs the primitive unchanged."""
-        subfunctions, params = [], op.params
-        if self._has_functions(op):
-            bound = op.primitive.get_bind_params(op.params)
-            # Older versions of JAX return the functions separately.
-            subfunctions, params = bound if isinstance(bound, tuple) else ([], bound)
-        results = op.primitive.bind(*subfunctions, *arrays, **params)
-        return list(results) if op.primitive.multiple_results else [results]
+        return jaxprs.bind(op.primitive, op.equation.params, arrays)
 
     def _shrinks(self, op: Op) -> bool:
-        return any(self.shape(value) != value.shape for value in [*op.ins, *op.outs])
+        values = [*op.ins, *op.outs]
+        return any(self.shape(value) != tuple(value.aval.shape) for value in values)
 
-    @staticmethod
-    def _has_functions(op: Op) -> bool:
-        return op.name.startswith("custom_")
+
+def _as_array(array: Any, value: Value) -> Any:
+    """Makes an array of a number: in a jaxpr it may be one of Python, outside it never is."""
+    return array if isinstance(array, jax.Array) else jnp.asarray(array, value.aval.dtype)
 
 
 def _alike(arrays: Sequence[Any], dimension: int) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprune import trees
+from jaxprune import jaxprs, trees
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._joining import join
@@ -16,6 +16,7 @@ from jaxprune.structure._traces import (
     Traced,
     analyze,
     broken_caches,
+    is_array,
     trace_function,
 )
 from jaxprune.structure._values import Graph, Split
@@ -30,6 +31,7 @@ def find_groups(
     updates: Callable[[Any], Any] | None = None,
     parameters: Callable[[str, Any], bool] | None = None,
     caches: Callable[[str, Any], bool] | None = None,
+    **kwargs: Any,
 ) -> Groups:
     """Finds which dimensions of a function's variables can shrink, and which shrink together.
 
@@ -37,10 +39,13 @@ def find_groups(
     operations. An operation that is not understood freezes what it touches.
 
     Args:
-        function: `function(variables, *args)` of any framework; or a list of `Trace`, one for each
-            way in which the variables will be used, such as evaluation and training.
-        variables: tree of arrays or `jax.ShapeDtypeStruct`: parameters and other state.
-        *args: arrays or `jax.ShapeDtypeStruct`; later calls may use different batch sizes.
+        function: `function(variables, *args, **kwargs)` of any framework; or a list of `Trace`, one
+            for each way in which the variables will be used, such as evaluation and training.
+        variables: tree of arrays or `jax.ShapeDtypeStruct`: parameters and other state. A whole
+            module may have functions, strings and numbers among its leaves; they are kept.
+        *args: trees of arrays or `jax.ShapeDtypeStruct`; later calls may use different batch sizes,
+            which may be symbolic (`jax.export.symbolic_shape`). What is no array, such as a bool or
+            a string, is passed on as it is.
         updates: see `Trace`.
         parameters: `(path, leaf) -> bool`: the leaves that a mask may set to zero. Default: all
             floating-point leaves except caches and state. State is what `updates` returns, what no
@@ -50,13 +55,16 @@ def find_groups(
             trace trains.
         caches: `(path, leaf) -> bool`: state that is 0 before it is first written, such as keys and
             values of earlier tokens. Default: leaves with `cache` in their path.
+        **kwargs: keyword arguments of the function, like `args`. For one that is called `updates`,
+            `parameters` or `caches`, give a `Trace`.
 
     Returns:
         The groups, a mapping from names to `Group`.
 
     Raises:
-        ValueError: if `updates` returns something that is not in the variables, or if all variables
-            are state.
+        ValueError: if `updates` returns something that is not in the variables, if all variables
+            are state, if a variable has a symbolic size, or if there are arguments beside a list of
+            traces.
 
     Example:
         >>> import jax
@@ -67,8 +75,20 @@ def find_groups(
         >>> [(member.path, member.dimension, member.produces) for member in group.members]
         [('in', 1, True), ('out', 0, False)]
     """
-    traces = [Trace(function, args, updates)] if callable(function) else list(function)
-    leaves = trees.leaf_by_path(variables)
+    if callable(function):
+        traces = [Trace(function, args, updates, kwargs=kwargs)]
+    elif args or kwargs or updates is not None:
+        raise ValueError(
+            "each `Trace` must hold its own arguments and `updates`, but some were given beside a "
+            "list of traces; put them into the traces."
+        )
+    else:
+        traces = list(function)
+    leaves = {path: leaf for path, leaf in trees.leaf_by_path(variables).items() if is_array(leaf)}
+    trees.raise_for(
+        [f"{p}: {leaf.shape}" for p, leaf in leaves.items() if jaxprs.has_symbols(leaf.shape)],
+        "`variables` must have known sizes; only arguments may have symbolic ones:",
+    )
     is_cache = _is_cache if caches is None else caches
     traced = [trace_function(trace, variables) for trace in traces]
     if parameters is None:

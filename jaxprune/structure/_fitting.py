@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend import core, source_info_util
+from jax.extend import core
 
-from jaxprune import trees
-from jaxprune.structure._traces import abstract
+from jaxprune import jaxprs, trees
+from jaxprune.structure._traces import is_array, run, split, to_jaxpr
 
 _INLINED = frozenset(
     "jit pjit closed_call core_call xla_call custom_jvp_call custom_vjp_call remat2 checkpoint "
@@ -44,6 +44,7 @@ def compare(
     wrapped: Callable[..., Any],
     small: Any,
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     tolerance: float,
 ) -> Fit:
     """Compares a function with its wrapped form, both on the compacted arrays.
@@ -53,6 +54,7 @@ def compare(
         wrapped: the same function from `Plan.wrap`.
         small: compacted arrays or `jax.ShapeDtypeStruct`.
         args: arguments of the functions, arrays or `jax.ShapeDtypeStruct`.
+        kwargs: their keyword arguments.
         tolerance: largest relative difference allowed.
 
     Returns:
@@ -62,14 +64,13 @@ def compare(
         >>> def mean(w, x):
         ...     return (x @ w).sum() / w.shape[1]
         >>> fit = compare(mean, lambda w, x: (x @ w).sum() / 4, jnp.ones((2, 2)),
-        ...     (jnp.ones((1, 2)),), 1e-4)
+        ...     (jnp.ones((1, 2)),), {}, 1e-4)
         >>> fit.fits, fit.difference
         (False, 1.0)
     """
-    shapes = jax.tree.map(abstract, (small, args))
-    planned, outputs = jax.make_jaxpr(wrapped, return_shape=True)(shapes[0], *shapes[1])
+    planned, outputs = to_jaxpr(wrapped, small, *args, **kwargs)
     try:
-        found, own = jax.make_jaxpr(function, return_shape=True)(shapes[0], *shapes[1])
+        found, own = to_jaxpr(function, small, *args, **kwargs)
     except Exception as error:  # user code may raise anything for shapes that it does not expect
         message = str(error).strip().splitlines() or [""]
         return Fit(False, False, None, (f"it raises {type(error).__name__}: {message[0]}",))
@@ -79,12 +80,13 @@ def compare(
     reasons = _differences(found, planned)
     if reasons is None:
         return Fit(True, True, None, ())
-    if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(small)):
+    given = split((small, args, dict(kwargs))).arrays
+    if not all(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in given):
         return Fit(False, False, None, reasons)
     # Compare at moved variables too: initial zeros, such as those of a head, hide any difference.
     gaps = []
     for variables in (small, _moved(small)):
-        outs = [jax.tree.leaves(jax.jit(call)(variables, *args)) for call in (wrapped, function)]
+        outs = [split(run(call, variables, *args, **kwargs)).arrays for call in (wrapped, function)]
         gaps += [relative_gap(*pair) for pair in zip(*outs, strict=True)]
     worst = float(np.max([0.0, *gaps]))  # NaN if one is
     return Fit(bool(worst <= tolerance), False, worst, reasons)
@@ -98,13 +100,15 @@ def relative_gap(a: Any, b: Any) -> float:
         b: array of the same shape.
 
     Returns:
-        The relative difference; NaN if an entry is NaN. For integers, 1.0 if any entry differs and
-        0.0 if none does.
+        The relative difference; NaN if an entry is NaN. For integers and random keys, 1.0 if any
+        entry differs and 0.0 if none does.
 
     Example:
         >>> relative_gap(jnp.array([2.0, 1.0]), jnp.array([2.0, 2.0]))
         0.5
     """
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
     if not jnp.issubdtype(a.dtype, jnp.inexact):
         return float(not np.array_equal(a, b))
     scale = jnp.max(jnp.abs(a), initial=0.0) + 1e-30
@@ -113,7 +117,10 @@ def relative_gap(a: Any, b: Any) -> float:
 
 def _forms(outputs: Any) -> dict[str, str]:
     named = trees.leaf_by_path(outputs)
-    return {path: f"{out.dtype}{list(out.shape)}" for path, out in named.items()}
+    return {
+        path: f"{out.dtype}{list(out.shape)}" if is_array(out) else repr(out)
+        for path, out in named.items()
+    }
 
 
 def _unlike(own: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...]:
@@ -127,15 +134,15 @@ def _unlike(own: Mapping[str, str], wanted: Mapping[str, str]) -> tuple[str, ...
 
 def _moved(variables: Any) -> Any:
     """Adds noise to the variables; the noise is positive, as variances must not be negative."""
-    leaves, structure = jax.tree.flatten(variables)
+    parts = split(variables)
     generator = np.random.default_rng(0)
     moved = [
         leaf + jnp.asarray(generator.uniform(0.05, 0.2, leaf.shape), leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
         else leaf
-        for leaf in leaves
+        for leaf in parts.arrays
     ]
-    return jax.tree.unflatten(structure, moved)
+    return parts.tree(moved)
 
 
 class _Expression(NamedTuple):
@@ -249,7 +256,7 @@ def _is_partner(one: _Expression, other: _Expression) -> bool:
 
 
 def _describe(equation: Any, partner: Any) -> list[str]:
-    text = f"`{equation.primitive.name}` at {source_info_util.summarize(equation.source_info)}"
+    text = f"`{equation.primitive.name}` at {jaxprs.line(equation) or 'an unknown line'}"
     if partner is None:
         return [f"{text} has no counterpart in the compacted function"]
     pairs = [

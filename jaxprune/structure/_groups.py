@@ -1,14 +1,19 @@
 """Holds groups of channels that shrink together, as `find_groups` returns them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxprune import trees
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import Model
+
+# One multiple for all groups, or a dict from the names of groups to theirs
+Multiple = int | Mapping[str, int] | None
+
+_WIDTH = 8  # widths that are no multiples of it are slow on all devices, see docs/structure.md
 
 
 class Member(NamedTuple):
@@ -49,11 +54,24 @@ class Group(NamedTuple):
     # The scales and the biases added after them; zeros in both remove what reads the channel.
     norms: tuple[Member, ...] = ()
     removed: int = 0  # number of channels that earlier plans removed, see `Groups.compact`
+    # Whether products only repeat over the channels, as over heads and experts: no width.
+    copies: bool = False
 
     @property
     def full(self) -> int:
         """The number of channels in the dense network."""
         return self.size + self.removed
+
+    @property
+    def multiple(self) -> int:
+        """The default of `Groups.plan`: kept channels are rounded up to a multiple of this.
+
+        It makes widths multiples of 8. Heads and experts are not rounded, and neither is a group of
+        at most 8 channels, which would be kept whole.
+        """
+        if self.copies or self.size <= _WIDTH:
+            return 1
+        return _WIDTH // math.gcd(_WIDTH, *map(_indices, self.members))
 
     @property
     def exact(self) -> bool:
@@ -78,7 +96,7 @@ class Groups(Mapping[str, Group]):
     """The groups of a function by name, with the reasons for all dimensions that are in none.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from jaxprune.structure import find_groups
         >>> def mlp(variables, x):
         ...     return jax.nn.relu(x @ variables["in"]) @ variables["out"]
@@ -113,23 +131,31 @@ class Groups(Mapping[str, Group]):
         """Returns the number of groups."""
         return len(self._groups)
 
-    def plan(self, keep: Mapping[str, Any], *, multiple: int | None = None) -> Plan:
+    def plan(self, keep: Mapping[str, Any], *, multiple: Multiple = None) -> Plan:
         """Makes the plan that keeps the given channels; groups not named are kept whole.
 
         Args:
             keep: group name -> bool [channels], True for kept channels.
             multiple: rounds the number of kept channels up to a multiple of this by keeping the
-                first of the removed channels. Default: 8 on accelerators, 1 on CPU.
+                first of the removed channels. Default: `Group.multiple` of each group. A dict gives
+                single groups their own, by name or part of it (see `trees.means`), such as heads
+                and their width: `{"query/kernel:1": 1, "query/kernel:2": 64, "mlp": 128}`; the
+                other groups have the default.
 
         Returns:
             The `Plan`.
 
         Raises:
             ValueError: if a name is not that of a group, or an array has the wrong length or dtype
-                or keeps no channel; it lists all of them.
+                or keeps no channel (it lists all of them); if a multiple is no integer above 0.
         """
-        if multiple is None:
-            multiple = 1 if jax.default_backend() == "cpu" else 8
+        if not isinstance(keep, Mapping):
+            raise ValueError(
+                "`keep` must be a dict from the names of groups to bools, one for each channel, "
+                f"such as `structure.keep_global` returns, but is {type(keep).__name__}."
+            )
+        trees.check_known("keep", dict(keep), "Groups.plan")
+        multiples = self._multiples(multiple)
         shapes, problems = self.model.shapes, []
         kept = {path: [np.ones(size, bool) for size in shape] for path, shape in shapes.items()}
         for name, wanted in keep.items():
@@ -142,12 +168,26 @@ class Groups(Mapping[str, Group]):
             elif not channels.any():
                 problems.append(f"{name}: keeps nothing; keep at least one channel")
             else:
-                channels = rounded_up(channels, multiple)
+                channels = rounded_up(channels, multiples[name])
                 for member in self[name].members:
                     own = np.where(member.channels >= 0, channels[member.channels], True)
                     kept[member.path][member.dimension] &= own
         trees.raise_for(problems, "`keep` must hold bools for the channels of groups:")
         return Plan(self.model, kept)
+
+    def _multiples(self, multiple: Multiple) -> dict[str, int]:
+        """Returns the multiple of each group."""
+        if isinstance(multiple, Mapping):
+            named = trees.by_name("multiple", multiple, list(self))
+        else:
+            named = {} if multiple is None else dict.fromkeys(self, multiple)
+        bad = [
+            f"{name}: {own!r}"
+            for name, own in named.items()
+            if not isinstance(own, (int, np.integer)) or isinstance(own, bool) or own < 1
+        ]
+        trees.raise_for(bad, "`multiple` must be an integer of at least 1, but is:")
+        return {name: named.get(name, group.multiple) for name, group in self.items()}
 
     def compact(self, plan: Plan) -> "Groups":
         """Returns the groups of the compacted variables, under the same names.
@@ -198,6 +238,11 @@ class Groups(Mapping[str, Group]):
             lines.append("frozen:")
         lines += [f"    {f.path} dimension {f.dimension}: {f.reason}" for f in self.frozen]
         return "\n".join(lines)
+
+
+def _indices(member: Member) -> int:
+    """Returns a number that divides the number of indices that each channel has in a member."""
+    return int(np.gcd.reduce(np.bincount(member.channels[member.channels >= 0])))
 
 
 def rounded_up(kept: np.ndarray, multiple: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Joins all analysed traces of a function to one set of groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,10 +28,13 @@ class _Joined(NamedTuple):
     count: int  # number of leaf nodes plus one
     unused: set[int]  # leaves that no trace uses
 
-    def roots(self, analysis: Analysis, nodes: np.ndarray) -> np.ndarray:
-        """Returns the joined roots of the given nodes, of leaf nodes only."""
-        roots = analysis.root(nodes)
-        return self.nodes.root(np.unique(roots[roots < self.count]))
+
+class _Classes(NamedTuple):
+    """Roots that lie in exactly the same dimensions; the frozen root is in none."""
+
+    places: list[tuple[int, ...]]  # of each class: positions of its dimensions
+    roots: list[np.ndarray]  # of each class: int64 [channels], ascending
+    number: np.ndarray  # int64 [count]: the class of each root, or -1
 
 
 def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
@@ -55,32 +58,35 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
         for dimension, nodes in enumerate(leaf.nodes)
         if len(nodes) > 1
     ]
-    inexact: dict[int, set[str]] = {}
-    ungated: set[int] = set()
-    rests: dict[int, set[int]] = {}  # root -> leaves, see `Analysis.rests`
+    classes = _classes(dimensions, joined.count)
+    inexact: list[set[str]] = [set() for _ in classes.places]
+    rests: list[set[int]] = [set() for _ in classes.places]  # leaves, see `Analysis.rests`
+    ungated, copies = set[int](), set[int]()
     for analysis in analyses:
+        hit = _hits(joined, classes, analysis)
         for nodes, reason in analysis.inexact:
-            for root in joined.roots(analysis, nodes).tolist():
-                inexact.setdefault(root, set()).add(reason)
+            for number in hit(nodes):
+                inexact[number].add(reason)
         for nodes in analysis.ungated:
-            ungated.update(joined.roots(analysis, nodes).tolist())
+            ungated.update(hit(nodes))
+        for nodes in analysis.copies:
+            copies.update(hit(nodes))
         for nodes, support in analysis.rests:
-            for root in joined.roots(analysis, nodes).tolist():
-                rests.setdefault(root, set()).update(support)
+            for number in hit(nodes):
+                rests[number].update(support)
     tables = set().union(*[analysis.tables for analysis in analyses])
     plain = set().union(*[analysis.vectors for analysis in analyses]) - tables
     scales = set().union(*[analysis.scales for analysis in analyses])
     groups: dict[str, Group] = {}
     grouped: set[int] = set()
-    for places, roots in _classes(dimensions).items():
+    for number, (places, roots) in enumerate(zip(classes.places, classes.roots, strict=True)):
         if len(roots) > 1:  # a single channel can never be removed
             grouped.update(places)
-            members = _members(model, [dimensions[at] for at in places], np.array(sorted(roots)))
-            reasons = sorted(set().union(*[inexact.get(root, set()) for root in roots]))
-            gated = not ungated & set(roots)
+            members = _members(model, [dimensions[at] for at in places], roots)
+            reasons, enough = sorted(inexact[number]), rests[number]
+            gated = number not in ungated
             name = _name(members, model, groups)
             leaves = [dimensions[at].index for at in places]
-            enough = set().union(*[rests.get(root, set()) for root in roots])
             makers = [
                 (leaf, member)
                 for leaf, member in zip(leaves, members, strict=True)
@@ -102,6 +108,7 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
                 ),
                 scales=multiply,
                 norms=resting if is_norm else multiply,
+                copies=number in copies,
             )
     paths, reasons_of = list(model.shapes), _reasons(dimensions, analyses, joined.unused)
     frozen = [
@@ -133,17 +140,42 @@ def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
     return _Joined(nodes, count, unused)
 
 
-def _classes(dimensions: Sequence[_Dimension]) -> dict[tuple[int, ...], list[int]]:
-    """Maps tuples of positions in `dimensions` to the roots found in exactly these."""
-    where: dict[int, list[int]] = {}
+def _classes(dimensions: Sequence[_Dimension], count: int) -> _Classes:
+    """Sorts roots by the dimensions that they are found in."""
+    # Each dimension splits the classes: those of its roots that were in one class go to a new one.
+    number, places = np.full(count, -1), dict[int, tuple[int, ...]]({-1: ()})
     for at, own in enumerate(dimensions):
-        for root in np.unique(own.roots).tolist():
-            if root != FROZEN:
-                where.setdefault(root, []).append(at)
-    classes: dict[tuple[int, ...], list[int]] = {}
-    for root, places in where.items():
-        classes.setdefault(tuple(places), []).append(root)
-    return classes
+        roots = own.roots[own.roots != FROZEN]
+        old = number[roots]
+        if len(old) and (old == old[0]).all():  # the usual case
+            before, places_of = old[:1], np.zeros(len(old), int)
+        else:
+            before, places_of = np.unique(old, return_inverse=True)
+        new = len(places) + np.arange(len(before))
+        places |= {to: (*places[was], at) for was, to in zip(before.tolist(), new.tolist())}
+        number[roots] = new[places_of]
+    roots = np.flatnonzero(number >= 0)
+    roots = roots[np.argsort(number[roots], kind="stable")]
+    used, starts = np.unique(number[roots], return_index=True)
+    parts = np.split(roots, starts[1:]) if len(used) else []
+    # In the order of the leaves: by the first dimension, then by the first root.
+    kept = sorted(zip(used.tolist(), parts), key=lambda own: (places[own[0]][0], own[1][0]))
+    renumbered = np.full(len(places) + 1, -1)
+    renumbered[[old for old, _ in kept]] = np.arange(len(kept))
+    return _Classes([places[old] for old, _ in kept], [own for _, own in kept], renumbered[number])
+
+
+def _hits(
+    joined: _Joined, classes: _Classes, analysis: Analysis
+) -> Callable[[np.ndarray], list[int]]:
+    """Makes a function from nodes of an analysis to the classes that they are in."""
+
+    def hits(nodes: np.ndarray) -> list[int]:
+        roots = analysis.root(nodes)
+        numbers = classes.number[joined.nodes.root(roots[roots < joined.count])]
+        return np.flatnonzero(np.bincount(numbers + 1)[1:]).tolist()
+
+    return hits
 
 
 def _members(
@@ -187,19 +219,21 @@ def _reasons(
     # reasons to later traces, the second hands those found last back to earlier ones. Longer chains
     # are possible and stop here: only the text of a reason depends on it (`_WHOLE` stands in), not
     # which dimensions are frozen.
+    frozen = [own for own in dimensions if (own.roots == FROZEN).any()]
     for analysis in [*analyses, *analyses]:
-        cause: dict[int, str] = {}
         roots = {
-            (index, dimension): np.unique(analysis.root(analysis.leaves[index].nodes[dimension]))
-            for index, dimension, _ in dimensions
+            own[:2]: analysis.root(analysis.leaves[own.index].nodes[own.dimension])
+            for own in frozen
         }
-        for place in reasons.keys() & roots.keys():
-            cause.update(dict.fromkeys(roots[place].tolist(), reasons[place]))
-        cause.pop(FROZEN, None)
-        for place, own in roots.items():
-            known = [cause[root] for root in own.tolist() if root in cause]
-            if known:
-                reasons.setdefault(place, known[0])
+        given = [place for place in roots if place in reasons]
+        cause = np.full(analysis.nodes.count, -1)
+        for number, place in enumerate(given):
+            cause[roots[place]] = number
+        cause[FROZEN] = -1
+        for place in roots.keys() - set(given):
+            known = cause[roots[place]]
+            if (known >= 0).any():
+                reasons[place] = reasons[given[known[known >= 0][0]]]
     return reasons
 
 

@@ -40,10 +40,20 @@ class Nodes:
     def root(self, nodes: np.ndarray) -> np.ndarray:
         """Returns the least node of each node's class."""
         roots = self.parent[nodes]
-        while not np.array_equal(roots, higher := self.parent[roots]):
-            roots = higher
+        higher = self.parent[roots]
+        if (roots == higher).all():  # the usual case
+            return roots
+        while (roots != higher).any():
+            roots, higher = higher, self.parent[higher]
         self.parent[nodes] = roots
         return roots
+
+    def first_roots(self, count: int) -> np.ndarray:
+        """Returns the roots of the first `count` nodes after the frozen one; twice as fast."""
+        own = self.parent[1 : count + 1]
+        while (own != (higher := self.parent[own])).any():
+            own[:] = higher
+        return own
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
         """Puts `a[i]` and `b[i]` into one class, for each i."""

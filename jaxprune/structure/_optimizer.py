@@ -10,6 +10,7 @@ from jaxprune import trees
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._slicing import take
+from jaxprune.structure._traces import is_array
 
 
 class CompactedState(NamedTuple):
@@ -39,6 +40,7 @@ def compact_state(
     shape: momentum, moments, masks, averages) is sliced like the parameter. A leaf that has the
     shape that `optimizer.init` gives it for the compacted parameters is kept, such as a step. The
     rest, such as the row and column sums of Adafactor, cannot be sliced and is initialised anew.
+    `FromNNX.optimizer` does the same for an `nnx.Optimizer`.
 
     Args:
         plan: from `Groups.plan`.
@@ -54,8 +56,8 @@ def compact_state(
         A `CompactedState`: the state, and the paths of what was initialised anew.
 
     Raises:
-        ValueError: if a parameter is not in the plan or has a different shape there; it lists all
-            of them.
+        ValueError: if a parameter is not in the plan or has a different shape there, or the state
+            is none of this optimizer; it lists all of them.
 
     Example:
         >>> import numpy as np
@@ -69,34 +71,71 @@ def compact_state(
         >>> small.state[0].mu["in"].shape, small.restarted
         ((3, 6), ())
     """
+    if hasattr(state, "opt_state") and hasattr(state, "tx"):
+        raise ValueError(
+            "`state` must be the state of an Optax optimizer, but is an `nnx.Optimizer`. Write "
+            "`from_nnx(module).optimizer(plan, optimizer, smaller_module)`, or give its "
+            "`optimizer.tx` and `optimizer.opt_state`."
+        )
     prefix = f"{under}/" if under else ""
-    dense = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
+    leaves = trees.leaf_by_path(params)
+    dense = {path: jnp.shape(leaf) for path, leaf in leaves.items() if is_array(leaf)}
     problems = [
         f"{path}: shape {shape}, in the plan {plan.model.shapes.get(prefix + path, 'missing')}"
         for path, shape in dense.items()
         if plan.model.shapes.get(prefix + path) != shape
     ]
     trees.raise_for(problems, "`params` must be those of the plan under the path `under`:")
-    smaller = [plan.take(prefix + path, leaf) for path, leaf in trees.leaf_by_path(params).items()]
+    smaller = [
+        plan.take(prefix + path, leaf) if path in dense else leaf for path, leaf in leaves.items()
+    ]
     new = optimizer.init(jax.tree.unflatten(jax.tree.structure(params), smaller))
+    return sliced_state(plan, state, new, dense, prefix, groups)
+
+
+def sliced_state(
+    plan: Plan,
+    state: Any,
+    new: Any,
+    dense: dict[str, tuple[int, ...]],
+    prefix: str,
+    groups: Groups | None,
+) -> CompactedState:
+    """Slices the leaves of a dense state and puts them into a new state of the smaller network.
+
+    Args:
+        plan: as for `compact_state`.
+        state: state at dense shapes.
+        new: state at the shapes of the smaller network, in any container, with the same paths.
+        dense: shapes of the dense parameters by path.
+        prefix: `under` of `compact_state`, with a slash if it is not empty.
+        groups: as for `compact_state`.
+
+    Returns:
+        A `CompactedState` in the container of `new`.
+    """
     channels = {name: plan.channels(group) for name, group in (groups or {}).items()}
-    leaves, restarted = [], []
-    named = trees.leaves_with_paths(state)
-    for (path, leaf), (_, fresh) in zip(named, trees.leaves_with_paths(new), strict=True):
+    held, fresh = trees.leaf_by_path(state), trees.leaf_by_path(new)
+    problems = [f"{path}: only in `state`" for path in held if path not in fresh]
+    problems += [f"{path}: missing in `state`" for path in fresh if path not in held]
+    trees.raise_for(problems, "`state` must be a state of `optimizer` for these parameters:")
+    results, restarted = [], []
+    for path, start in fresh.items():
+        leaf = held[path]
         owner = _owner(path, jnp.shape(leaf), dense)
         # Take the longest name: a path that ends with `a/kernel:1` also ends with `kernel:1`.
         ends = [name for name in channels if f"/{path}".endswith(f"/{name}")]
         group = max(ends, key=len, default=None)
         if owner is not None:
-            leaves.append(plan.take(prefix + owner, leaf))
+            results.append(plan.take(prefix + owner, leaf))
         elif group is not None and jnp.shape(leaf) == channels[group].shape:
-            leaves.append(take(leaf, [channels[group]]))
-        elif jnp.shape(leaf) == jnp.shape(fresh):
-            leaves.append(leaf)
+            results.append(take(leaf, [channels[group]]))
+        elif jnp.shape(leaf) == jnp.shape(start):
+            results.append(leaf)
         else:
-            leaves.append(fresh)
+            results.append(start)
             restarted.append(path)
-    return CompactedState(jax.tree.unflatten(jax.tree.structure(new), leaves), tuple(restarted))
+    return CompactedState(jax.tree.unflatten(jax.tree.structure(new), results), tuple(restarted))
 
 
 def _owner(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:

@@ -11,13 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import files, trees
+from jaxprune import files, jaxprs, trees
+from jaxprune.jaxprs import abstract
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._fitting import Fit, compare, relative_gap
 from jaxprune.structure._nodes import FROZEN
 from jaxprune.structure._slicing import take, uneven, zero
-from jaxprune.structure._traces import Model, Trace, Traced, abstract, analyze, trace_function
+from jaxprune.structure._traces import (
+    Model,
+    Trace,
+    Traced,
+    analyze,
+    run,
+    split,
+    trace_function,
+)
 from jaxprune.structure._values import Graph, Split
 
 _VERSION = 2
@@ -123,7 +132,7 @@ class Plan(NamedTuple):
         """
         self._check(variables, self.model.shapes)
         leaves = trees.leaf_by_path(variables)
-        problems = {path: uneven(leaf, self.shape(path)) for path, leaf in leaves.items()}
+        problems = {path: uneven(leaves[path], self.shape(path)) for path in self.kept}
         trees.raise_for(
             [f"{path}: {problem}" for path, problem in problems.items() if problem],
             "`variables` must still divide over their devices after removal; make the plan with a "
@@ -154,14 +163,23 @@ class Plan(NamedTuple):
 
     def _map(self, change: Callable[[str, Any], Any], variables: Any) -> Any:
         self._check(variables, self.model.shapes)
-        leaves = [change(*named) for named in trees.leaf_by_path(variables).items()]
+        leaves = [
+            change(path, leaf) if path in self.kept else leaf
+            for path, leaf in trees.leaf_by_path(variables).items()
+        ]
         return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
     def _check(self, variables: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises if the tree belongs to a different model."""
-        found = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(variables).items()}
+        """Raises if the tree belongs to a different model.
+
+        Numbers may be unknown: `find_groups` passes over those of Python, which `jit` makes arrays.
+        """
+        leaves = trees.leaf_by_path(variables)
+        found = {path: trees.shape_of(leaf) for path, leaf in leaves.items()}
         problems = [f"{path}: missing" for path in shapes if path not in found]
-        problems += [f"{path}: not in the plan" for path in found if path not in shapes]
+        problems += [
+            f"{path}: not in the plan" for path in found if path not in shapes and found[path]
+        ]
         problems += [
             f"{path}: shape {found[path]}, must be {shape}"
             for path, shape in shapes.items()
@@ -176,11 +194,13 @@ class Plan(NamedTuple):
         smaller arrays. Call the result under `jax.jit`, as tracing takes time.
 
         Args:
-            function: `function(variables, *args)`: one of those given to `find_groups`, or a
-                different one that the plan fits.
+            function: `function(variables, *args, **kwargs)`: one of those given to `find_groups`,
+                or a different one that the plan fits.
 
         Returns:
-            A function of compacted variables and the same arguments.
+            A function of compacted variables and the same arguments. What is no array among them,
+            such as `train=True` or `mutable=["batch_stats"]`, is passed on as it is; under
+            `jax.jit`, name it in `static_argnames`.
 
         Raises:
             ValueError: when the returned function is called, if the variables are not compacted by
@@ -188,16 +208,11 @@ class Plan(NamedTuple):
         """
 
         @functools.wraps(function)
-        def compacted(variables: Any, *args: Any) -> Any:
+        def compacted(variables: Any, *args: Any, **kwargs: Any) -> Any:
             self._check(variables, {path: self.shape(path) for path in self.kept})
-            named = trees.leaf_by_path(variables)
-            dense = [abstract(leaf, self.model.shapes[path]) for path, leaf in named.items()]
-            traced, graph, execution = self._follow(
-                Trace(function, args), jax.tree.unflatten(jax.tree.structure(variables), dense)
-            )
-            leaves = [named[path] for path in self.model.shapes]
-            outs = execution.graph(graph, [*leaves, *jax.tree.leaves(args)])
-            return jax.tree.unflatten(traced.structure, outs)
+            trace = Trace(function, args, kwargs=kwargs)
+            traced, graph, execution, arrays = self._follow(trace, variables)
+            return traced.output(execution.graph(graph, arrays))
 
         return compacted
 
@@ -207,6 +222,7 @@ class Plan(NamedTuple):
         variables: Any,
         *args: Any,
         tolerance: float = 1e-4,
+        **kwargs: Any,
     ) -> Fit:
         """Decides whether a function may run on the compacted arrays unchanged, without `wrap`.
 
@@ -220,6 +236,7 @@ class Plan(NamedTuple):
             variables: dense or compacted, arrays or `jax.ShapeDtypeStruct`.
             *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`.
             tolerance: largest difference allowed, relative to the largest entry of each output.
+            **kwargs: keyword arguments of the function.
 
         Returns:
             A `Fit`, true if the function fits, with the reasons if it does not.
@@ -227,54 +244,74 @@ class Plan(NamedTuple):
         Raises:
             ValueError: as for the function returned by `wrap`.
         """
-        shapes = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(variables).items()}
+        leaves = trees.leaf_by_path(variables)
+        shapes = {path: trees.shape_of(leaves[path]) for path in self.kept if path in leaves}
         small = variables
         if shapes == self.model.shapes:
-            is_array = all(hasattr(leaf, "__array__") for leaf in jax.tree.leaves(variables))
+            is_concrete = all(hasattr(leaves[path], "__array__") for path in self.kept)
             small = (
                 self.compact(variables)
-                if is_array
+                if is_concrete
                 else self._map(lambda path, leaf: abstract(leaf, self.shape(path)), variables)
             )
-        return compare(function, self.wrap(function), small, args, tolerance)
+        return compare(function, self.wrap(function), small, args, kwargs, tolerance)
 
-    def kept_outputs(self, function: Callable[..., Any], variables: Any, *args: Any) -> Any:
+    def kept_outputs(
+        self, function: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Tells which channels of a function's outputs are kept, such as those of `Trace.shrinks`.
 
         Args:
             function: see `wrap`.
             variables: dense arrays or `jax.ShapeDtypeStruct`.
             *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`.
+            **kwargs: keyword arguments of the function.
 
         Returns:
             A tree like the output, with a list in place of each array: bool [size] for each
-            dimension.
+            dimension, and bool [1] for one of symbolic size, which is kept whole.
 
         Raises:
             ValueError: as for the function returned by `wrap`.
         """
         self._check(variables, self.model.shapes)
-        traced, graph, execution = self._follow(Trace(function, args), variables)
+        trace = Trace(function, args, kwargs=kwargs)
+        traced, graph, execution, _ = self._follow(trace, variables)
         kept = [
-            [execution.kept(value, dimension) for dimension in range(len(value.shape))]
+            [
+                np.ones(1, bool)
+                if jaxprs.has_symbols((size,))
+                else execution.kept(value, dimension)
+                for dimension, size in enumerate(value.aval.shape)
+            ]
             for value in graph.outs
         ]
-        return jax.tree.unflatten(traced.structure, kept)
+        return traced.output(kept, False)
 
-    def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution]:
-        """Traces a function on dense shapes and prepares its run on the kept indices."""
+    def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution, list[Any]]:
+        """Traces a function on dense shapes and prepares its run on the kept indices.
+
+        The last result holds the arrays among the variables and arguments, in the order of the run.
+        """
         # Match leaves by path: string keys sort "10" before "2", integer keys do not.
-        named = trees.leaf_by_path(variables)
-        places = {path: place for place, path in enumerate(self.model.shapes)}
+        named, structure = trees.leaf_by_path(variables), jax.tree.structure(variables)
+        shapes = self.model.shapes
+        ordered = [named[path] for path in shapes]
+        rest = [leaf for path, leaf in named.items() if path not in shapes]
 
-        def function(leaves: list[Any], *args: Any) -> Any:
-            own = [leaves[places[path]] for path in named]
-            return trace.function(jax.tree.unflatten(jax.tree.structure(variables), own), *args)
+        def function(leaves: list[Any], rest: list[Any], *args: Any, **kwargs: Any) -> Any:
+            own, others = dict(zip(shapes, leaves, strict=True)), iter(rest)
+            tree = structure.unflatten([own[p] if p in own else next(others) for p in named])
+            return trace.function(tree, *args, **kwargs)
 
-        ordered = [named[path] for path in places]
-        traced = trace_function(Trace(function, trace.args), ordered)
+        dense = [
+            abstract(leaf, shape) for leaf, shape in zip(ordered, shapes.values(), strict=True)
+        ]
+        own = trace._replace(function=function, args=(rest, *trace.args))
+        traced = trace_function(own, dense)
         analysis, graph = analyze(self.model, traced, outputs=False)
-        return traced, graph, Execution(analysis, self.kept_nodes(analysis))
+        arrays = [*ordered, *split((rest, trace.args, dict(trace.kwargs))).arrays]
+        return traced, graph, Execution(analysis, self.kept_nodes(analysis)), arrays
 
     def kept_nodes(self, analysis: Analysis) -> np.ndarray:
         """Returns bools for the nodes of a function; raises if the plan does not fit it."""
@@ -308,6 +345,7 @@ class Plan(NamedTuple):
         updates: Callable[[Any], Any] | None = None,
         shrinks: Callable[[Any], Any] | None = None,
         tolerance: float = 1e-4,
+        **kwargs: Any,
     ) -> float:
         """Compares the compacted function with the dense one on masked variables.
 
@@ -318,6 +356,8 @@ class Plan(NamedTuple):
             updates: see `Trace`.
             shrinks: see `Trace`.
             tolerance: largest difference allowed, relative to the largest entry of each output.
+            **kwargs: keyword arguments of the function. If one of them has the name of an argument
+                above, give a function that sets it.
 
         Returns:
             The largest relative difference.
@@ -326,16 +366,16 @@ class Plan(NamedTuple):
             ValueError: if the difference is NaN or larger than the tolerance, or if an output that
                 is no update has a different shape.
         """
-        dense = jax.jit(function)(self.mask(variables), *args)
-        small = jax.jit(self.wrap(function))(self.compact(variables), *args)
-        outs = [jax.tree.leaves(dense), jax.tree.leaves(small)]
-        indices = jax.tree.unflatten(jax.tree.structure(dense), list(range(len(outs[0]))))
+        dense = split(run(function, self.mask(variables), *args, **kwargs))
+        small = run(self.wrap(function), self.compact(variables), *args, **kwargs)
+        outs = [dense.arrays, split(small).arrays]
+        indices = dense.tree(range(len(outs[0])), False)
         if updates is not None:
             for path, index in trees.leaf_by_path(updates(indices)).items():
                 outs[0][index] = take(outs[0][index], self.kept[path])
         if shrinks is not None:
-            kept = jax.tree.structure(dense).flatten_up_to(
-                self.kept_outputs(function, variables, *args)
+            kept = jax.tree.structure(indices).flatten_up_to(
+                self.kept_outputs(function, variables, *args, **kwargs)
             )
             for index in jax.tree.leaves(shrinks(indices)):
                 outs[0][index] = take(outs[0][index], kept[index])

@@ -41,6 +41,7 @@ def filter_norms(groups: Groups, variables: Any, order: float = 1) -> dict[str, 
         >>> filter_norms(groups, w)["in:1"].tolist()
         [1.0, 5.0]
     """
+    trees.check_known("variables", variables, "structure.filter_norms")
 
     def norm(rows: np.ndarray) -> np.ndarray:
         return np.linalg.norm(rows, ord=order, axis=1)
@@ -77,6 +78,7 @@ def norm_scales(groups: Groups, variables: Any) -> dict[str, np.ndarray]:
         >>> norm_scales(find_groups(apply, w, jnp.ones((1, 2))), w)["in:1"].tolist()
         [3.0, 4.0]
     """
+    trees.check_known("variables", variables, "structure.norm_scales")
     return _summed(groups, variables, lambda rows: np.abs(rows).sum(1), "norm layers", _scales)
 
 
@@ -109,6 +111,8 @@ def taylor(groups: Groups, variables: Any, gradients: Any) -> dict[str, np.ndarr
         >>> taylor(groups, w, w)["in:1"].tolist()
         [1.0, 169.0]
     """
+    trees.check_known("variables", variables, "structure.taylor")
+    trees.check_known("gradients", gradients, "structure.taylor")
     trees.check_same_structure("gradients", gradients, variables)
 
     def product(weight: Any, gradient: Any) -> np.ndarray:
@@ -146,6 +150,7 @@ def fpgm(groups: Groups, variables: Any) -> dict[str, np.ndarray]:
         >>> fpgm(groups, w)["in:1"].tolist()
         [4.0, 3.0, 5.0]
     """
+    trees.check_known("variables", variables, "structure.fpgm")
 
     def distances(rows: np.ndarray) -> np.ndarray:
         squares = (rows**2).sum(1)

@@ -36,14 +36,31 @@ def take(array: Any, kept: Sequence[np.ndarray]) -> Any:
     for dimension, own in enumerate(kept):
         if own.all():
             continue
-        places = np.flatnonzero(own)
-        if sharding is not None and is_explicit(sharding):
-            index = (slice(None),) * dimension + (places,)
-            array = array.at[index].get(out_sharding=sharding)
-        else:
-            array = jnp.take(array, places, axis=dimension)
+        array = pick(array, np.flatnonzero(own), dimension)
     is_concrete = not isinstance(array, Tracer)
     return jax.device_put(array, sharding) if sharding is not None and is_concrete else array
+
+
+def pick(array: Any, places: np.ndarray, dimension: int) -> Any:
+    """Takes the entries at some places of a dimension, split over devices as before.
+
+    Args:
+        array: array of any dtype.
+        places: int [n].
+        dimension: the dimension.
+
+    Returns:
+        The smaller array.
+
+    Example:
+        >>> pick(jnp.arange(6).reshape(2, 3), np.array([0, 2]), 1).tolist()
+        [[0, 2], [3, 5]]
+    """
+    sharding = jax.typeof(array).sharding
+    if not is_explicit(sharding):
+        return jnp.take(array, places, axis=dimension)
+    index = (slice(None),) * dimension + (places,)
+    return jnp.asarray(array).at[index].get(out_sharding=sharding)
 
 
 def zero(array: Any, kept: Sequence[np.ndarray]) -> Any:

@@ -147,7 +147,7 @@ def _reach(jaxpr: Any, wanted: Sequence[bool], smooth: bool) -> list[bool]:
 def _through(equation: Any, hits: list[bool], smooth: bool) -> list[bool]:
     """Tells which operands of one operation are reached from its results."""
     name, params = equation.primitive.name, equation.params
-    if name in _CALLS:
+    if name in _CALLS or name == "shard_map":
         return _reach(_inner(equation), hits, smooth)
     if name == "cond":
         sides = [_reach(branch.jaxpr, hits, smooth) for branch in params["branches"]]

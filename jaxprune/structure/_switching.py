@@ -8,14 +8,14 @@ is compared with the masked one before anything is replaced.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
 
 from jaxprune import trees
-from jaxprune.structure._groups import Groups
+from jaxprune.structure._groups import Groups, Multiple
 from jaxprune.structure._optimizer import compact_state
 from jaxprune.structure._plans import Plan
+from jaxprune.structure._traces import run, split
 
 
 class Policy(NamedTuple):
@@ -30,7 +30,7 @@ class Policy(NamedTuple):
     most: int = 4  # switches in a run
     saving: float = 0.2  # fraction of a step that a switch must save at least
     delay: int = 10  # steps from the decision to the switch; the smaller step compiles meanwhile
-    multiple: int | None = None  # of the widths, see `structure.Groups.plan`
+    multiple: Multiple = None  # of the widths, see `structure.Groups.plan`
 
 
 class Network(NamedTuple):
@@ -166,7 +166,7 @@ def shrink(
     opt_state: Any,
     *,
     params: str = "params",
-    multiple: int | None = None,
+    multiple: Multiple = None,
     tolerance: float = 1e-3,
 ) -> Switch:
     """Removes masked channels from a network that is being trained.
@@ -216,8 +216,8 @@ def shrink(
     compacted = step.compact(variables)
     gaps = [0.0]
     for function, args in functions.items():
-        now = jax.jit(network.plan.wrap(function))(variables, *args)
-        then = jax.jit(smaller.plan.wrap(function))(compacted, *args)
+        now = run(network.plan.wrap(function), variables, *args)
+        then = run(smaller.plan.wrap(function), compacted, *args)
         gaps += _gaps(now, then)
     difference = float(np.max(gaps))  # NaN if one is
     if not difference <= tolerance:
@@ -239,7 +239,7 @@ def shrink(
 
 def _gaps(a: Any, b: Any) -> list[float]:
     """Returns the largest difference of each pair of outputs, relative to the largest entry."""
-    pairs = zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b)))
+    pairs = zip(map(np.asarray, split(a).arrays), map(np.asarray, split(b).arrays))
     return [
         float(np.abs(x - y).max(initial=0) / (np.abs(x).max(initial=0) + 1e-30))
         for x, y in pairs

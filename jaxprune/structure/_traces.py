@@ -1,21 +1,25 @@
 """Traces a function of variables to a jaxpr and analyses that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune import trees
+from jaxprune.jaxprs import abstract
 from jaxprune.structure._analysis import Analysis
-from jaxprune.structure._slicing import is_explicit, named_sharding
 from jaxprune.structure._values import UNGATED, ZERO_GATE, Graph, Split
 
 
 class Trace(NamedTuple):
-    """One way to call a function: `function(variables, *args)`.
+    """One way to call a function: `function(variables, *args, **kwargs)`.
+
+    Arrays among the arguments are traced. All other leaves, such as bools, numbers, strings and
+    functions, are passed on as they are.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> Trace(lambda variables, x: x @ variables["w"], (jnp.ones((1, 2)),)).updates is None
         True
     """
@@ -28,6 +32,7 @@ class Trace(NamedTuple):
     # output -> the part that may lose channels, such as features for a different network; see
     # `Plan.kept_outputs`. Outputs in neither part keep their shapes.
     shrinks: Callable[[Any], Any] | None = None
+    kwargs: Mapping[str, Any] = MappingProxyType({})
 
 
 class Model(NamedTuple):
@@ -49,6 +54,7 @@ class Traced(NamedTuple):
     """A function as a jaxpr with flat inputs and outputs.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> trace = Trace(lambda variables: variables["w"])
         >>> trace_function(trace, {"w": jnp.ones(2)}).updated
         {}
@@ -56,26 +62,83 @@ class Traced(NamedTuple):
 
     closed: Any  # the closed jaxpr
     avals: list[Any]  # types of the variables
-    structure: Any  # tree structure of the output
+    output: Callable[..., Any]  # arrays that the jaxpr returns -> the whole output, see `Parts`
     updated: dict[int, str]  # index of an output -> path of the variable whose new value it is
     shrinking: frozenset[int]  # indices of the other outputs that may lose channels
 
 
+class Parts(NamedTuple):
+    """A tree as its arrays and the way back.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> parts = split({"act": jax.nn.relu, "rate": 0.5, "w": jnp.ones(2)})
+        >>> len(parts.arrays), parts.tree([3])["w"], parts.tree([3])["rate"]
+        (1, 3, 0.5)
+    """
+
+    arrays: list[Any]
+    # As many leaves -> the tree with these in place of the arrays. With a second argument False,
+    # None takes the place of everything else, so that nothing else is a leaf.
+    tree: Callable[..., Any]
+
+
+def is_array(leaf: Any) -> bool:
+    """Tells whether a leaf is traced: arrays are, dtypes and numbers of Python are not."""
+    return trees.is_array(leaf) and not isinstance(leaf, type)  # `np.float32` has a `shape`
+
+
+def split(tree: Any) -> Parts:
+    """Splits a tree into its arrays and everything else."""
+    leaves, structure = jax.tree.flatten(tree)
+    traced = list(map(is_array, leaves))
+
+    def joined(arrays: Iterable[Any], others: bool = True) -> Any:
+        own, rest = iter(arrays), leaves if others else [None] * len(leaves)
+        pairs = zip(rest, traced, strict=True)
+        return structure.unflatten([next(own) if flag else leaf for leaf, flag in pairs])
+
+    return Parts([leaf for leaf, flag in zip(leaves, traced, strict=True) if flag], joined)
+
+
+def on_arrays(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list, list]:
+    """Makes a function of the arrays among the arguments alone, which can be traced and compiled.
+
+    Returns:
+        That function, which takes and returns a list of arrays; the arrays; and a list that holds
+        the function from arrays to the whole output, once the first has been called.
+    """
+    given, box = split((args, dict(kwargs))), []
+
+    def call(arrays: Sequence[Any]) -> list[Any]:
+        args, kwargs = given.tree(arrays)
+        output = split(function(*args, **kwargs))
+        box[:] = [output.tree]
+        return output.arrays
+
+    return call, given.arrays, box
+
+
+def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function compiled; what is no array is passed on as it is, and returned as it is."""
+    call, arrays, box = on_arrays(function, *args, **kwargs)
+    results = jax.jit(call)(arrays)
+    return box[0](results)
+
+
+def to_jaxpr(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Traces a function on shapes; returns the jaxpr of its arrays, and the types of its output."""
+    call, arrays, box = on_arrays(function, *args, **kwargs)
+    closed = jax.make_jaxpr(call)(list(map(abstract, arrays)))
+    return closed, box[0](closed.out_avals)
+
+
 def trace_function(trace: Trace, variables: Any) -> Traced:
     """Traces a function on the shapes of its variables and arguments."""
-    flat, structure = jax.tree.flatten(variables)
-    flat_args, args_structure = jax.tree.flatten(trace.args)
-    box: dict[str, Any] = {}
-
-    def call(leaves: list[Any], arguments: list[Any]) -> list[Any]:
-        tree = jax.tree.unflatten(structure, leaves)
-        output = trace.function(tree, *jax.tree.unflatten(args_structure, arguments))
-        outs, box["structure"] = jax.tree.flatten(output)
-        return outs
-
-    shapes = [[abstract(leaf) for leaf in part] for part in (flat, flat_args)]
-    closed = jax.make_jaxpr(call)(*shapes)
-    indices = jax.tree.unflatten(box["structure"], list(range(len(closed.jaxpr.outvars))))
+    call, arrays, box = on_arrays(trace.function, variables, *trace.args, **trace.kwargs)
+    shapes = list(map(abstract, arrays))
+    closed = jax.make_jaxpr(call)(shapes)
+    indices = box[0](range(len(closed.out_avals)), False)
     updated: dict[int, str] = {}
     if trace.updates is not None:
         new = trees.leaf_by_path(trace.updates(indices))
@@ -86,7 +149,8 @@ def trace_function(trace: Trace, variables: Any) -> Traced:
             "`updates` must return new values under paths of the variables; unknown:",
         )
     shrinking = frozenset() if trace.shrinks is None else jax.tree.leaves(trace.shrinks(indices))
-    return Traced(closed, shapes[0], box["structure"], updated, frozenset(shrinking))
+    count = len(split(variables).arrays)
+    return Traced(closed, shapes[:count], box[0], updated, frozenset(shrinking))
 
 
 def analyze(
@@ -125,6 +189,7 @@ def analyze(
         elif outputs:
             for nodes in out.nodes:
                 analysis.freeze(nodes, "an output has it")
+    analysis.mark_used()
     return analysis, graph
 
 
@@ -136,14 +201,3 @@ def broken_caches(model: Model, traced: Traced, analysis: Analysis, graph: Graph
         for nodes, facts in zip(graph.outs[index].nodes, graph.outs[index].facts, strict=True)
         if path in model.caches and (facts[analysis.is_free(nodes)] & UNGATED != UNGATED).any()
     }
-
-
-def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    """Returns the type and explicit sharding of an array, at its own or the given shape."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    sharding = named_sharding(leaf)
-    return jax.ShapeDtypeStruct(
-        jnp.shape(leaf) if shape is None else shape,
-        dtype,
-        sharding=sharding if sharding is not None and is_explicit(sharding) else None,
-    )

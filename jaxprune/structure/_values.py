@@ -1,10 +1,13 @@
 """Defines what the analysis knows about a value of a traced function, and the rules' signatures."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from jaxprune import jaxprs
 
 if TYPE_CHECKING:
     from jaxprune.structure._analysis import Analysis
@@ -53,10 +56,11 @@ class Value:
     op: "Op | None" = None  # the operation that computes it
     leaf: int | None = None  # its index among the variables, if it is one
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the dense value."""
-        return tuple(self.aval.shape)
+        """The shape of the dense value; numbers stand in for symbolic sizes."""
+        shape = self.aval.shape
+        return jaxprs.sizes(shape) if jaxprs.has_symbols(shape) else shape
 
     def like(self, other: "Value") -> None:
         """Copies all that is known about a different value of the same shape."""
@@ -76,11 +80,13 @@ class Op:
 
     name: str
     primitive: Any
-    params: dict[str, Any]
+    params: dict[str, Any]  # numbers stand in for symbolic sizes, unlike those of `equation`
     ins: list[Value]
     outs: list[Value]
     where: str  # the line of the user's code
     inner: dict[str, Any] = dataclasses.field(default_factory=dict)  # graphs that control flow runs
+    equation: Any = None  # of the jaxpr
+    scope: Any = None  # names of the calls that were inlined around it
 
 
 class Split(NamedTuple):

@@ -53,7 +53,7 @@ def make_timetable(
     sparsities: Sequence[float],
     *,
     moved: Sequence[float] | None = None,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     stacked: trees.Stacked = None,
 ) -> Timetable:
@@ -68,7 +68,8 @@ def make_timetable(
         steps: the steps at which masks change, ascending.
         sparsities: sparsity after each mask update, each in [0, 1).
         moved: fraction of the kept units that each mask update drops and regrows; None is 0.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget()`.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict from names of leaves to final
+            sparsities, see `budgets.rule_of`; None is `budgets.global_budget()`.
         pattern: see `jaxprune.patterns`; None prunes single weights.
         stacked: function that returns the axes that number copies, see `trees.stacked_axes`.
             `budget` and `pattern` then see single copies: `budget` gets the shape of each copy, at
@@ -93,7 +94,6 @@ def make_timetable(
         [[8, 8, 8]]
     """
     moved = [0.0] * len(steps) if moved is None else moved
-    rule = budgets.global_budget() if budget is None else budget
     axes = tuple(trees.stacked_axes(path, leaf, stacked) for path, leaf in leaves.items())
     copies = {
         path: jax.ShapeDtypeStruct(patterns.copy_shape(leaf.shape, own), jnp.result_type(leaf))
@@ -107,16 +107,22 @@ def make_timetable(
     for i, kind in enumerate(kinds):
         members.setdefault(kind, []).append(i)
     named = [(path, leaf.shape, own) for (path, leaf), own in zip(leaves.items(), axes)]
+    budgeted = [
+        copy
+        for leaf, kind in zip(named, kinds, strict=True)
+        if not isinstance(kind, patterns.NM)
+        for copy in copy_paths(*leaf)
+    ]
+    given = budgets.global_budget() if budget is None else budget
+    rule = budgets.rule_of(given, max(sparsities), budgeted)
     rankings = [
         _n_m_ranking(kind, places, sparsities, moved)
         if isinstance(kind, patterns.NM)
         else _ranking(kind, places, [named[i] for i in places], sparsities, moved, rule)
         for kind, places in members.items()
     ]
-    marks = [_mark(step, i, rankings) for i, step in enumerate(steps)]
-    return Timetable(
-        np.asarray(steps, np.int32), tuple(rankings), axes, np.asarray(marks, np.int32)
-    )
+    at = np.asarray(steps, np.int32)
+    return Timetable(at, tuple(rankings), axes, _marks(at, rankings))
 
 
 def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:
@@ -181,14 +187,15 @@ def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) 
     """Computes the sparsity after each mask update, from a cubic ramp or a schedule.
 
     Args:
-        sparsity: final sparsity of the cubic ramp, in [0, 1), or an `optax.Schedule`.
+        sparsity: final sparsity of the cubic ramp, in [0, 1), as a number or an array with one, or
+            an `optax.Schedule`.
         steps: the steps at which masks change.
 
     Returns:
         List of floats in [0, 1).
 
     Raises:
-        ValueError: if a value is outside [0, 1).
+        ValueError: if a value is outside [0, 1), no number, or traced.
 
     Example:
         >>> sparsities_at(0.75, [0, 50, 100])
@@ -196,7 +203,8 @@ def sparsities_at(sparsity: float | Callable[[Any], Any], steps: Sequence[int]) 
     """
     schedule = sparsity
     if not callable(schedule):
-        schedule = schedules.cubic(float(schedule), steps[0], steps[-1])
+        final = schedules.number("sparsity", schedule)
+        schedule = schedules.cubic(final, steps[0], steps[-1])
     values = [schedules.sparsity_at(schedule, step) for step in steps]
     bad = [f"{s} at step {t}" for t, s in zip(steps, values, strict=True) if not 0 <= s < 1]
     trees.raise_for(bad[-3:], "`sparsity`, a fraction of zeros, must lie in [0, 1), but is:")
@@ -240,24 +248,24 @@ def _ranking(
     for path, shape, axes in leaves:
         units = patterns.copy_shape(patterns.unit_shape(pattern, shape, axes), axes)
         shapes |= dict.fromkeys(copy_paths(path, shape, axes), units)
-    # Computed once for each sparsity: at a constant sparsity, a long run repeats it thousands of
-    # times.
-    known = {sparsity: rule(shapes, sparsity) for sparsity in dict.fromkeys(sparsities)}
-    total = np.array([known[sparsity].total for sparsity in sparsities], np.int64)
-    floors = np.array([known[sparsity].floors for sparsity in sparsities], np.int64)
+    total, floors = budgets.at_all(rule, shapes, sparsities)
     fraction = np.asarray(moved)
     count = np.floor(total * fraction + 0.5)
     count_of_layer = np.floor(floors * fraction[:, None] + 0.5)
     sizes = [math.prod(shape) for shape in shapes.values()]
     everything = sum(sizes)
-    shares = np.array([[int(k) * n // everything for n in sizes] for k in total], np.int64)
+    # Products of two counts may not fit into 64 bits, Python's integers have no limit.
+    kind = np.int64 if everything < 2**31 else object
+    shares = np.multiply.outer(total.astype(kind), np.array(sizes, kind)) // everything
     tables = (total, count, floors, count_of_layer, shares)
     return Ranking(pattern, tuple(places), *(table.astype(np.int64) for table in tables))
 
 
-def _mark(step: int, entry: int, rankings: Sequence[Ranking]) -> int:
-    """Computes a checksum of a mask update and its step, from 1 to 2**31 - 1."""
-    content = [
-        (ranking[:2], *(table[entry].tolist() for table in ranking[2:])) for ranking in rankings
-    ]
-    return zlib.crc32(repr((step, content)).encode()) % (2**31 - 1) + 1
+def _marks(steps: np.ndarray, rankings: Sequence[Ranking]) -> np.ndarray:
+    """Computes checksums of mask updates and their steps, each from 1 to 2**31 - 1."""
+    kinds = repr([ranking[:2] for ranking in rankings]).encode()
+    tables = [np.reshape(table, (len(steps), -1)) for own in rankings for table in own[2:]]
+    content = np.concatenate([steps[:, None], *tables], axis=1, dtype="<i8")
+    start = zlib.crc32(kinds)
+    marks = [zlib.crc32(row, start) % (2**31 - 1) + 1 for row in content]
+    return np.array(marks, np.int32)

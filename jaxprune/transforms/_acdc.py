@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from jaxprune import budgets, patterns, scores, timetables, trees
-from jaxprune.transforms._base import check_window, masking_transform
+from jaxprune import budgets, patterns, schedules, scores, timetables, trees
+from jaxprune.transforms._base import checked, masking_transform
 
 
 def acdc_transform(
@@ -14,7 +14,8 @@ def acdc_transform(
     every: int = 100,
     start: int = 0,
     stop: int,
-    budget: budgets.BudgetRule | None = None,
+    dense: int | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -22,7 +23,7 @@ def acdc_transform(
     """Alternates sparse and dense training, and ends sparse.
 
     Put it last in a `jaxprune.chain`, which restarts the moments of regrown weights at 0. Training
-    is dense until `start`. Then phases of `every` steps alternate: at the start of a compressed
+    is dense until `start`. Then phases alternate: at the start of a compressed
     phase the weights with the largest `|w|` are kept and the rest are set to 0; at the start of a
     decompressed phase all weights train again, the pruned ones from 0. The last compressed phase
     starts at `stop`. A compressed phase that would end at `stop` or later is skipped, so that the
@@ -30,11 +31,13 @@ def acdc_transform(
 
     Args:
         sparsity: fraction of the prunable weights that are 0 in a compressed phase, in [0, 1).
-        every: number of steps of a phase. The paper: 5 epochs.
+        every: number of steps of a compressed phase. The paper: 5 epochs.
         start: first step of the first compressed phase. The paper: epoch 10 of 100.
         stop: first step of the last compressed phase. The paper: epoch 85 of 100.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. The
-            paper uses `budgets.global_budget(0)`, which may starve layers at high sparsity.
+        dense: number of steps of a decompressed phase; None is `every`.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.erdos_renyi_kernel`. The paper uses
+            `budgets.global_budget(0)`, which may starve layers at high sparsity.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -64,9 +67,13 @@ def acdc_transform(
         [[True, True, True, True]]
         [[True, True, False, False]]
     """
-    bad = None if 0 <= sparsity < 1 else f"`sparsity` must lie in [0, 1), but is {sparsity!r}"
-    check_window("acdc_transform", every, start, stop, bad)
-    steps, sparsities = phases(float(sparsity), every, start, stop)
+    other = None if dense is None else schedules.whole("dense", dense)
+    problems = []
+    if other is not None and other < 1:
+        problems = [f"`dense` must be at least 1 step, but is {dense!r}"]
+    arguments = checked("acdc_transform", every, start, stop, *problems, sparsity=sparsity)
+    every, start, stop, fractions = arguments
+    steps, sparsities = phases(fractions["sparsity"], every, start, stop, other)
 
     def choose(
         timetable: timetables.Timetable, index: Any, masks: Any, weights: Any, gradients: Any
@@ -85,13 +92,14 @@ def acdc_transform(
     )
 
 
-def phases(sparsity: float, every: int, start: int, stop: int) -> tuple[list[int], list[float]]:
+def phases(
+    sparsity: float, every: int, start: int, stop: int, dense: int | None = None
+) -> tuple[list[int], list[float]]:
     """Returns the first step of each phase, and its sparsity: 0 in a decompressed phase."""
-    steps, sparsities = [], []
-    for i, step in enumerate(range(start, stop, every)):
-        compressed = i % 2 == 0
-        if compressed and step + every >= stop:
-            break
+    steps, sparsities, step, compressed = [], [], start, True
+    while step + (every if compressed else 0) < stop:
         steps.append(step)
         sparsities.append(sparsity if compressed else 0.0)
+        step += every if compressed or dense is None else dense
+        compressed = not compressed
     return [*steps, stop], [*sparsities, sparsity]

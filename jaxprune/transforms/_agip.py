@@ -6,20 +6,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from jaxprune import budgets, counting, patterns, rates, schedules, scores, stats, timetables, trees
+from jaxprune import (
+    budgets,
+    counting,
+    meshes,
+    patterns,
+    rates,
+    schedules,
+    scores,
+    stats,
+    timetables,
+    trees,
+)
 from jaxprune.transforms._agip_channels import channel_transform
 from jaxprune.transforms._base import (
+    Arguments,
     check_line_search,
-    check_window,
+    checked,
     held_for,
+    named_leaves,
     project,
     put_masks,
     raw_gradients,
     split,
     timetable_once,
     update_masks,
+    update_of,
     warn_of_zeros,
+    widened,
     zero_counters,
 )
 
@@ -50,9 +66,9 @@ def agip_transform(
     start: int = 0,
     stop: int,
     decay: float | None = 0.99,
-    dtype: Any = jnp.float32,
+    dtype: Any = "float32",
     score: scores.Score | None = None,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     regrow: float = 0.0,
     rate: rates.RateRule | None = None,
@@ -114,10 +130,11 @@ def agip_transform(
         score: function `(params, statistics) -> scores`, see `jaxprune.scores`; None is
             `scores.taylor`. With `groups` it gets lists with one vector for each group, in the
             order of the groups: norms of the gates, and statistics; None is the statistic itself.
-        budget: function `(shapes, sparsity) -> Budget`; None is
-            `budgets.global_budget(0.1)`: a global ranking in which every leaf keeps at least a
-            tenth of its uniform budget. With `groups` it counts channels, every group keeps at
-            least one, and None is `budgets.uniform`, so that the final widths are known in advance.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.global_budget(0.1)`: a global ranking in
+            which every leaf keeps at least a tenth of its uniform budget. With `groups` it counts
+            channels, every group keeps at least one, and None is `budgets.uniform`, so that the
+            final widths are known in advance.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         regrow: fraction of the kept weights that is dropped and regrown at `start`, in [0, 1).
@@ -160,8 +177,16 @@ def agip_transform(
         [[False, False, False, False], [False, False, True, True]]
     """
     options = {"pattern": pattern, "rate": rate, "prunable": prunable, "stacked": stacked}
-    _check(every, start, stop, decay, dtype, regrow, options if groups is not None else {})
+    only_for_weights = options if groups is not None else {}
+    arguments = _checked(every, start, stop, decay, dtype, regrow, only_for_weights)
+    every, start, stop, fractions = arguments
+    regrow = fractions["regrow"]
     if groups is not None:
+        if not isinstance(groups, Mapping):
+            raise ValueError(
+                "`groups` must be the groups that `jaxprune.structure.find_groups(function, "
+                f"params, *args)` returns, but is {groups!r}."
+            )
         return channel_transform(
             sparsity,
             groups,
@@ -174,6 +199,10 @@ def agip_transform(
             regrow=regrow,
         )
     score = scores.taylor if score is None else score
+    scores.check_score(score)
+    if rate is not None:
+        form = "(statistic, mean, density) -> factor"
+        trees.check_function("rate", rate, form, "Write `rate=jaxprune.rates.by_density()`.")
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
@@ -197,6 +226,7 @@ def agip_transform(
             mean_statistics=() if rate is None else jnp.ones(len(pruned), jnp.float32),
         )
 
+    @update_of(AgipState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -207,6 +237,7 @@ def agip_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args, inner_state)
+        params = trees.without_settings(params, updates)
         flags, weights, moves, masks = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, flags)
 
@@ -215,8 +246,7 @@ def agip_transform(
         if decay is None:
             average, statistics = (), moves
             if inner_state is not None:
-                paths = trees.pick(list(trees.leaf_by_path(params)), flags)
-                statistics = stats.first_moment(inner_state, paths)
+                statistics = stats.first_moment(inner_state, named_leaves(params, flags))
         else:
             raw = raw_gradients(grad, params, flags)
             if raw is None:
@@ -229,7 +259,8 @@ def agip_transform(
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 
-        scale = 1.0 if decay is None else stats.unbiasing(decay, state.prune_step + 1)
+        seen = jnp.asarray(optax.safe_increment(state.prune_step))
+        scale = 1.0 if decay is None else stats.unbiasing(decay, seen)
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
@@ -240,7 +271,9 @@ def agip_transform(
                 score(weights, scaled), weights, statistics, timetable.stacked
             )
             new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
-            return new, _survivors(new, statistics, scale) if rate is not None else survivors
+            if rate is not None:
+                survivors = _survivors(new, statistics, scale, survivors)
+            return new, survivors
 
         survivors = state.densities, state.mean_statistics
         (masks, survivors), counters = update_masks(
@@ -266,45 +299,57 @@ def agip_transform(
 
 
 def _survivors(
-    masks: list[jax.Array], statistics: list[jax.Array], scale: Any
+    masks: list[jax.Array], statistics: list[jax.Array], scale: Any, like: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Returns density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     with counting.exact(masks):
-        counts = jnp.maximum(counting.count_kept(masks).astype(jnp.float32), 1)
+        counts = counting.count_kept(masks).astype(jnp.float32)
     sizes = jnp.array([mask.size for mask in masks], jnp.float32)
     sums = [
         jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))
         for mask, s in zip(masks, statistics, strict=True)
     ]
-    return counts / sizes, scale * jnp.stack(sums) / counts
+    counts, sizes, sums = meshes.total((counts, sizes, jnp.stack(sums)), like)
+    counts = jnp.maximum(counts, 1)
+    return counts / sizes, scale * sums / counts
 
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies an update by its factor, in the dtype of the update."""
-    return (update * factor).astype(update.dtype)
+    return (widened(update, factor)[0] * factor).astype(update.dtype)
 
 
-def _check(
-    every: int,
-    start: int,
-    stop: int,
-    decay: float | None,
+def _checked(
+    every: Any,
+    start: Any,
+    stop: Any,
+    decay: Any,
     dtype: Any,
-    regrow: float,
+    regrow: Any,
     only_for_weights: Mapping[str, Any],
-) -> None:
+) -> Arguments:
     """Checks the arguments of `agip_transform`; raises one error for all problems."""
     problems: list[str] = [
         f"`{name}` applies to weights and must be None with `groups`, but is {value!r}"
         for name, value in only_for_weights.items()
         if value is not None
     ]
-    if decay is not None and not 0 <= decay < 1:
+    # A traced decay is computed with, but cannot be compared.
+    known = None if isinstance(decay, Tracer) else decay
+    if known is not None and not 0 <= known < 1:
         problems.append(f"`decay` must lie in [0, 1) or be None, but is {decay!r}")
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not _is_float(dtype):
         problems.append(f"`dtype` must be a floating-point type, but is {dtype!r}")
-    elif decay is not None and decay > 0.99 and jnp.dtype(dtype) == jnp.bfloat16:
+    elif known is not None and known > 0.99 and jnp.dtype(dtype) == jnp.bfloat16:
         problems.append(f"`dtype` bfloat16 allows a `decay` up to 0.99, but it is {decay!r}")
-    if not 0 <= regrow < 1:
-        problems.append(f"`regrow` must lie in [0, 1), but is {regrow!r}")
-    check_window("agip_transform", every, start, stop, *problems)
+    return checked("agip_transform", every, start, stop, *problems, regrow=regrow)
+
+
+def _is_float(dtype: Any) -> bool:
+    """Returns whether an argument is a floating-point type."""
+    if isinstance(dtype, jax.Array):
+        return False
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False

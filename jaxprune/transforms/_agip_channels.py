@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxprune import budgets, schedules, scores, stats, timetables, trees
+from jaxprune import budgets, meshes, schedules, scores, stats, timetables, trees
 from jaxprune.transforms import _gates
 from jaxprune.transforms._base import (
     check_bools,
@@ -19,6 +19,7 @@ from jaxprune.transforms._base import (
     project,
     put_masks,
     update_masks,
+    update_of,
     zero_counters,
 )
 
@@ -54,7 +55,7 @@ def channel_transform(
     stop: int,
     decay: float | None,
     score: scores.Score | None,
-    budget: budgets.BudgetRule | None,
+    budget: budgets.GivenBudget,
     regrow: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the transformation of `agip_transform` with `groups`, which checks the arguments.
@@ -68,22 +69,27 @@ def channel_transform(
         decay: the decay of the averages; None reads the momentum at mask updates.
         score: function `(norms, statistics) -> scores` of lists with a vector for each group; None
             is the statistic itself.
-        budget: function `(shapes, sparsity) -> Budget` of channels; None is `budgets.uniform`.
+        budget: function `(shapes, sparsity) -> Budget` of channels, or a dict of sparsities by the
+            names of groups; None is `budgets.uniform`.
         regrow: fraction of the kept channels that is dropped and regrown at `start`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
     """
+    if score is not None:
+        scores.check_score(score)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     fraction = schedules.cosine(regrow, start, stop)
+    given = budgets.uniform if budget is None else budget
+    rule = budgets.rule_of(given, max(sparsities), list(groups))
     # Counts refer to the channels of the dense network, even if some have been removed.
     timetable = timetables.make_timetable(
         {name: jax.ShapeDtypeStruct((group.full,), bool) for name, group in groups.items()},
         steps,
         sparsities,
         moved=[fraction(step) for step in steps],
-        budget=_at_least_one(budgets.uniform if budget is None else budget),
+        budget=_at_least_one(rule),
     )
     grows = timetables.ever_grows(timetable)
     gates_of = _gates.gates_once(groups)
@@ -104,6 +110,7 @@ def channel_transform(
                 kept = jnp.where(gate.channels < 0, True, channels[name][gate.channels])
                 mask = jnp.broadcast_to(_gates.along(gate, len(shape), kept), shape)
                 masks[gate.leaf] = masks.get(gate.leaf, True) & mask
+        masks = {index: meshes.placed_like(mask, leaves[index]) for index, mask in masks.items()}
         flags = tuple(index in masks for index in range(len(leaves)))
         return put_masks(params, flags, [masks[index] for index in sorted(masks)]), masks
 
@@ -123,6 +130,7 @@ def channel_transform(
             unranked=jnp.zeros([], jnp.int32),
         )
 
+    @update_of(ChannelState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -133,6 +141,7 @@ def channel_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args, inner_state)
+        params = trees.without_settings(params, updates)
         check_update(updates, params)
         check_bools(state.channels)
         gates = gates_of(params)
@@ -183,9 +192,9 @@ def channel_transform(
 
 def _momenta(gates: _gates.Gates, params: Any, inner_state: Any) -> dict[int, jax.Array]:
     """Returns the optimizer's momentum of each gated parameter, by position."""
-    paths = list(trees.leaf_by_path(params))
+    leaves = list(trees.leaf_by_path(params).items())
     at = sorted({gate.leaf for own in gates.values() for gate in own})
-    momenta = stats.first_moment(inner_state, [paths[i] for i in at])
+    momenta = stats.first_moment(inner_state, dict(leaves[i] for i in at))
     return dict(zip(at, momenta, strict=True))
 
 
@@ -221,7 +230,10 @@ def _statistics(
         return products, slopes, fields
     # Average only over the steps since a channel came back.
     on = [state.channels[name] for name in names]
-    ages = [(age[name] + 1) * kept for name, kept in zip(names, on, strict=True)]
+    ages = [
+        jnp.asarray(optax.safe_increment(age[name])) * kept
+        for name, kept in zip(names, on, strict=True)
+    ]
     past = [
         _gates.root_mean_square(average[name], new, decay) * kept
         for name, new, kept in zip(names, products, on, strict=True)
@@ -329,12 +341,20 @@ def _warn_of_zeros(gates: _gates.Gates, leaves: Sequence[Any]) -> None:
         isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in leaves
     ):
         return
-    alive = {
-        name: [jnp.any(_gates.entries(gate, leaves[gate.leaf]) != 0) for gate in own]
+    with jax.ensure_compile_time_eval():  # constants of a function that is being traced
+        alive = {
+            name: [
+                jnp.any(leaves[gate.leaf] != 0, _gates.other_axes(gate, leaves[gate.leaf]))
+                for gate in own
+            ]
+            for name, own in gates.items()
+        }
+        alive = jax.device_get(alive)
+    silent = [
+        name
         for name, own in gates.items()
-    }
-    alive = jax.device_get(alive)
-    silent = [name for name in gates if not any(alive[name])]
+        if not any(np.any(a[gate.channels >= 0]) for a, gate in zip(alive[name], own, strict=True))
+    ]
     if silent:
         warnings.warn(
             f"the gates of {', '.join(silent)} are all 0, so the statistics of these channels are "

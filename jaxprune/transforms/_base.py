@@ -1,16 +1,18 @@
 """Code that all pruning transformations share: state, mask updates in one branch, projection."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxprune import budgets, patterns, stats, timetables, trees
+from jaxprune import budgets, meshes, patterns, schedules, stats, timetables, trees
 
 
 class MaskState(NamedTuple):
@@ -33,11 +35,6 @@ class MaskState(NamedTuple):
     timetable_mark: jax.Array  # int32 [], the mask update that the masks come from
 
 
-def holds_masks(node: Any) -> bool:
-    """Returns whether a node of an optimizer state is the state of a pruning transformation."""
-    return "masks" in getattr(node, "_fields", ())
-
-
 class Parts(NamedTuple):
     """The pruned leaves of one update, each a list in flattening order."""
 
@@ -48,6 +45,9 @@ class Parts(NamedTuple):
 
 
 Renew = Callable[..., Any]
+Update = Callable[..., tuple[Any, Any]]
+_WIDER = jnp.dtype(jnp.bfloat16)  # holds all numbers of the types of 8 bits
+_LAST_STEP = np.iinfo(np.int32).max  # steps are counted up to it
 
 
 def split(
@@ -147,11 +147,24 @@ def raw_gradients(grad: Any, params: Any, flags: tuple[bool, ...]) -> list[jax.A
 
 
 def put_masks(params: Any, flags: tuple[bool, ...], masks: Sequence[jax.Array]) -> Any:
-    """Returns a tree like `params` with masks at pruned leaves and `MaskedNode` elsewhere."""
+    """Returns a tree like `params` with masks at pruned leaves and `MaskedNode` elsewhere.
+
+    A box around a leaf that is not pruned, such as a variable of NNX, is replaced as a whole: Flax
+    asks each box for the shape, the dtype and the sharding of what it holds.
+    """
     check_one_copy(params)
-    # No masks for other leaves: every step would have to pass them in and out.
-    rest = jax.tree.map(lambda _: optax.MaskedNode(), params)
-    return trees.put(params, flags, list(masks), rest)
+    nodes, structure = jax.tree.flatten(params, is_leaf=trees.is_box)
+    flag, mask = iter(flags), iter(masks)
+
+    def masks_of(node: Any) -> Any:
+        leaves, inner = jax.tree.flatten(node)
+        own = [next(flag) for _ in leaves]
+        if own and not any(own):
+            # No masks for other leaves: every step would have to pass them in and out.
+            return optax.MaskedNode()
+        return inner.unflatten([next(mask) if pruned else optax.MaskedNode() for pruned in own])
+
+    return structure.unflatten([masks_of(node) for node in nodes])
 
 
 def check_one_copy(params: Any) -> None:
@@ -179,6 +192,8 @@ def update_masks(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Changes the masks if a mask update is due, in the only branch of a step.
 
+    Under `vmap`, as for several seeds, the branch is taken if an update is due for any of them.
+
     The last mask update at or before this step is due until the masks come from it. Therefore a
     state that resumes with a different timetable catches up with it, whatever its counters say.
 
@@ -202,11 +217,14 @@ def update_masks(
     def at_mask_update(carry: Any, buffers: Any, faults: Any) -> Any:
         ok = stats.all_finite(buffers)
         ok &= ~jnp.any(jnp.array([jnp.any(bits > 0) for bits in faults], bool))
+        # Devices that share counters must agree, whatever shard of a leaf each of them has.
+        ok = meshes.total((~ok).astype(jnp.int32), like=state.prune_step) == 0
         new = renew(done - 1, carry, buffers)
-        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, carry), ok
+        # Under `vmap`, one of several networks may be due and this one not.
+        return jax.tree.map(lambda a, b: jnp.where(ok & due, a, b), new, carry), ok | ~due
 
     carry, ok = jax.lax.cond(
-        due,
+        _any_member(due),
         at_mask_update,
         lambda carry, *_: (carry, jnp.array(True)),
         *(carry, buffers, list(faults)),
@@ -215,9 +233,66 @@ def update_masks(
         "prune_step": jnp.asarray(optax.safe_increment(state.prune_step)),
         "mask_updates": jnp.where(ok, done, state.mask_updates),
         "timetable_mark": jnp.where(ok, mark, state.timetable_mark),
-        "refused": state.refused + (due & ~ok),
+        "refused": jnp.where(due & ~ok, optax.safe_increment(state.refused), state.refused),
     }
     return carry, counters
+
+
+@jax.custom_batching.custom_vmap
+def _any_member(flag: jax.Array) -> jax.Array:
+    """Returns a flag; under `vmap`, whether it is True for any member of the batch.
+
+    A branch with a batched condition would become both of its sides, and each step a mask update.
+    """
+    return flag
+
+
+@_any_member.def_vmap
+def _any_of_batch(size: int, is_batched: Sequence[bool], flags: jax.Array) -> tuple[Any, bool]:
+    del size
+    return _any_member(jnp.any(flags, axis=0) if is_batched[0] else flags), False
+
+
+def update_of(kind: type) -> Callable[[Update], Update]:
+    """Makes a decorator for the update of a transformation whose state is of a kind.
+
+    The decorated update raises for other states. On meshes with explicit axes, where operations
+    must not mix splits, it computes with automatic axes; the new state is split as the old one, and
+    the new updates as the old ones.
+
+    Args:
+        kind: the NamedTuple of the state.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorated(update: Update) -> Update:
+        @functools.wraps(update)
+        def anywhere(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+            _check_kind(state, kind)
+            names = [name for name in ("grad", "inner_state") if name in extra_args]
+            trees_given = {name: extra_args.pop(name) for name in names}
+
+            def compute(updates: Any, state: Any, params: Any, given: Any) -> Any:
+                return update(updates, state, params, **given, **extra_args)
+
+            operands = updates, state, params, trees_given
+            return meshes.automatically(compute, *operands, like=(updates, state))
+
+        return anywhere
+
+    return decorated
+
+
+def _check_kind(state: Any, kind: Any) -> None:
+    """Raises unless a state has the fields of a kind of states."""
+    if not set(kind._fields) <= set(getattr(state, "_fields", ())):
+        raise ValueError(
+            f"`state` must be the {kind.__name__} that `init` of this transformation returned, but "
+            f"is {type(state).__name__}. To go on from other masks, start from `init` and set them "
+            "with `jaxprune.set_masks`; a state that was restored as dicts needs a target."
+        )
 
 
 def zero_counters() -> dict[str, jax.Array]:
@@ -229,8 +304,20 @@ def zero_counters() -> dict[str, jax.Array]:
 def project(update: jax.Array, mask: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the update that moves kept weights as given and pruned weights to exactly 0."""
     # In the wider of the two dtypes, because -w rounded to a narrower dtype leaves a residue.
-    dtype = jnp.promote_types(update.dtype, weight.dtype)
-    return jnp.where(mask, update.astype(dtype), -weight.astype(dtype))
+    update, weight = widened(update, weight)
+    return jnp.where(mask, update, -weight)
+
+
+def widened(*arrays: jax.Array) -> list[jax.Array]:
+    """Converts arrays to the narrowest type that holds the numbers of all.
+
+    JAX promotes no floating-point type of 8 bits or less, whatever the other type is.
+    """
+    kinds = {array.dtype for array in arrays}
+    if len(kinds) > 1:
+        kinds = {kind if kind.itemsize > 1 else _WIDER for kind in kinds}
+    dtype = functools.reduce(jnp.promote_types, kinds)
+    return [array.astype(dtype) for array in arrays]
 
 
 def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
@@ -241,6 +328,9 @@ def named_leaves(params: Any, flags: tuple[bool, ...]) -> dict[str, Any]:
 
 def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.Timetable]:
     """Returns a function from parameters to their timetable that caches its last few results."""
+    budgets.check_budget(options.get("budget"))
+    patterns.check_pattern(options.get("pattern"))
+    trees.check_stacked(options.get("stacked"))
     known: dict[tuple, timetables.Timetable] = {}
 
     def timetable_for(params: Any, flags: tuple[bool, ...]) -> timetables.Timetable:
@@ -255,17 +345,58 @@ def timetable_once(*arguments: Any, **options: Any) -> Callable[..., timetables.
     return timetable_for
 
 
-def check_window(name: str, every: int, start: int, stop: int, *problems: str | None) -> None:
-    """Checks the arguments of a transformation; raises one error, with the problems given."""
-    bad = []
+class Arguments(NamedTuple):
+    """The steps of the mask updates and the fractions that a transformation was given, checked."""
+
+    every: int
+    start: int
+    stop: int
+    fractions: dict[str, float]  # by name of the argument
+
+
+def checked(
+    name: str, every: Any, start: Any, stop: Any, *problems: str, **fractions: Any
+) -> Arguments:
+    """Checks the arguments of a transformation; raises one error for all problems.
+
+    Args:
+        name: name of the public transformation.
+        every: steps between mask updates.
+        start: step of the first mask update.
+        stop: step of the last mask update.
+        *problems: problems of other arguments.
+        **fractions: arguments that must lie in [0, 1).
+
+    Returns:
+        The arguments as Python numbers.
+    """
+    bad: list[str] = []
+
+    def read(kind: Callable[[str, Any], Any], name: str, value: Any, instead: float) -> Any:
+        try:
+            return kind(name, value)
+        except ValueError as error:
+            bad.append(str(error).rstrip("."))
+            return instead  # breaks no other rule
+
+    given = {"every": every, "start": start, "stop": stop}
+    every, start, stop = (read(schedules.whole, key, v, math.nan) for key, v in given.items())
     if every < 1:
         bad.append(f"`every` must be at least 1 step, but is {every!r}")
     if start < 0:
         bad.append(f"`start` must not be negative, but is {start!r}")
     if stop < start:
         bad.append(f"`stop` must not be before `start`, but {stop!r} < {start!r}")
-    bad += [problem for problem in problems if problem]
-    trees.raise_for(bad, f"{name} cannot run with these arguments:")
+    if stop > _LAST_STEP:
+        bad.append(f"`stop` must be at most {_LAST_STEP}, the last step counted, but is {stop!r}")
+    shares = {key: read(schedules.number, key, value, 0.0) for key, value in fractions.items()}
+    bad += [
+        f"`{key}` must lie in [0, 1), but is {fractions[key]!r}"
+        for key, share in shares.items()
+        if not 0 <= share < 1
+    ]
+    trees.raise_for([*bad, *problems], f"{name} cannot run with these arguments:")
+    return Arguments(every, start, stop, shares)
 
 
 def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
@@ -273,9 +404,12 @@ def warn_of_zeros(params: Any, flags: tuple[bool, ...]) -> None:
     known = {
         path: leaf
         for path, leaf in named_leaves(params, flags).items()
-        if not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
+        if isinstance(leaf, (jax.Array, np.ndarray))
+        and not isinstance(leaf, Tracer)
+        and getattr(leaf, "is_fully_addressable", True)
     }
-    zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
+    with jax.ensure_compile_time_eval():  # constants of a function that is being traced
+        zeros = [path for path, leaf in known.items() if not jnp.any(leaf)]
     if zeros:
         warnings.warn(
             f"`params` holds leaves that are 0 everywhere: {', '.join(zeros)}. Weights are ranked "
@@ -294,7 +428,7 @@ def masking_transform(
     moved: Sequence[float] | None = None,
     first: Callable[[timetables.Timetable, list[jax.Array]], list[jax.Array]] | None = None,
     needs_gradient: bool = False,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -332,8 +466,10 @@ def masking_transform(
         if first and timetable:
             # Outside `jit` the loops of the selection would be slow.
             masks = jax.jit(functools.partial(first, timetable))(weights)
+            masks = list(map(meshes.placed_like, masks, weights))
         return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
 
+    @update_of(MaskState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -343,6 +479,7 @@ def masking_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
+        params = trees.without_settings(params, updates)
         parts = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, parts.flags)
         gradients = None

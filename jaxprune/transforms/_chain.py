@@ -16,6 +16,7 @@ from jaxprune.transforms._frozen import warn_of_frozen
 from jaxprune.transforms._inner import (
     differs,
     forget_values,
+    has_sam,
     keep_unpruned,
     masks_like,
     order_problems,
@@ -36,10 +37,11 @@ def chain(
 ) -> optax.GradientTransformationExtraArgs:
     """Chains transformations like `optax.chain`, and passes pruning members what they need.
 
-    The last member of a chain sees updates, not gradients. This chain passes every member the
-    extra argument `grad`, the gradient as it entered the chain. It passes pruning members
-    `inner_state`, the new states of the members before them. Members that do not accept an argument
-    do not receive it. The state is that of `optax.chain`.
+    The last member of a chain sees updates, not gradients. This chain passes pruning members the
+    extra arguments `grad`, the gradient as it entered the chain, and `inner_state`, the new states
+    of the members before them. Line searches and members that name `grad` in their signature get it
+    too. All other extra arguments are the caller's, and go to the members that accept them. The
+    state is that of `optax.chain`.
 
     The members before pruning see the sparse network: the gradient and the value of a pruned weight
     are 0, and its moments (any array in the shape of a weight: momentum, Adam's `mu` and `nu`) are
@@ -63,7 +65,8 @@ def chain(
     Raises:
         ValueError: if `inner` has any other value; from `init` and `update`, if a member follows a
             pruning transformation, if a wrapper around one cannot keep zeros, or if
-            `inner="sparse"` hides values that the method needs, listing all such members.
+            `inner="sparse"` hides values that the method needs, listing all such members; from
+            `update`, if there is a gradient for each example, which has to be aggregated first.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,10 +81,24 @@ def chain(
     """
     if inner not in (None, "sparse", "dense"):
         raise ValueError(f'`inner` must be None, "sparse" or "dense", but is {inner!r}.')
+    trees.raise_for(
+        [
+            f"{i}: {type(member).__name__}"
+            for i, member in enumerate(transforms)
+            if not (hasattr(member, "init") and hasattr(member, "update"))
+        ],
+        "`transforms` must be Optax transformations, each a separate argument and called, such as "
+        "`jaxprune.chain(optax.sgd(0.1), jaxprune.magnitude_transform(0.9, stop=1000))`. These "
+        "are none:",
+    )
     members = tuple(optax.with_extra_args_support(transform) for transform in transforms)
 
     def init_fn(params: Any) -> tuple[Any, ...]:
-        state = tuple(member.init(params) for member in members)
+        try:
+            state = tuple(member.init(params) for member in members)
+        except TypeError as error:
+            _explain_settings(params, error)
+            raise
         _check(state, inner)
         first = _first_pruning(state)
         masks = masks_like(params, pruning_states(state))
@@ -98,14 +115,18 @@ def chain(
                 "returned."
             )
         _check(state, inner)
+        params = trees.without_settings(params, updates)
         first = _first_pruning(state)
+        if first < len(members) and params is not None:
+            _check_one_gradient(updates, params)
+        earlier = extra_args.pop("inner_state", ())  # from a chain around this one
         extra = {"grad": updates} | extra_args
-        earlier = extra.pop("inner_state", ())  # from a chain around this one
+        ours = {"grad", "inner_state"} - extra_args.keys()
         learned, masks = (), None
         if params is not None and any(_hides(s, inner) for s in pruning_states(state)):
             known = extra | {"inner_state": (*earlier, *state)}
             pruning = members[first:], state[first:]
-            learned, masks = _masks_first(*pruning, updates, params, known, inner)
+            learned, masks = _masks_first(*pruning, updates, params, known, ours, inner)
         hidden = bool(jax.tree.leaves(masks))
         seen, before = params, extra
         if hidden:
@@ -118,8 +139,8 @@ def chain(
             updates = keep_unpruned(updates, masks)
         new_state: tuple[Any, ...] = ()
         for member, own in zip(members[:first], state[:first], strict=True):
-            # No `inner_state` here: line searches raise for arguments that they do not know.
-            updates, own = member.update(updates, own, seen, **_accepted(member, before))
+            accepted = _accepted(member, own, before, ours)
+            updates, own = member.update(updates, own, seen, **accepted)
             new_state = (*new_state, own)
         moves = updates
         if hidden and _is_masks_alone(state[first:]):
@@ -129,7 +150,8 @@ def chain(
         else:
             for member, own in zip(members[first:], state[first:], strict=True):
                 known = extra | {"inner_state": (*earlier, *new_state)}
-                updates, own = member.update(updates, own, params, **_accepted(member, known))
+                accepted = _accepted(member, own, known, ours)
+                updates, own = member.update(updates, own, params, **accepted)
                 new_state = (*new_state, own)
         if first < len(members) and has_line_search(new_state[:first]):
             new_state = forget_values(new_state, differs(updates, moves))
@@ -138,12 +160,29 @@ def chain(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _explain_settings(params: Any, error: TypeError) -> None:
+    """Raises an error that names the functions and strings among the parameters, if there are."""
+    settings = [
+        f"{path}: {type(leaf).__name__}"
+        for path, leaf in trees.leaves_with_paths(params)
+        if not trees.is_numeric(leaf)
+    ]
+    if settings:
+        rule = (
+            "`params` must hold arrays only, as for every optimizer of Optax. Take the settings of "
+            "a module out, `optimizer.init(equinox.filter(module, equinox.is_inexact_array))`; "
+            "`optimizer.update` accepts the whole module. These are no arrays:"
+        )
+        raise ValueError("\n  ".join([rule, *settings])) from error
+
+
 def _masks_first(
     members: Sequence[Any],
     states: Sequence[Any],
     updates: Any,
     params: Any,
     extra_args: Mapping[str, Any],
+    ours: set[str],
     inner: _Inner,
 ) -> tuple[tuple[Any, ...], Any]:
     """Updates the pruning members; returns their new states, and the masks for the other members.
@@ -151,7 +190,7 @@ def _masks_first(
     This runs before the other members: reading old and new masks in one step would force a copy.
     """
     learned = tuple(
-        member.update(updates, own, params, **_accepted(member, extra_args))[1]
+        member.update(updates, own, params, **_accepted(member, own, extra_args, ours))[1]
         for member, own in zip(members, states, strict=True)
     )
     return learned, masks_like(params, [s for s in pruning_states(learned) if _hides(s, inner)])
@@ -172,12 +211,50 @@ def _is_masks_alone(states: Sequence[Any]) -> bool:
     return len(states) == 1 and isinstance(states[0], _MASKS_ONLY)
 
 
-def _accepted(member: Any, extra_args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the extra arguments that a member accepts; SAM in opaque mode takes only its own."""
+def _accepted(
+    member: Any, state: Any, extra_args: Mapping[str, Any], ours: set[str]
+) -> Mapping[str, Any]:
+    """Returns the extra arguments that a member accepts.
+
+    A wrapper such as `optax.chain` accepts all and passes all to what is in it. There SAM in opaque
+    mode takes only its own, and line searches raise for arguments that `value_fn` does not take.
+    Therefore arguments that this chain adds go only to members that use them.
+
+    Args:
+        member: the transformation.
+        state: the state of the transformation.
+        extra_args: all arguments.
+        ours: names of the arguments that the caller has not given.
+
+    Returns:
+        Part of `extra_args`.
+    """
     parameters = inspect.signature(member.update).parameters
+    names = set(extra_args) & set(parameters)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return extra_args
-    return {name: value for name, value in extra_args.items() if name in parameters}
+        names |= set(extra_args) - ours
+        if has_line_search(state):
+            names |= {"grad"}
+        elif pruning_states(state) and not has_sam(state):
+            names = set(extra_args)
+    return {name: value for name, value in extra_args.items() if name in names}
+
+
+def _check_one_gradient(updates: Any, params: Any) -> None:
+    """Raises if the updates hold a gradient for each example, which no score could read."""
+    shapes = {path: trees.shape_of(leaf) for path, leaf in trees.leaf_by_path(params).items()}
+    many = [
+        f"{path}: shape {trees.shape_of(leaf)}, but the parameter has {shapes[path]}"
+        for path, leaf in trees.leaf_by_path(updates).items()
+        if path in shapes and trees.shape_of(leaf)[1:] == shapes[path] != trees.shape_of(leaf)
+    ]
+    trees.raise_for(
+        many,
+        "`updates` must be one gradient, but holds one for each example, which pruning cannot "
+        "rank by. Aggregate them before the chain: `optax.chain(optax.contrib."
+        "differentially_private_aggregate(...), jaxprune.chain(optimizer, pruning))`; see "
+        "docs/optimizers.md:",
+    )
 
 
 def _kept_gradient(grad: Any, updates: Any, masks: Any) -> Any:

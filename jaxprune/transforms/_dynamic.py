@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxprune import budgets, patterns, schedules, scores, timetables, trees
-from jaxprune.transforms._base import check_window, masking_transform
+from jaxprune.transforms._base import checked, masking_transform
 
 # function (index of the mask update, weights, gradients) -> scores by which weights are regrown
 Growth = Callable[[jax.Array, list[jax.Array], Any], list[jax.Array]]
@@ -24,7 +24,7 @@ def dynamic_transform(
     drop: float,
     seed: int,
     needs_gradient: bool,
-    budget: budgets.BudgetRule | None,
+    budget: budgets.GivenBudget,
     pattern: patterns.PatternRule,
     prunable: trees.Prunable,
     stacked: trees.Stacked,
@@ -49,16 +49,10 @@ def dynamic_transform(
     Returns:
         An `optax.GradientTransformationExtraArgs`.
     """
-    check_window(
-        name,
-        every,
-        start,
-        stop,
-        None if 0 <= sparsity < 1 else f"`sparsity` must lie in [0, 1), but is {sparsity!r}",
-        None if 0 <= drop < 1 else f"`drop` must lie in [0, 1), but is {drop!r}",
-    )
+    arguments = checked(name, every, start, stop, sparsity=sparsity, drop=drop)
+    every, start, stop, fractions = arguments
     steps = schedules.mask_update_steps(start, stop, every)
-    fraction = schedules.cosine(drop, start, stop)
+    fraction = schedules.cosine(fractions["drop"], start, stop)
 
     def first(timetable: timetables.Timetable, weights: list[jax.Array]) -> list[jax.Array]:
         return timetables.select(timetable, 0, scores.random(seed)(weights, None))
@@ -71,7 +65,7 @@ def dynamic_transform(
 
     return masking_transform(
         steps,
-        [float(sparsity)] * len(steps),
+        [fractions["sparsity"]] * len(steps),
         choose,
         moved=[fraction(step) for step in steps],
         first=first,

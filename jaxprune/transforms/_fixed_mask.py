@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxprune import trees
-from jaxprune.transforms._base import check_line_search, project, put_masks, split
+from jaxprune import meshes, trees
+from jaxprune.transforms._base import check_line_search, project, put_masks, split, update_of
 
 
 class FixedMaskState(NamedTuple):
@@ -71,7 +71,7 @@ def fixed_mask_transform(
             return FixedMaskState(params)
         if masks is None:
             flags = trees.prunable_flags(params, prunable)
-            kept = [jnp.ones(leaf.shape, bool) for leaf in trees.pick(params, flags)]
+            kept = [jnp.ones_like(leaf, dtype=bool) for leaf in trees.pick(params, flags)]
             return FixedMaskState(put_masks(params, flags, kept))
         by_path, leaf_of = trees.spread(masks, params), trees.leaf_by_path(params)
         problems = trees.unmatched(by_path, trees.places(params))
@@ -84,9 +84,14 @@ def fixed_mask_transform(
         trees.raise_for(problems, "`masks` must be bools with the paths and shapes of `params`:")
         own = [by_path.get(path) for path in leaf_of]
         flags = tuple(not _keeps_all(mask) for mask in own)
-        kept = [jnp.array(mask) for mask, flag in zip(own, flags, strict=True) if flag]
+        kept = [
+            meshes.placed_like(jnp.array(mask), leaf)
+            for mask, leaf, flag in zip(own, leaf_of.values(), flags, strict=True)
+            if flag
+        ]
         return FixedMaskState(put_masks(params, flags, kept))
 
+    @update_of(FixedMaskState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -94,6 +99,7 @@ def fixed_mask_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
+        params = trees.without_settings(params, updates)
         if not jax.tree.leaves(state.masks):
             return updates, state
         has_mask = jax.tree.map(

@@ -49,7 +49,7 @@ def sums(gates: Sequence[Gate], size: int, arrays: Sequence[jax.Array]) -> jax.A
     """
     total = jnp.zeros(size, jnp.float32)
     for gate, array in zip(gates, arrays, strict=True):
-        rows = jnp.sum(array.astype(jnp.float32), _other_axes(gate, array))
+        rows = jnp.sum(array.astype(jnp.float32), other_axes(gate, array))
         total += rows if _one_to_one(gate, size) else _at(gate, size).add(rows[gate.channels >= 0])
     return total
 
@@ -70,7 +70,7 @@ def lengths(gates: Sequence[Gate], size: int, arrays: Sequence[jax.Array]) -> ja
     """
     largest = jnp.zeros(size, jnp.float32)
     for gate, array in zip(gates, arrays, strict=True):
-        rows = jnp.max(jnp.abs(array.astype(jnp.float32)), _other_axes(gate, array))
+        rows = jnp.max(jnp.abs(array.astype(jnp.float32)), other_axes(gate, array))
         own = rows if _one_to_one(gate, size) else _at(gate, size).max(rows[gate.channels >= 0])
         largest = jnp.maximum(largest, own)
     unit = _or_one(largest)
@@ -117,19 +117,14 @@ def along(gate: Gate, ndim: int, values: jax.Array) -> jax.Array:
     return values.reshape(shape)
 
 
-def entries(gate: Gate, array: Any) -> jax.Array:
-    """Returns the slices of an array, shaped like the gate's parameter, that belong to channels."""
-    return jnp.take(jnp.asarray(array), np.flatnonzero(gate.channels >= 0), axis=gate.axis)
+def other_axes(gate: Gate, array: jax.Array) -> tuple[int, ...]:
+    """Returns all axes of an array except the gate's."""
+    return tuple(axis for axis in range(array.ndim) if axis != gate.axis)
 
 
 def _or_one(x: jax.Array) -> jax.Array:
     """Replaces 0 by 1, so that the array can be a divisor."""
     return jnp.where(x > 0, x, 1)
-
-
-def _other_axes(gate: Gate, array: jax.Array) -> tuple[int, ...]:
-    """Returns all axes of an array except the gate's."""
-    return tuple(axis for axis in range(array.ndim) if axis != gate.axis)
 
 
 def _one_to_one(gate: Gate, size: int) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from jaxprune import budgets, patterns, schedules, scores, timetables, trees
-from jaxprune.transforms._base import check_window, masking_transform
+from jaxprune.transforms._base import checked, masking_transform
 
 
 def gradual_transform(
@@ -17,7 +17,7 @@ def gradual_transform(
     start: int,
     stop: int,
     needs_gradient: bool = False,
-    budget: budgets.BudgetRule | None,
+    budget: budgets.GivenBudget,
     pattern: patterns.PatternRule,
     prunable: trees.Prunable,
     stacked: trees.Stacked,
@@ -40,7 +40,7 @@ def gradual_transform(
     Returns:
         An `optax.GradientTransformationExtraArgs`.
     """
-    check_window(name, every, start, stop)
+    every, start, stop, _ = checked(name, every, start, stop)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     falls = [

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import trees
-from jaxprune.transforms._base import holds_masks, keeps_value, project
+from jaxprune import meshes, trees
+from jaxprune.transforms._base import keeps_value, project
 
 
 def pruning_states(state: Any) -> list[Any]:
     """Returns all states of pruning transformations in an optimizer state, in flattening order."""
-    return [node for node in jax.tree.leaves(state, is_leaf=holds_masks) if holds_masks(node)]
+    return [
+        node
+        for node in jax.tree.leaves(state, is_leaf=trees.holds_masks)
+        if trees.holds_masks(node)
+    ]
 
 
 def masks_like(params: Any, states: Sequence[Any]) -> Any:
@@ -82,8 +86,14 @@ def restart_moments(member: Any, state: Any, masks: Any, params: Any) -> Any:
         return jnp.where(mask, old, jnp.asarray(new, old.dtype))
 
     leaves, structure = jax.tree.flatten(state)
-    fresh = jax.tree.leaves(member.init(params))
-    return structure.unflatten([restart(*three) for three in zip(leaves, fresh, own, strict=True)])
+
+    def restarted(leaves: list[Any], own: list[Any], params: Any) -> list[Any]:
+        fresh = jax.tree.leaves(member.init(params))
+        return [restart(*three) for three in zip(leaves, fresh, own, strict=True)]
+
+    # A history has one more axis than its mask, which explicit meshes would not mix.
+    new = meshes.automatically(restarted, leaves, own, params, like=leaves)
+    return structure.unflatten(new)
 
 
 def forget_values(state: Any, changed: Any) -> Any:
@@ -114,7 +124,7 @@ def differs(updates: Any, others: Any) -> jax.Array:
 
 def order_problems(state: Any, where: str = "") -> list[str]:
     """Lists the transformations that follow or wrap pruning so that zeros cannot hold."""
-    if not pruning_states(state) or holds_masks(state):
+    if not pruning_states(state) or trees.holds_masks(state):
         return []
     if type(state) is tuple or isinstance(state, list):
         children = {f"{where}[{i}]": child for i, child in enumerate(state)}
@@ -139,10 +149,19 @@ def order_problems(state: Any, where: str = "") -> list[str]:
     return problems
 
 
+def has_sam(state: Any) -> bool:
+    """Returns whether an optimizer state is that of SAM, which takes no unknown arguments."""
+
+    def is_sam(node: Any) -> bool:
+        return isinstance(node, optax.contrib.SAMState)
+
+    return any(map(is_sam, jax.tree.leaves(state, is_leaf=is_sam)))
+
+
 def _holds_no_moments(node: Any) -> bool:
     """Returns whether a node of a state has no separate entry for each weight."""
     # GaLore's moments belong to a projection, which may have the shape of the weight.
-    return holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
+    return trees.holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
 
 
 def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:

@@ -12,7 +12,7 @@ def saliency_transform(
     every: int = 100,
     start: int = 0,
     stop: int,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -30,7 +30,8 @@ def saliency_transform(
         every: steps between mask updates.
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.global_budget(0.1)`.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.global_budget(0.1)`.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.

@@ -17,7 +17,7 @@ def set_transform(
     stop: int,
     drop: float = 0.3,
     seed: int = 0,
-    budget: budgets.BudgetRule | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -42,7 +42,8 @@ def set_transform(
         stop: step of the last mask update; masks are fixed from then on.
         drop: fraction of the kept weights that is dropped and regrown at `start`, in [0, 1).
         seed: the seed of the initial masks and of the regrown weights.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.erdos_renyi_kernel`.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.

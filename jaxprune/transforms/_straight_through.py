@@ -9,12 +9,14 @@ import optax
 from jaxprune import budgets, patterns, schedules, scores, timetables, trees
 from jaxprune.transforms._base import (
     check_line_search,
-    check_window,
+    checked,
     held_for,
     put_masks,
     split,
     timetable_once,
     update_masks,
+    update_of,
+    widened,
     zero_counters,
 )
 
@@ -43,8 +45,8 @@ def straight_through_transform(
     every: int = 1,
     start: int = 0,
     stop: int,
-    score: scores.Score = scores.magnitude,
-    budget: budgets.BudgetRule | None = None,
+    score: scores.Score | None = None,
+    budget: budgets.GivenBudget = None,
     pattern: patterns.PatternRule = None,
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
@@ -68,9 +70,10 @@ def straight_through_transform(
         start: step of the first mask update.
         stop: step of the last mask update; masks are fixed from then on.
         score: function `(weights, statistics) -> scores` of the dense values; statistics are
-            None.
-        budget: function `(shapes, sparsity) -> Budget`; None is `budgets.erdos_renyi_kernel`. A
-            global ranking may starve layers at high sparsity, because weights come back.
+            None; None is `scores.magnitude`.
+        budget: function `(shapes, sparsity) -> Budget`, or a dict of sparsities by the names of
+            leaves, see `budgets.rule_of`; None is `budgets.erdos_renyi_kernel`. A global ranking
+            may starve layers at high sparsity, because weights come back.
         pattern: None for single weights, or a pattern of `jaxprune.patterns`, or a function
             `(path, leaf) -> pattern`.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
@@ -99,7 +102,9 @@ def straight_through_transform(
         >>> params["kernel"].tolist()
         [[0.0, 14.0]]
     """
-    check_window("straight_through_transform", every, start, stop)
+    every, start, stop, _ = checked("straight_through_transform", every, start, stop)
+    score = scores.magnitude if score is None else score
+    scores.check_score(score)
     steps = schedules.mask_update_steps(start, stop, every)
     sparsities = timetables.sparsities_at(sparsity, steps)
     rule = budgets.erdos_renyi_kernel if budget is None else budget
@@ -113,9 +118,10 @@ def straight_through_transform(
         return StraightThroughState(
             **zero_counters(),
             masks=put_masks(params, flags, [jnp.ones_like(w, dtype=bool) for w in weights]),
-            dense=put_masks(params, flags, [jnp.array(w) for w in weights]),
+            dense=put_masks(params, flags, list(map(_copied, weights))),
         )
 
+    @update_of(StraightThroughState)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -123,11 +129,12 @@ def straight_through_transform(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_line_search(extra_args)
+        params = trees.without_settings(params, updates)
         parts = split(updates, state.masks, params, prunable, stacked)
         timetable = timetable_for(params, parts.flags)
         values = held_for(state.dense, params, parts.flags)
         dense = [
-            (value + update).astype(value.dtype)
+            jnp.add(*widened(value, update)).astype(value.dtype)
             for value, update in zip(values, parts.updates, strict=True)
         ]
 
@@ -147,9 +154,13 @@ def straight_through_transform(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _copied(weight: Any) -> Any:
+    """Returns a copy of a weight; a shape remains one, as its values are not known."""
+    return weight if isinstance(weight, jax.ShapeDtypeStruct) else jnp.array(weight)
+
+
 def _move(update: jax.Array, mask: jax.Array, weight: jax.Array, dense: jax.Array) -> jax.Array:
     """Returns the update of one leaf: the given one, or one to the dense value, or one to 0."""
-    dtype = jnp.promote_types(update.dtype, weight.dtype)
-    update, weight, dense = (x.astype(dtype) for x in (update, weight, dense))
+    update, weight, dense = widened(update, weight, dense)
     # A newly used weight is recognised by its value 0; reading the old mask would force a copy.
     return jnp.where(mask, jnp.where(weight == 0, dense, update), -weight)

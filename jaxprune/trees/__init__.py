@@ -2,10 +2,21 @@
 
 from jaxprune.trees._branches import spread
 from jaxprune.trees._defaults import reasons, why_not_pruned
+from jaxprune.trees._names import (
+    by_name,
+    check_function,
+    check_known,
+    is_names,
+    means,
+    named,
+    without_settings,
+)
 from jaxprune.trees._paths import (
     check_same_structure,
+    holds_masks,
     is_absent,
     is_array,
+    is_box,
     is_numeric,
     is_placeholder,
     keeps_leaf,
@@ -24,6 +35,7 @@ from jaxprune.trees._paths import (
 from jaxprune.trees._rules import (
     Prunable,
     Stacked,
+    check_stacked,
     is_rule,
     prunable_flags,
     stacked_axes,
@@ -32,9 +44,16 @@ from jaxprune.trees._rules import (
 __all__ = [
     "Prunable",
     "Stacked",
+    "by_name",
+    "check_function",
+    "check_known",
     "check_same_structure",
+    "check_stacked",
+    "holds_masks",
     "is_absent",
     "is_array",
+    "is_box",
+    "is_names",
     "is_numeric",
     "is_placeholder",
     "is_rule",
@@ -42,6 +61,8 @@ __all__ = [
     "leaf_by_path",
     "leaves_like",
     "leaves_with_paths",
+    "means",
+    "named",
     "path_string",
     "pick",
     "places",
@@ -55,4 +76,5 @@ __all__ = [
     "state_fields",
     "unmatched",
     "why_not_pruned",
+    "without_settings",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.trees import _paths
 
@@ -99,6 +100,11 @@ def reasons(
     }
 
 
+def can_be_zero(dtype: Any) -> bool:
+    """Returns whether a type is floating point and has a 0; float8_e8m0fnu (scales) has none."""
+    return bool(jnp.issubdtype(dtype, jnp.floating) and np.zeros((), dtype) == 0)
+
+
 def is_complex(leaf: Any) -> bool:
     """Returns whether a leaf is an array of complex numbers."""
     return _paths.is_array(leaf) and bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating))
@@ -108,7 +114,7 @@ def _kind(leaf: Any) -> str | None:
     """Returns the reason that lies in the type of a leaf, or None: only floats are pruned."""
     if not _paths.is_array(leaf):
         return "not an array"
-    return None if jnp.issubdtype(leaf.dtype, jnp.floating) else str(leaf.dtype)
+    return None if can_be_zero(leaf.dtype) else str(leaf.dtype)
 
 
 def _form(leaf: Any, axes: tuple[int, ...]) -> str | None:

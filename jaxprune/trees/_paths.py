@@ -1,5 +1,6 @@
 """Leaf paths, comparisons of trees, and errors that name every bad leaf."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,22 @@ def state_fields(state: Any, name: str) -> list[Any]:
 
     found = optax.tree.get_all_with_path(state, name, filtering=is_field)
     return [value for _, value in found]
+
+
+def holds_masks(node: Any) -> bool:
+    """Returns whether a node of an optimizer state is the state of a pruning transformation.
+
+    Args:
+        node: a node of a state.
+
+    Returns:
+        A bool; True for a NamedTuple with a field `masks`. Can be used as an `is_leaf`.
+
+    Example:
+        >>> holds_masks(optax.EmptyState()), holds_masks({"masks": True})
+        (False, False)
+    """
+    return "masks" in getattr(node, "_fields", ())
 
 
 def raise_for(problems: list[str], summary: str) -> None:
@@ -375,6 +392,29 @@ def put(tree: Any, flags: tuple[bool, ...], leaves: list[Any], rest: Any = None)
     return treedef.unflatten(
         [next(new) if flag else other for other, flag in zip(others, flags, strict=True)]
     )
+
+
+def is_box(node: Any) -> bool:
+    """Returns whether a node is a box of Flax around one leaf: a variable of NNX, or Linen's.
+
+    Boxes carry metadata beside the leaf, such as the names of its axes. Can be used as the
+    `is_leaf` of `jax.tree.map`.
+
+    Args:
+        node: a node of a tree.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> from flax import nnx
+        >>> is_box(nnx.Param(0)), is_box(0)
+        (True, False)
+    """
+    # Without these modules there can be no box, and importing NNX takes a second.
+    kinds = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
+    known = (getattr(sys.modules.get(module), name, None) for module, name in kinds)
+    return isinstance(node, tuple(kind for kind in known if kind is not None))
 
 
 def is_absent(node: Any) -> bool:

@@ -1,6 +1,6 @@
 """Decides which leaves are pruned, which axes number copies of a layer, and what is a function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.trees import _defaults
 from jaxprune.trees._branches import spread
+from jaxprune.trees._names import check_function, is_names, named
 from jaxprune.trees._paths import (
     is_array,
     is_placeholder,
@@ -16,6 +17,14 @@ from jaxprune.trees._paths import (
     places,
     raise_for,
     shape_of,
+)
+
+_PRUNABLE = (
+    'Names are accepted as well, such as `prunable="kernel"` or `prunable=["layer1", "layer2/*"]`.'
+)
+_STACKED = (
+    'For the leaves of a module write `stacked=jaxprune.stacks.under("layers")`, for all leaves '
+    "`stacked=lambda path, leaf: 0`."
 )
 
 Prunable = Callable[[str, Any], bool] | Any | None
@@ -32,8 +41,10 @@ def prunable_flags(
         params: tree of arrays. Leaves that are not arrays are never pruned, whatever the rule says.
         prunable: None for the default rule, which prunes floating-point leaves of two or more
             dimensions unless their names mark them as norm parameters, biases and the like, see
-            `why_not_pruned`; or a predicate `(path, leaf) -> bool`; or a tree of bools like
-            `params`, where one bool may stand for a whole branch.
+            `why_not_pruned`; or a predicate `(path, leaf) -> bool`; or names such as `"kernel"` or
+            `["layer1", "layer2/*"]`, see `means`: a named leaf is pruned, of a named module what
+            the default rule prunes; or a tree of bools like `params`, where one bool may stand for
+            a whole branch.
         stacked: function `(path, leaf) -> axes`, the axes that number copies of a layer, see
             `stacked_axes`; the default rule does not count them as dimensions.
 
@@ -41,9 +52,9 @@ def prunable_flags(
         One bool for each leaf, in flattening order.
 
     Raises:
-        ValueError: if the rule matches no leaf, or matches leaves that are empty or not floating
-            point; if the tree of bools and `params` have different leaves; if the default rule
-            matches complex kernels.
+        ValueError: if the rule or a name matches no leaf, or matches leaves that are empty or not
+            floating point; if the tree of bools and `params` have different leaves; if the default
+            rule matches complex kernels.
 
     Example:
         >>> params = {"bias": jnp.zeros(3), "kernel": jnp.zeros((2, 3))}
@@ -51,27 +62,33 @@ def prunable_flags(
         (False, True)
         >>> prunable_flags(params, lambda path, leaf: path.startswith("bias"))
         (True, False)
+        >>> prunable_flags(params, "kern*")
+        (False, True)
     """
     if is_placeholder(params):
         return ()
-    named = leaves_with_paths(params)
+    items = leaves_with_paths(params)
     if prunable is None:
-        flags = _default_flags(params, named, stacked)
+        flags = _default_flags(params, items, stacked)
+    elif is_names(prunable):
+        flags = _flags_from_names(params, items, prunable, stacked)
     elif is_rule(prunable):
-        flags = tuple(is_array(leaf) and bool(prunable(path, leaf)) for path, leaf in named)
+        check_function("prunable", prunable, "(path, leaf) -> bool", _PRUNABLE)
+        flags = tuple(is_array(leaf) and bool(prunable(path, leaf)) for path, leaf in items)
     else:
-        flags = _flags_from_tree(params, named, prunable)
+        flags = _flags_from_tree(params, items, prunable)
     if not any(flags):
-        seen = [f"{path}: shape {shape_of(leaf)}" for path, leaf in named if is_array(leaf)][:8]
-        seen = seen or [f"{path}: {type(leaf).__name__}" for path, leaf in named[:8]]
+        seen = [f"{path}: shape {shape_of(leaf)}" for path, leaf in items if is_array(leaf)][:8]
+        seen = seen or [f"{path}: {type(leaf).__name__}" for path, leaf in items[:8]]
         raise_for(seen, "`prunable` matches no leaf; change the rule. The first leaves are:")
     raise_for(
         [
             f"{path}: shape {shape_of(leaf)}, dtype {leaf.dtype}"
-            for (path, leaf), flag in zip(named, flags, strict=True)
+            for (path, leaf), flag in zip(items, flags, strict=True)
             if flag and not _can_be_pruned(leaf)
         ],
-        "`prunable` must select floating-point leaves with at least one element; "
+        "`prunable` must select floating-point leaves with at least one element, of a type that "
+        "has the number 0; "
         "exclude these from the rule:",
     )
     return flags
@@ -123,6 +140,7 @@ def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ..
         >>> stacked_axes("layers/kernel", jnp.zeros((12, 64, 256)), lambda path, leaf: 0)
         (0,)
     """
+    check_stacked(stacked)
     found = stacked(path, leaf) if stacked is not None and is_array(leaf) else None
     axes = () if found is None else found if isinstance(found, (tuple, list)) else (found,)
     dimensions = len(shape_of(leaf))
@@ -141,24 +159,35 @@ def stacked_axes(path: str, leaf: Any, stacked: Stacked = None) -> tuple[int, ..
     return tuple(own)
 
 
+def check_stacked(stacked: Any) -> None:
+    """Raises unless an argument `stacked` is None or a function `(path, leaf) -> axes`.
+
+    Args:
+        stacked: what the caller was given.
+
+    Raises:
+        ValueError: if it is anything else.
+
+    Example:
+        >>> check_stacked(None)
+    """
+    if stacked is not None:
+        check_function("stacked", stacked, "(path, leaf) -> axes", _STACKED)
+
+
 def _can_be_pruned(leaf: Any) -> bool:
-    """Returns whether an array is floating point and not empty."""
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and 0 not in leaf.shape
+    """Returns whether an array is floating point, of a type that has a 0, and not empty."""
+    return _defaults.can_be_zero(leaf.dtype) and 0 not in leaf.shape
 
 
-def _default_flags(params: Any, named: list[tuple[str, Any]], stacked: Stacked) -> tuple[bool, ...]:
+def _default_flags(params: Any, items: list[tuple[str, Any]], stacked: Stacked) -> tuple[bool, ...]:
     """Applies the default rule; raises for complex kernels rather than silently keeping them."""
-    axes = {path: stacked_axes(path, leaf, stacked) for path, leaf in named}
-
-    def as_real(leaf: Any) -> Any:
-        is_complex = _defaults.is_complex(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if is_complex else leaf
-
-    found = _defaults.reasons(jax.tree.map(as_real, params), axes)
+    axes = {path: stacked_axes(path, leaf, stacked) for path, leaf in items}
+    found = _reasons(params, axes)
     raise_for(
         [
             f"{path}: shape {leaf.shape}, dtype {leaf.dtype}"
-            for path, leaf in named
+            for path, leaf in items
             if _defaults.is_complex(leaf) and found[path] is None
         ],
         "`params` must not have complex kernels, which cannot be pruned. Store their real and "
@@ -167,13 +196,39 @@ def _default_flags(params: Any, named: list[tuple[str, Any]], stacked: Stacked) 
     return tuple(reason is None for reason in found.values())
 
 
-def _flags_from_tree(params: Any, named: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
+def _reasons(params: Any, axes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:
+    """Applies the default rule as if complex kernels were real, so that they can be refused."""
+
+    def as_real(leaf: Any) -> Any:
+        is_complex = _defaults.is_complex(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if is_complex else leaf
+
+    return _defaults.reasons(jax.tree.map(as_real, params), axes)
+
+
+def _flags_from_names(
+    params: Any, items: list[tuple[str, Any]], names: Any, stacked: Stacked
+) -> tuple[bool, ...]:
+    """Flags the leaves that are named, and in named modules those of the default rule."""
+    names = [names] if isinstance(names, str) else list(names)
+    means = named("prunable", names, [path for path, leaf in items if is_array(leaf)])
+    axes = {path: stacked_axes(path, leaf, stacked) for path, leaf in items}
+    reasons = _reasons(params, axes)
+
+    def flag(path: str) -> bool:
+        kinds = means.get(path, {}).values()
+        return "leaf" in kinds or ("module" in kinds and reasons[path] is None)
+
+    return tuple(flag(path) for path, _ in items)
+
+
+def _flags_from_tree(params: Any, items: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:
     """Matches a tree of bools with the parameters, path by path."""
     flags = {path: flag for path, flag in spread(tree, params).items() if flag is not None}
     known = places(params)
     missing = [
         f"{path}: missing in `prunable`"
-        for path, leaf in named
+        for path, leaf in items
         if path not in flags and is_array(leaf)
     ]
     extra = [f"{path}: not a parameter" for path in flags if path not in known]
@@ -184,4 +239,4 @@ def _flags_from_tree(params: Any, named: list[tuple[str, Any]], tree: Any) -> tu
             "(to use it as a function, wrap it in a `lambda path, leaf:`) and"
         )
     raise_for(missing + extra, f"`prunable` {kind} must have the leaves of the parameters:")
-    return tuple(is_array(leaf) and bool(flags[path]) for path, leaf in named)
+    return tuple(is_array(leaf) and bool(flags[path]) for path, leaf in items)

@@ -155,7 +155,7 @@ def test_most_parameters_shrink_and_nothing_changes(name):
     x = images(2, 32, 32, 3)
     groups = structure.find_groups(functions.traces(x), functions.variables)
     keep = {g: np.arange(group.size) % 2 == 0 for g, group in groups.items()}
-    plan = groups.plan(keep)
+    plan = groups.plan(keep, multiple=1)
     small = plan.compact(functions.variables)
     masked = jax.jit(functions.evaluate)(plan.mask(functions.variables), x)
     wrapped = jax.jit(plan.wrap(functions.evaluate))(small, x)

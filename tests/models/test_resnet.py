@@ -672,7 +672,7 @@ def compacted(name: str, widths: Widths, side: int, seed: int):
         name: rng.permutation(np.arange(group.size) < rng.integers(1, group.size + 1))
         for name, group in groups.items()
     }
-    plan = groups.plan(keep)
+    plan = groups.plan(keep, multiple=1)
     return both, plan, plan.compact(variables), x
 
 

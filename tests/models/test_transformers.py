@@ -268,7 +268,7 @@ def test_most_parameters_shrink_and_no_output_changes(name):
     missed = {path: size for path, size in sizes.items() if path not in reached}
     assert sum(missed.values()) <= 0.02 * sum(sizes.values()), missed
     keep = {g: np.arange(group.size) % 2 == 0 for g, group in groups.items()}
-    plan = groups.plan(keep)
+    plan = groups.plan(keep, multiple=1)
     plan.verify(function, variables, x)
     small = plan.compact(variables)
     assert sum(map(np.size, jax.tree.leaves(small))) < 0.45 * sum(sizes.values())
@@ -298,7 +298,7 @@ def test_heads_leave_the_cache_as_well():
     groups = structure.find_groups(traces, variables)
     keep = {g: np.arange(group.size) % 2 == 0 for g, group in groups.items()}
     assert sum(any("cache" in member.path for member in g.members) for g in groups.values()) == 3
-    plan = groups.plan(keep)
+    plan = groups.plan(keep, multiple=1)
     small, dense = plan.compact(variables), plan.mask(variables)
     assert {leaf.shape for leaf in jax.tree.leaves(small["cache"])} == {(2, 12, 1, 8)}
     step = jax.jit(plan.wrap(extend))

@@ -180,7 +180,7 @@ def test_costs_of_plans_are_those_of_their_functions():
     groups = structure.find_groups(function, variables, x)
     cost = structure.mac_cost(groups, function, variables, x)
     for seed in range(3):
-        plan = groups.plan(halves(groups, seed) if seed else {})
+        plan = groups.plan(halves(groups, seed) if seed else {}, multiple=1)
         small = plan.compact(variables)
         assert cost(plan) == structure.count_macs(plan.wrap(function), small, x)
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(small))
@@ -198,7 +198,7 @@ def test_costs_of_plans_of_a_resnet(train):
     cost = structure.mac_cost(groups, function, variables, images)
     whole = cost(groups.plan({}))
     scores = structure.filter_norms(groups, variables)
-    plan = groups.plan(structure.keep_within(groups, scores, whole / 2, cost))
+    plan = groups.plan(structure.keep_within(groups, scores, whole / 2, cost), multiple=1)
     found = structure.count_macs(plan.wrap(function), plan.compact(variables), images)
     assert cost(plan) == found <= whole / 2
     assert whole == structure.count_macs(function, variables, images)

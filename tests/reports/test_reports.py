@@ -1,5 +1,6 @@
 """Counts against NumPy, bytes against the files, errors that name every leaf, plots that open."""
 
+import io
 import json
 import subprocess
 import sys
@@ -161,6 +162,24 @@ def test_a_whole_module_counts_its_arrays():
         assert reports.summarize(pruned, some).total[2:6] == (4, 2, 16, 2)
     dense, sparse = reports.checkpoint_bytes(parts, masks)
     assert dense > sparse > 0
+
+
+@pytest.mark.parametrize("function", ["summarize", "checkpoint_bytes", "save", "check", "masks"])
+def test_what_counts_values_says_that_jit_has_none(function):
+    state = jaxprune.fixed_mask_transform().init({"kernel": jnp.ones((2, 2))})
+    call = {
+        "summarize": reports.summarize,
+        "masks": lambda params: reports.summarize({"kernel": np.ones((2, 2))}, params),
+        "checkpoint_bytes": lambda params: reports.checkpoint_bytes(params, True),
+        "save": lambda params: storage.save(io.BytesIO(), params),
+        "check": lambda params: jaxprune.check(params, state),
+    }[function]
+    with pytest.raises(ValueError) as error:
+        jax.jit(call)({"kernel": jnp.ones((2, 2))})
+    name = {"save": "storage.save", "masks": "summarize"}.get(function, function)
+    assert "must hold values, but inside `jit`" in str(error.value)
+    assert f"Call `{name}` outside" in str(error.value)
+    assert "\n  kernel: traced" in str(error.value)
 
 
 def test_shapes_alone_are_not_counted():

@@ -223,8 +223,8 @@ def test_a_limit_is_met_and_used(groups, share):
     scores = structure.normalized(structure.filter_norms(groups, VARIABLES))
     whole = groups.plan({})
     limit = share * structure.count_parameters(whole)
-    keep = structure.keep_within(groups, scores, limit, structure.count_parameters)
-    plan = groups.plan(keep)
+    keep = structure.keep_within(groups, scores, limit, structure.count_parameters, multiple=1)
+    plan = groups.plan(keep, multiple=1)
     count = structure.count_parameters(plan)
     params = plan.compact(VARIABLES)["params"]
     assert count == sum(leaf.size for leaf in jax.tree.leaves(params)) <= limit
@@ -236,7 +236,7 @@ def test_a_limit_is_met_and_used(groups, share):
     at = int(np.searchsorted(ends, best, side="right")) - 1
     more = {name: own.copy() for name, own in keep.items()}
     more[list(scores)[at]][best - ends[at]] = True
-    assert structure.count_parameters(groups.plan(more)) > limit
+    assert structure.count_parameters(groups.plan(more, multiple=1)) > limit
 
 
 @pytest.mark.parametrize(

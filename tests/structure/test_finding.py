@@ -264,12 +264,12 @@ def mlp():
 
 
 def test_plans_compose(mlp):
-    first = mlp.plan({"a/kernel:1": np.arange(8) != 3})
+    first = mlp.plan({"a/kernel:1": np.arange(8) != 3}, multiple=1)
     small = first.compact(WEIGHTS)
     wrapped = first.wrap(FUNCTION)
     again = structure.find_groups(wrapped, small, X)
     assert [(group.name, group.size) for group in again.values()] == [("a/kernel:1", 7)]
-    second = again.plan({"a/kernel:1": np.arange(7) < 4})
+    second = again.plan({"a/kernel:1": np.arange(7) < 4}, multiple=1)
     assert second.verify(wrapped, small, X) < 1e-5
     assert second.compact(small)["b"]["kernel"].shape == (4, 3)
 
@@ -284,8 +284,98 @@ def test_widths_are_rounded_up(mlp, kept, multiple, width):
     assert plan.kept["a/bias"][0][flags].all(), "what was to stay stays"
 
 
+def test_each_group_may_have_its_multiple():
+    """Attention whose heads and their width are dimensions of one kernel, and an MLP after it."""
+
+    def net(w, x):
+        q, k, v = (jnp.einsum("btc,chd->bthd", x, w[name]["kernel"]) for name in "qkv")
+        share = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        x = jnp.einsum("bhts,bshd,hdc->btc", share, v, w["out"])
+        return jax.nn.relu(x @ w["mlp"]["up"]) @ w["mlp"]["down"]
+
+    weights = {name: {"kernel": draw(16, 6, 16)} for name in "qkv"}
+    weights |= {"out": draw(6, 16, 16), "mlp": {"up": draw(16, 32), "down": draw(32, 4)}}
+    groups = structure.find_groups(net, weights, draw(1, 3, 16))
+    sizes = {name: group.size for name, group in groups.items()}
+    assert {"k/kernel:1": 6, "k/kernel:2": 16, "v/kernel:2": 16, "mlp/up:1": 32}.items() <= (
+        sizes.items()
+    )
+    keep = {name: np.arange(size) < 5 for name, size in sizes.items()}
+    multiple = {"k/kernel:1": 1, "kernel": 4, "mlp": 16, "*": 2}
+    plan = groups.plan(keep, multiple=multiple)
+    assert plan.shape("k/kernel")[1:] == (5, 8) and plan.shape("v/kernel")[1:] == (5, 8)
+    assert plan.shape("mlp/up")[1] == 16
+    assert plan.verify(net, weights, draw(1, 3, 16)) < 1e-5
+    # The rest has the default.
+    default = groups.plan(keep).shape("mlp/up")
+    assert groups.plan(keep, multiple={"kernel": 4}).shape("mlp/up") == default
+
+
+@pytest.mark.parametrize("multiple", [0, -1, 2.5, True, "8", {"a": 0}])
+def test_multiples_are_positive_integers(mlp, multiple):
+    with pytest.raises(ValueError, match=r"`multiple` must be an integer of at least 1, but is:\n"):
+        mlp.plan({"a/kernel:1": np.arange(8) < 3}, multiple=multiple)
+
+
+def test_what_is_no_choice_of_channels_is_refused(mlp):
+    with pytest.raises(ValueError, match="change these:\n  b: did you mean"):
+        mlp.plan({}, multiple={"b": 2})
+    with pytest.raises(ValueError, match="`keep` must be a dict from the names of groups"):
+        mlp.plan([np.arange(8) < 3])
+    with pytest.raises(ValueError, match="`keep` must hold values, but inside `jit`"):
+        jax.jit(lambda kept: mlp.plan({"a/kernel:1": kept}))(np.arange(8) < 3)
+
+
+@pytest.mark.parametrize("score", ["filter_norms", "norm_scales", "fpgm", "taylor"])
+def test_scores_are_not_for_jit(mlp, score):
+    more = (WEIGHTS,) if score == "taylor" else ()
+    with pytest.raises(ValueError, match=f"Call `structure.{score}` outside"):
+        jax.jit(lambda w: getattr(structure, score)(mlp, w, *more))(WEIGHTS)
+
+
+def test_widths_are_multiples_of_8_and_heads_are_not_rounded():
+    """Heads are a dimension, or a factor of one; experts are copies; a norm ties pairs."""
+
+    def net(w, x):
+        q, k, v = (jnp.einsum("btc,chd->bthd", x, w[name]) for name in "qkv")
+        share = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        x = jnp.einsum("bhts,bshd,hdc->btc", share, v, w["out"])
+        fused = (x @ w["fused"]).reshape(*x.shape[:2], 3, 12, 16)
+        mixed = (fused[:, :, 0] * fused[:, :, 1] * fused[:, :, 2]).reshape(*x.shape[:2], 192)
+        share = jnp.einsum("bthd,bshd->bhts", fused[:, :, 0], fused[:, :, 1])
+        x = jnp.einsum("bhts,bshd->bthd", share, fused[:, :, 2]).reshape(mixed.shape) @ w["back"]
+        x = jnp.einsum("btec,ecd->btd", jnp.einsum("btc,ecd->bted", x, w["up"]), w["down"])
+        pairs = (x @ w["wide"]).reshape(*x.shape[:2], 24, 2)
+        pairs = pairs - pairs.mean(-1, keepdims=True)
+        return jax.nn.relu(pairs.reshape(*x.shape[:2], 48) @ w["narrow"]) @ w["last"]
+
+    weights = {name: draw(16, 12, 32) for name in "qkv"} | {"out": draw(12, 32, 16)}
+    weights |= {"fused": draw(16, 3 * 12 * 16), "back": draw(192, 16)}
+    weights |= {"up": draw(12, 16, 32), "down": draw(12, 32, 16), "wide": draw(16, 48)}
+    weights |= {"narrow": draw(48, 8), "last": draw(8, 4)}
+    groups = structure.find_groups(net, weights, draw(1, 3, 16))
+    multiples = {name: (group.size, group.multiple) for name, group in groups.items()}
+    assert {
+        "fused:1": (12, 1),
+        "k:1": (12, 1),
+        "k:2": (32, 8),
+        "v:2": (32, 8),
+        "up:2": (32, 8),
+        "wide:1": (24, 4),
+        "narrow:1": (8, 1),
+    }.items() <= multiples.items()
+    plan = groups.plan({name: np.arange(group.size) < 5 for name, group in groups.items()})
+    assert plan.shape("k") == (16, 5, 8) and plan.shape("wide") == (8, 16)
+    assert plan.shape("fused") == (8, 3 * 5 * 16) and plan.shape("narrow") == (16, 5)
+    assert plan.verify(net, weights, draw(1, 3, 16)) < 1e-4
+    scores = structure.filter_norms(groups, weights)
+    limit = structure.count_parameters(groups.plan({})) / 2
+    keep = structure.keep_within(groups, scores, limit, structure.count_parameters)
+    assert structure.count_parameters(groups.plan(keep)) <= limit
+
+
 def test_a_plan_survives_a_file(mlp, tmp_path):
-    plan = mlp.plan(halves(mlp))
+    plan = mlp.plan(halves(mlp), multiple=1)
     plan.save(tmp_path / "plan.json")
     again = structure.load_plan(tmp_path / "plan.json")
     small = plan.compact(WEIGHTS)
@@ -298,7 +388,7 @@ def test_a_plan_survives_a_file(mlp, tmp_path):
 
 @pytest.mark.slow
 def test_transformations_of_a_wrapped_function(mlp):
-    plan = mlp.plan(halves(mlp))
+    plan = mlp.plan(halves(mlp), multiple=1)
     small, wrapped = plan.compact(WEIGHTS), plan.wrap(FUNCTION)
     masked = plan.mask(WEIGHTS)
     rows = jax.vmap(lambda row: wrapped(small, row[None])[0])(X)
@@ -344,7 +434,7 @@ def stepped(tx, function, params, state):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_as_if_masked(mlp, name):
     tx = OPTIMIZERS[name]()
-    plan = mlp.plan(halves(mlp))
+    plan = mlp.plan(halves(mlp), multiple=1)
     params, state = WEIGHTS, tx.init(WEIGHTS)
     for _ in range(3):
         params, state = stepped(tx, FUNCTION, params, state)
@@ -370,7 +460,7 @@ def test_what_has_no_slices_begins_anew():
     weights, function = between(jax.nn.relu, width=256)
     weights["a"]["kernel"], x = draw(128, 256), draw(5, 128)
     groups = structure.find_groups(function, weights, x)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     tx = optax.adafactor(0.1)
     state = tx.init(weights)
     done = structure.compact_state(plan, tx, state, weights)
@@ -387,7 +477,7 @@ def test_parameters_may_be_a_part_of_the_variables():
         return FUNCTION(v["params"], x) + v["other"][None]
 
     groups = structure.find_groups(function, variables, X)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     tx = optax.adam(0.1)
     done = structure.compact_state(plan, tx, tx.init(WEIGHTS), WEIGHTS, under="params")
     assert done.state[0].mu["a"]["kernel"].shape == (6, 4) and done.restarted == ()
@@ -409,11 +499,11 @@ def test_parameters_may_be_a_part_of_the_variables():
 )
 def test_bad_choices(mlp, keep, message):
     with pytest.raises(ValueError, match=message):
-        mlp.plan(keep)
+        mlp.plan(keep, multiple=1)
 
 
 def test_variables_of_another_model(mlp):
-    plan = mlp.plan(halves(mlp))
+    plan = mlp.plan(halves(mlp), multiple=1)
     other = {"a": layer(6, 9), "c": layer(1, 1)}
     for call in (plan.compact, plan.mask, lambda v: plan.wrap(FUNCTION)(v, X)):
         with pytest.raises(ValueError, match="must be those of the plan") as error:
@@ -426,7 +516,7 @@ def test_variables_of_another_model(mlp):
 
 
 def test_a_plan_that_does_not_fit_the_function(mlp):
-    plan = mlp.plan(halves(mlp))
+    plan = mlp.plan(halves(mlp), multiple=1)
     small = plan.compact(WEIGHTS)
 
     def sorts(w, x):
@@ -459,7 +549,7 @@ def test_a_function_that_does_not_trace(mlp):
 
 def test_plan_files_of_other_versions(mlp, tmp_path):
     file = tmp_path / "plan.json"
-    mlp.plan(halves(mlp)).save(file)
+    mlp.plan(halves(mlp), multiple=1).save(file)
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"version": 99}))
     with pytest.raises(ValueError, match="a plan of version 99; this jaxprune reads 2"):
@@ -472,7 +562,7 @@ def test_plan_files_of_other_versions(mlp, tmp_path):
 
 
 def test_verify_notices_a_difference(mlp):
-    plan = mlp.plan(halves(mlp))
+    plan = mlp.plan(halves(mlp), multiple=1)
     with pytest.raises(ValueError, match="differs from the masked one by"):
         plan.verify(FUNCTION, WEIGHTS, X, tolerance=-1.0)
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, WEIGHTS)

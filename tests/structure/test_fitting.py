@@ -4,11 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxprune
 from jaxprune import models, structure, trees
 from tests.structure.test_finding import SHRINK
 from tests.support import zoo, zoo_nnx
@@ -18,7 +20,7 @@ from tests.support.checks import X, between, difference, draw, halves
 def planned(function, variables, *args):
     groups = structure.find_groups(function, variables, *args)
     assert groups
-    return groups.plan(halves(groups))
+    return groups.plan(halves(groups), multiple=1)
 
 
 def off(plan, function, variables, *args):
@@ -98,7 +100,7 @@ def test_heads_of_keys_and_values_fit():
     groups = structure.find_groups(shared_heads, HEADS, X)
     assert [group.size for group in groups.values()] == [4, 4], str(groups)
     (heads,) = [g for g in groups.values() if {m.path for m in g.members} == set(HEADS)]
-    plan = groups.plan({heads.name: np.array([True, False, False, True])})
+    plan = groups.plan({heads.name: np.array([True, False, False, True])}, multiple=1)
     assert off(plan, shared_heads, HEADS, X) < 1e-6
     assert plan.fits(shared_heads, HEADS, X)
 
@@ -154,7 +156,7 @@ def test_the_parts_of_a_language_model():
     trace = case.traces["prefill"]
     found = {}
     for name, keep in halves(groups).items():
-        plan = groups.plan({name: keep})
+        plan = groups.plan({name: keep}, multiple=1)
         found[name] = plan.fits(trace.function, case.variables, *trace.args)
     heads, width, hidden = (
         [fit for name, fit in found.items() if part in name]
@@ -179,9 +181,9 @@ def test_numbers_of_places_fit_where_the_first_places_stay():
         return (x @ w["in"]) * jnp.arange(w["in"].shape[1])[None] @ w["out"]
 
     groups = structure.find_groups(placed, MLP, X)
-    first = groups.plan({"in:1": np.arange(16) < 8}).fits(placed, MLP, X)
+    first = groups.plan({"in:1": np.arange(16) < 8}, multiple=1).fits(placed, MLP, X)
     assert first and not first.proven and first.difference < 1e-6
-    assert not groups.plan({"in:1": np.arange(16) >= 8}).fits(placed, MLP, X)
+    assert not groups.plan({"in:1": np.arange(16) >= 8}, multiple=1).fits(placed, MLP, X)
 
 
 def test_zeros_that_training_starts_from_hide_nothing():
@@ -250,7 +252,7 @@ def test_a_proof_means_equal_numbers(name):
 
 @given(kept=st.lists(st.booleans(), min_size=16, max_size=16).filter(any))
 def test_any_hidden_units_fit(kept):
-    plan = structure.find_groups(mlp, MLP, X).plan({"in:1": np.array(kept)})
+    plan = structure.find_groups(mlp, MLP, X).plan({"in:1": np.array(kept)}, multiple=1)
     assert plan.fits(mlp, MLP, X).proven
 
 
@@ -273,7 +275,7 @@ def split(module, *args):
     pure = structure.from_nnx(module)
     groups = structure.find_groups(pure.traces(*args), pure.variables, parameters=pure.is_parameter)
     assert groups
-    return pure, groups.plan(halves(groups))
+    return pure, groups.plan(halves(groups), multiple=1)
 
 
 def test_a_module_there_and_back():
@@ -356,3 +358,84 @@ def test_an_equinox_module_there_and_back():
     np.testing.assert_allclose(
         jax.vmap(small)(X), function(plan.mask(arrays), X), rtol=1e-5, atol=1e-6
     )
+
+
+# ---- the optimizer of a smaller module
+
+
+def nnx_steps(module, optimizer, steps):
+    """Steps of training, in one program."""
+
+    @nnx.jit
+    def step(module, optimizer):
+        module.train()
+        loss = lambda module: jnp.mean((module(X) - 1) ** 2)  # noqa: E731
+        optimizer.update(module, nnx.grad(loss)(module))
+
+    for _ in range(steps):
+        step(module, optimizer)
+
+
+def test_an_nnx_optimizer_goes_on_with_the_smaller_module():
+    module = Norms(nnx.BatchNorm, rngs=nnx.Rngs(0))
+    tx = jaxprune.chain(optax.adam(0.01), jaxprune.magnitude_transform(0.5, every=1, stop=1))
+    optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+    nnx_steps(module, optimizer, 3)
+    pure, plan = split(module, X)
+    small = pure.module(plan, pure.variables, X)
+    new, restarted = pure.optimizer(plan, optimizer, small)
+    assert restarted == () and int(new.step.get_value()) == 3 == int(optimizer.step.get_value())
+    # The same as slicing the state of Optax, here and after further steps.
+    params = pure.variables["params"]
+    state, _ = structure.compact_state(plan, tx, optimizer.opt_state, params, under="params")
+    small_params = plan.compact(pure.variables)["params"]
+    for ours, theirs in zip(jax.tree.leaves(new.opt_state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    nnx_steps(small, new, 1)
+    train = plan.wrap(pure.train)
+    rest = {name: own for name, own in plan.compact(pure.variables).items() if name != "params"}
+    loss = lambda params: jnp.mean((train(rest | {"params": params}, X)[0] - 1) ** 2)  # noqa: E731
+    updates, _ = tx.update(jax.grad(loss)(small_params), state, small_params)
+    wanted = trees.leaf_by_path(optax.apply_updates(small_params, updates))
+    for path, leaf in trees.leaf_by_path(nnx.state(small, nnx.Param)).items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-4, atol=1e-5)
+    assert jaxprune.check(nnx.state(small, nnx.Param), new.opt_state).ok
+
+
+def test_channels_that_an_nnx_optimizer_masks_are_removed():
+    module = Norms(nnx.BatchNorm, rngs=nnx.Rngs(0))
+    pure, _ = split(module, X)
+    groups = structure.find_groups(pure.traces(X), pure.variables, parameters=pure.is_parameter)
+
+    def tx(groups):
+        agip = jaxprune.agip_transform(0.5, every=1, stop=1, groups=groups)
+        return jaxprune.chain(optax.sgd(0.01), agip)
+
+    optimizer = nnx.Optimizer(module, tx(groups), wrt=nnx.Param)
+    nnx_steps(module, optimizer, 3)
+    ((name, channels),) = optimizer.opt_state[1].channels.items()
+    assert int(jnp.sum(channels[...])) == 8
+    pure, _ = split(module, X)
+    plan = groups.plan({name: np.asarray(channels[...])}, multiple=1)
+    small = pure.module(plan, pure.variables, X)
+    new, restarted = pure.optimizer(
+        plan, optimizer, small, tx=tx(groups.compact(plan)), groups=groups
+    )
+    assert restarted == ()
+    nnx_steps(small, new, 2)
+    (left,) = new.opt_state[1].channels.values()
+    assert left.shape == (8,) and bool(jnp.all(left[...]))
+
+
+def test_what_belongs_to_other_modules_is_refused():
+    module = Norms(nnx.BatchNorm, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(module, optax.adam(0.1), wrt=nnx.Param)
+    pure, plan = split(module, X)
+    with pytest.raises(ValueError, match=r"expand/bias: shape \(16,\), in the plan \(8,\)"):
+        pure.optimizer(plan, optimizer, module)
+    params = pure.variables["params"]
+    with pytest.raises(ValueError, match=r"but is an `nnx.Optimizer`. Write `from_nnx\(module\)"):
+        structure.compact_state(plan, optimizer.tx, optimizer, params, under="params")
+    other = optax.sgd(0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"must be a state of `optimizer`.*\n.*only in `state`"):
+        structure.compact_state(plan, other, optimizer.opt_state, params, under="params")

@@ -172,10 +172,14 @@ def test_plans_of_plans(seed):
         leaves, traces, _ = operations.make(seed, (0, 1, 2, 3))
         groups, rng = structure.find_groups(traces, leaves), np.random.default_rng(seed)
         assert groups
-        first = groups.plan({n: rng.permutation(np.arange(g.size) > 0) for n, g in groups.items()})
+        first = groups.plan(
+            {n: rng.permutation(np.arange(g.size) > 0) for n, g in groups.items()}, multiple=1
+        )
         small = taken(leaves, first.kept)
         left = groups.compact(first)
-        second = left.plan({n: np.arange(g.size) < max(g.size - 1, 1) for n, g in left.items()})
+        second = left.plan(
+            {n: np.arange(g.size) < max(g.size - 1, 1) for n, g in left.items()}, multiple=1
+        )
         for trace in traces:
             call = graded(trace, trace.function, leaves, groups.model.parameters)
             report = compare(groups, first.then(second), trace, call, leaves)

@@ -66,7 +66,7 @@ def masked_and_small(plan, variables):
 def planned(case, variables):
     """A plan for half of everything, from all entry points."""
     groups = structure.find_groups(list(case.traces.values()), variables, caches=is_cache)
-    return groups.plan(halves(groups))
+    return groups.plan(halves(groups), multiple=1)
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -76,7 +76,7 @@ def model(request):
         traces = {n: t._replace(args=double(t.args)) for n, t in case.traces.items()}
         case = case._replace(variables=double(case.variables), traces=traces)
         groups = structure.find_groups(list(traces.values()), case.variables, caches=is_cache)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     leaves = zeroed(trees.leaf_by_path(case.variables), plan.kept, groups.model.caches)
     return Examined(case, groups, plan, with_leaves(case.variables, leaves))
 
@@ -212,7 +212,7 @@ def test_shapes_are_enough(name):
     shaped = [trace._replace(args=own) for trace, own in zip(traces, args)]
     groups = structure.find_groups(shaped, variables)
     assert str(groups) == str(found) and groups.model == found.model
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     _, small = masked_and_small(plan, case.variables)
     shapes = jax.eval_shape(plan.compact, case.variables)
     assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, shapes)
@@ -262,7 +262,7 @@ def compare(traces, variables, **options):
     with jax.enable_x64(True):
         variables, traces = double(variables), [t._replace(args=double(t.args)) for t in traces]
         groups = structure.find_groups(traces, variables, **options)
-        plan = groups.plan(halves(groups))
+        plan = groups.plan(halves(groups), multiple=1)
         for trace in traces:
             call = graded(trace, trace.function, variables, groups.model.parameters)
             gaps = compared(groups, plan, trace, call, variables)

@@ -35,7 +35,7 @@ def examine(case):
         call = graded(trace, trace.function, variables, groups.model.parameters)
         worst = 0.0
         for keep in choices(groups):
-            gaps = compared(groups, groups.plan(keep), trace, call, variables)
+            gaps = compared(groups, groups.plan(keep, multiple=1), trace, call, variables)
             assert gaps is not None, "the case must have finite numbers"
             worst = max(worst, *gaps.values())
             assert worst < 1e-7, gaps
@@ -1111,7 +1111,7 @@ def test_what_is_removed_shares_in_ties():
             return (x @ w["a"]).max(-1)
 
         groups = structure.find_groups(function, weights, rows)
-        plan = groups.plan({"a:1": np.arange(8) >= 4})
+        plan = groups.plan({"a:1": np.arange(8) >= 4}, multiple=1)
         masked, small = plan.mask(weights), plan.compact(weights)
         by_masks = jax.grad(lambda x: function(masked, x).sum())(rows)
         by_plan = jax.grad(lambda x: plan.wrap(function)(small, x).sum())(rows)

@@ -42,7 +42,7 @@ def test_heads_of_a_fused_kernel(layout):
     x = draw(2, 7, 5)
     groups = structure.find_groups(attend, weights, x)
     assert [(g.name, g.size) for g in groups.values()] == [("in:1", 10), ("qkv:1", HEADS)]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.shape("qkv") == (5, 3 * 2 * WIDTH) and plan.shape("out") == (2 * WIDTH, 5)
     assert plan.verify(attend, weights, x) < 1e-5
     assert plan.verify(attend, weights, draw(3, 9, 5)) < 1e-5
@@ -56,7 +56,7 @@ def test_the_factor_that_may_shrink_survives_a_file(tmp_path):
     weights, x = {"a": draw(5, 16), "b": draw(8, 3)}, draw(4, 5)
     groups = structure.find_groups(function, weights, x)
     assert [(g.name, g.size) for g in groups.values()] == [("a:1", 8)]
-    groups.plan(halves(groups)).save(tmp_path / "plan.json")
+    groups.plan(halves(groups), multiple=1).save(tmp_path / "plan.json")
     assert structure.load_plan(tmp_path / "plan.json").verify(function, weights, x) < 1e-5
 
 
@@ -82,7 +82,7 @@ def test_a_cache_shrinks_and_stays_zero_where_it_is_masked():
     groups = structure.find_groups([trace], CACHED)
     assert groups.model.caches == {"cache/keys"}
     assert [(g.size, g.exact) for g in groups.values()] == [(8, True)]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     step, small_step = jax.jit(decode), jax.jit(plan.wrap(decode))
     dense, small = plan.mask(CACHED), plan.compact(CACHED)
     for place in range(4):
@@ -121,7 +121,7 @@ def test_features_for_another_network_may_have_fewer_channels():
 
     assert not structure.find_groups(features, weights, x)
     groups = structure.find_groups([Trace(features, (x,), shrinks=shrinks)], weights)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(features, weights, x, shrinks=shrinks) < 1e-6
     with pytest.raises(ValueError, match="outputs must have the shapes"):
         plan.verify(features, weights, x)
@@ -148,7 +148,7 @@ def test_a_width_goes_through_a_while_loop():
     weights, x = {"a": draw(5, 8), "again": draw(8, 8) / 8, "b": draw(8, 3)}, draw(2, 5)
     groups = structure.find_groups(looping, weights, x)
     assert [(g.name, g.size) for g in groups.values()] == [("a:1", 8)]
-    assert groups.plan(halves(groups)).verify(looping, weights, x) < 1e-5
+    assert groups.plan(halves(groups), multiple=1).verify(looping, weights, x) < 1e-5
 
 
 def test_a_loop_that_does_not_keep_zeros_freezes_what_it_sums():
@@ -206,7 +206,7 @@ def test_a_width_is_free_beside(name):
 
     groups = structure.find_groups(net, weights, x)
     assert [(g.name, g.size) for g in groups.values()] == [("a:1", 8)]
-    assert groups.plan(halves(groups)).verify(net, weights, x) < 1e-5
+    assert groups.plan(halves(groups), multiple=1).verify(net, weights, x) < 1e-5
 
 
 # ---- why something stays
@@ -284,7 +284,7 @@ def test_zeroing_the_gates_is_enough(net):
     groups = structure.find_groups(net, weights, x)
     (group,) = groups.values()
     assert {member.path for member in group.gates} == NETS[net]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     gated = dict(weights)
     for path, dimension, channels, _ in group.gates:
         stays = np.expand_dims(plan.channels(group)[channels], 1 - dimension)
@@ -324,7 +324,7 @@ def test_leaves_are_found_by_their_paths():
         return x
 
     groups = structure.find_groups(net, layers, draw(2, 5))
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     small = plan.compact(layers)
     text = {str(number): leaf for number, leaf in small.items()}
     assert list(text) != sorted(text)
@@ -342,7 +342,7 @@ def test_a_plan_whose_keys_were_sorted_is_the_same():
         return x
 
     groups, x = structure.find_groups(net, layers, draw(2, 5)), draw(2, 5)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     text = json.dumps(plan.to_dict(), sort_keys=True)
     found = structure.plan_of(json.loads(text))
     assert list(found.kept) == list(plan.kept) and found.model == plan.model
@@ -363,7 +363,7 @@ def test_each_group_loses_its_own_channels_in_the_optimizer_state():
     groups = structure.find_groups(net, params, draw(2, 3))
     assert list(groups) == ["kernel:1", "a/kernel:1"]
     first = np.arange(6) < 3
-    plan = groups.plan({"kernel:1": first, "a/kernel:1": ~first})
+    plan = groups.plan({"kernel:1": first, "a/kernel:1": ~first}, multiple=1)
 
     def agip(groups):
         return jaxprune.agip_transform(0.5, stop=0, groups=groups)
@@ -382,7 +382,7 @@ def test_groups_of_what_a_plan_leaves():
         return jnp.tanh(jax.nn.relu(x @ w["a"]) @ w["b"]) @ w["c"]
 
     groups = structure.find_groups(net, weights, x)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     small, wrapped = plan.compact(weights), plan.wrap(net)
     left = groups.compact(plan)
     found = structure.find_groups(wrapped, small, x)
@@ -393,7 +393,7 @@ def test_groups_of_what_a_plan_leaves():
         for one, other in zip(ours.members + ours.gates, group.members + group.gates, strict=True):
             assert one[:2] == other[:2] and one.produces == other.produces
             np.testing.assert_array_equal(one.channels, other.channels)
-    after = left.plan(halves(left, seed=1))
+    after = left.plan(halves(left, seed=1), multiple=1)
     both = plan.then(after)
     smaller = after.compact(small)
     jax.tree.map(np.testing.assert_array_equal, both.compact(weights), smaller)
@@ -443,7 +443,7 @@ def test_what_stays_is_sharded_as_before(mesh):
     x = jax.device_put(draw(8, 16), NamedSharding(mesh, P("data", None)))
     groups = structure.find_groups(net, weights, x)
     assert [(group.name, group.size) for group in groups.values()] == [("a:1", 32)]
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     small = plan.compact(weights)
     for name, leaf in small.items():
         assert leaf.sharding == weights[name].sharding and 16 in leaf.shape
@@ -468,7 +468,7 @@ TWO_LAYERS = {
 
 def test_a_plan_prints_what_changes_and_the_totals():
     groups = structure.find_groups(two_layers, TWO_LAYERS, draw(2, 16))
-    assert str(groups.plan(halves(groups))).splitlines() == [
+    assert str(groups.plan(halves(groups), multiple=1)).splitlines() == [
         "first/bias [64] -> [32]",
         "first/kernel [16x64] -> [16x32]",
         "last/kernel [64x10] -> [32x10]",
@@ -482,7 +482,7 @@ def test_a_plan_prints_what_changes_and_the_totals():
 def test_a_plan_counts_parameters_only_and_prints_state_that_changes():
     trace = Trace(decode, (draw(2, 5), jnp.int32(2)), lambda output: output[1])
     groups = structure.find_groups([trace], CACHED)
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert f"{plan}".splitlines() == [
         "cache/keys [2x4x8] -> [2x4x4]",
         "key [5x8] -> [5x4]",

@@ -90,7 +90,8 @@ def test_a_channel_that_is_not_masked_does_not_go(masked):
     network = structure.dense_network(GROUPS)
     before = jax.tree.map(np.array, (variables, state))
     with pytest.raises(ValueError, match="`keep` must keep every channel that is not masked"):
-        structure.shrink(network, keep, {apply: (X,)}, make_optimizer, variables, state)
+        call = {apply: (X,)}
+        structure.shrink(network, keep, call, make_optimizer, variables, state, multiple=1)
     jax.tree.map(np.testing.assert_array_equal, before, (variables, state))
 
 

@@ -459,7 +459,7 @@ def test_groups_without_norms_stay_whole_and_are_named():
     with pytest.warns(UserWarning, match="without scores are kept whole.*\n  b:1: no norm layers"):
         scores = structure.norm_scales(groups, variables)
     assert list(scores) == ["a:1"]
-    plan = groups.plan(structure.keep_global(groups, scores, 0.5))
+    plan = groups.plan(structure.keep_global(groups, scores, 0.5), multiple=1)
     assert plan.shape("b") == (4, 6)
 
 
@@ -490,7 +490,7 @@ def test_norms_of_a_stack_of_layers():
     np.testing.assert_allclose(
         structure.norm_scales(groups, variables)[group.name], sums, rtol=1e-6
     )
-    plan = groups.plan(halves(groups))
+    plan = groups.plan(halves(groups), multiple=1)
     assert plan.verify(apply, variables, draw(4, 2)) < 1e-5
 
 
@@ -544,7 +544,7 @@ def test_haiku():
             assert paths(group.filters) == ["params/conv2_d/w"]
         assert {path for path in groups.model.parameters if path.startswith("state")} == set()
         structure.norm_scales(groups, variables)
-        plan = groups.plan(halves(groups))
+        plan = groups.plan(halves(groups), multiple=1)
         for trace in traces:
             plan.verify(trace.function, variables, IMAGES, updates=trace.updates)
 
@@ -589,6 +589,6 @@ def test_equinox():
             tx = jaxprune.agip_transform(0.5, groups=groups, every=1, start=0, stop=0)
             tx.init(params)
         assert {path for path in groups.model.parameters if path.startswith("state")} == set()
-        plan = groups.plan(halves(groups))
+        plan = groups.plan(halves(groups), multiple=1)
         for trace in traces:
             plan.verify(trace.function, variables, images, updates=trace.updates)

@@ -37,7 +37,7 @@ def difference(a, b):
 def check(traces, variables, groups=None, plan=None, tolerance=2e-5):
     """Outputs, updates and gradients of compacted functions are those of masked ones."""
     groups = structure.find_groups(traces, variables) if groups is None else groups
-    plan = groups.plan(halves(groups)) if plan is None else plan
+    plan = groups.plan(halves(groups), multiple=1) if plan is None else plan
     dense, small = plan.mask(variables), plan.compact(variables)
     for trace in traces:
         wrapped = plan.wrap(trace.function)

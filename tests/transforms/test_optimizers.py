@@ -1,12 +1,8 @@
-"""Pruning behind every optimizer of Optax: which work, what each needs, and what must be refused.
+"""What pruning and the optimizers of Optax pass to each other; their laws are in test_contract.py.
 
-`OPTIMIZERS`, `PARTS`, `WRAPPERS` and `CANNOT` name all that `optax` and `optax.contrib` offer. A
-new release that brings another one fails the first test until it has its line.
+A new release of Optax that brings another optimizer fails the first test until it has its line.
 """
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,147 +12,16 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import budgets
-from tests.support.combinations import in_turn
+from tests.support.optimizers import CANNOT, OPTIMIZERS, PARTS, WRAPPERS, extra_of, offered
+from tests.transforms.test_contract import inputs, loss, make_params
 
 contrib = optax.contrib
-SPARSITY, STEPS = 0.6, 4
-SHAPES = {"hidden": {"kernel": (6, 8), "bias": (8,)}, "head": {"kernel": (8, 2)}}
-SIZE = 48  # the hidden kernel alone is pruned: more selections would compile for minutes
-OPTIONS: dict[str, Any] = {
-    "every": 1,
-    "start": 1,
-    "stop": 2,
-    "prunable": lambda path, leaf: path == "hidden/kernel",
+# How each optimizer moves a momentum of the shape of its parameter; all others have none, or two.
+ONE_MOMENTUM = {
+    *("adabelief adam adamax adamaxw adamw amsgrad lamb lars lion nadam nadamw novograd").split(),
+    *("optimistic_adam_v2 radam yogi acprop adopt muon").split(),
+    *("reduce_on_plateau sam sophia split_real_and_imaginary").split(),
 }
-
-PRUNERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    name: functools.partial(getattr(jaxprune, f"{name}_transform"), SPARSITY, **OPTIONS)
-    for name in ("magnitude", "agip", "rigl")
-}
-
-
-def make_params() -> Any:
-    random = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(random.standard_normal(shape), jnp.float32) / 2,
-        SHAPES,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-def loss(params: Any) -> jax.Array:
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 6)), jnp.float32)
-    hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
-    return jnp.mean((hidden @ params["head"]["kernel"] - 1) ** 2)
-
-
-def pruned(tree: Any) -> np.ndarray:
-    return np.asarray(tree["hidden"]["kernel"])
-
-
-def check_zeros(params: Any, masks: Any) -> None:
-    assert pruned(masks).dtype == bool
-    np.testing.assert_array_equal(pruned(params)[~pruned(masks)], 0.0)
-
-
-def make_step(tx: Any, extra: Callable[[Any], dict[str, Any]] = lambda params: {}) -> Any:
-    def step(params: Any, state: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params), state, params, **extra(params))
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step)
-
-
-# ---- the tables
-
-
-def learning(factory: Callable[..., Any], **options: Any) -> Callable[[], Any]:
-    return lambda: factory(0.1, **options)
-
-
-# Optimizers that need nothing but a learning rate, if that.
-PLAIN = (
-    *("adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad").split(),
-    *("fromage lamb lars lion novograd optimistic_adam_v2").split(),
-    *("optimistic_gradient_descent radam rmsprop rprop sgd sign_sgd signum sm3 yogi").split(),
-    *("acprop ademamix adopt cocob dadapt_adamw dog dowg galore madgrad muon prodigy").split(),
-    *("schedule_free_adamw schedule_free_sgd simplified_ademamix").split(),
-)
-
-
-def plain(name: str) -> Callable[[], Any]:
-    factory = getattr(optax, name, None) or getattr(contrib, name)
-    needed = inspect.signature(factory).parameters.values()
-    return learning(factory) if any(p.default is p.empty for p in needed) else factory
-
-
-OPTIMIZERS: dict[str, Callable[[], Any]] = {name: plain(name) for name in PLAIN} | {
-    "lbfgs": functools.partial(optax.lbfgs, linesearch=optax.scale_by_zoom_linesearch(6)),
-    "noisy_sgd": learning(optax.noisy_sgd, key=jax.random.key(0)),
-    "polyak_sgd": optax.polyak_sgd,
-    "mechanize": lambda: contrib.mechanize(optax.sgd(0.1)),
-    "momo": contrib.momo,
-    "momo_adam": contrib.momo_adam,
-    "normalize": lambda: optax.chain(contrib.normalize(), optax.sgd(0.1)),
-    "reduce_on_plateau": lambda: optax.chain(optax.adam(0.1), contrib.reduce_on_plateau()),
-    "sam": lambda: contrib.sam(optax.adam(0.1), optax.sgd(0.05), opaque_mode=True),
-    "schedule_free": lambda: contrib.schedule_free(optax.sgd(0.1), 0.1),
-    "sophia": learning(contrib.sophia),
-    "split_real_and_imaginary": lambda: contrib.split_real_and_imaginary(optax.adam(0.1)),
-}
-
-# What these optimizers want besides the gradient.
-EXTRA: dict[str, Callable[[Any], dict[str, Any]]] = {
-    name: lambda params: {"value": loss(params)}
-    for name in ("polyak_sgd", "momo", "momo_adam", "reduce_on_plateau")
-} | {
-    "lbfgs": lambda params: {
-        "value": loss(params),
-        "grad": jax.grad(loss)(params),
-        "value_fn": loss,
-    },
-    "sam": lambda params: {"grad_fn": lambda point, i: jax.grad(loss)(point)},
-    "sophia": lambda params: {"obj_fn": loss},
-}
-
-# Links of the chains that the optimizers above are made of.
-PARTS = {
-    *("adaptive_grad_clip add_decayed_weights add_noise apply_every centralize clip").split(),
-    *("clip_by_block_rms clip_by_global_norm ema identity keep_params_nonnegative").split(),
-    *("measure_with_ema normalize_by_update_norm scale set_to_zero snapshot stateless").split(),
-    *("stateless_with_tree_map trace with_extra_args_support zero_nans").split(),
-}
-
-# Transformations around others: the table INNER of test_contract.py, and the recipes below.
-WRAPPERS = {
-    *("apply_if_finite chain conditionally_mask conditionally_transform flatten freeze").split(),
-    *("inject_hyperparams inject_stateful_hyperparams masked multi_transform named_chain").split(),
-    *("partition selective_transform").split(),
-}
-
-CANNOT = {
-    "lookahead": "updates two copies of the parameters: see the recipe",
-    "dpsgd": "takes a gradient for each example: aggregate before the chain, see the recipe",
-    "differentially_private_aggregate": "as dpsgd",
-    "optimistic_adam": "deprecated for optimistic_adam_v2",
-    "hutchinson_estimator_diag_hessian": "a part of sophia",
-    "schedule_free_eval_params": "no transformation",
-}
-
-
-def offered() -> set[str]:
-    found = set()
-    for module in (optax, contrib):
-        for name in dir(module):
-            function = getattr(module, name)
-            if name.startswith("_") or not inspect.isfunction(function):
-                continue
-            annotation = inspect.signature(function).return_annotation
-            unknown = annotation is inspect.Signature.empty and module is contrib
-            if unknown or "GradientTransformation" in str(annotation):
-                found.add(name)
-    return {name for name in found if not name.startswith("scale_by_")}
 
 
 def test_the_tables_name_everything_that_optax_offers() -> None:
@@ -165,22 +30,104 @@ def test_the_tables_name_everything_that_optax_offers() -> None:
     assert sum(map(len, tables)) == len(offered())
 
 
-# Each optimizer with one method in turn, and one that looks at all it is given with each of them.
-CASES = {*in_turn(OPTIMIZERS, PRUNERS), *(("lbfgs", pruner) for pruner in PRUNERS)}
+def traced(tx: Any, name: str = "", **options: Any) -> Any:
+    """The types of updates and state after one update of the network of the contract."""
+    params = make_params()
+
+    def update(params: Any, state: Any) -> Any:
+        value = lambda params: loss(params, inputs(0))  # noqa: E731
+        extra = extra_of(name, value, params) | options
+        return tx.update(jax.grad(value)(params), state, params, **extra)
+
+    return jax.eval_shape(update, params, tx.init(params))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pruner"), sorted(CASES))
-def test_every_optimizer_of_optax(name: str, pruner: str) -> None:
-    tx = jaxprune.chain(OPTIMIZERS[name](), PRUNERS[pruner]())
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_an_average_there_is_one_momentum_or_an_error(name: str) -> None:
+    agip = jaxprune.agip_transform(0.5, stop=1, decay=None)
+    tx = jaxprune.chain(OPTIMIZERS[name](), agip)
+    if name in ONE_MOMENTUM:
+        traced(tx, name)
+        return
+    with pytest.raises(ValueError, match=r"(?s)`decay=None` reads .* have exactly one.*a/kernel: "):
+        traced(tx, name)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 8)])
+def test_the_projected_momentum_of_galore_is_none_of_the_weights(shape: Any) -> None:
+    params = {"kernel": jnp.ones(shape)}
+    prune = jaxprune.agip_transform(0.5, stop=1, decay=None)
+    tx = jaxprune.chain(contrib.galore(0.1, rank=8), prune)
+    with pytest.raises(ValueError, match=r"(?s)exactly one.*  kernel: no momentum"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+# ---- extra arguments
+
+PRUNERS: dict[str, Any] = {
+    "magnitude": jaxprune.magnitude_transform(0.5, stop=0),
+    "agip": jaxprune.agip_transform(0.5, stop=0),
+    "rigl": jaxprune.rigl_transform(0.5, stop=1),
+}
+FORMS = {
+    "inside": lambda member, prune: jaxprune.chain(optax.chain(member, optax.scale(1.0)), prune),
+    "with pruning": lambda member, prune: jaxprune.chain(optax.chain(member, prune)),
+    "chain in chain": lambda member, prune: jaxprune.chain(jaxprune.chain(member, prune)),
+}
+
+
+@pytest.mark.parametrize("prune", PRUNERS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["sam", "lbfgs", "reduce_on_plateau", "sophia"])
+def test_members_of_a_chain_get_no_argument_that_they_do_not_know(
+    name: str, form: str, prune: str
+) -> None:
+    tx = FORMS[form](OPTIMIZERS[name](), PRUNERS[prune])
+    if (name, form) == ("lbfgs", "with pruning"):  # nothing would forget the value that it keeps
+        with pytest.raises(ValueError, match=r"Write `jaxprune.chain\(optax.lbfgs\(\), pruning\)`"):
+            traced(tx, name)
+        return
+    updates, state = traced(tx, name)
+    structure = jax.tree.structure(tx.init(make_params()))
+    assert (jax.tree.structure(state), updates["a"]["kernel"].shape) == (structure, (8, 16))
+
+
+def recorder(seen: list[set[str]]) -> optax.GradientTransformationExtraArgs:
+    """A member that accepts everything, and notes what it gets."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del params
+        seen.append(set(extra))
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def test_what_the_chain_adds_goes_to_members_that_use_it() -> None:
+    def named(updates: Any, state: Any, params: Any = None, *, grad: Any, **extra: Any) -> Any:
+        del params, extra
+        return jax.tree.map(jnp.add, updates, grad), state
+
+    seen: list[set[str]] = []
+    adds = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), named)
+    tx = jaxprune.chain(recorder(seen), adds, jaxprune.magnitude_transform(0.0, stop=0))
     params = make_params()
-    state = tx.init(params)
-    step = make_step(tx, EXTRA.get(name, lambda params: {}))
-    for _ in range(STEPS):
-        params, state = step(params, state)
-        masks = jaxprune.get_masks(state)
-        check_zeros(params, masks)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    assert int(pruned(masks).sum()) == budgets.keep_count(SIZE, SPARSITY)
-    # The state of optax.lbfgs changes its weak types in the first step, without pruning as well.
-    assert step._cache_size() == (2 if name == "lbfgs" else 1)
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    np.testing.assert_allclose(updates["b"]["kernel"], 2 * params["b"]["kernel"], rtol=1e-6)
+    tx.update(params, tx.init(params), params, value=1.0, grad=params)
+    assert seen == [{"value"}, {"value", "grad"}]
+
+
+@pytest.mark.parametrize("prune", PRUNERS)
+def test_a_gradient_for_each_example_is_refused(prune: str) -> None:
+    private = contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0))
+    dpsgd = optax.chain(private, optax.sgd(0.1))
+    params = make_params()
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    tx = jaxprune.chain(dpsgd, PRUNERS[prune])
+    match = r"(?s)one for each example.*a/kernel: shape \(2, 8, 16\), but the parameter has \(8, 16"
+    with pytest.raises(ValueError, match=match):
+        tx.update(many, tx.init(params), params)
+    alone = jaxprune.chain(dpsgd)  # without pruning there is nothing to refuse
+    alone.update(many, alone.init(params), params)

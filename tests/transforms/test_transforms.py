@@ -264,6 +264,23 @@ def test_the_last_phase_follows_a_dense_one(window, steps):
     assert sparsities[-1] == 0.5 and all(a != b for a, b in zip(sparsities, sparsities[1:]))
 
 
+@pytest.mark.parametrize(
+    ("window", "dense", "steps"),
+    [
+        ((5, 0, 30), 2, [0, 5, 7, 12, 14, 19, 21, 26, 30]),
+        ((5, 0, 12), 2, [0, 5, 12]),  # the compressed phase from 7 would end at `stop`
+        ((2, 1, 20), 7, [1, 3, 10, 12, 20]),
+        ((5, 10, 85), 5, phases(0.9, 5, 10, 85)[0]),
+    ],
+)
+def test_phases_may_have_different_lengths(window, dense, steps):
+    found, sparsities = phases(0.9, *window, dense)
+    assert found == steps
+    assert sparsities[::2] == [0.9] * len(sparsities[::2]) and not any(sparsities[1::2])
+    with pytest.raises(ValueError, match="`dense` must be at least 1 step, but is 0"):
+        jaxprune.acdc_transform(0.5, stop=5, dense=0)
+
+
 def test_weights_come_back_from_zero_with_fresh_moments():
     prune = jaxprune.acdc_transform(0.5, every=2, start=1, stop=6)
     trace = Trace(jaxprune.chain(optax.sgd(0.1, momentum=0.9), prune), 8)

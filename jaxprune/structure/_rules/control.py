@@ -37,7 +37,7 @@ def _blank(value: Value) -> Value:
     return Value(value.aval, list(value.nodes), facts, [frozenset()] * len(value.shape))
 
 
-def _entering(value: Value) -> Value:
+def entering(value: Value) -> Value:
     """Makes a value as the inner function sees it: without the operation that computed it."""
     facts = [zero_only(own) for own in value.facts]
     inside = Value(value.aval, list(value.nodes), facts, list(value.origins), value.support)
@@ -47,7 +47,7 @@ def _entering(value: Value) -> Value:
 
 def _tangent(value: Value) -> Value:
     """Makes the tangent of a value; it is 0 where the value is always 0."""
-    tangent = _entering(value)
+    tangent = entering(value)
     tangent.number = None
     return tangent
 
@@ -64,7 +64,7 @@ def _is_float(value: Value) -> bool:
 
 def _call(analysis: "Analysis", op: Op, jaxpr: Any, consts: Any) -> None:
     """Follows the inner function; its outputs are those of the operation."""
-    op.inner["call"] = analysis.graph(jaxpr, consts, list(map(_entering, op.ins)))
+    op.inner["call"] = analysis.graph(jaxpr, consts, list(map(entering, op.ins)))
     for out, inner in zip(op.outs, op.inner["call"].outs, strict=True):
         _leaving(out, inner)
 
@@ -90,7 +90,7 @@ def _custom_jvp(analysis: "Analysis", op: Op) -> None:
     _call(analysis, op, closed.jaxpr, closed.consts)
     if not analysis.any_free(op.ins) or _seen(analysis, op, closed.jaxpr):
         return
-    primals = list(map(_entering, op.ins[skipped:]))
+    primals = list(map(entering, op.ins[skipped:]))
     constant = [not _is_float(value) for value in primals]
     # As `custom_derivatives.lift_jvp`: the thunk takes one bool per operand, "its tangent is 0". It
     # returns a jaxpr of all primals and the other tangents, and the same bools for the outputs.
@@ -147,7 +147,7 @@ def _custom_vjp(analysis: "Analysis", op: Op) -> bool | None:
     # As `custom_derivatives.lift_fwd`: the thunk takes one bool per operand, "it has a tangent". It
     # returns a jaxpr from the operands to the residuals, followed by the primal outputs.
     jaxpr, consts = op.params["fwd_jaxpr_thunk"].call_wrapped(*map(_is_float, op.ins))
-    ins = list(map(_entering, op.ins))
+    ins = list(map(entering, op.ins))
     forward = analysis.graph(jaxpr, consts, ins)
     analysis.rule_stack.pop()
     count = len(forward.outs) - len(op.outs)
@@ -177,7 +177,7 @@ def _custom_vjp(analysis: "Analysis", op: Op) -> bool | None:
         ]
         return [x for x, is_given in zip(results, given, strict=True) if is_given]
 
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.aval.dtype) for v in [*residuals, *cotangents]]
+    shapes = [jaxprs.abstract(value.aval) for value in [*residuals, *cotangents]]
     traced = jax.make_jaxpr(backward)(*shapes)
     graph = analysis.graph(traced.jaxpr, traced.consts, [*residuals, *cotangents])
     received = [value for value, is_given in zip(op.ins, given, strict=True) if is_given]
@@ -285,7 +285,7 @@ def _counts(op: Op) -> tuple[int, int]:
 def _scan(analysis: "Analysis", op: Op) -> None:
     closed = op.params["jaxpr"]
     first, count = _counts(op)
-    ins = list(map(_entering, op.ins))
+    ins = list(map(entering, op.ins))
     consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
     rows = []
     for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
@@ -305,7 +305,7 @@ def _scan(analysis: "Analysis", op: Op) -> None:
 
 def _while(analysis: "Analysis", op: Op) -> None:
     of_cond, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
-    ins = list(map(_entering, op.ins))
+    ins = list(map(entering, op.ins))
     consts, carry = ins[of_cond : of_cond + of_body], ins[of_cond + of_body :]
     body, cond = op.params["body_jaxpr"], op.params["cond_jaxpr"]
     graph, facts = _loop(analysis, body, consts, carry, [])
@@ -337,14 +337,15 @@ def _run_scan(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
         return tuple(outs[:count]), tuple(outs[count:])
 
     carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
-    options = {name: op.params[name] for name in ("length", "reverse", "unroll")}
-    carry, outs = lax.scan(body, carry, rows, **options)
+    length = op.params["length"] if not rows else None  # of rows, it may be symbolic
+    options = {name: op.params[name] for name in ("reverse", "unroll")}
+    carry, outs = lax.scan(body, carry, rows, length, **options)
     return [*carry, *outs]
 
 
 def _cond(analysis: "Analysis", op: Op) -> None:
     branches = [
-        analysis.graph(branch.jaxpr, branch.consts, list(map(_entering, op.ins[1:])))
+        analysis.graph(branch.jaxpr, branch.consts, list(map(entering, op.ins[1:])))
         for branch in op.params["branches"]
     ]
     op.inner["branches"] = branches

@@ -36,8 +36,7 @@ _NEVER = frozenset(
 _OWN = frozenset("max min clamp div rem pow integer_pow select_n".split())
 # Primitives whose outputs are their operands, in the same order.
 IDENTITIES = frozenset(
-    "optimization_barrier device_put pvary sharding_constraint reshard pcast psum pmean "
-    "psum_invariant".split()
+    "optimization_barrier device_put pvary sharding_constraint reshard pcast".split()
 )
 _KEEP_NUMBER = frozenset("convert_element_type copy copy_p name stop_gradient".split())
 
@@ -97,14 +96,15 @@ def _facts(value: Value, dimension: int, size: int) -> np.ndarray:
 
 def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     """Returns the ZERO bits of the result; its other bits are undefined."""
-    name, numbers = op.name, [value.number for value in op.ins]
-    every, nothing = np.full_like(facts[0], ALWAYS_ZERO), np.full_like(facts[0], NOTHING)
+    name = op.name
     if name in _ALL:
         return functools.reduce(np.bitwise_and, facts)
     if name in _ANY:
         return functools.reduce(np.bitwise_or, facts)
     if name in _FIRST:
         return facts[0]
+    numbers = [value.number for value in op.ins]
+    every, nothing = np.full_like(facts[0], ALWAYS_ZERO), np.full_like(facts[0], NOTHING)
     if name in ("max", "min"):
         # max(x, c) is 0 at x = 0 if the number c is not above 0.
         sign = 1 if name == "max" else -1
@@ -128,8 +128,7 @@ def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     return nothing
 
 
-def identity(analysis: "Analysis", op: Op) -> bool | None:
-    """Copies what is known of each operand to the output at its position."""
+def _identity(analysis: "Analysis", op: Op) -> bool | None:
     if len(op.ins) != len(op.outs):
         return False
     for value, out in zip(op.ins, op.outs, strict=True):
@@ -138,4 +137,4 @@ def identity(analysis: "Analysis", op: Op) -> bool | None:
 
 
 RULES = {name: Rule(_analyze) for name in NAMES}
-RULES |= {name: Rule(identity) for name in sorted(IDENTITIES)}
+RULES |= {name: Rule(_identity) for name in sorted(IDENTITIES)}

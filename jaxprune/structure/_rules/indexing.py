@@ -41,12 +41,12 @@ def _gather(analysis: "Analysis", op: Op) -> None:
 
 
 def _run_gather(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
-    dense, now = op.ins[0].shape, run.shape(op.ins[0])
+    dense, now, params = op.ins[0].aval.shape, run.shape(op.ins[0]), op.equation.params
     sizes = tuple(
         now[dimension] if size == dense[dimension] else size
-        for dimension, size in enumerate(op.params["slice_sizes"])
+        for dimension, size in enumerate(params["slice_sizes"])
     )
-    return [op.primitive.bind(*arrays, **op.params | {"slice_sizes": sizes})]
+    return [op.primitive.bind(*arrays, **params | {"slice_sizes": sizes})]
 
 
 def _dynamic_slice(analysis: "Analysis", op: Op) -> None:

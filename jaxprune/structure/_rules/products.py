@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from jaxprune.structure._execution import Execution
 
 
+# Dimensions of the first and of the second operand that belong together
+Pairs = tuple[Sequence[int], Sequence[int]]
+
+
 def _contract(analysis: "Analysis", a: Value, at: int, b: Value, bt: int, op: Op) -> None:
     """Joins two dimensions that are summed over together; pruned entries must add 0 to the sum."""
     analysis.unite(a.nodes[at], b.nodes[bt])
@@ -46,23 +50,53 @@ def _note_kernels(analysis: "Analysis", value: Value, copies: Sequence[int] = ()
 
 
 def _dot_general(analysis: "Analysis", op: Op) -> None:
-    (a, b), out = op.ins, op.outs[0]
-    (contract_a, contract_b), (batch_a, batch_b) = op.params["dimension_numbers"]
-    _note_kernels(analysis, a, batch_a)
-    _note_kernels(analysis, b, batch_b)
-    for at, bt in zip(contract_a, contract_b, strict=True):
+    (a, b), (contract, batch) = op.ins, op.params["dimension_numbers"]
+    _note_kernels(analysis, a, batch[0])
+    _note_kernels(analysis, b, batch[1])
+    if contract[0]:  # without, the product is elementwise
+        analysis.copies += [a.nodes[at] for at in batch[0]]
+    _multiply(analysis, op, contract, batch)
+
+
+def _multiply(
+    analysis: "Analysis", op: Op, contract: Pairs, batch: Pairs, groups: Sequence[int] = ()
+) -> None:
+    """Fills in a product of two operands; `groups` are dimensions of the second that go."""
+    (a, b), out = op.ins[:2], op.outs[0]
+    for at, bt in zip(*contract, strict=True):
         _contract(analysis, a, at, b, bt, op)
-    for at, bt in zip(batch_a, batch_b, strict=True):
+    for at, bt in zip(*batch, strict=True):
         analysis.unite(a.nodes[at], b.nodes[bt])
         out.nodes.append(a.nodes[at])
         out.facts.append(zero_only(a.facts[at] | b.facts[bt]))
         out.origins.append(a.origins[at] | b.origins[bt])
-    for value, used in ((a, {*contract_a, *batch_a}), (b, {*contract_b, *batch_b})):
+    used = {*contract[0], *batch[0]}, {*contract[1], *batch[1], *groups}
+    for value, gone in zip((a, b), used):
         for dimension in range(len(value.shape)):
-            if dimension not in used:
+            if dimension not in gone:
                 out.nodes.append(value.nodes[dimension])
                 out.facts.append(zero_only(value.facts[dimension]))
                 out.origins.append(value.origins[dimension])
+
+
+def _ragged_dot(analysis: "Analysis", op: Op) -> None:
+    """Follows products of which each row is multiplied by the kernel of its group.
+
+    The rows of a group lie together, so that neither rows nor groups can be removed.
+    """
+    (a, b, sizes), out = op.ins, op.outs[0]
+    numbers = op.params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    _note_kernels(analysis, b, [*batch[1], *groups])
+    rows = [a.nodes[dimension] for dimension in numbers.lhs_ragged_dimensions]
+    for nodes in [*sizes.nodes, *rows, *[b.nodes[dimension] for dimension in groups]]:
+        analysis.freeze(nodes, f"`{op.name}` finds its groups by it {op.where}")
+    _multiply(analysis, op, contract, batch, groups)
+    for size in out.shape[: len(out.shape) - len(out.nodes)]:  # a sum of rows for each group
+        out.nodes.insert(0, np.zeros(size, np.int64))
+        out.facts.insert(0, np.zeros(size, np.uint8))
+        out.origins.insert(0, frozenset())
 
 
 def _convolution(analysis: "Analysis", op: Op) -> bool | None:
@@ -103,11 +137,12 @@ def _run_convolution(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     if 0 in kernel.shape:  # a slice of a dimension may lose all its channels
         return [jnp.zeros(run.shape(op.outs[0]), op.outs[0].aval.dtype)]
     groups = image.shape[numbers.lhs_spec[1]] // kernel.shape[numbers.rhs_spec[1]]
-    params = op.params | {"feature_group_count": groups}
+    params = op.equation.params | {"feature_group_count": groups}
     return [op.primitive.bind(image, kernel, **params)]
 
 
 RULES = {
     "dot_general": Rule(_dot_general),
+    "ragged_dot_general": Rule(_ragged_dot),
     "conv_general_dilated": Rule(_convolution, _run_convolution),
 }

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.structure._rules.elementwise import identity, zero_only
-from jaxprune.structure._values import SAME, ZERO, Op, Rule
+from jaxprune.structure._rules.elementwise import zero_only
+from jaxprune.structure._values import SAME, ZERO, Op, Rule, Value
 
 if TYPE_CHECKING:
     from jaxprune.structure._analysis import Analysis
@@ -21,9 +21,15 @@ _SCANS = frozenset("cumsum cumprod cummax cummin cumlogsumexp sort top_k".split(
 _COLLECTIVES = {"psum": "reduce_sum", "pmax": "reduce_max", "pmin": "reduce_min"}
 
 
-def _reduce(analysis: "Analysis", op: Op) -> None:
-    value, out, name = op.ins[0], op.outs[0], _COLLECTIVES.get(op.name, op.name)
-    axes = set(op.params["axes"])
+def reduce(analysis: "Analysis", op: Op) -> None:
+    """Follows a reduction; a collective may have names of mesh axes beside dimensions."""
+    for value, out in zip(op.ins, op.outs, strict=True):
+        _reduce_one(analysis, op, value, out)
+
+
+def _reduce_one(analysis: "Analysis", op: Op, value: Value, out: Value) -> None:
+    name = _COLLECTIVES.get(op.name, op.name)
+    axes = set(filter(is_number, op.params["axes"]))
     corrected = None
     for axis in sorted(axes):
         nodes, facts = value.nodes[axis], value.facts[axis]
@@ -47,24 +53,22 @@ def _reduce(analysis: "Analysis", op: Op) -> None:
             out.origins.append(value.origins[dimension])
 
 
-def _collect(analysis: "Analysis", op: Op) -> bool | None:
-    axes = op.params["axes"]
-    if op.name == "psum" and not any(map(_is_number, axes)):
-        return identity(analysis, op)  # a sum over devices
-    if len(op.ins) > 1 or not all(map(_is_number, axes)):
-        return False
-    return _reduce(analysis, op)
-
-
-def _is_number(axis: Any) -> bool:
+def is_number(axis: Any) -> bool:
     """Tells whether an axis is a number, not a name."""
     return isinstance(axis, int | np.integer)
 
 
-def _run_reduce(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
-    value, array, name = op.ins[0], arrays[0], _COLLECTIVES.get(op.name, op.name)
-    for axis in op.params["axes"]:
-        removed = len(value.nodes[axis]) - array.shape[axis] if _is_number(axis) else 0
+def run_reduce(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
+    """Runs a reduction on smaller arrays, with what the removed entries would add."""
+    pairs = zip(op.ins, arrays, strict=True)
+    return run.bind(op, [_completed(run, op, *pair) for pair in pairs])
+
+
+def _completed(run: "Execution", op: Op, value: Value, array: Any) -> Any:
+    """Appends to an operand whatever its removed entries would add to the result."""
+    name = _COLLECTIVES.get(op.name, op.name)
+    for axis in filter(is_number, op.params.get("axes", ())):
+        removed = int((~run.kept(value, axis)).sum())
         if not removed or (name == "reduce_sum" and run.is_zero(value, axis)):
             continue
         gone = run.removed(value, axis)
@@ -74,7 +78,7 @@ def _run_reduce(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
         elif alike:
             gone = gone * jnp.asarray(removed, gone.dtype)
         array = lax.concatenate([array, gone], axis)
-    return run.bind(op, [array, *arrays[1:]])
+    return array
 
 
 def _along(analysis: "Analysis", op: Op) -> bool | None:
@@ -127,9 +131,8 @@ def _fft(analysis: "Analysis", op: Op) -> None:
             out.facts[dimension] = zero_only(value.facts[dimension])
 
 
-RULES = {name: Rule(_reduce, _run_reduce) for name in sorted(_SUMMARIES)}
-RULES |= {name: Rule(_collect, _run_reduce) for name in _COLLECTIVES}
-RULES |= {name: Rule(_reduce) for name in sorted(_OTHERS)}
+RULES = {name: Rule(reduce, run_reduce) for name in sorted(_SUMMARIES)}
+RULES |= {name: Rule(reduce) for name in sorted(_OTHERS)}
 RULES |= {name: Rule(_along) for name in sorted(_SCANS)}
 RULES |= {"fft": Rule(_fft)}
 RULES |= {name: Rule(_window) for name in sorted(_WINDOWS)}

@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxprune.structure._nodes import rows_of
 from jaxprune.structure._rules.elementwise import zero_only
+from jaxprune.structure._slicing import pick
 from jaxprune.structure._values import ALWAYS_SAME, ALWAYS_ZERO, NOTHING, Op, Rule, Value
 
 if TYPE_CHECKING:
@@ -75,9 +75,17 @@ def _reshape(analysis: "Analysis", op: Op) -> bool | None:
     value, out = op.ins[0], op.outs[0]
     if op.params.get("dimensions") is not None or 0 in value.shape:
         return False
+    if math.prod(value.shape) != math.prod(out.shape):  # with symbols whose bounds are not kept
+        return False
     analysis.fix(out)
     out.number = value.number
-    for before, after in reshape_blocks(value.shape, out.shape):
+    sizes = value.aval.shape, out.aval.shape  # the numbers of symbols may be equal by chance
+    blocks = reshape_blocks(value.shape, out.shape)
+    for before, after in blocks:
+        products = [math.prod(own[d] for d in dims) for own, dims in zip(sizes, (before, after))]
+        if products[0] != products[1]:
+            return False
+    for before, after in blocks:
         if len(before) == len(after) == 1:
             nodes, facts = [value.nodes[before[0]]], [zero_only(value.facts[before[0]])]
         else:
@@ -240,9 +248,9 @@ def _pad(analysis: "Analysis", op: Op) -> None:
 
 def _run_pad(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     config = []
-    for dimension, (low, high, between) in enumerate(op.params["padding_config"]):
-        if not between and low >= 0 and high >= 0:
-            kept = run.kept(op.outs[0], dimension)
+    for dimension, (low, high, between) in enumerate(op.equation.params["padding_config"]):
+        kept = run.kept(op.outs[0], dimension)
+        if not kept.all() and not between and low >= 0 and high >= 0:
             low, high = int(kept[:low].sum()), int(kept[len(kept) - high :].sum())
         config.append((low, high, between))
     return [lax.pad(arrays[0], arrays[1], config)]
@@ -268,21 +276,22 @@ def _slice(analysis: "Analysis", op: Op) -> None:
 
 
 def _run_slice(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
-    value, params, array = op.ins[0], op.params, arrays[0]
+    value, params, array = op.ins[0], op.equation.params, arrays[0]
     strides = params["strides"] or (1,) * len(value.shape)
     for dimension, ends in enumerate(
         zip(params["start_indices"], params["limit_indices"], strides, strict=True)
     ):
         kept = run.kept(value, dimension)
-        wanted = np.arange(*ends)
-        places = (np.cumsum(kept) - 1)[wanted[kept[wanted]]]
         if kept.all():
             array = lax.slice_in_dim(array, *ends, axis=dimension)
-        elif len(places) and (np.diff(places) == 1).all():
+            continue
+        wanted = np.arange(*ends)
+        places = (np.cumsum(kept) - 1)[wanted[kept[wanted]]]
+        if len(places) and (np.diff(places) == 1).all():
             first, last = int(places[0]), int(places[-1])
             array = lax.slice_in_dim(array, first, last + 1, axis=dimension)
         else:
-            array = jnp.take(array, places, axis=dimension)
+            array = pick(array, places, dimension)
     return [array]
 
 
@@ -313,7 +322,7 @@ def _made(analysis: "Analysis", op: Op) -> None:
 
 def _run_made(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
     # Take from the dense array, so that each entry equals that of the dense function.
-    return [run.take(op.primitive.bind(*arrays, **op.params), op.outs[0])]
+    return [run.take(run.bind(op, arrays)[0], op.outs[0])]
 
 
 def _new(analysis: "Analysis", size: int) -> np.ndarray:
