@@ -189,7 +189,7 @@ def inputs(step: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(step).standard_normal((8, 8)), jnp.float32)
 
 
-def make_step(tx: optax.GradientTransformation, inner: str) -> Callable[..., Any]:
+def make_step(tx: optax.GradientTransformation, inner: str = "") -> Callable[..., Any]:
     optimizer = inner.removeprefix("optax: ")
 
     def step(params: Any, state: Any, x: jax.Array) -> Any:
