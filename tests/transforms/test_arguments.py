@@ -37,7 +37,7 @@ STATIC = ("sparsity", "every", "start", "stop", "regrow", "drop", "seed")
 
 def masks_after(tx: Any, steps: int = 4) -> Any:
     params = make_params()
-    step, state = jax.jit(make_step(tx, "")), tx.init(params)
+    step, state = jax.jit(make_step(tx)), tx.init(params)
     for i in range(steps):
         params, state = step(params, state, inputs(i))
     return jaxprune.get_masks(state)

@@ -141,6 +141,7 @@ INNER: dict[str, Callable[[Any], optax.GradientTransformation]] = {
         optax.named_chain(("sgd", optax.sgd(0.1, momentum=0.9)), ("prune", prune))
     ),
     "adagrad": lambda prune: jaxprune.chain(optax.adagrad(0.1), prune),
+    "flatten": lambda prune: jaxprune.chain(optax.flatten(optax.adam(0.01)), prune),
     "muon, schedule-free": lambda prune: jaxprune.chain(
         optax.contrib.schedule_free(optax.contrib.muon(0.1), 0.1), prune
     ),
@@ -189,7 +190,7 @@ def inputs(step: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(step).standard_normal((8, 8)), jnp.float32)
 
 
-def make_step(tx: optax.GradientTransformation, inner: str) -> Callable[..., Any]:
+def make_step(tx: optax.GradientTransformation, inner: str = "") -> Callable[..., Any]:
     optimizer = inner.removeprefix("optax: ")
 
     def step(params: Any, state: Any, x: jax.Array) -> Any:
