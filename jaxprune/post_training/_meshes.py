@@ -29,7 +29,7 @@ def entered(tree: Any) -> Iterator[None]:
         True
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    meshes = [
+    meshes: list[Any] = [
         own.mesh
         for own in shardings
         if isinstance(own, NamedSharding) and AxisType.Explicit in own.mesh.axis_types
