@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxprune import layouts, post_training
@@ -56,7 +56,7 @@ def scanned(w, x):
 FUNCTIONS = {f.__name__: f for f in (mlp, sequences, reshaped, automatic, scanned)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def explicit():
     axes = (AxisType.Explicit,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "model"), axes, devices=jax.devices()[:4])
@@ -79,6 +79,28 @@ def test_a_mesh_with_explicit_axes_changes_no_mask(name, method, explicit):
         np.testing.assert_array_equal(own[path], masks[path])
         np.testing.assert_allclose(pruned[path], wanted[path], rtol=1e-4, atol=1e-4)
         assert pruned[path].sharding.is_equivalent_to(placed[path].sharding, pruned[path].ndim)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_arrays_on_a_mesh_that_is_not_entered(method):
+    assert jax.sharding.get_abstract_mesh().empty
+    axes = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axes, devices=jax.devices()[:4])
+    specs = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+
+    def apply(w, x):
+        hidden = jnp.einsum(
+            "bi,io->bo", x, w["a"], out_sharding=NamedSharding(mesh, P("data", "model"))
+        )
+        return jnp.einsum(
+            "bi,io->bo", hidden, w["b"], out_sharding=NamedSharding(mesh, P("data", None))
+        )
+
+    placed = {name: jax.device_put(WEIGHTS[name], specs[name]) for name in ("a", "b")}
+    x = jax.device_put(X, NamedSharding(mesh, P("data", None)))
+    pruned, masks = METHODS[method](apply, placed, [x], 0.5)
+    assert masks["a"].sum() == 3 * 16 and masks["b"].sum() == 8 * 6
+    assert pruned["a"].sharding.is_equivalent_to(specs["a"], 2)
 
 
 def test_layouts_on_a_mesh_with_explicit_axes(explicit):

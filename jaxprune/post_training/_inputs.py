@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import layouts, trees
-from jaxprune.post_training._meshes import on_any_mesh, on_this_mesh
+from jaxprune.post_training._meshes import entered, on_any_mesh, on_this_mesh
 from jaxprune.post_training._products import statistic_of
 
 __all__ = [
@@ -151,9 +151,10 @@ def input_statistics(
     values: dict[str, jax.Array] = {}
     rows = collections.Counter()  # on the host, where it cannot overflow
     for batch in batches:
-        found = capture(params, batch)
-        new = {path: inputs.value for path, inputs in found.items()}
-        values = _add(values, new) if values else new
+        with entered(params):
+            found = capture(params, batch)
+            new = {path: inputs.value for path, inputs in found.items()}
+            values = _add(values, new) if values else new
         rows.update({path: int(inputs.rows) for path, inputs in found.items()})
     if not found:
         raise ValueError("`batches` is empty; pass at least one batch of calibration data.")

@@ -15,7 +15,7 @@ from jaxprune.post_training._inputs import (
     input_statistics,
     not_finite,
 )
-from jaxprune.post_training._meshes import on_any_mesh
+from jaxprune.post_training._meshes import entered, on_any_mesh
 
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
@@ -108,7 +108,8 @@ def _prune(method: Method, leaf: Any, inputs: InputStatistics) -> tuple[jax.Arra
     def prune(leaf: Any, value: Any) -> tuple[jax.Array, jax.Array]:
         return method(leaf, inputs._replace(value=value))
 
-    return on_any_mesh(prune, jnp.asarray(leaf), inputs.value, like=leaf)
+    with entered(leaf):
+        return on_any_mesh(prune, jnp.asarray(leaf), inputs.value, like=leaf)
 
 
 def largest(scores: jax.Array, keep: int | jax.Array) -> jax.Array:

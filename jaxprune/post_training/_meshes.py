@@ -1,12 +1,44 @@
 """Runs code that reshapes and sorts on arrays whose types say how they are split."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["on_any_mesh", "on_this_mesh"]
+__all__ = ["entered", "on_any_mesh", "on_this_mesh"]
+
+
+@contextlib.contextmanager
+def entered(tree: Any) -> Iterator[None]:
+    """Enters the mesh of arrays whose types name its axes, unless a mesh is entered already.
+
+    Not for use inside of `jit`.
+
+    Args:
+        tree: tree of arrays.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> with entered(jnp.ones(2)):
+        ...     jax.sharding.get_abstract_mesh().empty
+        True
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    meshes: list[Any] = [
+        own.mesh
+        for own in shardings
+        if isinstance(own, NamedSharding) and AxisType.Explicit in own.mesh.axis_types
+    ]
+    if not meshes or not jax.sharding.get_abstract_mesh().empty:
+        yield
+    else:
+        with jax.set_mesh(meshes[0]):
+            yield
 
 
 def on_any_mesh(function: Callable[..., Any], *arrays: jax.Array, like: Any = None) -> Any:

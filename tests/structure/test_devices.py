@@ -229,7 +229,7 @@ def test_state_and_idle_leaves_are_found_inside_of_a_map(mesh):
 # ---- meshes with explicit axes: the types of arrays say how they are split
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def explicit():
     axes = (AxisType.Explicit,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "model"), axes, devices=jax.devices()[:DEVICES])

@@ -1,8 +1,8 @@
 """Primitives that contain functions: derivative rules, rematerialisation, loops and branches.
 
-Only this file relies on JAX internals: how `jax.custom_jvp` and `jax.custom_vjp` store their rules
-in an equation. A comment at each use names the function of `jax._src` that it mirrors, as of JAX
-0.10.2.
+Of the rules, only these rely on JAX internals: how `jax.custom_jvp` and `jax.custom_vjp` store
+their rules in an equation. A comment at each use names the function of `jax._src` that it mirrors,
+as of JAX 0.10.2.
 """
 
 import functools
