@@ -1,6 +1,7 @@
 """Every method on meshes with explicit axes, and on the shards that `jax.shard_map` shows it."""
 
 import functools
+import re
 from typing import Any
 
 import chex
@@ -85,6 +86,19 @@ def test_explicit_axes_give_the_masks_of_one_device(transform: str, split: str) 
             chex.assert_trees_all_equal(masks, expected.masks[i])
             jaxprune.apply_masks(params, masks)
     chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ["regrowth", "rigl_transform", "blocks, regrowth"])
+def test_explicit_axes_exchange_no_weights(transform: str) -> None:
+    mesh = make_mesh(AxisType.Explicit)
+    tx, _ = built(transform)
+    with jax.set_mesh(mesh):
+        params = placed(make_params(), SPECS["both axes"], mesh)
+        state = tx.init(params)
+        text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    assert "all-reduce" in text  # of counts
+    assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
 
 
 def test_methods_with_patterns_and_pruning_in_one_call_know_explicit_axes() -> None:
