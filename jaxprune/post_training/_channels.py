@@ -1,20 +1,22 @@
 """Scores of whole channels from calibration data."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxprune import trees
 from jaxprune.post_training._inputs import Apply, input_statistics, squared_norms
 from jaxprune.post_training._matrices import from_matrices, to_matrices
-from jaxprune.structure import Groups
+
+if TYPE_CHECKING:  # it takes long to load
+    from jaxprune.structure import Groups
 
 __all__ = ["channel_scores"]
 
 
 def channel_scores(
-    apply: Apply, variables: Any, batches: Iterable[Any], groups: Groups
+    apply: Apply, variables: Any, batches: Iterable[Any], groups: "Groups"
 ) -> dict[str, np.ndarray]:
     """Scores channels by what they contribute to the layers that read them.
 
