@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.checkpoints import write_text
+from jaxprune.files import appending, parse_json, schemas
 
 __all__ = ["MetricsLog", "read_records", "show_progress"]
 
@@ -23,8 +23,13 @@ _SHOWN = {
 }
 
 
+_RECORD = schemas.record({"step": schemas.whole()}, more=True)
+
+
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the complete lines of metrics.jsonl; a line that was cut short is skipped.
+    """Reads the complete lines of metrics.jsonl; a line that is no record is skipped.
+
+    A record is an object with a whole number as `step` and numbers. A kill may cut a line short.
 
     A log may have lost lines. Before a decision or a result rests on it, compare the number of
     records with an independent count, such as `records` of summary.json.
@@ -43,7 +48,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     # Read bytes: a line cut inside a character must not make the lines before it unreadable.
     lines = path.read_bytes().splitlines() if path.exists() else []
     parsed = [_parse(line) for line in lines]
-    return [record for record in parsed if record]
+    return [record for record in parsed if record is not None]
 
 
 class MetricsLog:
@@ -81,12 +86,12 @@ class MetricsLog:
         self._file = self._board = None
         path = Path(workdir) / "metrics.jsonl"
         records = read_records(path)
-        self.records = [record for record in records if record.get("step", math.inf) <= step]
+        self.records = [record for record in records if record["step"] <= step]
         self.lost, self._start = max(0, expected - len(self.records)), step
         if not write:
             return
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = path.open("a")
+        self._file = appending(path)
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
 
     @property
@@ -113,7 +118,7 @@ class MetricsLog:
         self.records.append({"step": step, **values})
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps(self.records[-1]) + "\n")
+        self._file.write(json.dumps(self.records[-1]).encode() + b"\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -192,10 +197,13 @@ def _time_left(steps: int, latest: Mapping[str, float]) -> list[str]:
     return [f"{seconds // 60}:{seconds % 60:02} left"]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """Parses one line of metrics.jsonl; empty if a kill cut it short."""
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Parses one line of metrics.jsonl; None if it is no record."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
+        _RECORD(record, "")
+        for name, value in record.items():
+            schemas.number(value, name)
     except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+        return None
+    return record

@@ -1,14 +1,16 @@
 """Atomic writes: a file is the old one or complete, whatever happens meanwhile."""
 
 import contextlib
+import errno
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replacing"]
+from jaxprune.files._locks import NO_FOLLOW, is_same, try_lock
 
 
 @contextlib.contextmanager
@@ -17,7 +19,8 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
 
     The content is written beside `path`, forced to disk, and renamed. If the block raises, the new
     file is deleted and the old one stays. If the process is killed, the old one stays too, and a
-    hidden file `.NAME.*.tmp` may remain beside it. Of several writers at once the last one wins.
+    hidden file `.NAME.*.tmp` may remain beside it, which the next writer of `path` deletes. Of
+    several writers at once the last one wins.
 
     Args:
         path: the file; its folder must exist. Its permissions stay; those of a new file are what
@@ -45,11 +48,13 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
     if mode not in ("w", "wb"):
         raise ValueError(f"`mode` must be 'w' or 'wb'; got {mode!r}")
     path = Path(path)
+    _delete_left(path)
     # Not `tempfile`: its files are private whatever the umask says.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     encoding = "utf-8" if mode == "w" else None
     try:
         with open(temporary, mode.replace("w", "x"), encoding=encoding) as file:
+            try_lock(file.fileno())  # as long as it is written, nobody deletes it
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -60,6 +65,59 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def appending(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Opens a file to append bytes to it, and follows no symbolic link out of its folder.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Returns:
+        The open file.
+
+    Raises:
+        ValueError: if `path` is a symbolic link.
+        OSError: if it cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> with appending(tempfile.mkdtemp() + "/log.txt") as file:
+        ...     file.write(b"a line")
+        6
+    """
+    try:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW
+        return os.fdopen(os.open(path, flags, 0o666), "ab")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK) and os.path.islink(path):
+            raise ValueError(
+                f"{path} must be a file, but is a symbolic link to {os.readlink(path)}; remove it"
+            ) from None
+        raise
+
+
+def _delete_left(path: Path) -> None:
+    """Deletes what killed writers of a path have left; what is being written is locked."""
+    start = f".{path.name}."
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [own.name for own in entries if own.name.startswith(start)]
+    except OSError:
+        return
+    for name in names:
+        code = name[len(start) :].removesuffix(".tmp")
+        if len(code) != 32 or not set(code) <= set("0123456789abcdef"):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path.with_name(name), os.O_RDWR | NO_FOLLOW)
+            try:
+                # A writer locks its file a moment after it has made it.
+                is_old = time.time() - os.fstat(descriptor).st_mtime > 1
+                if is_old and try_lock(descriptor) and is_same(path.with_name(name), descriptor):
+                    os.unlink(path.with_name(name))
+            finally:
+                os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
