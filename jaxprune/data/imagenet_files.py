@@ -202,7 +202,8 @@ def read_index(path: Path, files: tuple[Path, ...], count: int, classes: int) ->
     """
     try:
         with path.open("rb") as file:
-            images = Images(files, **read_arrays(file, _INDEX))
+            arrays = read_arrays(file, _INDEX)
+        images = Images(files, *(arrays[name] for name in _INDEX))
         ranges = {
             "numbers": (0, len(files) - 1),
             "offsets": (_BLOCK, np.iinfo(np.int64).max),

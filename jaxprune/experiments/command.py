@@ -9,6 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune import checkpoints
+from jaxprune.files import schemas
+
+# What summary.json of a run may say.
+_SUMMARY = {
+    **dict.fromkeys(("test_accuracy", "seconds_per_step"), schemas.maybe(schemas.number)),
+    **dict.fromkeys(("sparsity", "seconds", "cpu_seconds"), schemas.finite),
+    **dict.fromkeys(("steps", "parameters", "nonzeros", "dense_bytes"), schemas.whole()),
+    "device": schemas.text,
+    "versions": schemas.table(schemas.text),
+    "switches": schemas.each(schemas.table(schemas.anything)),
+}
+_COMMANDS = schemas.record({}, optional={"commands": schemas.each(schemas.text)}, more=True)
 
 
 @contextlib.contextmanager
@@ -88,6 +100,8 @@ def record_command(
     """
     checkpoints.check_writable(path.parent)
     saved = checkpoints.read_json(path)
+    if saved is not None:
+        _COMMANDS(saved, str(path))
     if saved is not None and binding:
         checkpoints.check_config(saved, settings, str(path.parent))
     check()
@@ -97,7 +111,29 @@ def record_command(
 
 def commands_in(path: Path) -> list[str]:
     """Returns the commands of a record; none if there is no such file."""
-    return (checkpoints.read_json(path) or {}).get("commands", [])
+    content = checkpoints.read_json(path)
+    if content is None:
+        return []
+    _COMMANDS(content, str(path))
+    return content.get("commands", [])
+
+
+def read_summary(workdir: Path, needs: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Reads summary.json of a finished run; None if there is none.
+
+    Args:
+        workdir: the folder of the run.
+        needs: names that must be there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = workdir / "summary.json"
+    content = checkpoints.read_json(path)
+    if content is not None:
+        fields = {name: _SUMMARY.get(name, schemas.anything) for name in needs}
+        schemas.record(fields, optional=_SUMMARY, more=True)(content, str(path))
+    return content
 
 
 def check_results(found: Collection[Any], workdir: Path) -> None:

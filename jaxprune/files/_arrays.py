@@ -39,11 +39,10 @@ def read_arrays(stream: BinaryIO, expected: Expected) -> dict[str, np.ndarray]:
     try:
         members = _members(stream, [f"{name}.npy" for name in expected])
         found = {name: _array(members[f"{name}.npy"], name, expected[name][0]) for name in expected}
-    except ValueError:
-        raise
-    # Damaged bytes may raise anything: zipfile alone raises eight kinds of errors.
+    # Damaged bytes may raise anything, and be shown: zipfile alone raises eight kinds of errors.
     except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(reason if len(reason) < 300 else reason[:300] + "...") from error
     sizes: dict[str, int] = {}
     for name, (_, shape) in expected.items():
         own = found[name].shape

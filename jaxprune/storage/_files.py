@@ -227,7 +227,11 @@ def _dtype(name: str, path: str) -> np.dtype:
 def _decode(rows: dict[str, _Row], data: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Maps paths to values and masks."""
     trees.raise_for(
-        [row.path for row in rows.values() if zlib.crc32(data[row.start : row.stop]) != row.crc32],
+        [
+            row.path
+            for row in rows.values()
+            if zlib.crc32(data[row.start : row.stop].data) != row.crc32
+        ],
         "the checksums of these leaves differ from when they were saved:",
     )
     return {path: _leaf(row, data) for path, row in rows.items()}

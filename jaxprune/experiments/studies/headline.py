@@ -162,7 +162,7 @@ def study(options: argparse.Namespace) -> None:
 
     def finished(name: str) -> str | None:
         write_results(workdir)
-        summary = checkpoints.read_json(workdir / name / "summary.json")
+        summary = command.read_summary(workdir / name, NEEDS)
         if summary is None:
             return None
         return f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
@@ -238,7 +238,7 @@ def summaries(workdir: Path, seed: int) -> dict[str, Any]:
     found, problems = {}, []
     for name in arms(levers=True):
         folder = workdir / folder_of(name, seed)
-        summary = checkpoints.read_json(folder / "summary.json")
+        summary = command.read_summary(folder, NEEDS)
         if summary is not None:
             records = logs.read_records(folder / "metrics.jsonl")
             if (lost := summary.get("records", 0) - len(records)) > 0:
@@ -312,6 +312,7 @@ FIGURES = {
     "bytes": "step_peak_bytes",
     "process_bytes": "process_peak_bytes",
 }
+NEEDS = (*FIGURES.values(), "device", "versions", "steps", "switches", "widths")
 
 
 def measured(
