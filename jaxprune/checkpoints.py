@@ -7,11 +7,14 @@ and a checksum of that record.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 import zlib
@@ -167,6 +170,7 @@ def open_manager(
         True
     """
     check_writable(folder)
+    _quiet_orbax()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy(
         [policies.LatestN(keep), policies.CustomSteps(list(always))]
@@ -210,6 +214,9 @@ def save(
         state: tree of arrays.
         record: JSON-ready values to save with it, such as data position and configuration.
 
+    Raises:
+        OSError: if it cannot be written, such as to a full disk; earlier checkpoints are kept.
+
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
         >>> save(manager, 3, {"w": jnp.ones(2)}, {"epoch": 1})
@@ -220,7 +227,16 @@ def save(
         return
     record = files.seal({"record": record, "leaves": _describe(state, checksum=True)})
     items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
-    manager.save(step, args=ocp.args.Composite(**items))
+    reason = None
+    try:
+        manager.save(step, args=ocp.args.Composite(**items))
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
+        reason = _shortened(error)
+    if reason is not None:
+        raise OSError(
+            f"checkpoint {Path(str(manager.directory)) / str(step)} cannot be written ({reason}); "
+            "earlier checkpoints are kept: make room, and run the same command again."
+        )
 
 
 def restore(
@@ -486,13 +502,45 @@ def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path)
 
 def _corrupt(folder: Path, reason: Any) -> Damaged:
     """Makes the error for a checkpoint that cannot be read back."""
-    reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
-    reason = " ".join(str(reason)[:300].split()).replace(";", ",")
+    reason = _shortened(reason) if isinstance(reason, Exception) else reason
     unreadable = ", ".join(_unreadable(folder))
     return Damaged(
         f"checkpoint {folder} is corrupt ({f'{unreadable}: ' if unreadable else ''}{reason}); move "
         "it away to continue from the checkpoint before it, or start again in a different folder."
     )
+
+
+def _shortened(error: Exception) -> str:
+    """Returns kind and message of an error in one line; that of TensorStore may have pages."""
+    # The source of an error comes last in "...: No space left on device [OS error 28: ...]".
+    text = f"{type(error).__name__}: {error}".partition(" [source locations=")[0]
+    text = " ".join(text.split()).replace(";", ",")
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Silences what Orbax prints of errors that it raises as well, from now on.
+
+    It logs an error in each of its threads, with tracebacks, and leaves coroutines and callbacks
+    that complain about a closed event loop, also when the program has ended.
+    """
+    hook = sys.unraisablehook
+
+    def keeps(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return "_SignalingThread" not in record.getMessage() and not is_of_loop(error)
+
+    def is_of_loop(error: Any) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    def quiet(found: Any) -> None:
+        if not is_of_loop(found.exc_value):
+            hook(found)
+
+    sys.unraisablehook = quiet
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(keeps)
 
 
 def _unreadable(folder: Path) -> list[str]:

@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxprune.checkpoints import write_text
-from jaxprune.files import appending, parse_json, schemas
+from jaxprune.files import appending, naming, parse_json, schemas
 
 __all__ = ["MetricsLog", "read_records", "show_progress"]
 
@@ -81,8 +82,6 @@ class MetricsLog:
         write: bool = True,
     ) -> None:
         """Opens the files."""
-        from tensorboardX import SummaryWriter
-
         self._file = self._board = None
         path = Path(workdir) / "metrics.jsonl"
         records = read_records(path)
@@ -92,7 +91,7 @@ class MetricsLog:
             return
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = appending(path)
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+        self._board = _Board(Path(workdir) / "tensorboard", step + 1)
 
     @property
     def count(self) -> int:
@@ -118,20 +117,66 @@ class MetricsLog:
         self.records.append({"step": step, **values})
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps(self.records[-1]).encode() + b"\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with naming(self._file.name):
+            self._file.write(json.dumps(self.records[-1]).encode() + b"\n")
+            self._file.flush()
+        self._board.write(step, values)
 
     def __enter__(self) -> "MetricsLog":
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Closes the files."""
-        self.sync()
-        for opened in filter(None, (self._file, self._board)):
-            opened.close()
+        # After an error, such as that of a full disk, this one would only hide the first one.
+        with contextlib.ExitStack() as stack:
+            for close in (board.close for board in (self._file, self._board) if board is not None):
+                stack.callback(_closed, close, quiet=kind is not None)
+            if kind is None:
+                self.sync()
+
+
+class _Board:
+    """Scalars for TensorBoard, written at once.
+
+    `SummaryWriter` writes in a thread. If that meets a full disk it ends, and once its queue is
+    full the run waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        """Begins a file; records from a step on in earlier files no longer count."""
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._folder = folder
+        self._events = event_file_writer.EventsWriter(str(folder / "events"))
+        status = event_pb2.SessionLog.START
+        session = event_pb2.SessionLog(status=status)
+        self._events.write_event(self._event(step=purge_step, session_log=session))
+        self._events.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step."""
+        with naming(self._folder):
+            for name, value in values.items():
+                summary, now = self._scalar(name, value), time.time()
+                self._events.write_event(self._event(step=step, wall_time=now, summary=summary))
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
+
+
+def _closed(close: Callable[[], Any], quiet: bool) -> None:
+    """Closes a file; `quiet` ignores that the system refuses its last bytes."""
+    try:
+        close()
+    except OSError:
+        if not quiet:
+            raise
 
 
 @contextlib.contextmanager

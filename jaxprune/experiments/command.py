@@ -24,11 +24,16 @@ _COMMANDS = schemas.record({}, optional={"commands": schemas.each(schemas.text)}
 
 
 @contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Ends the program with one message if an error is the user's to mend, without a traceback."""
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the program with one message if an error is the user's to mend, without a traceback.
+
+    Args:
+        *kinds: of such errors; default ValueError and OSError.
+    """
+    kinds = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         sys.exit(f"error: {error}")
 
 

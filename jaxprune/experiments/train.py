@@ -396,7 +396,8 @@ def main(args: Sequence[str] | None = None) -> None:
         processes.start(
             config.coordinator, config.processes, config.process, timeout=config.host_timeout
         )
-    with processes.lost_is_an_error():
+    # Wherever the system refuses something, such as room on a disk, it is the user's to mend.
+    with processes.lost_is_an_error(), plain_errors(OSError):
         train(config)
 
 

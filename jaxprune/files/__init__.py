@@ -4,12 +4,13 @@ from jaxprune.files import schemas
 from jaxprune.files._arrays import read_arrays
 from jaxprune.files._json import parse_json, read_json, seal, unseal
 from jaxprune.files._locks import Lock, locked
-from jaxprune.files._writing import appending, replacing
+from jaxprune.files._writing import appending, naming, replacing
 
 __all__ = [
     "Lock",
     "appending",
     "locked",
+    "naming",
     "parse_json",
     "read_arrays",
     "read_json",

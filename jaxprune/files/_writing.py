@@ -53,7 +53,7 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     encoding = "utf-8" if mode == "w" else None
     try:
-        with open(temporary, mode.replace("w", "x"), encoding=encoding) as file:
+        with naming(path), open(temporary, mode.replace("w", "x"), encoding=encoding) as file:
             try_lock(file.fileno())  # as long as it is written, nobody deletes it
             yield file
             file.flush()
@@ -65,6 +65,27 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names a file in the errors of the system that name none, such as that of a full disk.
+
+    Args:
+        path: the file.
+
+    Example:
+        >>> with naming("a.txt"):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device: 'a.txt'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def appending(path: str | os.PathLike[str]) -> IO[bytes]:

@@ -351,6 +351,24 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in message
 
 
+@pytest.mark.parametrize(
+    ("kilobytes", "message"),
+    [
+        (1, "File too large: "),
+        (60, "/checkpoints/10 cannot be written (ValueError: OUT_OF_RANGE: Error writing"),
+    ],
+)
+def test_a_full_disk_is_one_line(kilobytes, message, finished, environment, tmp_path):
+    """No file may be longer; Orbax and its threads would print hundreds of lines."""
+    del finished  # it has compiled the programs, which would be too large as well
+    command = ["bash", "-c", f'ulimit -f {kilobytes} && exec "$@"', "-", *_command(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    line = done.stderr
+    assert line.startswith("error: ") and message in line and str(tmp_path) in line
+    assert len(line) < 1000 and not (tmp_path / "summary.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "parts"),
