@@ -146,14 +146,14 @@ class _Board:
     def __init__(self, folder: Path, purge_step: int) -> None:
         """Begins a file; records from a step on in earlier files no longer count."""
         from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2 as generated
 
+        event_pb2: Any = generated
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
         self._folder = folder
         self._events = event_file_writer.EventsWriter(str(folder / "events"))
-        status = event_pb2.SessionLog.START
-        session = event_pb2.SessionLog(status=status)
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._events.write_event(self._event(step=purge_step, session_log=session))
         self._events.flush()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune import checkpoints
+from jaxprune.experiments.config import Config
 from jaxprune.files import schemas
 
 # What summary.json of a run may say.
@@ -20,6 +22,16 @@ _SUMMARY = {
     "versions": schemas.table(schemas.text),
     "switches": schemas.each(schemas.table(schemas.anything)),
 }
+# What config.json of a run may say: as other versions have other fields, none has to be there.
+_KINDS = {bool: schemas.flag, int: schemas.whole(low=-(2**63)), str: schemas.text}
+_CONFIG = schemas.record(
+    {},
+    optional={
+        field.name: schemas.maybe(_KINDS.get(type(field.default), schemas.finite))
+        for field in dataclasses.fields(Config)
+    },
+    more=True,
+)
 _COMMANDS = schemas.record({}, optional={"commands": schemas.each(schemas.text)}, more=True)
 
 
@@ -121,6 +133,24 @@ def commands_in(path: Path) -> list[str]:
         return []
     _COMMANDS(content, str(path))
     return content.get("commands", [])
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """Reads config.json of a run; None if there is none.
+
+    Raises:
+        ValueError: the file is damaged: a field has another kind of value than `Config`.
+    """
+    path = workdir / "config.json"
+    content = checkpoints.read_json(path)
+    if content is not None:
+        try:
+            _CONFIG(content, str(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; restore it from a copy, or use `--overwrite` where it trains again"
+            ) from error
+    return content
 
 
 def read_summary(workdir: Path, needs: Iterable[str] = ()) -> dict[str, Any] | None:

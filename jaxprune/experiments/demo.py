@@ -8,7 +8,6 @@ command resumes a demo that was stopped.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 
 from jaxprune import logs, reports
+from jaxprune.experiments.command import read_summary
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
 CONFIG = "digits_resnet8"
@@ -72,8 +72,7 @@ def parse() -> argparse.Namespace:
 def compare(folder: Path) -> str:
     """Writes the plots; returns the table of both runs and the paths of the plots."""
     summaries = {
-        label: json.loads((folder / name / "summary.json").read_text())
-        for name, (label, _) in RUNS.items()
+        label: read_summary(folder / name, ROWS) or {} for name, (label, _) in RUNS.items()
     }
     histories = {
         label: logs.read_records(folder / name / "metrics.jsonl")

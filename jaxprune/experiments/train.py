@@ -131,7 +131,7 @@ class Run:
             processes.check_same(self.options | {"mesh": config.mesh})
             if config.overwrite:
                 processes.on_first(lambda: delete_run(workdir))
-            saved = processes.on_first(lambda: read_config(workdir))
+            saved = processes.on_first(lambda: command.read_config(workdir))
             summary = processes.on_first(lambda: command.read_summary(workdir))
             if saved is not None:
                 check_same_run(saved, self.options, workdir)
@@ -349,15 +349,6 @@ def timed(durations: list[Any]) -> Iterator[None]:
         yield
     finally:
         durations.append(clock() - began)
-
-
-def read_config(workdir: Path) -> dict[str, Any] | None:
-    """Reads config.json; None if there is none."""
-    path = workdir / "config.json"
-    content = checkpoints.read_json(path)
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it must be an object; use `--overwrite`")
-    return content
 
 
 def is_run(workdir: Path) -> bool:

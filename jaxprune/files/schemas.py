@@ -57,6 +57,16 @@ def text(value: Any, at: str) -> None:
         raise wrong(at, "a text", value)
 
 
+def flag(value: Any, at: str) -> None:
+    """Accepts True and False.
+
+    Example:
+        >>> flag(True, "a.json")
+    """
+    if not isinstance(value, bool):
+        raise wrong(at, "true or false", value)
+
+
 def number(value: Any, at: str) -> None:
     """Accepts a whole or a floating-point number, NaN and infinity included, and no bool.
 

@@ -119,7 +119,7 @@ def read_runs(options: argparse.Namespace) -> list[tuple[Path, Config]]:
     """Reads the dense runs and their configurations; the error lists all that is wrong."""
     problems, runs = [], []
     for path in options.runs:
-        saved = checkpoints.read_json(path / "config.json")
+        saved = command.read_config(path)
         if saved is None:
             problems.append(f"{path}: holds no run of scripts/train.py")
         elif not (path / "summary.json").exists():

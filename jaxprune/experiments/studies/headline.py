@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprune import checkpoints, logs, reports
+from jaxprune import logs, reports
 from jaxprune.experiments import command
 from jaxprune.experiments.studies import jobs, ray_jobs, tables
 
@@ -215,7 +215,7 @@ def check_arms(options: argparse.Namespace, seed: int, done: Summaries) -> None:
         if name not in done or not done.keys() >= set(arm.needs):
             continue
         folder = options.workdir / folder_of(name, seed)
-        saved, words = checkpoints.read_json(folder / "config.json") or {}, arm.options(done)
+        saved, words = command.read_config(folder) or {}, arm.options(done)
         for option, value in zip(words, words[1:], strict=False):
             had = saved.get(option.removeprefix("--"))
             if option in ("--widths", "--steps") and str(had) != value:

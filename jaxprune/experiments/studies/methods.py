@@ -119,7 +119,7 @@ def check_runs(workdir: Path, runs: Mapping[str, Sequence[str]]) -> None:
     """Raises if a folder holds a different run from the one that its name says."""
     problems = []
     for name, words in runs.items():
-        saved = checkpoints.read_json(workdir / name / "config.json")
+        saved = command.read_config(workdir / name) or {}
         for option, wanted in zip(words[::2], words[1::2], strict=True) if saved else ():
             had = saved.get(option.removeprefix("--"))
             if (str(had) if isinstance(had, str | int) else f"{had}") != wanted:
@@ -151,7 +151,8 @@ def command_line(options: argparse.Namespace, name: str, own: list[str]) -> list
 
 def read_configs(workdir: Path) -> dict[str, dict[str, Any]]:
     """Reads folder -> configuration of all runs; raises if their training options differ."""
-    configs = {p.parent.name: checkpoints.read_json(p) for p in workdir.glob("*/config.json")}
+    folders = [path.parent for path in workdir.glob("*/config.json")]
+    configs = {folder.name: command.read_config(folder) or {} for folder in folders}
     for name, config in configs.items():
         CONFIG(config, str(workdir / name / "config.json"))
     for name, config in configs.items():
