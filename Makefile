@@ -51,7 +51,7 @@ test-fast: $(VENV)/.test  ## run what needs no child processes and little time, 
 
 test-faults: $(VENV)/.test  ## break the rules of `structure` one by one, and files by thousands
 	JAXPRUNE_FAULTS=$(FAULTS) JAXPRUNE_FUZZ_FILES=$(FUZZ_FILES) \
-	  $(PYTEST) -m faults tests/structure tests/files $(ARGS)
+	  $(PYTEST) -m faults tests/structure tests/files tests/test_checkpoints.py $(ARGS)
 
 # An environment with the newest Python that is here and the newest JAX, Flax and Optax.
 test-newest:  ## run a quick suite on the newest JAX and Python, about four minutes

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -145,29 +146,34 @@ class _Board:
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         """Begins a file; records from a step on in earlier files no longer count."""
-        from tensorboardX import event_file_writer, summary
+        from tensorboardX import record_writer, summary
         from tensorboardX.proto import event_pb2 as generated
 
         event_pb2: Any = generated
+        self._event, self._scalar, self._folder = event_pb2.Event, summary.scalar, folder
         folder.mkdir(exist_ok=True)
-        self._event, self._scalar = event_pb2.Event, summary.scalar
-        self._folder = folder
-        self._events = event_file_writer.EventsWriter(str(folder / "events"))
+        now = int(time.time())
+        name = f"events.out.tfevents.{now}.{socket.gethostname()}.{os.getpid()}"
+        self._records = record_writer.RecordWriter(str(folder / name))
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.write_event(self._event(step=purge_step, session_log=session))
-        self._events.flush()
+        self._add(file_version="brain.Event:2")
+        self._add(step=purge_step, session_log=session)
+        self._records.flush()
+
+    def _add(self, **fields: Any) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of a step."""
         with naming(self._folder):
             for name, value in values.items():
-                summary, now = self._scalar(name, value), time.time()
-                self._events.write_event(self._event(step=step, wall_time=now, summary=summary))
-            self._events.flush()
+                self._add(step=step, summary=self._scalar(name, value))
+            self._records.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._events.close()
+        self._records.close()
 
 
 def _closed(close: Callable[[], Any], quiet: bool) -> None:
