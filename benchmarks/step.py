@@ -5,6 +5,9 @@ each way to prune, in one process: rounds in which every arm runs once, medians 
 within a round. Prints a table, and writes JSON if asked.
 
     python benchmarks/step.py [--rounds 30] [--only RigL] [--json results.json]
+    python benchmarks/step.py --leaves 100 300 1000
+
+The second command times the compilation instead, for networks of that many kernels.
 
 The floor counts the bytes that one step must read and write per parameter, relative to the
 plain optimizer: SGD with momentum moves 24 bytes (read gradient, momentum, parameter and the
@@ -172,14 +175,48 @@ def measure(rounds: int, mask_rounds: int, only: str | None) -> list[dict[str, A
     return records
 
 
+def measure_compilation(leaves: int) -> dict[str, Any]:
+    """Times tracing and compilation of a step, plain and pruned, for kernels in fifteen shapes."""
+    shapes = [(32, 8 * (1 + i)) if i % 2 else (3, 3, 4, 4 * (1 + i)) for i in range(15)]
+    params = {
+        f"layer{i}": {"kernel": jax.ShapeDtypeStruct(shapes[i % len(shapes)], jnp.float32)}
+        for i in range(leaves)
+    }
+    sgd = optax.sgd(0.1, momentum=0.9)
+    arms = {
+        "plain": sgd,
+        "pruned": jaxprune.chain(sgd, jaxprune.agip_transform(SPARSITY, every=EVERY, stop=10_000)),
+    }
+    record: dict[str, Any] = {"leaves": leaves}
+    for name, tx in arms.items():
+
+        def step(params: Any, state: Any, gradients: Any, tx: Any = tx) -> Any:
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        clocks = time.perf_counter, time.process_time
+        began = [clock() for clock in clocks]
+        jax.jit(step).lower(params, state, params).compile()
+        seconds = [clock() - start for clock, start in zip(clocks, began, strict=True)]
+        record |= {f"{name}_s": seconds[0], f"{name}_cpu_s": seconds[1]}
+    return record | {"cpu_ratio": record["pruned_cpu_s"] / record["plain_cpu_s"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=30, help="steps without a mask update")
     parser.add_argument("--mask-rounds", type=int, default=7, help="steps with a mask update")
     parser.add_argument("--only", help="run the baseline and the arms whose name contains this")
     parser.add_argument("--json", help="also write the records to this file")
+    parser.add_argument("--leaves", type=int, nargs="+", help="time compilation for such networks")
     arguments = parser.parse_args()
-    records = measure(arguments.rounds, arguments.mask_rounds, arguments.only)
+    if arguments.leaves:
+        jax.config.update("jax_enable_compilation_cache", False)
+        measure_compilation(3)  # what is imported or made once
+        records = [measure_compilation(leaves) for leaves in arguments.leaves]
+    else:
+        records = measure(arguments.rounds, arguments.mask_rounds, arguments.only)
     device = jax.devices()[0]
     versions = f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
     print(f"{device.device_kind}, {os.cpu_count()} host cores, {versions}\n")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["count_kept", "exact"]
+__all__ = ["count_kept", "exact", "peaks"]
 
 Axes = tuple[int, ...]
 
@@ -51,8 +51,9 @@ def count_kept(masks: Any, stacked: Sequence[Axes] | None = None) -> jax.Array:
         [2, 1]
     """
     leaves = jax.tree.leaves(masks)
+    groups = packs(stacks(leaves, stacked))
     with exact(leaves):
-        return of_layers(leaves, stacks(leaves, stacked), width_of(leaves))
+        return of_layers(join(leaves, groups), groups, width_of(leaves))
 
 
 def exact(leaves: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
@@ -109,14 +110,106 @@ def stacks(leaves: Sequence[Any], stacked: Sequence[Axes] | None) -> list[Stack]
     return [Stack(leaf.shape, tuple(own)) for leaf, own in zip(leaves, axes, strict=True)]
 
 
-def by_leaf(layouts: Sequence[Stack], *values: jax.Array) -> list[tuple[jax.Array, ...]]:
-    """Splits vectors over all layers into one part for each leaf that broadcasts to the leaf."""
+def layers_of(layouts: Sequence[Stack]) -> list[np.ndarray]:
+    """Returns the indices of the layers of each leaf."""
     ends = np.cumsum([stack.copies for stack in layouts])
-    starts = ends - [stack.copies for stack in layouts]
+    return [np.arange(end - stack.copies, end) for stack, end in zip(layouts, ends, strict=True)]
+
+
+def peaks(leaves: Sequence[Any], stacked: Sequence[Axes] | None = None) -> list[jax.Array]:
+    """Returns the largest size of an entry of each layer: NaN if it has one, 0 if it is empty.
+
+    Args:
+        leaves: floating-point arrays.
+        stacked: the axes of each leaf that number copies; None: no copies.
+
+    Returns:
+        float32 [copies] for each leaf.
+
+    Example:
+        >>> peaks([jnp.array([[1.0, -2.0], [0.0, 0.5]])], stacked=[(0,)])[0].tolist()
+        [2.0, 0.5]
+    """
+    return [_peak(leaf, stack.axes) for leaf, stack in zip(leaves, stacks(leaves, stacked))]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _peak(leaf: jax.Array, axes: Axes) -> jax.Array:
+    """Returns the largest size of each copy, float32 [copies]."""
+    rest = tuple(axis for axis in range(leaf.ndim) if axis not in axes)
+    if leaf.size == 0:
+        return jnp.zeros(math.prod(leaf.shape[axis] for axis in axes), jnp.float32)
+    return jnp.max(jnp.abs(leaf.astype(jnp.float32)), axis=rest).reshape(-1)
+
+
+class Pack(NamedTuple):
+    """Leaves that are counted as one array, because their layouts are the same; static."""
+
+    members: tuple[int, ...]  # indices of the leaves
+    stack: Stack  # of the array: with several members they are its first axis, one more of copies
+    layers: np.ndarray  # indices of the layers, in the order of the copies
+
+
+def packs(layouts: Sequence[Stack]) -> list[Pack]:
+    """Groups leaves of one layout, whose arrays `join` stacks.
+
+    The loops of a selection then compile as those of a network with one leaf of each shape. Leaves
+    that may be sharded stay alone: to stack two that are sharded differently, one would have to
+    move to other devices.
+    """
+    layers = layers_of(layouts)
+    groups: dict[Any, list[int]] = {}
+    for index, stack in enumerate(layouts):
+        groups.setdefault(index if _may_be_sharded() else stack, []).append(index)
     return [
-        tuple(stack.spread(value[start:end]) for value in values)
-        for stack, start, end in zip(layouts, starts, ends)
+        Pack(
+            tuple(members),
+            _joined(layouts[members[0]], len(members)),
+            np.concatenate([layers[i] for i in members]),
+        )
+        for members in groups.values()
     ]
+
+
+def _may_be_sharded() -> bool:
+    """Returns whether an array may be on several devices, which a traced array does not tell."""
+    return jax.device_count() > 1
+
+
+def _joined(stack: Stack, number: int) -> Stack:
+    """Returns the layout of an array of several leaves."""
+    if number == 1:
+        return stack
+    return Stack((number, *stack.shape), (0, *(axis + 1 for axis in stack.axes)))
+
+
+def join(leaves: Sequence[jax.Array], packs: Sequence[Pack]) -> list[jax.Array]:
+    """Makes one array of the leaves of each pack."""
+    lists = [[leaves[i] for i in pack.members] for pack in packs]
+    return [own[0] if len(own) == 1 else jnp.stack(own) for own in lists]
+
+
+def split(arrays: Sequence[jax.Array], packs: Sequence[Pack]) -> list[jax.Array]:
+    """Returns the leaves of the arrays that `join` makes, in their own order."""
+    leaves = {}
+    for array, pack in zip(arrays, packs, strict=True):
+        parts = [array] if len(pack.members) == 1 else [array[i] for i in range(array.shape[0])]
+        leaves.update(zip(pack.members, parts, strict=True))
+    return [leaves[index] for index in range(len(leaves))]
+
+
+def by_pack(packs: Sequence[Pack], *values: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Splits vectors over all layers into a part for each pack that broadcasts to its array."""
+    return [
+        tuple(pack.stack.spread(pick(value, pack.layers)) for value in values) for pack in packs
+    ]
+
+
+def pick(values: jax.Array, layers: np.ndarray) -> jax.Array:
+    """Returns the entries of some layers from a vector over all; those in a row as a slice."""
+    if np.array_equal(layers, np.arange(layers[0], layers[-1] + 1)):
+        return values[layers[0] : layers[-1] + 1]
+    return values[layers]
 
 
 def total(counts: jax.Array) -> jax.Array:
@@ -129,10 +222,11 @@ def cumsum(counts: jax.Array) -> jax.Array:
     return jnp.cumsum(counts, dtype=counts.dtype)
 
 
-def of_layers(flags: Sequence[Any], layouts: Sequence[Stack], width: Width) -> jax.Array:
+def of_layers(flags: Sequence[Any], packs: Sequence[Pack], width: Width) -> jax.Array:
     """Counts the True entries of each layer."""
-    totals = [_total(own, stack.axes, width.count) for own, stack in zip(flags, layouts)]
-    return jnp.concatenate(totals)
+    counts = [_total(own, pack.stack.axes, width.count) for own, pack in zip(flags, packs)]
+    order = np.argsort(np.concatenate([pack.layers for pack in packs]))
+    return pick(jnp.concatenate(counts), order)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import counting
+
 __all__ = ["Score", "draw", "gradient", "magnitude", "random", "rank_unmoved", "taylor"]
 
 Score = Callable[[Any, Any], Any]
@@ -142,7 +144,7 @@ def rank_unmoved(
     params: Sequence[jax.Array],
     statistics: Sequence[jax.Array],
     stacked: Sequence[tuple[int, ...]],
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> tuple[list[jax.Array], jax.Array]:
     """Ranks layers that have never moved within themselves, below the weights of all other layers.
 
     The product of weight and gradient says nothing about a layer whose gradients are all 0, because
@@ -156,27 +158,24 @@ def rank_unmoved(
         stacked: axes of each leaf that number copies; each copy is a layer.
 
     Returns:
-        Scores, which are negative in the layers that have not moved, and bool [copies] for each
-        leaf, True for a layer that has not moved.
+        Scores, which are negative in the layers that have not moved, and bool [layers], True for a
+        layer that has not moved.
 
     Example:
         >>> weights, gradients = [jnp.array([1.0, -4.0])], [jnp.zeros(2)]
         >>> ranked, unmoved = rank_unmoved(gradients, weights, gradients, [()])
-        >>> ranked[0].tolist(), unmoved[0].tolist()
+        >>> ranked[0].tolist(), unmoved.tolist()
         ([-1.0, -0.25], [True])
     """
     ranked, unmoved = [], []
-    for score, weight, statistic, axes in zip(scores, params, statistics, stacked, strict=True):
-        weight, statistic = _size(weight), _size(statistic)
-        rest = tuple(axis for axis in range(weight.ndim) if axis not in axes)
-        at_zero, unreached = (
-            jnp.max(x, axis=rest, keepdims=True) == 0 for x in (weight, statistic)
-        )
-        own = -1 / jnp.where(at_zero, statistic, weight)  # in the order of the divisor
-        still = at_zero | unreached
-        ranked.append(jnp.where(still, own, score))
-        unmoved.append(still.reshape(-1))
-    return ranked, unmoved
+    peaks = (counting.peaks(tree, stacked) for tree in (params, statistics))
+    layouts = counting.stacks(params, stacked)
+    for score, w, s, stack, *own in zip(scores, params, statistics, layouts, *peaks, strict=True):
+        at_zero, unreached = (peak == 0 for peak in own)
+        divisor = jnp.where(stack.spread(at_zero), _size(s), _size(w))
+        unmoved.append(at_zero | unreached)
+        ranked.append(jnp.where(stack.spread(unmoved[-1]), -1 / divisor, score))
+    return ranked, jnp.concatenate(unmoved)
 
 
 def _hashed(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -76,11 +76,13 @@ def largest(
     allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     with counting.exact(leaves):
         width = counting.width_of(leaves)
+        packs = counting.packs(layouts)
         keys = [_keys(score, mask) for score, mask in zip(leaves, allowed, strict=True)]
+        keys = counting.join(keys, packs)
         able = (
             counting.sizes(layouts, width)
             if among is None
-            else counting.of_layers(allowed, layouts, width)
+            else counting.of_layers([key != _NEVER for key in keys], packs, width)
         )
         floors = jnp.zeros_like(able) if floors is None else jnp.asarray(floors, width.count)
         if floors.shape != able.shape:
@@ -91,12 +93,9 @@ def largest(
         floors = jnp.minimum(floors, able)
         keep = jnp.asarray(keep, width.count)
         keep = jnp.clip(keep, counting.total(floors), counting.total(able))
-        cut = _cut(keys, layouts, width, keep, floors, able)
-        masks = [
-            _flags(key, *own, stack=stack)
-            for key, stack, own in zip(keys, layouts, counting.by_leaf(layouts, cut.key, cut.last))
-        ]
-    return jax.tree.unflatten(treedef, masks)
+        sizes = counting.sizes(layouts, width)
+        masks = _select(keys, packs, width, sizes, keep, floors, able)
+    return jax.tree.unflatten(treedef, counting.split(masks, packs))
 
 
 def _check(scores: Any) -> None:
@@ -140,15 +139,19 @@ class _Bracket(NamedTuple):
     at_high: jax.Array  # counts [layers], number of entries kept at `high`
 
 
-def _cut(
+def _select(
     keys: Sequence[jax.Array],
-    layouts: Sequence[counting.Stack],
+    packs: Sequence[counting.Pack],
     width: counting.Width,
+    sizes: jax.Array,
     keep: jax.Array,
     floors: jax.Array,
     able: jax.Array,
-) -> _Cut:
+) -> list[jax.Array]:
     """Finds where to cut each layer, in three passes that share one compiled loop.
+
+    Returns the masks of the packs. The last of the three passes makes them, but all three compute
+    them: compiled programs that differ in a constant, as slices of one array do, are not shared.
 
     1. *Common key* finds one key for all layers, at which `keep` entries or a few more are kept.
     2. *Floors* lowers the key in the layers whose floor asks for more.
@@ -167,11 +170,11 @@ def _cut(
         >>> masks["a"].tolist(), masks["b"].tolist()
         ([True, True, False], [True, False, False])
     """
-    sizes, zero = counting.sizes(layouts, width), jnp.zeros_like(able)
+    zero = jnp.zeros_like(able)
     everything = jnp.full_like(able, np.iinfo(width.count).max)
 
-    def search(step: jax.Array, carry: tuple[_Cut, jax.Array, jax.Array]) -> Any:
-        cut, above, share = carry
+    def search(step: jax.Array, carry: Any) -> Any:
+        cut, above, share, _ = carry
         common, ties = step == 0, step == 2
         start = _Bracket(
             low=jnp.where(ties, zero.astype(width.place), width.place(_NAN)),
@@ -190,21 +193,21 @@ def _cut(
             return jnp.where(common, total, counts - share)
 
         def count(position: jax.Array) -> jax.Array:
-            cuts = counting.by_leaf(layouts, *place(position))
-            flags = [_flags(key, *own, stack=s) for key, s, own in zip(keys, layouts, cuts)]
-            return counting.of_layers(flags, layouts, width)
+            return counting.of_layers(_masks(keys, packs, *place(position)), packs, width)
 
         found = _search(start, active, excess, count)
         key, last = place(found.low)
         new = _Cut(key, last, found.at_low)
         new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, cut)
         above = jnp.where(active, found.at_high, above)
-        return new, above, jnp.where(common, _shares(new.kept, above, keep, floors), share)
+        share = jnp.where(common, _shares(new.kept, above, keep, floors), share)
+        return new, above, share, _masks(keys, packs, new.key, new.last)
 
     nothing = _Cut(jnp.full_like(able, _TOP, dtype=width.place), everything, zero)
     # The floors alone may be enough. Until its share is known, a layer may keep all its entries.
     share = jnp.where(counting.total(floors) >= keep, zero, able)
-    return jax.lax.fori_loop(0, 3, search, (nothing, zero, share))[0]
+    masks = [jnp.zeros_like(key, bool) for key in keys]
+    return jax.lax.fori_loop(0, 3, search, (nothing, zero, share, masks))[-1]
 
 
 def _shares(reached: jax.Array, above: jax.Array, keep: jax.Array, floors: jax.Array) -> jax.Array:
@@ -265,6 +268,14 @@ def _roundest(low: jax.Array, high: jax.Array) -> jax.Array:
     """Returns the number from `low` to `high`, at least 1, that ends in the most zero bits."""
     zeros = np.iinfo(low.dtype).bits - 1 - jax.lax.clz((low - 1) ^ high)
     return high >> zeros << zeros
+
+
+def _masks(
+    keys: Sequence[jax.Array], packs: Sequence[counting.Pack], key: jax.Array, last: jax.Array
+) -> list[jax.Array]:
+    """Marks what a cut of each layer keeps, in the arrays of the packs."""
+    cuts = counting.by_pack(packs, key, last)
+    return [_flags(k, *own, stack=pack.stack) for k, pack, own in zip(keys, packs, cuts)]
 
 
 @functools.partial(jax.jit, static_argnames="stack")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import trees
+from jaxprune import counting, trees
 
-__all__ = ["all_finite", "faults", "first_moment", "rescaled", "unbias", "update_average"]
+__all__ = ["all_finite", "faults", "first_moment", "rescaled", "unbiasing", "update_average"]
 
 
 def update_average(average: Any, gradients: Any, decay: float) -> Any:
@@ -39,40 +39,43 @@ def update_average(average: Any, gradients: Any, decay: float) -> Any:
     return jax.tree.map(step, average, gradients)
 
 
-def unbias(average: Any, decay: float, steps: jax.Array) -> Any:
-    """Divides an average that started at 0 by `1 - decay ** steps`.
+def unbiasing(decay: float, steps: jax.Array) -> jax.Array:
+    """Returns what an average that started at 0 is multiplied by: `1 / (1 - decay ** steps)`.
 
     Args:
-        average: tree of arrays.
         decay: the decay of the average, in [0, 1).
         steps: int32 [], number of gradients that have entered the average.
 
     Returns:
-        Tree of float32 arrays like `average`.
+        float32 [].
 
     References:
         Kingma and Ba, Adam, arXiv:1412.6980, section 3.
 
     Example:
-        >>> unbias([jnp.array([0.5])], 0.9, jnp.int32(1))[0].round(3).tolist()
-        [5.0]
+        >>> float(0.5 * unbiasing(0.9, jnp.int32(1)).round(3))
+        5.0
     """
-    scale = 1 / (1 - decay ** steps.astype(jnp.float32))
-    return jax.tree.map(lambda s: s.astype(jnp.float32) * scale, average)
+    return 1 / (1 - decay ** steps.astype(jnp.float32))
 
 
-def rescaled(statistics: Any) -> Any:
+def rescaled(
+    statistics: Any, scale: Any = 1.0, stacked: Sequence[tuple[int, ...]] | None = None
+) -> Any:
     """Multiplies tiny statistics by a power of two, so that products with weights do not vanish.
 
     The ranking of `|w| * S` does not change, but float32 ends at 1e-38: with gradients of 1e-30 and
     weights of 1e-9, every product would be 0.
 
     Args:
-        statistics: tree of non-negative floating-point arrays.
+        statistics: tree of floating-point arrays.
+        scale: a positive number that all arrays are multiplied by first, see `unbiasing`.
+        stacked: the axes of each leaf that number copies, in flattening order; None: no copies.
 
     Returns:
-        The same tree if its largest entry is above 1e-12. If not, all arrays times the same power
-        of two, which makes the largest entry about 1. Dtypes do not change.
+        Tree of float32 arrays: the statistics times `scale` if the largest entry is then above
+        1e-12. If not, they are also multiplied by the power of two that makes the largest entry
+        about 1.
 
     Example:
         >>> rescaled([jnp.array([0.5]), jnp.array([0.25])])[0].tolist()
@@ -83,14 +86,15 @@ def rescaled(statistics: Any) -> Any:
     leaves, treedef = jax.tree.flatten(statistics)
     if not leaves:
         return statistics
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in leaves]))
-    exponent = jnp.frexp(largest)[1]
+    largest = _largest(leaves, stacked) * scale
+    # Of a subnormal number this is -126, which is low enough.
+    exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126
     tiny = (largest > 0) & (exponent < -40)
     power = jnp.where(tiny, jnp.minimum(-exponent, 126), 0)
     # Built from the bits of the exponent, because `exp2` is not exact.
     bits = (power + 127).astype(jnp.int32) << 23
-    factor = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return treedef.unflatten([leaf * factor.astype(leaf.dtype) for leaf in leaves])
+    factor = jax.lax.bitcast_convert_type(bits, jnp.float32) * scale
+    return treedef.unflatten([leaf.astype(jnp.float32) * factor for leaf in leaves])
 
 
 def first_moment(inner_state: Any, paths: Sequence[str]) -> list[jax.Array]:
@@ -171,5 +175,12 @@ def all_finite(tree: Any) -> jax.Array:
         >>> bool(all_finite({"w": jnp.array([1.0, jnp.inf])}))
         False
     """
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)
+    leaves = jax.tree.leaves(tree)
+    return jnp.isfinite(_largest(leaves, None)) if leaves else jnp.array(True)
+
+
+def _largest(leaves: list[jax.Array], stacked: Sequence[tuple[int, ...]] | None) -> jax.Array:
+    """Returns the largest size of an entry of any leaf, float32 []; NaN if there is one."""
+    # Not `max`: XLA would compute the maximum of N leaves in each of the N places that read it, and
+    # a program of N leaves would take N ** 2 times as long to compile.
+    return jnp.sort(jnp.concatenate(counting.peaks(leaves, stacked)))[-1]

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from unittest import mock
 
 import chex
 import hypothesis
@@ -20,13 +21,16 @@ from jaxprune import counting, selection
 from tests.support.reference import largest
 
 # Compiled once for each list of shapes, so that most examples only run.
-SELECT = jax.jit(selection.largest)
+SELECT_ALONE = jax.jit(selection.largest, static_argnames="stacked")
+# Another function, or JAX would take the first one's trace.
+SELECT_JOINED = jax.jit(functools.partial(selection.largest), static_argnames="stacked")
 SELECT_EACH = jax.jit(jax.vmap(lambda s, k, f: selection.largest(s, k, floors=f), (0, 0, None)))
 SHAPES = [
     [()],
     [(1,), (), (1, 1)],
     [(13,), (3, 5)],
     [(2, 3, 2, 11), (9,), (4, 16), (1, 1, 1, 1)],
+    [(3, 5), (9,), (3, 5), (2, 4), (9,), (3, 5)],
 ]
 
 
@@ -69,6 +73,15 @@ def _draw(kind, seed, shapes, dtype=np.float32):
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def _select(scores, keep, **options):
+    """The masks; leaves of one shape are searched as one array where they cannot be sharded."""
+    masks = SELECT_ALONE(scores, keep, **options)
+    with mock.patch.object(counting, "_may_be_sharded", lambda: False):
+        joined = SELECT_JOINED(scores, keep, **options)
+    chex.assert_trees_all_equal(masks, joined)
+    return masks
+
+
 def _equal(masks, wanted):
     assert len(masks) == len(wanted)
     for mask, want in zip(masks, wanted, strict=True):
@@ -96,7 +109,7 @@ def test_keeps_what_a_stable_sort_keeps(shapes, kind, seed):
     scores = _draw(kind, seed, shapes)
     size = sum(score.size for score in scores)
     for keep in [0, size, size + 3, *np.random.default_rng(seed).integers(0, size + 1, 5)]:
-        masks = SELECT(scores, int(keep))
+        masks = _select(scores, int(keep))
         _equal(masks, largest(scores, keep))
         assert _count(masks) == min(keep, size)
 
@@ -113,13 +126,36 @@ def test_floors_and_among_keep_what_a_stable_sort_keeps(shapes, kind, seed):
         among = [rng.random(score.shape) < density for score in scores]
         able = [int(mask.sum()) for mask in among]
         for keep in rng.integers(0, sum(able) + 2, 3):
-            masks = SELECT(scores, int(keep), floors=floors, among=among)
+            masks = _select(scores, int(keep), floors=floors, among=among)
             _equal(masks, largest(scores, keep, floors, among))
             least = sum(min(f, n) for f, n in zip(floors, able, strict=True))
             assert _count(masks) == min(max(keep, least), sum(able))
             for mask, allowed, f, n in zip(masks, among, floors, able, strict=True):
                 assert not np.any(mask & ~allowed)
                 assert _count([mask]) >= min(f, n)
+
+
+def test_ties_of_joined_leaves_go_to_the_first_leaf_and_not_to_the_first_shape():
+    scores = [jnp.array([[1.0, 0.0]]), jnp.ones(3), jnp.array([[1.0, 1.0]])]
+    masks = _select(scores, 3)
+    _equal(masks, [[[True, False]], [True, True, False], [[False, False]]])
+    masks = _select(scores, 5)
+    _equal(masks, [[[True, False]], [True, True, True], [[True, False]]])
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)])
+def test_copies_in_joined_leaves(axes):
+    shapes = [(2, 3, 4), (5,), (2, 3, 4), (2, 3, 4)]
+    scores, stacked = _draw("ties", 7, shapes), (axes, (), axes, (1,))
+    copies = [math.prod(s[a] for a in own) for s, own in zip(shapes, stacked)]
+    floors = np.arange(sum(copies), dtype=np.int32) % 3
+    masks = _select(scores, 31, floors=floors, stacked=stacked)
+    parts = [np.moveaxis(s, own, range(len(own))) for s, own in zip(scores, stacked)]
+    layers = [layer for part, n in zip(parts, copies) for layer in part.reshape(n, -1)]
+    wanted = iter(largest(layers, 31, floors))
+    for mask, own, n in zip(masks, stacked, copies):
+        mask = np.moveaxis(np.asarray(mask), own, range(len(own))).reshape(n, -1)
+        _equal(list(mask), [next(wanted) for _ in range(n)])
 
 
 @hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples // 6))
@@ -133,7 +169,7 @@ def test_any_shapes(shapes, seed):
         scores = _draw(kind, seed, shapes)
         for keep in {0, 1, size // 2, size - 1, size, size + 5}:
             floors = np.array([(seed + i + keep) % (score.size + 1) for score in scores], np.int32)
-            _equal(SELECT(scores, keep, floors=floors), largest(scores, keep, floors))
+            _equal(_select(scores, keep, floors=floors), largest(scores, keep, floors))
 
 
 @pytest.mark.slow
@@ -145,7 +181,7 @@ def test_two_hundred_thousand_entries(kind, floored):
     size = sum(score.size for score in scores)
     for keep in (1, 1234, size // 3, size - 7):
         floors = np.array([s.size * keep // size // 2 * floored for s in scores], np.int32)
-        masks = SELECT(scores, keep, floors=floors)
+        masks = _select(scores, keep, floors=floors)
         assert _count(masks) == keep
         _equal(masks, largest(scores, keep, floors))
 
@@ -153,7 +189,7 @@ def test_two_hundred_thousand_entries(kind, floored):
 def test_floors_that_add_up_select_within_each_leaf():
     scores = _draw("normal", 0, SHAPES[3])
     floors = np.array([score.size // 2 for score in scores], np.int32)
-    masks = SELECT(scores, floors.sum(), floors=floors)
+    masks = _select(scores, floors.sum(), floors=floors)
     assert counting.count_kept(masks).tolist() == floors.tolist()
     alone = [largest([score], floor)[0] for score, floor in zip(scores, floors, strict=True)]
     _equal(masks, alone)
@@ -161,7 +197,7 @@ def test_floors_that_add_up_select_within_each_leaf():
 
 def test_floors_are_lowered_to_what_can_be_selected():
     scores, among = [jnp.arange(5.0), jnp.arange(10.0)], [jnp.arange(5) < 2, jnp.ones(10, bool)]
-    masks = SELECT(scores, 6, floors=np.array([5, 0], np.int32), among=among)
+    masks = _select(scores, 6, floors=np.array([5, 0], np.int32), among=among)
     assert [mask.sum() for mask in masks] == [2, 4]
 
 
@@ -172,25 +208,25 @@ def test_floors_are_lowered_to_what_can_be_selected():
 @pytest.mark.parametrize("keep", range(18))
 def test_ties_keep_the_lower_index_in_the_order_of_leaves(keep):
     tree = {"b": jnp.zeros((2, 1, 5)), "a": jnp.zeros((3, 2)), "c": jnp.zeros(())}
-    masks = SELECT(tree, keep)
+    masks = _select(tree, keep)
     flat = np.concatenate([np.ravel(masks[name]) for name in ("a", "b", "c")])
     assert flat.tolist() == [i < keep for i in range(17)]
     assert jax.tree.map(jnp.shape, masks) == jax.tree.map(jnp.shape, tree)
 
 
 def test_ties_are_cut_after_the_larger_scores_of_later_leaves():
-    masks = SELECT([jnp.array([1.0, 1.0, 1.0]), jnp.array([1.0, 2.0])], 3)
+    masks = _select([jnp.array([1.0, 1.0, 1.0]), jnp.array([1.0, 2.0])], 3)
     _equal(masks, [[True, True, False], [False, True]])
 
 
 def test_floors_take_ties_from_earlier_leaves():
-    masks = SELECT([jnp.zeros(3), jnp.zeros(3)], 3, floors=np.array([0, 2], np.int32))
+    masks = _select([jnp.zeros(3), jnp.zeros(3)], 3, floors=np.array([0, 2], np.int32))
     _equal(masks, [[True, False, False], [True, True, False]])
 
 
 def _order(scores):
     """Positions from the first to be kept to the last."""
-    masks = [np.asarray(SELECT([scores], keep)[0]) for keep in range(scores.size + 1)]
+    masks = [np.asarray(_select([scores], keep)[0]) for keep in range(scores.size + 1)]
     return [int(np.flatnonzero(b & ~a)[0]) for a, b in zip(masks, masks[1:])]
 
 
@@ -203,9 +239,9 @@ def test_order_of_special_values(dtype):
 def test_nan_is_kept_only_where_nothing_else_is_left():
     scores = [jnp.array([jnp.nan, -jnp.inf]), jnp.array([jnp.nan, -3.0])]
     among = [jnp.array([True, False]), jnp.array([True, True])]
-    _equal(SELECT(scores, 1, among=among), [[False, False], [False, True]])
-    _equal(SELECT(scores, 2, among=among), [[True, False], [False, True]])
-    _equal(SELECT(scores, 4, among=among), [[True, False], [True, True]])
+    _equal(_select(scores, 1, among=among), [[False, False], [False, True]])
+    _equal(_select(scores, 2, among=among), [[True, False], [False, True]])
+    _equal(_select(scores, 4, among=among), [[True, False], [True, True]])
 
 
 def test_largest_finite_and_smallest_normal_numbers():
@@ -226,7 +262,7 @@ def test_denormal_numbers_never_beat_normal_ones():
 def test_narrow_scores_are_compared_in_float32(dtype):
     scores = _draw("normal", 3, [(40, 7)], dtype) + _draw("ties", 3, [(11,)], np.float32)
     for keep in (1, 100, 290):
-        _equal(SELECT(scores, keep), largest(scores, keep))
+        _equal(_select(scores, keep), largest(scores, keep))
     if dtype == jnp.float16:
         tiny = jnp.array([1, 3, 2], jnp.float16) * jnp.float16(2.0**-24)
         assert _order(tiny) == [1, 2, 0]
@@ -262,7 +298,7 @@ def test_eager_jit_and_vmap_agree(kind):
     for i, (scores, keep) in enumerate(zip(batch, keeps, strict=True)):
         wanted = largest(scores, keep, floors)
         _equal([mask[i] for mask in mapped], wanted)
-        _equal(SELECT(scores, keep, floors=floors), wanted)
+        _equal(_select(scores, keep, floors=floors), wanted)
     if kind == "ties":
         _equal(selection.largest(batch[2], 9, floors=[2, 1]), largest(batch[2], 9, [2, 1]))
 

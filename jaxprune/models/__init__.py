@@ -1,5 +1,12 @@
-"""Residual networks in Flax NNX whose widths are data, block by block."""
+"""Networks in Flax NNX whose widths are data: residual ones, networks for phones, transformers.
 
+`pretrained` has networks with weights; it needs the extra of that name.
+"""
+
+from jaxprune.models._blocks import LayerWidths
+from jaxprune.models.decoder import Decoder, DecoderWidths
+from jaxprune.models.encoder import Encoder
+from jaxprune.models.mobilenet import MobileNet, efficientnet_lite0, mobilenet_v1, mobilenet_v2
 from jaxprune.models.resnet import (
     ResNet,
     Widths,
@@ -14,12 +21,22 @@ from jaxprune.models.resnet import (
     resnet101,
     resnet110,
 )
+from jaxprune.models.vit import ViT, vit_b16, vit_s16, vit_ti16
 from jaxprune.models.widths import widths_of
 
 __all__ = [
+    "Decoder",
+    "DecoderWidths",
+    "Encoder",
+    "LayerWidths",
+    "MobileNet",
     "ResNet",
+    "ViT",
     "Widths",
     "default_widths",
+    "efficientnet_lite0",
+    "mobilenet_v1",
+    "mobilenet_v2",
     "resnet8",
     "resnet18",
     "resnet20",
@@ -29,5 +46,8 @@ __all__ = [
     "resnet56",
     "resnet101",
     "resnet110",
+    "vit_b16",
+    "vit_s16",
+    "vit_ti16",
     "widths_of",
 ]

@@ -5,16 +5,20 @@ the original. Strides and projections are decided by the position of a block and
 shapes: a width that happens to match must not make a projection disappear.
 """
 
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxprune.models._layers import (
+    ConvNorm,
+    Layers,
+    check_arguments,
+    check_images,
+    make_layers,
+)
 from jaxprune.models.widths import (
     ARCHITECTURES,
     Widths,
@@ -24,78 +28,12 @@ from jaxprune.models.widths import (
     positions,
 )
 
-_Arrays = TypeVar("_Arrays", bound=tuple)
-
-
-def _keep_dtypes(args: _Arrays, /, *, dtype: Any = None, inexact: bool = True) -> _Arrays:
-    """Replaces the promotion of `nnx.BatchNorm`, which rounds running statistics to `dtype`."""
-    return args
-
-
-def _he_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Draws normal numbers with variance 2 / fan-out, for kernels [height, width, in, out]."""
-    height, width, _, fan_out = shape
-    # Draw flat: the values are the same, and XLA:CPU compiles a draw of rank 1 five times faster.
-    draws = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
-    return math.sqrt(2 / (height * width * fan_out)) * draws
-
-
-def _conv(
-    in_width: int, out_width: int, size: int, stride: int = 1, *, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """Makes a `size` x `size` convolution without bias."""
-    return nnx.Conv(
-        in_width,
-        out_width,
-        (size, size),
-        strides=stride,
-        padding=size // 2,  # "SAME" would shift the grid by a pixel at stride 2
-        use_bias=False,
-        kernel_init=_he_normal,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
-def _norm(
-    width: int, scale: float = 1.0, *, dtype: DTypeLike, axis_name: str | None, rngs: nnx.Rngs
-) -> nnx.BatchNorm:
-    """Makes a batch normalisation with float32 statistics whose scale starts at `scale`."""
-    return nnx.BatchNorm(
-        width,
-        momentum=0.9,
-        epsilon=1e-5,
-        scale_init=nnx.initializers.constant(scale),
-        dtype=dtype,
-        promote_dtype=_keep_dtypes,
-        axis_name=axis_name,
-        rngs=rngs,
-    )
-
-
-class _Layers(NamedTuple):
-    """The builders of a network's layers: `_conv` and `_norm` with the network's options."""
-
-    conv: Callable[..., nnx.Conv]
-    norm: Callable[..., nnx.BatchNorm]
-
-
-class ConvNorm(nnx.Module):
-    """A convolution and its normalisation, used for the stem and the projections."""
-
-    def __init__(self, layers: _Layers, in_width: int, out_width: int, size: int, stride: int):
-        self.conv = layers.conv(in_width, out_width, size, stride)
-        self.norm = layers.norm(out_width)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.conv(x))
-
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions around a shortcut; `widths` is (mid, out)."""
 
     def __init__(
-        self, layers: _Layers, in_width: int, widths: tuple[int, ...], stride: int, project: bool
+        self, layers: Layers, in_width: int, widths: tuple[int, ...], stride: int, project: bool
     ):
         mid, out = widths
         self.conv1 = layers.conv(in_width, mid, 3, stride)
@@ -114,7 +52,7 @@ class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolutions around a shortcut; `widths` is (mid1, mid2, out)."""
 
     def __init__(
-        self, layers: _Layers, in_width: int, widths: tuple[int, ...], stride: int, project: bool
+        self, layers: Layers, in_width: int, widths: tuple[int, ...], stride: int, project: bool
     ):
         mid1, mid2, out = widths
         self.conv1 = layers.conv(in_width, mid1, 1)
@@ -196,16 +134,8 @@ class ResNet(nnx.Module):
     ):
         architecture = architecture_of(name)
         num_classes = architecture.num_classes if num_classes is None else num_classes
-        for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if value < 1:
-                raise ValueError(f"`{argument}` must be at least 1; got {value}.")
-        dtype = jnp.dtype(dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"`dtype` must be floating, such as jnp.bfloat16; got {dtype}.")
-        layers = _Layers(
-            partial(_conv, dtype=dtype, rngs=rngs),
-            partial(_norm, dtype=dtype, axis_name=axis_name, rngs=rngs),
-        )
+        dtype = check_arguments(num_classes, in_channels, dtype)
+        layers = make_layers(dtype=dtype, axis_name=axis_name, rngs=rngs)
         self.name = name
         self.in_channels = in_channels
         self.large_images = architecture.large_images
@@ -225,7 +155,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns float32 logits [B, num_classes] of normalised images, floating [B, H, W, C]."""
-        self._check_images(images)
+        check_images(images, self.in_channels)
         x = nnx.relu(self.stem(images))
         if self.large_images:
             padding: Any = ((1, 1), (1, 1))  # Any: flax annotates `str` and documents pairs
@@ -233,16 +163,6 @@ class ResNet(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
-
-    def _check_images(self, images: jax.Array) -> None:
-        """Raises unless `images` are floating [B, H, W, in_channels]."""
-        if images.ndim != 4 or images.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"`images` must be [B, H, W, {self.in_channels}]; got shape {images.shape}. "
-                "Put the channels last, or build the network with a different `in_channels`."
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(f"`images` must be floating; got {images.dtype}. Normalise them first.")
 
 
 class Constructor(Protocol):

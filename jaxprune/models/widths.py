@@ -1,4 +1,4 @@
-"""The architectures of the residual networks as data: names, depths and widths."""
+"""Widths of convolutional networks as data, and the architectures of the residual ones."""
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -14,6 +14,8 @@ __all__ = ["Widths", "default_widths", "widths_of"]
 class Widths(NamedTuple):
     """The output channels of the stem and of every convolution in every block.
 
+    Depthwise convolutions have the channels of their input and no width of their own.
+
     Lists and integers of any kind are accepted where a network is built, so widths can be stored as
     JSON. The last width of a block is that of the residual stream, hence the same for all blocks
     between two projections; the widths before it are free.
@@ -24,13 +26,16 @@ class Widths(NamedTuple):
         >>> from jaxprune.models import resnet8
         >>> text = json.dumps(Widths(4, ((2, 4), (3, 8), (5, 16)))._asdict())
         >>> text
-        '{"stem": 4, "blocks": [[2, 4], [3, 8], [5, 16]]}'
-        >>> resnet8(widths=Widths(**json.loads(text)), rngs=nnx.Rngs(0)).widths
-        Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
+        '{"stem": 4, "blocks": [[2, 4], [3, 8], [5, 16]], "head": null}'
+        >>> resnet8(widths=Widths(**json.loads(text)), rngs=nnx.Rngs(0)).widths.blocks
+        ((2, 4), (3, 8), (5, 16))
     """
 
     stem: int
-    blocks: tuple[tuple[int, ...], ...]  # basic: (mid, out); bottleneck: (mid1, mid2, out)
+    # Basic blocks are (mid, out), bottlenecks (mid1, mid2, out), inverted residuals (expanded, out)
+    # or (out,), separable convolutions (out,).
+    blocks: tuple[tuple[int, ...], ...]
+    head: int | None = None  # the 1x1 convolution before the average of MobileNetV2 and later
 
 
 class Architecture(NamedTuple):
@@ -57,6 +62,89 @@ ARCHITECTURES = {
 }
 
 
+class Place(NamedTuple):
+    """What the position of a block decides."""
+
+    size: int  # window of the depthwise convolution
+    stride: int
+    shortcut: bool  # whether the input is added to the output
+    widths: tuple[int, ...]  # published: (out,), or (expanded, out) if the block expands first
+
+
+class MobileArchitecture(NamedTuple):
+    """What the name of a network decides."""
+
+    inverted: bool  # whether blocks are inverted residuals, not separable convolutions
+    # Stages: expansion, output channels, number of blocks, stride of the first, window.
+    stages: tuple[tuple[int, int, int, int, int], ...]
+    head: int | None  # channels of the 1x1 convolution before the average
+    momentum: float
+    epsilon: float
+
+
+MOBILE = {
+    "mobilenet_v1": MobileArchitecture(
+        inverted=False,
+        stages=(
+            (1, 64, 1, 1, 3),
+            (1, 128, 2, 2, 3),
+            (1, 256, 2, 2, 3),
+            (1, 512, 6, 2, 3),
+            (1, 1024, 2, 2, 3),
+        ),
+        head=None,
+        momentum=0.99,
+        epsilon=1e-3,
+    ),
+    "mobilenet_v2": MobileArchitecture(
+        inverted=True,
+        stages=(
+            (1, 16, 1, 1, 3),
+            (6, 24, 2, 2, 3),
+            (6, 32, 3, 2, 3),
+            (6, 64, 4, 2, 3),
+            (6, 96, 3, 1, 3),
+            (6, 160, 3, 2, 3),
+            (6, 320, 1, 1, 3),
+        ),
+        head=1280,
+        momentum=0.99,
+        epsilon=1e-3,
+    ),
+    "efficientnet_lite0": MobileArchitecture(
+        inverted=True,
+        stages=(
+            (1, 16, 1, 1, 3),
+            (6, 24, 2, 2, 3),
+            (6, 40, 2, 2, 5),
+            (6, 80, 3, 2, 3),
+            (6, 112, 3, 1, 5),
+            (6, 192, 4, 2, 5),
+            (6, 320, 1, 1, 3),
+        ),
+        head=1280,
+        momentum=0.99,
+        epsilon=1e-3,
+    ),
+}
+_MOBILE_STEM = 32
+
+
+def mobile_places(name: str) -> list[Place]:
+    """Returns the places of a network's blocks; raises an error that lists the names."""
+    if name not in MOBILE:
+        raise ValueError(f"`name` must be one of {', '.join(MOBILE)}; got {name!r}.")
+    architecture, places, stream = MOBILE[name], [], _MOBILE_STEM
+    for expansion, out, depth, first_stride, size in architecture.stages:
+        for index in range(depth):
+            stride = first_stride if index == 0 else 1
+            shortcut = architecture.inverted and stride == 1 and stream == out
+            widths = (out,) if expansion == 1 else (expansion * stream, out)
+            places.append(Place(size, stride, shortcut, widths))
+            stream = out
+    return places
+
+
 def architecture_of(name: str) -> Architecture:
     """Returns the row of the table; raises an error that lists the names if there is none."""
     if name not in ARCHITECTURES:
@@ -78,7 +166,7 @@ def default_widths(name: str) -> Widths:
     """Returns the published widths of a network, as a start for different ones.
 
     Args:
-        name: a network of this module, such as "resnet20".
+        name: a network of `models`, such as "resnet20" or "mobilenet_v2".
 
     Returns:
         Its `Widths`.
@@ -87,11 +175,16 @@ def default_widths(name: str) -> Widths:
         ValueError: if `name` is unknown.
 
     Example:
-        >>> default_widths("resnet8")
-        Widths(stem=16, blocks=((16, 16), (32, 32), (64, 64)))
+        >>> default_widths("resnet8").blocks
+        ((16, 16), (32, 32), (64, 64))
         >>> default_widths("resnet50").blocks[0]
         (64, 64, 256)
+        >>> default_widths("mobilenet_v2").blocks[:3]
+        ((16,), (96, 24), (144, 24))
     """
+    if name in MOBILE:
+        blocks = tuple(place.widths for place in mobile_places(name))
+        return Widths(_MOBILE_STEM, blocks, MOBILE[name].head)
     architecture = architecture_of(name)
     base = architecture.base
 
@@ -103,13 +196,13 @@ def default_widths(name: str) -> Widths:
 
 
 def widths_of(params: Any) -> Widths:
-    """Reads the widths of a network from its parameters, such as compacted ones.
+    """Reads the widths of a convolutional network from its parameters, such as compacted ones.
 
     A compacted network runs as the function of `Plan.wrap`. A network of these widths with the
     compacted values computes the same as an ordinary module.
 
     Args:
-        params: nested dict of the parameters of a `ResNet`, or its `nnx.State`.
+        params: nested dict of the parameters of a `ResNet` or a `MobileNet`, or its `nnx.State`.
 
     Returns:
         Its `Widths`.
@@ -123,27 +216,37 @@ def widths_of(params: Any) -> Widths:
         >>> from jaxprune.models import resnet8
         >>> thin = resnet8(widths=Widths(4, ((2, 4), (3, 8), (5, 16))), rngs=nnx.Rngs(0))
         >>> small = nnx.to_pure_dict(nnx.state(thin, nnx.Param))  # or from `plan.compact`
-        >>> widths_of(small)
-        Widths(stem=4, blocks=((2, 4), (3, 8), (5, 16)))
+        >>> widths_of(small).blocks
+        ((2, 4), (3, 8), (5, 16))
         >>> model = resnet8(widths=widths_of(small), rngs=nnx.Rngs(0))
         >>> nnx.update(model, small)  # update the running statistics in the same way
     """
     shapes = {path: np.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
     numbers = {path.split("/")[1] for path in shapes if path.startswith("blocks/")}
     depth = max([1, *(int(number) + 1 for number in numbers if number.isdigit())])
-    layers = 3 if any(path.endswith("/conv3/kernel") for path in shapes) else 2
-    stem = "stem/conv/kernel"
-    kernels = [[f"blocks/{b}/conv{i + 1}/kernel" for i in range(layers)] for b in range(depth)]
+    is_mobile = any(path.endswith("/depthwise/conv/kernel") for path in shapes)
+    if is_mobile:
+        layers = ["expand/conv", "project/conv"]
+    else:
+        bottleneck = any(path.endswith("/conv3/kernel") for path in shapes)
+        layers = ["conv1", "conv2", "conv3"] if bottleneck else ["conv1", "conv2"]
+    stem, head = "stem/conv/kernel", "last/conv/kernel"
+    kernels = [[f"blocks/{b}/{layer}/kernel" for layer in layers] for b in range(depth)]
+    if is_mobile:  # some blocks do not expand their input
+        kernels = [
+            [path for path in own if path in shapes or "expand" not in path] for own in kernels
+        ]
+    wanted = [stem, *(path for block in kernels for path in block), *({head} & set(shapes))]
     problems = []
-    for path in (stem, *(path for block in kernels for path in block)):
+    for path in wanted:
         if path not in shapes:
             problems.append(f"{path}: missing")
         elif len(shapes[path]) != 4:
             problems.append(f"{path}: shape {shapes[path]}, must be [height, width, in, out]")
-    rule = 'a ResNet, such as `small["params"]` of compacted variables:'
+    rule = 'a network of `models`, such as `small["params"]` of compacted variables:'
     trees.raise_for(problems, f"`params` must be the parameters of {rule}")
     blocks = tuple(tuple(shapes[path][-1] for path in block) for block in kernels)
-    return Widths(shapes[stem][-1], blocks)
+    return Widths(shapes[stem][-1], blocks, shapes[head][-1] if head in shapes else None)
 
 
 def checked_widths(name: str, widths: Widths) -> Widths:
@@ -181,3 +284,41 @@ def checked_widths(name: str, widths: Widths) -> Widths:
     if problems:
         raise ValueError(f"`widths` does not fit {name}:\n  " + "\n  ".join(problems))
     return Widths(int(widths.stem), tuple(tuple(int(w) for w in block) for block in blocks))
+
+
+def checked_mobile_widths(name: str, widths: Widths) -> Widths:
+    """Returns plain integers in tuples; raises one error that lists all that is wrong."""
+    places, head = mobile_places(name), MOBILE[name].head
+    blocks, problems = tuple(widths.blocks), []
+    if len(blocks) != len(places):
+        problems.append(f"blocks: there are {len(blocks)}; give {len(places)}, one per block")
+    if (widths.head is None) != (head is None):
+        problems.append(f"head: {widths.head!r} must be {'None' if head is None else 'a width'}")
+    stream, source = widths.stem, "stem"
+    named = [("stem", widths.stem)] + ([] if widths.head is None else [("head", widths.head)])
+    for index, (block, place) in enumerate(zip(blocks, places, strict=False)):
+        here = f"blocks/{index}"
+        fields = ("expanded", "out")[-len(place.widths) :]
+        if not isinstance(block, Sequence) or len(block) != len(fields):
+            problems.append(f"{here}: {block!r} must be ({', '.join(fields)})")
+            continue
+        named += [(f"{here}: {f}", width) for f, width in zip(fields, block, strict=True)]
+        if not place.shortcut:
+            stream, source = block[-1], here
+        elif block[-1] != stream:
+            problems.append(
+                f"{here}: out = {block[-1]!r} must be {stream!r} as in {source}, because the block "
+                f"adds its input; set it to {stream!r}, or change {source} and all blocks after it"
+            )
+    problems += [
+        f"{where} = {width!r} must be a positive integer"
+        for where, width in named
+        if not isinstance(width, Integral) or isinstance(width, bool) or int(width) < 1
+    ]
+    if problems:
+        raise ValueError(f"`widths` does not fit {name}:\n  " + "\n  ".join(problems))
+    return Widths(
+        int(widths.stem),
+        tuple(tuple(int(width) for width in block) for block in blocks),
+        None if widths.head is None else int(widths.head),
+    )

@@ -37,7 +37,7 @@ def renew(
     masks: Sequence[jax.Array],
     scores: Sequence[jax.Array],
     growth: Sequence[jax.Array] | None = None,
-    unranked: Sequence[jax.Array] | None = None,
+    unranked: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Keeps the largest scores among the kept weights and regrows the largest `growth`.
 
@@ -47,9 +47,8 @@ def renew(
         masks: one bool array for each pruned leaf.
         scores: one array for each pruned leaf; the lowest scores of kept weights are dropped.
         growth: one array for each pruned leaf; None regrows nothing.
-        unranked: bool [copies] for each pruned leaf: layers whose scores cannot be compared with
-            those of other layers. Each keeps at least its share at the overall density. None: no
-            layer.
+        unranked: bool [layers], True for a layer whose scores cannot be compared with those of
+            other layers. It keeps at least its share at the overall density. None: no layer.
 
     Returns:
         Bool masks like `masks`.
@@ -61,10 +60,11 @@ def renew(
         >>> renew(timetable, 0, masks, scores, growth=scores)[0].tolist()
         [False, True, False, True]
     """
-    layers = [[]] * len(masks) if unranked is None else unranked
+    layouts = counting.stacks(masks, timetable.stacked)
+    layers = counting.layers_of(layouts)
 
     def one(ranking: Ranking, axes: Any, masks: Any, scores: Any, growth: Any, own: Any) -> Any:
-        silent = None if unranked is None else jnp.concatenate(own)
+        silent = None if unranked is None else counting.pick(unranked, np.concatenate(own))
         if growth[0] is None:
             return _best(ranking, axes, index, scores, masks, silent)
         if isinstance(ranking.pattern, patterns.NM):

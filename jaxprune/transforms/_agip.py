@@ -229,21 +229,18 @@ def agip_transform(
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 
-        def settled(statistics: list[jax.Array]) -> list[jax.Array]:
-            seen = state.prune_step + 1
-            return statistics if decay is None else stats.unbias(statistics, decay, seen)
+        scale = 1.0 if decay is None else stats.unbiasing(decay, state.prune_step + 1)
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
             (masks, survivors), (statistics, weights, _) = carry, buffers
-            statistics = settled(statistics)
-            scaled = stats.rescaled(statistics)
+            scaled = stats.rescaled(statistics, scale, timetable.stacked)
             growth = scores.gradient(None, scaled) if timetables.ever_grows(timetable) else None
             ranked, unmoved = scores.rank_unmoved(
-                score(weights, scaled), weights, scaled, timetable.stacked
+                score(weights, scaled), weights, statistics, timetable.stacked
             )
             new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
-            return new, _survivors(new, statistics) if rate is not None else survivors
+            return new, _survivors(new, statistics, scale) if rate is not None else survivors
 
         survivors = state.densities, state.mean_statistics
         (masks, survivors), counters = update_masks(
@@ -253,7 +250,7 @@ def agip_transform(
 
         # Masks -> updates, at every step.
         if rate is not None:
-            statistics = settled(statistics)
+            statistics = [s.astype(jnp.float32) * scale for s in statistics]
             factors = [rate(*leaf) for leaf in zip(statistics, means, densities, strict=True)]
             moves = [_scale(u, factor) for u, factor in zip(moves, factors, strict=True)]
         moves = list(map(project, moves, masks, weights))
@@ -268,7 +265,9 @@ def agip_transform(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _survivors(
+    masks: list[jax.Array], statistics: list[jax.Array], scale: Any
+) -> tuple[jax.Array, jax.Array]:
     """Returns density and mean statistic of the kept weights, each float32 [pruned leaves]."""
     with counting.exact(masks):
         counts = jnp.maximum(counting.count_kept(masks).astype(jnp.float32), 1)
@@ -277,7 +276,7 @@ def _survivors(masks: list[jax.Array], statistics: list[jax.Array]) -> tuple[jax
         jnp.sum(jnp.where(mask, jnp.abs(s.astype(jnp.float32)), 0))
         for mask, s in zip(masks, statistics, strict=True)
     ]
-    return counts / sizes, jnp.stack(sums) / counts
+    return counts / sizes, scale * jnp.stack(sums) / counts
 
 
 def _scale(update: jax.Array, factor: jax.Array) -> jax.Array:

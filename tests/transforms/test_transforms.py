@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import budgets, patterns, scores, trees
+from jaxprune import budgets, counting, patterns, scores, trees
 from jaxprune.transforms import MaskState
 from jaxprune.transforms._acdc import phases
 from tests.support import reference
@@ -471,3 +472,35 @@ def test_patterns_that_do_not_fit_are_listed_when_the_optimizer_is_made(name):
 def test_drop_must_be_a_fraction(name, drop):
     with pytest.raises(ValueError, match=r"`drop` must lie in \[0, 1\)"):
         getattr(jaxprune, name)(0.5, stop=4, drop=drop)
+
+
+@pytest.mark.parametrize("name", ["agip", "rigl", "blocks", "stacked"])
+def test_leaves_of_one_shape_are_pruned_as_those_of_many(name, monkeypatch):
+    """Where leaves cannot be sharded, those of one shape are searched as one array."""
+    window = {"every": 1, "stop": 4}
+    transform = {
+        "agip": jaxprune.agip_transform(0.6, regrow=0.2, **window),
+        "rigl": jaxprune.rigl_transform(0.6, budget=budgets.uniform, **window),
+        "blocks": jaxprune.agip_transform(0.6, pattern=patterns.blocks((2, 2)), **window),
+        "stacked": jaxprune.magnitude_transform(
+            0.6, stacked=lambda path, leaf: (0,) if leaf.ndim == 3 else (), **window
+        ),
+    }[name]
+    shapes = {"a": (4, 6), "b": (2, 4, 6), "c": (4, 6), "d": (6, 4), "e": (2, 4, 6), "f": (4, 6)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    start = {n: {"kernel": jax.random.normal(k, shapes[n])} for n, k in zip(shapes, keys)}
+    tx = jaxprune.chain(optax.sgd(0.1), transform)
+
+    def masks_of_each_step():
+        params, state, found = start, tx.init(start), []
+        update = jax.jit(lambda g, s, p: tx.update(g, s, p))  # a new function, so traced anew
+        for _ in range(4):
+            updates, state = update(jax.tree.map(jnp.sin, params), state, params)
+            params = optax.apply_updates(params, updates)
+            found.append(jaxprune.get_masks(state))
+        return found
+
+    alone = masks_of_each_step()
+    monkeypatch.setattr(counting, "_may_be_sharded", lambda: False)
+    chex.assert_trees_all_equal(alone, masks_of_each_step())
+    assert sum(int(mask.sum()) for mask in jax.tree.leaves(alone[-1])) < 0.5 * 240

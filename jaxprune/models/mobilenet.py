@@ -1,0 +1,211 @@
+"""Networks for phones in Flax NNX: MobileNet V1 and V2, and EfficientNet-Lite0.
+
+As in `resnet`, widths are data, block by block, and what the position of a block decides (stride,
+window, shortcut) is never guessed from a width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxprune.models._layers import ConvNorm, Layers, check_arguments, check_images, make_layers
+from jaxprune.models.widths import (
+    MOBILE,
+    Place,
+    Widths,
+    checked_mobile_widths,
+    default_widths,
+    mobile_places,
+)
+
+__all__ = ["MobileNet", "efficientnet_lite0", "mobilenet_v1", "mobilenet_v2"]
+
+
+class Separable(nnx.Module):
+    """A depthwise and a 1x1 convolution, each with its normalisation and ReLU6."""
+
+    def __init__(self, layers: Layers, in_width: int, widths: tuple[int, ...], place: Place):
+        (out,) = widths
+        self.depthwise = ConvNorm(layers, in_width, in_width, place.size, place.stride, in_width)
+        self.project = ConvNorm(layers, in_width, out, 1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.relu6(self.project(nnx.relu6(self.depthwise(x))))
+
+
+class InvertedResidual(nnx.Module):
+    """A wide depthwise convolution between two 1x1 ones, the last of them linear."""
+
+    def __init__(self, layers: Layers, in_width: int, widths: tuple[int, ...], place: Place):
+        *expanded, out = widths
+        mid = expanded[0] if expanded else in_width
+        self.expand = ConvNorm(layers, in_width, mid, 1) if expanded else None
+        self.depthwise = ConvNorm(layers, mid, mid, place.size, place.stride, mid)
+        self.project = ConvNorm(layers, mid, out, 1)
+        self.shortcut = place.shortcut
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x if self.expand is None else nnx.relu6(self.expand(x))
+        y = self.project(nnx.relu6(self.depthwise(y)))
+        return x + y if self.shortcut else y
+
+
+class MobileNet(nnx.Module):
+    """A network for phones by name; `mobilenet_v2(...)` is `MobileNet("mobilenet_v2", ...)`.
+
+    A 3x3 stem of stride 2, blocks around depthwise convolutions, a wide 1x1 convolution (not in
+    V1), the global average and a linear classifier. Windows are padded as in TensorFlow ("SAME"),
+    where the published weights come from. There is no dropout.
+
+    Modes, dtypes and sharding are those of `ResNet`. Parameters are at paths such as
+    `stem/conv/kernel`, `blocks/3/expand/conv/kernel`, `blocks/3/depthwise/norm/scale`,
+    `last/conv/kernel` and `head/kernel`.
+
+    Args:
+        name: "mobilenet_v1", "mobilenet_v2" or "efficientnet_lite0".
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        widths: channels of each layer; None for `default_widths(name)`.
+        dtype: dtype of the computation; parameters, statistics and logits remain float32.
+        axis_name: mapped axis over which to average batch statistics, only inside `jax.shard_map`.
+        rngs: source of the initial parameters (stream `params`).
+
+    Raises:
+        ValueError: if `name` is unknown, a number is not positive, or `widths` does not fit the
+            network; it lists every wrong block.
+        TypeError: if `dtype` is not floating.
+
+    Example:
+        >>> thin = default_widths("mobilenet_v1")
+        >>> thin = thin._replace(stem=4, blocks=tuple((4 + i % 3,) for i in range(13)))
+        >>> model = MobileNet("mobilenet_v1", num_classes=10, widths=thin, rngs=nnx.Rngs(0))
+        >>> model.eval()
+        >>> nnx.jit(MobileNet.__call__)(model, jnp.ones((2, 32, 32, 3))).shape
+        (2, 10)
+
+    References:
+        Howard et al. MobileNets. arXiv:1704.04861.
+        Sandler et al. MobileNetV2: Inverted Residuals and Linear Bottlenecks. arXiv:1801.04381.
+        Tan, Le. EfficientNet. arXiv:1905.11946. The "lite" networks have ReLU6 and no
+        squeeze-and-excitation; their stem and last layer do not scale.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        widths: Widths | None = None,
+        dtype: DTypeLike = jnp.float32,
+        axis_name: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        places = mobile_places(name)
+        architecture = MOBILE[name]
+        dtype = check_arguments(num_classes, in_channels, dtype)
+        layers = make_layers(
+            padding="SAME",
+            momentum=architecture.momentum,
+            epsilon=architecture.epsilon,
+            dtype=dtype,
+            axis_name=axis_name,
+            rngs=rngs,
+        )
+        self.name, self.in_channels = name, in_channels
+        self.widths = checked_mobile_widths(
+            name, default_widths(name) if widths is None else widths
+        )
+
+        inputs = (self.widths.stem, *(block[-1] for block in self.widths.blocks))
+        block_of = InvertedResidual if architecture.inverted else Separable
+        self.stem = ConvNorm(layers, in_channels, self.widths.stem, 3, 2)
+        self.blocks = nnx.List(
+            block_of(layers, in_width, block, place)
+            for in_width, block, place in zip(inputs, self.widths.blocks, places, strict=False)
+        )
+        last = self.widths.head
+        self.last = None if last is None else ConvNorm(layers, inputs[-1], last, 1)
+        self.head = nnx.Linear(last or inputs[-1], num_classes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns float32 logits [B, num_classes] of normalised images, floating [B, H, W, C]."""
+        check_images(images, self.in_channels)
+        x = nnx.relu6(self.stem(images))
+        for block in self.blocks:
+            x = block(x)
+        if self.last is not None:
+            x = nnx.relu6(self.last(x))
+        return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+
+
+def mobilenet_v1(**options: Any) -> MobileNet:
+    """Builds MobileNet V1: 4,231,976 parameters, 569 million MACs at 224 x 224 pixels.
+
+    Args:
+        **options: the keywords of `MobileNet`; `rngs` is needed.
+
+    Returns:
+        A `MobileNet` in training mode.
+
+    Raises:
+        ValueError, TypeError: as for `MobileNet`.
+
+    Example:
+        >>> model = nnx.eval_shape(lambda: mobilenet_v1(rngs=nnx.Rngs(0)))  # only shapes
+        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
+        '4,231,976'
+
+    References:
+        Howard et al. MobileNets. arXiv:1704.04861.
+    """
+    return MobileNet("mobilenet_v1", **options)
+
+
+def mobilenet_v2(**options: Any) -> MobileNet:
+    """Builds MobileNet V2: 3,504,872 parameters, 301 million MACs at 224 x 224 pixels.
+
+    Args:
+        **options: the keywords of `MobileNet`; `rngs` is needed.
+
+    Returns:
+        A `MobileNet` in training mode.
+
+    Raises:
+        ValueError, TypeError: as for `MobileNet`.
+
+    Example:
+        >>> model = nnx.eval_shape(lambda: mobilenet_v2(rngs=nnx.Rngs(0)))  # only shapes
+        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
+        '3,504,872'
+
+    References:
+        Sandler et al. MobileNetV2. arXiv:1801.04381.
+    """
+    return MobileNet("mobilenet_v2", **options)
+
+
+def efficientnet_lite0(**options: Any) -> MobileNet:
+    """Builds EfficientNet-Lite0: 4,652,008 parameters, 385 million MACs at 224 x 224 pixels.
+
+    Args:
+        **options: the keywords of `MobileNet`; `rngs` is needed.
+
+    Returns:
+        A `MobileNet` in training mode.
+
+    Raises:
+        ValueError, TypeError: as for `MobileNet`.
+
+    Example:
+        >>> model = nnx.eval_shape(lambda: efficientnet_lite0(rngs=nnx.Rngs(0)))  # only shapes
+        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
+        '4,652,008'
+
+    References:
+        Tan, Le. EfficientNet. arXiv:1905.11946.
+    """
+    return MobileNet("efficientnet_lite0", **options)
