@@ -141,9 +141,7 @@ def test_a_changed_record_is_reported(old, new, tmp_path):
     path.write_text(path.read_text().replace(old, new))
     with checkpoints.open_manager(tmp_path) as manager:
         for read in (checkpoints.read_record, checkpoints.fingerprint):
-            with pytest.raises(
-                checkpoints.Damaged, match="its record is damaged: its content"
-            ):
+            with pytest.raises(checkpoints.Damaged, match="its record is damaged: its content"):
                 read(manager)
 
 

@@ -203,7 +203,8 @@ def read_index(path: Path, files: tuple[Path, ...], count: int, classes: int) ->
     try:
         with path.open("rb") as file:
             arrays = read_arrays(file, _INDEX)
-        images = Images(files, *(arrays[name] for name in _INDEX))
+        numbers, offsets, sizes, labels = (arrays[name] for name in _INDEX)
+        images = Images(files, numbers, offsets, sizes, labels)
         ranges = {
             "numbers": (0, len(files) - 1),
             "offsets": (_BLOCK, np.iinfo(np.int64).max),
