@@ -8,13 +8,12 @@ command resumes a demo that was stopped.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from jaxprune import logs, reports
+from jaxprune import files, logs, reports
 from jaxprune.experiments.command import read_summary
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
@@ -79,7 +78,8 @@ def compare(folder: Path) -> str:
         for name, (label, _) in RUNS.items()
     }
     reports.plot_training(histories, folder / "training.png")
-    shutil.copyfile(folder / "agip" / "densities.png", folder / "densities.png")
+    with files.replacing(folder / "densities.png", "wb") as file:
+        file.write((folder / "agip" / "densities.png").read_bytes())
     rows = [
         {"what": title} | {label: form.format(run[key]) for label, run in summaries.items()}
         for key, (title, form) in ROWS.items()

@@ -12,7 +12,10 @@ from jaxprune.experiments.sources import Source
 from jaxprune.files import schemas
 
 _WIDTH = schemas.whole(low=1)
-_WIDTHS = schemas.record({"stem": _WIDTH, "blocks": schemas.each(schemas.each(_WIDTH))})
+_WIDTHS = schemas.record(
+    {"stem": _WIDTH, "blocks": schemas.each(schemas.each(_WIDTH))},
+    optional={"head": schemas.maybe(_WIDTH)},
+)
 
 
 class Network(NamedTuple):

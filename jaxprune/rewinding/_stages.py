@@ -105,30 +105,43 @@ def run(
     keep = processes.on_first(lambda: claim(stage, keep, overwrite=overwrite))
     if (result := read_result(stage)) is not None:
         return result
-    with locked_on_first(folder):
+    with locked_on_first(folder) as check:
         if (result := read_result(stage)) is not None:  # another process finished it meanwhile
             return result
-        return _finish(task, stage, total_steps, options, keep)
+        return _finish(task, stage, total_steps, options, keep, check)
 
 
 @contextlib.contextmanager
-def locked_on_first(folder: Path) -> Iterator[None]:
-    """Locks the folder of a stage, once for all processes."""
+def locked_on_first(folder: Path) -> Iterator[Callable[[], None]]:
+    """Locks the folder of a stage, once for all processes.
+
+    Yields:
+        A function that raises on all of them if the folder was deleted meanwhile.
+    """
+    held: list[files.Lock] = []
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
-            stack.enter_context(files.locked(folder, "the stage"))
+            held.append(stack.enter_context(files.locked(folder, "the stage")))
+
+        def check() -> None:
+            processes.on_first(lambda: [own.check() for own in held])
 
         processes.on_first(lock)
-        yield
+        yield check
 
 
 def _finish(
-    task: Task, stage: Stage, total_steps: int, options: Options, keep: Collection[int]
+    task: Task,
+    stage: Stage,
+    total_steps: int,
+    options: Options,
+    keep: Collection[int],
+    check: Callable[[], None],
 ) -> Round:
-    """Trains a stage and writes its result."""
+    """Trains a stage and writes its result; `check` tells whether its folder is still there."""
     folder = stage.folder
-    state = _train(task, stage, keep, options.get("save_every", 1000))
+    state = _train(task, stage, keep, options.get("save_every", 1000), check)
     score = float(task.evaluate(state))
     done = Round(
         method=options.get("name", "dense") if stage.before else "dense",
@@ -145,11 +158,14 @@ def _finish(
         )
     if hook := options.get("on_round"):
         hook(done, state)
+    check()
     write_result(stage, done)
     return done
 
 
-def _train(task: Task, stage: Stage, keep: Collection[int], every: int) -> Any:
+def _train(
+    task: Task, stage: Stage, keep: Collection[int], every: int, check: Callable[[], None]
+) -> Any:
     """Trains a stage to its end, from its newest checkpoint if it has one; returns the state."""
     like, stop = task.init(0), stage.recipe.schedule_from + stage.recipe.steps
     checkpoints.delete_unfinished(stage.folder / "checkpoints")
@@ -162,9 +178,11 @@ def _train(task: Task, stage: Stage, keep: Collection[int], every: int) -> Any:
                 state = task.train(state, step, due, stage.number)
             except Stopped as stopped:
                 _check_trained(stage, stopped.state, step, stopped.step)
+                check()
                 checkpoints.save(manager, stopped.step, stopped.state, {})
                 raise
             _check_trained(stage, state, step, due)
+            check()
             checkpoints.save(manager, due, state, {})
             step = due
     return state

@@ -1131,6 +1131,18 @@ def test_one_process_at_a_time_trains_a_stage(tmp_path):
     assert not (tmp_path / "dense" / ".lock").exists()
 
 
+def test_a_stage_that_is_deleted_in_mid_training_is_an_error(tmp_path):
+    toy = Toy()
+
+    def train(*args):
+        shutil.rmtree(tmp_path / "dense")
+        return toy.train(*args)
+
+    with pytest.raises(ValueError, match="the stage .*dense was deleted, moved or replaced while"):
+        rewinding.train_dense(toy.task._replace(train=train), tmp_path)
+    assert not (tmp_path / "dense").exists()
+
+
 @pytest.mark.parametrize("name", ["..", ".", "", "dense", "a/b", "/tmp", "a\\b", "a\0", None, 3])
 def test_rounds_are_written_in_the_workdir(name, tmp_path):
     with pytest.raises(
