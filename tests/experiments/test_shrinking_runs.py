@@ -75,7 +75,7 @@ def test_the_network_gets_smaller_in_steps(finished):
     parameters = [entry["parameters"] for entry in summary["switches"]]
     assert parameters == sorted(parameters, reverse=True)
     assert summary["parameters"] == parameters[-1]
-    assert summary["widths"] == {"stem": 4, "blocks": [[5, 4], [6, 7], [8, 9]]}
+    assert summary["widths"] == {"stem": 4, "blocks": [[5, 4], [6, 7], [8, 9]], "head": None}
     assert "parameters" in output and summary["sparsity"] > 0.7
     assert all(entry.get("difference", 0.0) < 1e-4 for entry in summary["switches"])
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
