@@ -5,7 +5,8 @@
     python scripts/train.py digits_resnet8 --help      # lists every option with its value there
 
 `python -m jaxprune.experiments.train` is the same command without a checkout. You can stop a run at
-any time; the same command resumes it and ends with the same numbers. It writes into --workdir:
+any time; the same command resumes it and ends with the same numbers. A run that is stopped ends
+with status 130 (Ctrl-C) or 143 (SIGTERM). It writes into --workdir:
 
     config.json     the resolved configuration
     metrics.jsonl   one record a line: loss, accuracy, sparsity, speed, test accuracy

@@ -80,14 +80,18 @@ def locked(folder: str | os.PathLike[str], name: str = "`folder`") -> Iterator[L
                 continue
             since = datetime.datetime.now().isoformat(" ", "seconds")
             text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "at": since})
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, text.encode())
+            with contextlib.suppress(
+                OSError
+            ):  # the text is for errors only, and a disk may be full
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, text.encode())
             lock = Lock(folder, descriptor, name)
             try:
                 yield lock
             finally:
                 if is_same(path, descriptor):
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        path.unlink()
             return
         finally:
             os.close(descriptor)
