@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "structure": {"files", "jaxprs", "trees"},
     "timetables": {"budgets", "counting", "patterns", "schedules", "selection", "trees"},
     "one_shot": {"budgets", "counting", "masks", "patterns", "scores", "timetables", "trees"},
-    "post_training": {"budgets", "layouts", "patterns", "trees"},
+    "post_training": {"budgets", "layouts", "patterns", "structure", "trees"},
     "transforms": {
         "budgets",
         "counting",
