@@ -528,8 +528,9 @@ def _quiet_orbax() -> None:
     hook = sys.unraisablehook
 
     def keeps(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return "_SignalingThread" not in record.getMessage() and not is_of_loop(error)
+        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
+        is_of_orbax = "_SignalingThread" in text or "orbax" in text and "never retrieved" in text
+        return not (is_of_orbax or is_of_loop(error))
 
     def is_of_loop(error: Any) -> bool:
         return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)

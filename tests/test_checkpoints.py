@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import logging
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -196,6 +197,36 @@ def test_what_killed_saves_left_is_deleted(tmp_path):
     (tmp_path / "5.orbax-checkpoint-tmp").symlink_to(tmp_path / "3")
     checkpoints.delete_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"3", "5.orbax-checkpoint-tmp"}
+
+
+def test_what_orbax_prints_of_errors_that_it_raises_is_dropped(tmp_path, caplog):
+    checkpoints.open_manager(tmp_path).close()
+    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    absl.error("[thread=a] _SignalingThread.run() raised an exception: %s", "OUT_OF_RANGE")
+    asyncio.error("Task exception was never retrieved\nfuture: <coro=f() at /orbax/a.py:1>")
+    try:
+        raise RuntimeError("Event loop is closed")
+    except RuntimeError:
+        asyncio.exception("Exception in callback")
+    assert not caplog.records
+    absl.error("something else")
+    asyncio.error("Task exception was never retrieved\nfuture: <coro=f() at /mine/a.py:1>")
+    assert len(caplog.records) == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
+    with _saved(tmp_path, 2) as manager:
+
+        def fails(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: a; b [source locations='tensorstore/a.cc:1']")
+
+        monkeypatch.setattr(manager, "save", fails)
+        with pytest.raises(OSError) as error:
+            checkpoints.save(manager, 3, _state(3), {})
+    assert str(error.value) == (
+        f"checkpoint {tmp_path / '3'} cannot be written (ValueError: RESOURCE_EXHAUSTED: a, b); "
+        "earlier checkpoints are kept: make room, and run the same command again."
+    )
 
 
 def test_checksums_catch_what_orbax_does_not(tmp_path, monkeypatch):
