@@ -21,6 +21,8 @@ PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses $(WORKERS) --dist workste
 FAST := not (slow or processes or scripts or faults)
 # How many broken rules make test-faults tries, evenly spread: make test-faults FAULTS=8
 FAULTS ?=
+# How many times make test-faults damages each kind of file.
+FUZZ_FILES ?= 5000
 
 # What a new JAX is most likely to break, without what needs data sets or other libraries.
 QUICK := test_trees test_stats test_scores test_budgets test_schedules test_selection \
@@ -47,8 +49,9 @@ test: $(VENV)/.test  ## run all tests but test-faults, README snippets and docst
 test-fast: $(VENV)/.test  ## run what needs no child processes and little time, about a minute
 	$(PYTEST) -m "$(FAST)" $(ARGS)
 
-test-faults: $(VENV)/.test  ## break the rules of `structure` one by one; a test must notice
-	JAXPRUNE_FAULTS=$(FAULTS) $(PYTEST) -m faults tests/structure $(ARGS)
+test-faults: $(VENV)/.test  ## break the rules of `structure` one by one, and files by thousands
+	JAXPRUNE_FAULTS=$(FAULTS) JAXPRUNE_FUZZ_FILES=$(FUZZ_FILES) \
+	  $(PYTEST) -m faults tests/structure tests/files tests/test_checkpoints.py $(ARGS)
 
 # An environment with the newest Python that is here and the newest JAX, Flax and Optax.
 test-newest:  ## run a quick suite on the newest JAX and Python, about four minutes

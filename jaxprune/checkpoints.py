@@ -1,35 +1,45 @@
 """Checkpoints of whole runs: state, data position and configuration in one atomic Orbax step.
 
 Orbax ignores half-written steps but casts a wrong dtype silently. Each checkpoint therefore carries
-a record of its leaves (shape, dtype, checksum), which `restore` checks before and after reading.
+a record of its leaves (shape, dtype, checksum), which `restore` checks before and after reading,
+and a checksum of that record.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
+import shutil
 import signal
+import sys
 import tempfile
+import warnings
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxprune import files
-from jaxprune.processes import on_host
+from jaxprune.files import read_json, schemas
+from jaxprune.processes import on_first, on_host
 
 __all__ = [
+    "Damaged",
     "check_config",
     "check_writable",
+    "delete_unfinished",
     "fields",
     "fingerprint",
     "open_manager",
     "read_json",
+    "read_newest",
     "read_record",
     "restore",
     "save",
@@ -39,6 +49,23 @@ __all__ = [
 ]
 
 PyTree = Any
+T = TypeVar("T")
+
+_RECORD = schemas.record(
+    {
+        "record": schemas.table(schemas.anything),
+        "leaves": schemas.table(schemas.each(schemas.anything, length=3)),  # see `_describe`
+    }
+)
+
+
+class Damaged(ValueError):
+    """The error of a checkpoint that cannot be read back.
+
+    Example:
+        >>> isinstance(Damaged("checkpoint 3 is corrupt"), ValueError)
+        True
+    """
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -69,32 +96,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with files.replacing(path) as file:
         file.write(text)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content, or None if there is no such file.
-
-    Raises:
-        ValueError: if the file is not JSON.
-
-    Example:
-        >>> read_json("/nowhere.json") is None
-        True
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); restore it from a copy or remove it."
-        ) from error
 
 
 def check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -169,6 +170,7 @@ def open_manager(
         True
     """
     check_writable(folder)
+    _quiet_orbax()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy(
         [policies.LatestN(keep), policies.CustomSteps(list(always))]
@@ -193,7 +195,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+        with tempfile.TemporaryFile(dir=folder):  # on Linux it has no name that a kill could leave
             pass
     except OSError as error:
         raise ValueError(
@@ -212,6 +214,9 @@ def save(
         state: tree of arrays.
         record: JSON-ready values to save with it, such as data position and configuration.
 
+    Raises:
+        OSError: if it cannot be written, such as to a full disk; earlier checkpoints are kept.
+
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
         >>> save(manager, 3, {"w": jnp.ones(2)}, {"epoch": 1})
@@ -220,9 +225,18 @@ def save(
     """
     if step in manager.all_steps():
         return
-    record = {"record": dict(record), "leaves": _describe(state, checksum=True)}
+    record = files.seal({"record": record, "leaves": _describe(state, checksum=True)})
     items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
-    manager.save(step, args=ocp.args.Composite(**items))
+    reason = None
+    try:
+        manager.save(step, args=ocp.args.Composite(**items))
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
+        reason = _shortened(error)
+    if reason is not None:
+        raise OSError(
+            f"checkpoint {Path(str(manager.directory)) / str(step)} cannot be written ({reason}); "
+            "earlier checkpoints are kept: make room, and run the same command again."
+        )
 
 
 def restore(
@@ -242,7 +256,8 @@ def restore(
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if leaves are missing, unknown or of a different shape or dtype (it lists all of
-            them), or if the checkpoint is corrupt.
+            them).
+        Damaged: if the checkpoint is corrupt.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
@@ -268,6 +283,90 @@ def restore(
     return items["state"], record
 
 
+def read_newest(
+    manager: ocp.CheckpointManager,
+    read: Callable[[int], T],
+    *,
+    say: Callable[[str], None] = warnings.warn,
+) -> T | None:
+    """Reads the newest checkpoint that is whole; those after it are renamed to `STEP.damaged`.
+
+    With several processes only the newest one is tried, because they must all read the same one.
+
+    Args:
+        manager: from `open_manager`.
+        read: function of a step that reads its checkpoint, such as with `restore`. It is called
+            with earlier and earlier steps as long as it raises `Damaged`.
+        say: is told of each checkpoint that is damaged.
+
+    Returns:
+        What `read` returns; None if there is no checkpoint.
+
+    Raises:
+        Damaged: if no checkpoint is whole; nothing was renamed.
+
+    Example:
+        >>> manager = open_manager(tempfile.mkdtemp())
+        >>> for step in (1, 2):
+        ...     save(manager, step, {"w": jnp.full(2, step)}, {})
+        >>> _ = Path(str(manager.directory), "2", "record", "metadata").write_text("{}")
+        >>> def read(step):
+        ...     return restore(manager, {"w": jnp.ones(2, int)}, step)[0]
+        >>> read_newest(manager, read, say=print)["w"].tolist()
+        checkpoint ...2 is corrupt (...); it was renamed to 2.damaged, and the one before it is ...
+        [1, 1]
+    """
+    damaged: list[tuple[int, Damaged]] = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = read(step)
+        except Damaged as error:
+            if jax.process_count() > 1:
+                raise
+            damaged.append((step, error))
+            continue
+        for later, error in damaged:
+            name = _set_aside(Path(str(manager.directory)) / str(later))
+            reason = str(error).partition(";")[0]
+            say(f"{reason}; it was renamed to {name}, and the one before it is used.")
+        if damaged:
+            manager.reload()
+        return found
+    if damaged:
+        raise damaged[0][1]
+    return None
+
+
+def _set_aside(folder: Path) -> str:
+    """Renames the folder of a checkpoint so that Orbax no longer sees it; returns its name."""
+    name, number = f"{folder.name}.damaged", 1
+    while (folder.parent / name).exists():
+        number += 1
+        name = f"{folder.name}.damaged-{number}"
+    folder.rename(folder.parent / name)
+    return name
+
+
+def delete_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Deletes the parts of checkpoints that killed runs have left, once for all processes.
+
+    Call it where no other run can be writing, such as inside of `files.locked`.
+
+    Args:
+        folder: folder of the checkpoints; it need not exist.
+
+    Example:
+        >>> delete_unfinished("/nowhere")
+    """
+
+    def delete() -> None:
+        for path in Path(folder).glob("*.orbax-checkpoint-tmp*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+
+    on_first(delete)
+
+
 def read_record(manager: ocp.CheckpointManager, step: int | None = None) -> dict[str, Any]:
     """Reads only the record of a checkpoint, not its arrays.
 
@@ -282,7 +381,7 @@ def read_record(manager: ocp.CheckpointManager, step: int | None = None) -> dict
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is corrupt.
+        Damaged: if it is corrupt.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
@@ -305,7 +404,7 @@ def fingerprint(manager: ocp.CheckpointManager, step: int | None = None) -> str:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is corrupt.
+        Damaged: if it is corrupt.
 
     Example:
         >>> manager = open_manager(tempfile.mkdtemp())
@@ -328,9 +427,11 @@ def _read_record(
     folder = Path(str(manager.directory)) / str(step)
     try:
         items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        return step, folder, items["record"]["leaves"], items["record"]["record"]
+        content = files.unseal(items["record"], "its record")
+        _RECORD(content, "its record")
     except Exception as error:  # Orbax, JSON and the file system raise different kinds
         raise _corrupt(folder, error) from error
+    return step, folder, content["leaves"], content["record"]
 
 
 @contextlib.contextmanager
@@ -399,10 +500,60 @@ def _check_leaves(saved: dict[str, list], wanted: dict[str, list], folder: Path)
         )
 
 
-def _corrupt(folder: Path, reason: Any) -> ValueError:
+def _corrupt(folder: Path, reason: Any) -> Damaged:
     """Makes the error for a checkpoint that cannot be read back."""
-    reason = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
-    return ValueError(
-        f"checkpoint {folder} is corrupt ({str(reason)[:300]}); move it away to continue from the "
-        "checkpoint before it, or start again in a different folder."
+    reason = _shortened(reason) if isinstance(reason, Exception) else reason
+    unreadable = ", ".join(_unreadable(folder))
+    return Damaged(
+        f"checkpoint {folder} is corrupt ({f'{unreadable}: ' if unreadable else ''}{reason}); move "
+        "it away to continue from the checkpoint before it, or start again in a different folder."
     )
+
+
+def _shortened(error: Exception) -> str:
+    """Returns kind and message of an error in one line; that of TensorStore may have pages."""
+    # The source of an error comes last in "...: No space left on device [OS error 28: ...]".
+    text = f"{type(error).__name__}: {error}".partition(" [source locations=")[0]
+    text = " ".join(text.split()).replace(";", ",")
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Silences what Orbax prints of errors that it raises as well, from now on.
+
+    It logs an error in each of its threads, with tracebacks, and leaves coroutines and callbacks
+    that complain about a closed event loop, also when the program has ended.
+    """
+    hook = sys.unraisablehook
+
+    def keeps(record: logging.LogRecord) -> bool:
+        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
+        is_of_orbax = "_SignalingThread" in text or "orbax" in text and "never retrieved" in text
+        return not (is_of_orbax or is_of_loop(error))
+
+    def is_of_loop(error: Any) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    def quiet(found: Any) -> None:
+        if not is_of_loop(found.exc_value):
+            hook(found)
+
+    sys.unraisablehook = quiet
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(keeps)
+
+
+def _unreadable(folder: Path) -> list[str]:
+    """Lists the files of a checkpoint that must be JSON and are not."""
+    names = ["record/metadata", "state/_METADATA", "state/_sharding"]
+    with contextlib.suppress(OSError):
+        names += [f"state/array_metadatas/{p.name}" for p in folder.glob("state/array_metadatas/*")]
+    found = []
+    for name in names:
+        try:
+            if read_json(folder / name) is None and name == "record/metadata":
+                found.append(name)
+        except (OSError, ValueError):
+            found.append(name)
+    return found

@@ -2,14 +2,16 @@
 
 import contextlib
 import json
-import math
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxprune.checkpoints import write_text
+from jaxprune.files import appending, naming, parse_json, schemas
 
 __all__ = ["MetricsLog", "read_records", "show_progress"]
 
@@ -23,8 +25,13 @@ _SHOWN = {
 }
 
 
+_RECORD = schemas.record({"step": schemas.whole()}, more=True)
+
+
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the complete lines of metrics.jsonl; a line that was cut short is skipped.
+    """Reads the complete lines of metrics.jsonl; a line that is no record is skipped.
+
+    A record is an object with a whole number as `step` and numbers. A kill may cut a line short.
 
     A log may have lost lines. Before a decision or a result rests on it, compare the number of
     records with an independent count, such as `records` of summary.json.
@@ -43,7 +50,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     # Read bytes: a line cut inside a character must not make the lines before it unreadable.
     lines = path.read_bytes().splitlines() if path.exists() else []
     parsed = [_parse(line) for line in lines]
-    return [record for record in parsed if record]
+    return [record for record in parsed if record is not None]
 
 
 class MetricsLog:
@@ -76,18 +83,16 @@ class MetricsLog:
         write: bool = True,
     ) -> None:
         """Opens the files."""
-        from tensorboardX import SummaryWriter
-
         self._file = self._board = None
         path = Path(workdir) / "metrics.jsonl"
         records = read_records(path)
-        self.records = [record for record in records if record.get("step", math.inf) <= step]
+        self.records = [record for record in records if record["step"] <= step]
         self.lost, self._start = max(0, expected - len(self.records)), step
         if not write:
             return
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+        self._file = appending(path)
+        self._board = _Board(Path(workdir) / "tensorboard", step + 1)
 
     @property
     def count(self) -> int:
@@ -113,20 +118,71 @@ class MetricsLog:
         self.records.append({"step": step, **values})
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps(self.records[-1]) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with naming(self._file.name):
+            self._file.write(json.dumps(self.records[-1]).encode() + b"\n")
+            self._file.flush()
+        self._board.write(step, values)
 
     def __enter__(self) -> "MetricsLog":
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Closes the files."""
-        self.sync()
-        for opened in filter(None, (self._file, self._board)):
-            opened.close()
+        # After an error, such as that of a full disk, this one would only hide the first one.
+        with contextlib.ExitStack() as stack:
+            for close in (board.close for board in (self._file, self._board) if board is not None):
+                stack.callback(_closed, close, quiet=kind is not None)
+            if kind is None:
+                self.sync()
+
+
+class _Board:
+    """Scalars for TensorBoard, written at once.
+
+    `SummaryWriter` writes in a thread. If that meets a full disk it ends, and once its queue is
+    full the run waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        """Begins a file; records from a step on in earlier files no longer count."""
+        from tensorboardX import record_writer, summary
+        from tensorboardX.proto import event_pb2 as generated
+
+        event_pb2: Any = generated
+        self._event, self._scalar, self._folder = event_pb2.Event, summary.scalar, folder
+        folder.mkdir(exist_ok=True)
+        now = int(time.time())
+        name = f"events.out.tfevents.{now}.{socket.gethostname()}.{os.getpid()}"
+        self._records = record_writer.RecordWriter(str(folder / name))
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(file_version="brain.Event:2")
+        self._add(step=purge_step, session_log=session)
+        self._records.flush()
+
+    def _add(self, **fields: Any) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step."""
+        with naming(self._folder):
+            for name, value in values.items():
+                self._add(step=step, summary=self._scalar(name, value))
+            self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
+
+
+def _closed(close: Callable[[], Any], quiet: bool) -> None:
+    """Closes a file; `quiet` ignores that the system refuses its last bytes."""
+    try:
+        close()
+    except OSError:
+        if not quiet:
+            raise
 
 
 @contextlib.contextmanager
@@ -192,10 +248,13 @@ def _time_left(steps: int, latest: Mapping[str, float]) -> list[str]:
     return [f"{seconds // 60}:{seconds % 60:02} left"]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """Parses one line of metrics.jsonl; empty if a kill cut it short."""
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Parses one line of metrics.jsonl; None if it is no record."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
+        _RECORD(record, "")
+        for name, value in record.items():
+            schemas.number(value, name)
     except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+        return None
+    return record

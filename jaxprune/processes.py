@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -142,10 +143,12 @@ def start(
         >>> start()  # alone: nothing to connect to
     """
     if coordinator:
+        _shorten_stderr()
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=timeout
         )
     elif is_cluster(os.environ):
+        _shorten_stderr()
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
         except (OSError, RuntimeError, ValueError) as error:
@@ -154,6 +157,47 @@ def start(
                 "`coordinator`, `processes` and `process`. If there is only this process, set "
                 "TPU_SKIP_MDS_QUERY=1, or SLURM_NTASKS=1 under SLURM."
             ) from error
+
+
+# Reads what a process prints to stderr, and passes it on without what JAX prints before it aborts
+# because another process is lost. Lines after the first hint are held back until it is known.
+_FILTER = r"""
+import signal, sys
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
+held, lost = None, False
+for line in sys.stdin.buffer:
+    lost = lost or b"the JAX distributed service detected fatal errors" in line
+    if held is None and (lost or b"coordination_service" in line):
+        held = []
+    if held is None:
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+    else:
+        held.append(line)
+own = [line for line in held or [] if line.startswith(b"error: ")]
+shown = (own or [sys.argv[1].encode()]) if lost else held or []
+sys.stderr.buffer.writelines(shown)
+"""
+_GO_ON = (
+    "The newest checkpoint is complete; run the same command on all hosts to continue from there."
+)
+
+
+def _shorten_stderr() -> None:
+    """Lets this process print one line, not a stack of C++, when JAX aborts it.
+
+    JAX ends a process from a thread of its own as soon as another one is lost. Its client takes a
+    function to call instead, but jaxlib 0.10 cannot call one of Python (`std::bad_cast`).
+    """
+    text = f"error: a different process of this run ended: see what it printed. {_GO_ON}\n"
+    words = [sys.executable, "-I", "-S", "-c", _FILTER, text]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    sys.stderr.flush()
+    os.dup2(child.stdin.fileno(), 2)
+    child.stdin.close()
+    child.returncode = 0  # it ends after this process, so nobody waits for it
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
@@ -283,8 +327,7 @@ def lost_is_an_error() -> Iterator[None]:
         reason = str(error).splitlines()[0][:200]
         print(
             f"error: process {jax.process_index()} cannot continue ({reason}). Most likely a "
-            "different process ended: see what it printed. The newest checkpoint is complete; run "
-            "the same command on all hosts to continue from there.",
+            f"different process ended: see what it printed. {_GO_ON}",
             file=sys.stderr,
             flush=True,
         )

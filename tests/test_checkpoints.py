@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import logging
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,10 @@ import pytest
 
 from jaxprune import checkpoints, sharding
 from jaxprune.training import TrainState
+from tests.support.mutations import damaged
+
+# Times that `make test-faults` damages each of some 20 files of a checkpoint.
+MANY = int(os.environ.get("JAXPRUNE_FUZZ_FILES") or 3000) // 100
 
 
 def _state(seed=0):
@@ -76,19 +81,30 @@ def test_no_checkpoint(tmp_path):
         checkpoints.restore(checkpoints.open_manager(tmp_path), _state())
 
 
-def _damage_each_file(folder):
-    """Flips bits in each file of checkpoint 3; what `restore` said, None where all was well."""
+def _flipped(intact):
+    """Files with one byte changed: at the beginning, in the middle, at the end."""
+    for where in (0.0, 0.3, 0.6, 0.99) if intact else ():
+        changed = bytearray(intact)
+        changed[int(len(changed) * where)] ^= 0x55
+        yield bytes(changed)
+
+
+def _damage_each_file(folder, count=0):
+    """What `restore` says of checkpoint 3 with one file damaged, None where all is well.
+
+    Each file is damaged at four places, or `count` times at random.
+    """
     said = []
     for path in sorted(file for file in (folder / "3").rglob("*") if file.is_file()):
         intact = path.read_bytes()
-        for where in (0.0, 0.3, 0.6, 0.99) if intact else ():
-            damaged = bytearray(intact)
-            damaged[int(len(damaged) * where)] ^= 0x55
-            path.write_bytes(bytes(damaged))
+        changes = (damaged(intact, seed) for seed in range(count)) if count else _flipped(intact)
+        for content in changes:
+            path.write_bytes(content)
             with checkpoints.open_manager(folder) as manager:
                 try:
-                    state, _ = checkpoints.restore(manager, _state(), 3)
+                    state, record = checkpoints.restore(manager, _state(), 3)
                     chex.assert_trees_all_equal(state, _state(3))
+                    assert record == {"data": {"next_index": 3}}
                     said.append(None)
                 except ValueError as error:
                     said.append(str(error))
@@ -96,18 +112,121 @@ def _damage_each_file(folder):
     return said
 
 
-@pytest.mark.slow
-def test_any_damaged_byte_is_reported_or_harmless(tmp_path):
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(MANY, marks=pytest.mark.faults),
+    ],
+)
+def test_any_damaged_byte_is_reported_or_harmless(count, tmp_path):
     _saved(tmp_path, 2, 3).close()
     # In a process of its own: Orbax leaves coroutines behind that complain at some later time.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        said = [text for text in pool.submit(_damage_each_file, tmp_path).result() if text]
+        said = [text for text in pool.submit(_damage_each_file, tmp_path, count).result() if text]
     assert len(said) > 8
     for text in said:
         assert "3 is corrupt" in text or "belongs to a different model" in text
         assert "different folder" in text
     state, _ = checkpoints.restore(checkpoints.open_manager(tmp_path), _state(), 2)
     chex.assert_trees_all_equal(state, _state(2))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"next_index": 3', '"next_index": 8'), ("[40, 30]", "[30, 40]")]
+)
+def test_a_changed_record_is_reported(old, new, tmp_path):
+    _saved(tmp_path, 3).close()
+    path = tmp_path / "3" / "record" / "metadata"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with checkpoints.open_manager(tmp_path) as manager:
+        for read in (checkpoints.read_record, checkpoints.fingerprint):
+            with pytest.raises(checkpoints.Damaged, match="its record is damaged: its content"):
+                read(manager)
+
+
+@pytest.mark.parametrize("name", ["record/metadata", "state/_METADATA"])
+def test_damaged_metadata_of_orbax_are_named(name, tmp_path):
+    _saved(tmp_path, 3).close()
+    (tmp_path / "3" / name).write_bytes(b'{"a": \xff')
+    with checkpoints.open_manager(tmp_path) as manager:
+        with pytest.raises(checkpoints.Damaged, match=rf"3 is corrupt \({name}: "):
+            checkpoints.restore(manager, _state())
+
+
+def test_the_newest_whole_checkpoint_is_read(tmp_path):
+    with _saved(tmp_path, 2, 3) as manager:
+        said = []
+
+        def read(step):
+            return checkpoints.restore(manager, _state(), step)[0]
+
+        assert checkpoints.read_newest(manager, read, say=said.append).step == 7 and not said
+        (tmp_path / "3" / "record" / "metadata").unlink()
+        (tmp_path / "3.damaged").mkdir()
+        state = checkpoints.read_newest(manager, read, say=said.append)
+        chex.assert_trees_all_equal(state, _state(2))
+        assert len(said) == 1 and "3 is corrupt (" in said[0]
+        assert said[0].endswith("it was renamed to 3.damaged-2, and the one before it is used.")
+        assert list(manager.all_steps()) == [2]
+        checkpoints.save(manager, 3, _state(3), {})  # the run goes on
+        (tmp_path / "3" / "record" / "metadata").unlink()
+        (tmp_path / "2" / "record" / "metadata").unlink()
+        with pytest.raises(checkpoints.Damaged, match="/3 is corrupt"):
+            checkpoints.read_newest(manager, read, say=said.append)
+        assert (tmp_path / "3").exists() and len(said) == 1
+    with checkpoints.open_manager(tmp_path / "new") as manager:
+        assert checkpoints.read_newest(manager, read) is None
+
+
+def test_another_model_is_no_damage(tmp_path):
+    """It must not be set aside."""
+    with _saved(tmp_path, 2, 3) as manager:
+        with pytest.raises(ValueError, match="different model") as error:
+            checkpoints.read_newest(
+                manager, lambda step: checkpoints.restore(manager, {"w": jnp.ones(2)}, step)
+            )
+    assert not isinstance(error.value, checkpoints.Damaged)
+    assert (tmp_path / "3").exists()
+
+
+def test_what_killed_saves_left_is_deleted(tmp_path):
+    (tmp_path / "4.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "5.orbax-checkpoint-tmp").symlink_to(tmp_path / "3")
+    checkpoints.delete_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "5.orbax-checkpoint-tmp"}
+
+
+def test_what_orbax_prints_of_errors_that_it_raises_is_dropped(tmp_path, caplog):
+    checkpoints.open_manager(tmp_path).close()
+    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    absl.error("[thread=a] _SignalingThread.run() raised an exception: %s", "OUT_OF_RANGE")
+    asyncio.error("Task exception was never retrieved\nfuture: <coro=f() at /orbax/a.py:1>")
+    try:
+        raise RuntimeError("Event loop is closed")
+    except RuntimeError:
+        asyncio.exception("Exception in callback")
+    assert not caplog.records
+    absl.error("something else")
+    asyncio.error("Task exception was never retrieved\nfuture: <coro=f() at /mine/a.py:1>")
+    assert len(caplog.records) == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
+    with _saved(tmp_path, 2) as manager:
+
+        def fails(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: a; b [source locations='tensorstore/a.cc:1']")
+
+        monkeypatch.setattr(manager, "save", fails)
+        with pytest.raises(OSError) as error:
+            checkpoints.save(manager, 3, _state(3), {})
+    assert str(error.value) == (
+        f"checkpoint {tmp_path / '3'} cannot be written (ValueError: RESOURCE_EXHAUSTED: a, b); "
+        "earlier checkpoints are kept: make room, and run the same command again."
+    )
 
 
 def test_checksums_catch_what_orbax_does_not(tmp_path, monkeypatch):

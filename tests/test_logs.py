@@ -93,11 +93,36 @@ def test_lost_records_stay_lost_while_the_run_goes_on(tmp_path):
         assert (log.lost, log.count) == (3, 4)
 
 
-@pytest.mark.parametrize("line", [b"[1]", b"null", b'{"step": 3, "note": "\xc3', b"\xff", b"3"])
+NO_RECORDS = [
+    b"[1]",
+    b"null",
+    b'{"step": 3, "note": "\xc3',
+    b"\xff",
+    b"3",
+    b"",
+    b"{}",
+    b'{"train_loss": 1.0}',
+    b'{"step": null}',
+    b'{"step": "2"}',
+    b'{"step": 2.0}',
+    b'{"step": -1}',
+    b'{"step": true}',
+    b'{"step": 2, "step": 3}',
+    b'{"step": 2, "train_loss": "low"}',
+    b'{"step": 2, "train_loss": null}',
+    b'{"step": 2, "train_loss": [1]}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS)
 def test_lines_that_are_no_records_are_left_out(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     assert read_records(path) == [{"step": 1}, {"step": 2}]
+    with MetricsLog(tmp_path, 1, expected=2) as log:  # a run goes on, and knows that one is lost
+        assert (log.records, log.lost) == ([{"step": 1}], 1)
+        assert not log.has(1, "train_loss")
 
 
 def test_records_are_on_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
@@ -111,6 +136,63 @@ def test_records_are_on_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
         assert synced == [log._file.fileno()]
     with MetricsLog(tmp_path, 0, write=False) as log:
         log.sync()
+
+
+def scalars(folder):
+    """What TensorBoard finds in all files of a run, without its package: (step, name, value)."""
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for path in sorted(folder.glob("tensorboard/events*")):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")  # then a checksum, the event, another one
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            if event.HasField("session_log"):
+                found = [one for one in found if one[0] < event.step]
+            found += [(event.step, one.tag, one.simple_value) for one in event.summary.value]
+    return found
+
+
+def test_tensorboard_has_every_value_at_once(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(2, {"train_loss": 0.5, "sparsity": 0})
+        assert scalars(tmp_path) == [(2, "train_loss", 0.5), (2, "sparsity", 0.0)]
+        log.write(4, {"train_loss": 0.25})
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.0"))  # names have the second in which they began
+    with MetricsLog(tmp_path, 2) as log:
+        log.write(4, {"train_loss": 0.125})
+    seen = [(2, "train_loss", 0.5), (2, "sparsity", 0.0), (4, "train_loss", 0.125)]
+    assert scalars(tmp_path) == seen
+
+
+@pytest.mark.parametrize("part", ["_file", "_board"])
+def test_a_full_disk_is_an_error_that_names_the_file(part, tmp_path):
+    """It must neither hang nor be hidden by what closing the files says."""
+    full = open("/dev/full", "wb") if os.path.exists("/dev/full") else pytest.skip("no /dev/full")
+    name = {"_file": "/dev/full", "_board": str(tmp_path / "tensorboard")}[part]
+    with pytest.raises(OSError, match=f"No space left on device: '{name}'"):
+        with MetricsLog(tmp_path, 0) as log:
+            if part == "_file":
+                log._file.close()
+                log._file = full
+            else:
+                log._board._records._writer.close()
+                log._board._records._writer = full
+            for step in range(1, 1000):
+                log.write(step, {"train_loss": 1.0})
+
+
+def test_records_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text('{"step": 1}\n')
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    with MetricsLog(tmp_path / "run", 1) as log:
+        log.write(2, {"train_loss": 1.0})
+    assert (tmp_path / "mine").read_text() == '{"step": 1}\n'
+    assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
 def test_lines_elsewhere_keep_the_last_values(capsys):

@@ -5,7 +5,10 @@ import io
 import json
 import math
 import os
+import re
 import stat
+import tracemalloc
+import zipfile
 import zlib
 from typing import Any, NamedTuple
 
@@ -353,14 +356,14 @@ def test_a_sparse_network_takes_less_than_a_third(tmp_path):
 def _read_by_the_book(path):
     """Leaves and masks from the documented format alone, with NumPy."""
     file = np.load(path, allow_pickle=False)
-    manifest, data = json.loads(file["manifest"].item()), file["data"].tobytes()
-    assert (manifest["format"], manifest["version"]) == ("jaxprune.storage", 1)
+    manifest, data = json.loads(file["manifest"].tobytes()), file["data"].tobytes()
+    assert (manifest["format"], manifest["version"]) == ("jaxprune.storage", 2)
     assert sorted(file.files) == ["data", "manifest"]
     leaves = {}
     for row in manifest["leaves"]:
         size = math.prod(row["shape"])
         kept = size if row["kept"] is None else row["kept"]
-        bits = b"" if kept in (0, size) else data[: math.ceil(size / 8)]
+        bits = b"" if kept == size else data[: math.ceil(size / 8)]
         values, data = data[len(bits) : len(bits) + 4 * kept], data[len(bits) + 4 * kept :]
         assert row["dtype"] == "float32"
         assert row["crc32"] == zlib.crc32(bits + values)
@@ -503,11 +506,10 @@ def test_every_flipped_byte_is_an_error_or_harmless(flip):
 def _repacked(content, manifest=None, data=None, **more):
     """The file with other arrays and right checksums of the archive."""
     file = np.load(io.BytesIO(content))
-    old = json.loads(file["manifest"].item())
+    old = json.loads(file["manifest"].tobytes())
     text = json.dumps(old | (manifest or {})).encode()
-    new = io.BytesIO()
-    np.savez(new, manifest=np.array(text), data=file["data"] if data is None else data, **more)
-    return new.getvalue()
+    data = file["data"] if data is None else data
+    return _savez(manifest=np.frombuffer(text, np.uint8), data=data, **more)
 
 
 def test_leaves_with_another_checksum_are_named(tmp_path):
@@ -522,7 +524,7 @@ def test_leaves_with_another_checksum_are_named(tmp_path):
     both[0] ^= 1
     with pytest.raises(ValueError, match=r"saved:\n  b$"):
         _loaded(_repacked(content, data=both))
-    with pytest.raises(ValueError, match=r"saved:\n  b$"):
+    with pytest.raises(ValueError, match=f"holds {data.size - 1} bytes .* take {data.size}"):
         _loaded(_repacked(content, data=data[:-1]))
     with pytest.raises(ValueError, match=f"holds {data.size + 1} bytes .* take {data.size}"):
         _loaded(_repacked(content, data=np.append(data, data[:1])))
@@ -542,19 +544,140 @@ def _npy(array, **options):
 
 def test_other_files_are_refused():
     content, _ = _small_file()
+    old = {"version": 1}
+    manifest = np.load(io.BytesIO(content))["manifest"]
+    names = "must hold manifest.npy, data.npy, but holds "
     cases = {
         "File is not a zip file": [b"", b"text", _npy(np.ones(2)), _npy(np.array(None))],
-        "no item named 'manifest.npy'": [_savez(kernel=np.ones(2))],
-        "format is 'other', not 'jaxprune.storage'": [_repacked(content, {"format": "other"})],
-        "version is 2, newer than 1: update jaxprune": [_repacked(content, {"version": 2})],
-        "no item named 'data.npy'": [_savez(manifest=np.load(io.BytesIO(content))["manifest"])],
-        "allow_pickle=False": [_savez(manifest=np.array(None))],
-        "cannot be read: .": [_savez(manifest=np.ones(3)), _savez(manifest=np.array(b"[]"))],
+        f"{names}kernel.npy": [_savez(kernel=np.ones(2))],
+        f"{names}manifest.npy": [_savez(manifest=manifest)],
+        f"{names}manifest.npy, data.npy, more.npy": [_repacked(content, more=np.ones(2))],
+        "`format` must be one of 'jaxprune.storage', but is 'other'": [
+            _repacked(content, {"format": "other"}),
+            _repacked(content, {"format": "other", "version": 1}),
+        ],
+        "version is 3, but this jaxprune reads 2: update": [_repacked(content, {"version": 3})],
+        "version is 1, but this jaxprune reads 2: save it again": [_repacked(content, old)],
+        "`manifest` must be uint8": [
+            _savez(manifest=np.array(None), data=manifest),
+            _savez(manifest=np.ones(3), data=manifest),
+            _savez(manifest=np.array(b"[]"), data=manifest),
+        ],
+        "its manifest must be an object, but is list": [
+            _savez(manifest=np.frombuffer(b"[]", np.uint8), data=manifest)
+        ],
+        "nested too deeply": [
+            _savez(manifest=np.frombuffer(b"[" * 10**6, np.uint8), data=manifest)
+        ],
     }
     for reason, files in cases.items():
         for file in files:
-            with pytest.raises(ValueError, match=reason):
+            with pytest.raises(ValueError, match=re.escape(reason)):
                 _loaded(file)
+
+
+def _changed(content, index, **changes):
+    """The file with another row in its manifest, and the right checksums."""
+    file = np.load(io.BytesIO(content))
+    rows = json.loads(file["manifest"].tobytes())["leaves"]
+    rows[index] |= changes
+    return _repacked(content, {"leaves": rows})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"shape": [2, -3]}, "`leaves/0/shape/1` must be a whole number of at least 0, but is -3"),
+        ({"shape": [2, True]}, "`leaves/0/shape/1` must be a whole number"),
+        ({"shape": [2, 3.0]}, "`leaves/0/shape/1` must be a whole number"),
+        ({"shape": None}, "`leaves/0/shape` must be a list, but is None"),
+        ({"shape": [10**9, 1]}, "bytes of data, but its leaves take 125000020"),
+        ({"shape": [10**9, 1], "kept": 0}, "bytes of data, but its leaves take 125000008"),
+        ({"kept": 7}, "leaf 'a' keeps 7 of 6 weights"),
+        ({"kept": -1}, "`leaves/0/kept` must be a whole number"),
+        ({"kept": True}, "`leaves/0/kept` must be a whole number"),
+        ({"path": "b"}, "leaf 'b' occurs twice"),
+        ({"path": 3}, "`leaves/0/path` must be a text, but is 3"),
+        ({"crc32": -1}, "`leaves/0/crc32` must be a whole number in 0 .. 4294967295, but is -1"),
+        ({"dtype": "object"}, "leaf 'a' has the dtype 'object'"),
+        ({"dtype": "f4"}, "leaf 'a' has the dtype 'f4'"),
+        ({"dtype": "U5"}, "leaf 'a' has the dtype 'U5'"),
+        ({"dtype": "(2,)f4"}, "leaf 'a' has the dtype '(2,)f4'"),
+        ({"dtype": "datetime64"}, "leaf 'a' has the dtype 'datetime64'"),
+        ({"dtype": "longdouble"}, "leaf 'a' has the dtype 'longdouble'"),
+        ({"dtype": "{"}, "leaf 'a' has the dtype '{'"),
+        ({"more": 1}, "`leaves/0` must not have `more`"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(changes, reason):
+    content, _ = _small_file()
+    with pytest.raises(ValueError) as error:
+        _loaded(_changed(content, 0, **changes))
+    assert "`path` " in str(error.value) and " cannot be read: " in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_one_value_does_not_stand_for_all():
+    """NumPy would give one value to all three weights that the mask keeps."""
+    data = np.load(io.BytesIO(_small_file()[0]))["data"]
+    short = np.concatenate([data[:5], data[13:]])  # the mask, and one of three values
+    crc = zlib.crc32(short[:5])
+    content = _changed(_small_file()[0], 0, kept=1, crc32=crc)
+    with pytest.raises(ValueError, match="leaf 'a' has another number of weights than its mask"):
+        _loaded(_repacked(content, data=short))
+
+
+def test_bools_are_0_or_1():
+    content = _dumped([np.array([True, False])])
+    data = np.uint8([1, 2])
+    with pytest.raises(ValueError, match="bools that are neither 0 nor 1"):
+        _loaded(_repacked(_changed(content, 0, crc32=zlib.crc32(data)), data=data))
+
+
+def test_a_small_file_takes_little_memory():
+    """An archive that unpacks to 200 MB, and leaves that claim more bytes than there are."""
+    bomb = io.BytesIO()
+    zeros = np.zeros(200_000_000, np.uint8)
+    np.savez_compressed(bomb, manifest=zeros, data=zeros[:1])
+    content, _ = _small_file()
+    claims = [
+        _changed(content, 0, shape=[10**9, 1], kept=0),
+        _changed(content, 1, shape=[10**9], kept=0),
+        _changed(content, 1, shape=[2**40]),
+        _npz_header(content, 2**40),
+    ]
+    del zeros
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="must not be compressed"):
+            _loaded(bomb.getvalue())
+        for claim in claims:
+            with pytest.raises(ValueError, match="cannot be read"):
+                _loaded(claim)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def _npz_header(content, size):
+    """The file whose data have another size in their header, with the archive's right checksum."""
+    file = np.load(io.BytesIO(content))
+    new = io.BytesIO()
+    with zipfile.ZipFile(new, "w") as archive:
+        archive.writestr("manifest.npy", _npy(file["manifest"]))
+        header = io.BytesIO()
+        kind = {"descr": "|u1", "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(header, kind)
+        archive.writestr("data.npy", header.getvalue() + file["data"].tobytes())
+    return new.getvalue()
+
+
+def test_a_leaf_without_a_kept_weight_has_its_bits():
+    """Its size is held against the bytes of the file, like that of any other leaf."""
+    params, masks = [jnp.zeros((4, 100))], [False]
+    content = _dumped(params, masks)
+    assert np.load(io.BytesIO(content))["data"].tolist() == [0] * 50
+    _assert_same_bits(_loaded(content)[0], {"0": params[0]})
 
 
 def test_a_missing_file_is_not_a_damaged_one(tmp_path):

@@ -10,7 +10,6 @@ import io
 import os
 import tempfile
 import urllib.request
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,14 @@ _CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
+
+
+_CACHE = {
+    "train_images": ("uint8", ("train", 28, 28, 1)),
+    "train_labels": ("int32", ("train",)),
+    "test_images": ("uint8", ("test", 28, 28, 1)),
+    "test_labels": ("int32", ("test",)),
+}
 
 
 class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -145,8 +152,12 @@ def _download(dl_manager: Any) -> Mapping[str, Path]:
 
 def _prepare(root: Path, source_dir: str | os.PathLike[str] | None) -> FashionMnist:
     """Writes the TFDS records, unless they exist already."""
-    if (root / FashionMnist.name / str(FashionMnist.VERSION)).exists():
-        return FashionMnist(data_dir=root)
+    folder = root / FashionMnist.name / str(FashionMnist.VERSION)
+    if folder.exists():
+        try:
+            return FashionMnist(data_dir=root)
+        except Exception as error:  # it reads JSON, as protocol buffers
+            raise _unreadable(folder, error) from error
     source = official.find_source(source_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -180,10 +191,15 @@ def _decode(builder: Any, split: str) -> Split:
         labels = np.array([example["label"] for example in examples], np.int32)
         return Split(np.stack(images)[..., None], labels)
     except Exception as error:  # array_record, TFDS and Pillow have different ones
-        raise ValueError(
-            f"prepared data in {builder.data_path} cannot be read "
-            f"({type(error).__name__}: {error}): delete this folder and load again."
-        ) from error
+        raise _unreadable(builder.data_path, error) from error
+
+
+def _unreadable(folder: Any, error: Exception) -> ValueError:
+    """Makes the error of records that TFDS cannot read back."""
+    return ValueError(
+        f"prepared data in {folder} cannot be read ({type(error).__name__}: {str(error)[:300]}): "
+        "delete this folder and load again."
+    )
 
 
 def _write_npz(path: Path, train: Split, test: Split) -> None:
@@ -199,10 +215,14 @@ def _write_npz(path: Path, train: Split, test: Split) -> None:
 
 
 def _read_npz(path: Path) -> tuple[Split, Split]:
-    """Reads both splits; the zip container checks a CRC of every array."""
+    """Reads both splits; every array has the checksum of the zip container."""
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            train = Split(arrays["train_images"], arrays["train_labels"])
-            return train, Split(arrays["test_images"], arrays["test_labels"])
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            arrays = files.read_arrays(file, _CACHE)
+        for name in ("train_labels", "test_labels"):
+            if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() < 10:
+                raise ValueError(f"`{name}` must be in 0 .. 9")
+    except ValueError as error:
         raise ValueError(f"{path} is corrupt ({error}): delete it and load again.") from error
+    train = Split(arrays["train_images"], arrays["train_labels"])
+    return train, Split(arrays["test_images"], arrays["test_labels"])

@@ -14,10 +14,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from jaxprune import files
 from jaxprune.data import imagenet_augment as augment
 from jaxprune.data.imagenet_files import Images, index_tars, read_index, write_index
 
+_MOST_FILES = 32_767  # what `Images.numbers` can hold
 _AT_ONCE = 256  # number of images in memory at the same time
 
 
@@ -62,6 +65,9 @@ def cache_images(
     bad = [f"`{name}` must be at least 1; got {n}" for name, n in options.items() if n < 1]
     if not 1 <= quality <= 100:
         bad.append(f"`quality` must be in 1 .. 100; got {quality}")
+    if not bad and len(images) > per_file * _MOST_FILES:
+        least = -(-len(images) // _MOST_FILES)
+        bad.append(f"`per_file` must be at least {least} for {len(images)} images; got {per_file}")
     if bad:
         raise ValueError("; ".join(bad))
     root = Path(folder).expanduser()
@@ -77,8 +83,8 @@ def cache_images(
                     numbers = range(start, min(start + per_file, len(images)))
                     _write_tar(path, images, numbers, short_side, quality, pool)
         write_index(index, index_tars(paths, images.labels))
-    cached = read_index(index, paths)
-    if len(cached) != len(images) or not cached.matches_headers():
+    cached = read_index(index, paths, len(images), int(images.labels.max(initial=-1)) + 1)
+    if not np.array_equal(cached.labels, images.labels) or not cached.matches_headers():
         raise ValueError(f"the cache in {root} is damaged: delete the folder and make it again.")
     return cached
 
@@ -98,10 +104,15 @@ def _claim(root: Path, settings: Mapping[str, object]) -> None:
         root.mkdir(parents=True, exist_ok=True)
         if not record.exists():
             with files.replacing(record) as file:
-                file.write(json.dumps(dict(settings)))
+                file.write(json.dumps(files.seal(settings)))
     except OSError as error:
         raise OSError(f"`folder` {root} cannot be written ({error}): give another one") from error
-    found = json.loads(record.read_text())
+    try:
+        found = files.unseal(files.read_json(record), str(record))
+    except ValueError as error:
+        raise ValueError(
+            f"the cache in {root} is damaged ({error}): delete the folder and make it again."
+        ) from error
     if found != dict(settings):
         names = [name for name in settings if found.get(name) != settings[name]]
         raise ValueError(

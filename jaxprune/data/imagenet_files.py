@@ -8,16 +8,21 @@ import dataclasses
 import os
 import posixpath
 import tarfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.files import replacing
+from jaxprune.files import read_arrays, replacing
 
 _BLOCK = 512  # bytes in a block of a tar
+_INDEX = {
+    "numbers": ("int16", ("n",)),
+    "offsets": ("int64", ("n",)),
+    "sizes": ("int32", ("n",)),
+    "labels": ("int32", ("n",)),
+}
 
 
 class OpenFiles:
@@ -175,29 +180,46 @@ def write_index(path: Path, images: Images) -> None:
         )
 
 
-def read_index(path: Path, files: tuple[Path, ...]) -> Images:
+def read_index(path: Path, files: tuple[Path, ...], count: int, classes: int) -> Images:
     """Reads an index.
 
     Args:
         path: the .npz file.
         files: the tars that it indexes.
+        count: the number of images in them.
+        classes: the number of classes.
 
     Returns:
         The `Images`.
 
     Raises:
-        ValueError: if the index is corrupt.
+        ValueError: if the index is corrupt: a checksum differs, or a number is out of its range.
 
     Example:
-        >>> read_index(Path("/dev/null"), ())
+        >>> read_index(Path("/dev/null"), (), 0, 0)
         Traceback (most recent call last):
         ValueError: /dev/null is corrupt (...): delete it and load again.
     """
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            return Images(files, *(arrays[n] for n in ("numbers", "offsets", "sizes", "labels")))
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            arrays = read_arrays(file, _INDEX)
+        numbers, offsets, sizes, labels = (arrays[name] for name in _INDEX)
+        images = Images(files, numbers, offsets, sizes, labels)
+        ranges = {
+            "numbers": (0, len(files) - 1),
+            "offsets": (_BLOCK, np.iinfo(np.int64).max),
+            "sizes": (0, np.iinfo(np.int32).max),
+            "labels": (0, classes - 1),
+        }
+        for name, (low, high) in ranges.items():
+            own = getattr(images, name)
+            if len(own) and not low <= own.min() <= own.max() <= high:
+                raise ValueError(f"`{name}` must be in {low} .. {high}")
+        if len(images) != count:
+            raise ValueError(f"it must be of {count} images, but is of {len(images)}")
+    except ValueError as error:
         raise ValueError(f"{path} is corrupt ({error}): delete it and load again.") from error
+    return images
 
 
 def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") -> Iterator[Member]:
@@ -213,7 +235,7 @@ def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") 
         Each regular file, in order.
 
     Raises:
-        ValueError: if a header is corrupt, or a file reaches beyond the end.
+        ValueError: if a header is corrupt, or a file has a negative size or reaches beyond the end.
 
     Example:
         >>> next(walk(Path(__file__)))
@@ -235,6 +257,11 @@ def walk(path: Path, start: int = 0, stop: int | None = None, inside: str = "") 
                 "must be: delete this tar and get it again."
             ) from error
         offset = at + _BLOCK
+        if header.size < 0:  # it would lead back, and round and round
+            raise ValueError(
+                f"{inside}{path} is corrupt at byte {at}: {header.name} has {header.size} bytes: "
+                "delete this tar and get it again."
+            )
         if offset + header.size > end:
             raise ValueError(
                 f"{inside}{path} is truncated: {header.name} must reach to byte "
@@ -259,10 +286,18 @@ def make_images(
     Returns:
         The `Images`.
 
+    Raises:
+        ValueError: if an image has 2 GiB or more, or there are more than 32,767 tars.
+
     Example:
         >>> make_images([Path("a.tar")], [(0, Member("b.JPEG", 512, 9))], [7]).sizes
         array([9], dtype=int32)
     """
+    large = [member.name for _, member in members if member.size > np.iinfo(np.int32).max]
+    if large:
+        raise ValueError(f"images must have less than 2 GiB, but {large[0]} has more")
+    if len(files) > np.iinfo(np.int16).max:
+        raise ValueError(f"images must lie in at most 32,767 files, but there are {len(files)}")
     return Images(
         tuple(files),
         np.array([number for number, _ in members], np.int16),
@@ -273,5 +308,5 @@ def make_images(
 
 
 def _header(block: bytes) -> tarfile.TarInfo:
-    """Parses a block as a header; tarfile.HeaderError if it is none."""
-    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    """Parses a block as a header; tarfile.HeaderError if it is none. Any name can be printed."""
+    return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")

@@ -174,7 +174,8 @@ def load_index(split: str, path: Path, contents: Contents, folder: Path) -> Imag
     key = hashlib.sha256(json.dumps([1, split, path.stat().st_size, contents]).encode())
     index = folder / f"imagenet-{split}-{key.hexdigest()[:12]}.npz"
     if index.exists():
-        images = read_index(index, (path,))
+        count = contents.train_size if split == "train" else len(contents.validation)
+        images = read_index(index, (path,), count, len(contents.classes))
         if images.matches_headers():
             return images
     images = (index_train if split == "train" else index_validation)(path, contents)

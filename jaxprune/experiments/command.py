@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,14 +10,42 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune import checkpoints
+from jaxprune.experiments.config import Config
+from jaxprune.files import schemas
+
+# What summary.json of a run may say.
+_SUMMARY = {
+    **dict.fromkeys(("test_accuracy", "seconds_per_step"), schemas.maybe(schemas.number)),
+    **dict.fromkeys(("sparsity", "seconds", "cpu_seconds"), schemas.finite),
+    **dict.fromkeys(("steps", "parameters", "nonzeros", "dense_bytes"), schemas.whole()),
+    "device": schemas.text,
+    "versions": schemas.table(schemas.text),
+    "switches": schemas.each(schemas.table(schemas.anything)),
+}
+# What config.json of a run may say: as other versions have other fields, none has to be there.
+_KINDS = {bool: schemas.flag, int: schemas.whole(low=-(2**63)), str: schemas.text}
+_CONFIG = schemas.record(
+    {},
+    optional={
+        field.name: schemas.maybe(_KINDS.get(type(field.default), schemas.finite))
+        for field in dataclasses.fields(Config)
+    },
+    more=True,
+)
+_COMMANDS = schemas.record({}, optional={"commands": schemas.each(schemas.text)}, more=True)
 
 
 @contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Ends the program with one message if an error is the user's to mend, without a traceback."""
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the program with one message if an error is the user's to mend, without a traceback.
+
+    Args:
+        *kinds: of such errors; default ValueError and OSError.
+    """
+    kinds = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         sys.exit(f"error: {error}")
 
 
@@ -88,6 +117,8 @@ def record_command(
     """
     checkpoints.check_writable(path.parent)
     saved = checkpoints.read_json(path)
+    if saved is not None:
+        _COMMANDS(saved, str(path))
     if saved is not None and binding:
         checkpoints.check_config(saved, settings, str(path.parent))
     check()
@@ -97,7 +128,47 @@ def record_command(
 
 def commands_in(path: Path) -> list[str]:
     """Returns the commands of a record; none if there is no such file."""
-    return (checkpoints.read_json(path) or {}).get("commands", [])
+    content = checkpoints.read_json(path)
+    if content is None:
+        return []
+    _COMMANDS(content, str(path))
+    return content.get("commands", [])
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """Reads config.json of a run; None if there is none.
+
+    Raises:
+        ValueError: the file is damaged: a field has another kind of value than `Config`.
+    """
+    path = workdir / "config.json"
+    content = checkpoints.read_json(path)
+    if content is not None:
+        try:
+            _CONFIG(content, str(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; restore it from a copy, or use `--overwrite` where it trains again"
+            ) from error
+    return content
+
+
+def read_summary(workdir: Path, needs: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Reads summary.json of a finished run; None if there is none.
+
+    Args:
+        workdir: the folder of the run.
+        needs: names that must be there.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = workdir / "summary.json"
+    content = checkpoints.read_json(path)
+    if content is not None:
+        fields = {name: _SUMMARY.get(name, schemas.anything) for name in needs}
+        schemas.record(fields, optional=_SUMMARY, more=True)(content, str(path))
+    return content
 
 
 def check_results(found: Collection[Any], workdir: Path) -> None:

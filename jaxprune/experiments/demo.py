@@ -8,14 +8,13 @@ command resumes a demo that was stopped.
 """
 
 import argparse
-import json
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from jaxprune import logs, reports
+from jaxprune import files, logs, reports
+from jaxprune.experiments.command import read_summary
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
 CONFIG = "digits_resnet8"
@@ -72,15 +71,15 @@ def parse() -> argparse.Namespace:
 def compare(folder: Path) -> str:
     """Writes the plots; returns the table of both runs and the paths of the plots."""
     summaries = {
-        label: json.loads((folder / name / "summary.json").read_text())
-        for name, (label, _) in RUNS.items()
+        label: read_summary(folder / name, ROWS) or {} for name, (label, _) in RUNS.items()
     }
     histories = {
         label: logs.read_records(folder / name / "metrics.jsonl")
         for name, (label, _) in RUNS.items()
     }
     reports.plot_training(histories, folder / "training.png")
-    shutil.copyfile(folder / "agip" / "densities.png", folder / "densities.png")
+    with files.replacing(folder / "densities.png", "wb") as file:
+        file.write((folder / "agip" / "densities.png").read_bytes())
     rows = [
         {"what": title} | {label: form.format(run[key]) for label, run in summaries.items()}
         for key, (title, form) in ROWS.items()

@@ -1,15 +1,21 @@
 """The network of a configuration: as a module, as pure functions, and the channels that it has."""
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from jaxprune import models, structure, training, trees
+from jaxprune import files, models, structure, training, trees
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.sources import Source
+from jaxprune.files import schemas
+
+_WIDTH = schemas.whole(low=1)
+_WIDTHS = schemas.record(
+    {"stem": _WIDTH, "blocks": schemas.each(schemas.each(_WIDTH))},
+    optional={"head": schemas.maybe(_WIDTH)},
+)
 
 
 class Network(NamedTuple):
@@ -38,12 +44,30 @@ def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
     model = getattr(models, config.model)(
         num_classes=source.num_classes,
         in_channels=source.image_shape[-1],
-        widths=models.Widths(**json.loads(config.widths)) if config.widths else None,
+        widths=read_widths(config.widths) if config.widths else None,
         dtype=config.dtype,
         rngs=nnx.Rngs(seed),
     )
     model.train()
     return model
+
+
+def read_widths(text: str) -> models.Widths:
+    """Parses the widths of a configuration.
+
+    Raises:
+        ValueError: they are no JSON, or no `models.Widths`.
+
+    Example:
+        >>> read_widths('{"stem": 4, "blocks": [[2, 4]]}').stem
+        4
+    """
+    try:
+        widths = files.parse_json(text.encode())
+        _WIDTHS(widths, "it")
+    except ValueError as error:
+        raise ValueError(f"`widths` must be JSON as in summary.json: {error}") from error
+    return models.Widths(**widths)
 
 
 def pure_functions(model: nnx.Module) -> structure.FromNNX:

@@ -5,7 +5,8 @@
     python scripts/train.py digits_resnet8 --help      # lists every option with its value there
 
 `python -m jaxprune.experiments.train` is the same command without a checkout. You can stop a run at
-any time; the same command resumes it and ends with the same numbers. It writes into --workdir:
+any time; the same command resumes it and ends with the same numbers. A run that is stopped ends
+with status 130 (Ctrl-C) or 143 (SIGTERM). It writes into --workdir:
 
     config.json     the resolved configuration
     metrics.jsonl   one record a line: loss, accuracy, sparsity, speed, test accuracy
@@ -34,14 +35,15 @@ import numpy as np
 import tyro
 
 import jaxprune
-from jaxprune import checkpoints, processes, training, trees
-from jaxprune.experiments import results
+from jaxprune import checkpoints, files, processes, training, trees
+from jaxprune.experiments import command, results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
 from jaxprune.experiments.optimizer import rewarmed
 from jaxprune.experiments.pruning import pruning_of
 from jaxprune.experiments.stages import Stages, refused_updates, unranked_groups
+from jaxprune.files import schemas
 from jaxprune.logs import MetricsLog, show_progress
 
 # A run ends after this number of steps at which a due mask update was refused.
@@ -56,26 +58,41 @@ OUTPUTS = (
     "metrics.jsonl", "checkpoints", "tensorboard", "config.json",
 )  # fmt: skip
 # Of checkpoints. 1: before 0.1.0; names in the optimizer state and the record of a stage changed.
-FORMAT = 2
+# 2: their records had no checksum.
+FORMAT = 3
+_NUMBERS = schemas.table(schemas.maybe(schemas.number))
+# What this command says of a checkpoint, besides what `structure.Shrinking` checks itself.
+RECORD = schemas.record(
+    {
+        "config": schemas.table(schemas.anything),
+        "stage": schemas.anything,
+        "seconds": schemas.finite,
+        "cpu_seconds": schemas.finite,
+    },
+    optional={"peaks": _NUMBERS, "records": schemas.whole()},
+    more=True,
+)
 
 
 def train(config: Config) -> dict[str, Any]:
     """Trains one run, from the configuration to the summary; resumes one that was stopped."""
     run = Run(config)
-    summary = run.open()
-    if summary is not None:
-        return summary
-    state = run.restore()
-    with run.logging():
-        state = run.loop(state)
-    run.close(state)
-    return results.write(run, state)
+    with run.locked():
+        summary = run.open()
+        if summary is not None:
+            return summary
+        state = run.restore()
+        with run.logging():
+            state = run.loop(state)
+        run.close(state)
+        return results.write(run, state)
 
 
 class Run:
     """One training run in its folder: what it has reached, and how it is saved.
 
-    The methods are called in this order: `open`, `restore`, `loop` inside of `logging`, `close`.
+    The methods are called in this order, inside of `locked`: `open`, `restore`, `loop` inside of
+    `logging`, `close`.
 
     Args:
         config: the configuration.
@@ -92,17 +109,35 @@ class Run:
         self.refused = 0  # steps at which a mask update was refused, up to the last record
         self.stuck = 0  # steps in a row at which it was refused
         self.expected = 0  # records of metrics up to the step that it starts from
+        self.lock: files.Lock | None = None  # of the folder, on the first process
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs away from the folder, which is made if it does not exist."""
+        with contextlib.ExitStack() as stack:
+
+            def lock() -> None:
+                checkpoints.check_writable(self.workdir)
+                self.lock = stack.enter_context(files.locked(self.workdir, "`workdir`"))
+
+            with plain_errors():
+                processes.on_first(lock)
+            yield
+
+    def check_folder(self) -> None:
+        """Raises if the folder is not the one that was locked."""
+        if self.lock is not None:
+            self.lock.check()
 
     def open(self) -> dict[str, Any] | None:
         """Checks the folder and builds the experiment; returns the summary of a finished run."""
         config, workdir = self.config, self.workdir
         with plain_errors():
-            checkpoints.check_writable(workdir)
             processes.check_same(self.options | {"mesh": config.mesh})
             if config.overwrite:
                 processes.on_first(lambda: delete_run(workdir))
-            saved = processes.on_first(lambda: checkpoints.read_json(workdir / "config.json"))
-            summary = processes.on_first(lambda: checkpoints.read_json(workdir / "summary.json"))
+            saved = processes.on_first(lambda: command.read_config(workdir))
+            summary = processes.on_first(lambda: command.read_summary(workdir))
             if saved is not None:
                 check_same_run(saved, self.options, workdir)
             if summary is not None:
@@ -120,21 +155,16 @@ class Run:
         """Returns the state of the newest checkpoint, or a new one, and compiles its step."""
         experiment, workdir = self.experiment, self.workdir
         with plain_errors():
-            self.manager, record = checkpoints.open_manager(workdir / "checkpoints"), None
-            if self.manager.latest_step() is not None:
-                record = checkpoints.read_record(self.manager)
-                saved = self.images | record["config"] | record
-                check_same_run(saved, self.options | self.images, workdir)
-            self.stages = Stages(experiment, None if record is None else record["stage"])
-            if record is None:
+            checkpoints.delete_unfinished(workdir / "checkpoints")
+            self.manager = checkpoints.open_manager(workdir / "checkpoints")
+            state = checkpoints.read_newest(self.manager, self.read, say=processes.say)
+            if state is None:
+                self.stages = Stages(experiment)
                 state = experiment.create(self.config.seed)
                 # Methods that are sparse from the start have masks already.
                 params = jaxprune.apply_masks(state.params, self.masks(state))
                 state = state._replace(params=params)
             else:
-                state, record = checkpoints.restore(self.manager, self.stages.like())
-                self.earlier = np.array([record[name] for name in SECONDS])
-                self.peaks, self.expected = record.get("peaks", {}), record.get("records", 0)
                 processes.say(f"{workdir}: resumes at step {int(state.step)}")
             self.stages.begin(state)
         path = self.workdir / "config.json"
@@ -142,18 +172,32 @@ class Run:
         self.start, self.refused = int(state.step), refused_updates(state)
         return state
 
+    def read(self, step: int) -> training.TrainState:
+        """Reads a checkpoint: its state, and what else a run continues with."""
+        where = f"checkpoint {self.workdir / 'checkpoints' / str(step)}"
+        record = checkpoints.read_record(self.manager, step)
+        RECORD(record, f"{where}: its record")
+        saved = self.images | record["config"] | record
+        check_same_run(saved, self.options | self.images, self.workdir)
+        self.stages = Stages(self.experiment, record["stage"])
+        state, _ = checkpoints.restore(self.manager, self.stages.like(), step)
+        self.earlier = np.array([record[name] for name in SECONDS])
+        self.peaks, self.expected = record.get("peaks", {}), record.get("records", 0)
+        return state
+
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Opens what a run writes while it trains, and listens to signals."""
         is_first, steps = processes.is_first(), self.experiment.steps
-        with (
-            show_progress(self.config.model, steps, self.start, write=is_first) as self.show,
-            MetricsLog(
-                self.workdir, self.start, expected=self.expected, write=is_first
-            ) as self.metrics,
+        with contextlib.ExitStack() as stack:
+            with plain_errors():
+                log = MetricsLog(self.workdir, self.start, expected=self.expected, write=is_first)
+            self.metrics = stack.enter_context(log)
+            show = show_progress(self.config.model, steps, self.start, write=is_first)
+            self.show = stack.enter_context(show)
             # With several processes JAX handles SIGTERM, so that all of them stop.
-            checkpoints.stop_signals(*processes.signals()) as self.stopped,
-        ):
+            stop = checkpoints.stop_signals(*processes.signals())
+            self.stopped = stack.enter_context(stop)
             yield
 
     def loop(self, state: training.TrainState) -> training.TrainState:
@@ -194,7 +238,23 @@ class Run:
             processes.say(
                 f"stopped and saved at step {int(state.step)}; the same command resumes from there"
             )
-            sys.exit(130 if signal.SIGINT in self.stopped else 0)
+            # As shells report a program that a signal ends: what comes after `&&` does not run.
+            sys.exit(128 + (signal.SIGINT if signal.SIGINT in self.stopped else signal.SIGTERM))
+        with plain_errors():
+            processes.on_first(self.check_complete)
+
+    def check_complete(self) -> None:
+        """Raises if files of the run are gone at its end."""
+        self.check_folder()
+        last = f"checkpoints/{self.experiment.steps}"
+        names = [name for name in ("config.json", "metrics.jsonl", last)
+                 if not (self.workdir / name).exists()]  # fmt: skip
+        if names:
+            raise ValueError(
+                f"`workdir` {self.workdir} has lost {', '.join(names)} while the run was going on: "
+                "something else deletes files there. Train again with `--overwrite`, or in a "
+                "different folder."
+            )
 
     # ---- while it trains
 
@@ -247,6 +307,7 @@ class Run:
         record |= {"stage": self.stages.to_record(), "peaks": self.peaks}
         record |= {"records": self.metrics.count}
         with timed(self.aside), plain_errors():
+            processes.on_first(self.check_folder)
             self.metrics.sync()  # a resumed run needs the records that this checkpoint counts
             checkpoints.save(self.manager, step, state, record)
 
@@ -273,9 +334,9 @@ def check_same_run(saved: Mapping[str, Any], options: Mapping[str, Any], workdir
     if saved.get("format", 1) != FORMAT:
         raise ValueError(
             f"`workdir` {workdir} holds a run of format {saved.get('format', 1)}, and this version "
-            f"reads format {FORMAT} (before 0.1.0 leaves of the optimizer state had other names, "
-            "see CHANGELOG.md); name another --workdir, or finish the run with the version that "
-            "began it"
+            f"reads format {FORMAT} (what checkpoints hold has changed, see CHANGELOG.md); name "
+            "another --workdir, finish the run with the version that began it, or replace it with "
+            "`--overwrite`"
         )
     try:
         checkpoints.check_config(saved, options, str(workdir))
@@ -305,10 +366,17 @@ def timed(durations: list[Any]) -> Iterator[None]:
         durations.append(clock() - began)
 
 
+def is_run(workdir: Path) -> bool:
+    """Tells whether a folder holds a run, or what a killed or damaged one has left."""
+    saved = workdir.glob("checkpoints/*/record/metadata")
+    return (workdir / "config.json").exists() or any(saved)
+
+
 def delete_run(workdir: Path) -> None:
     """Deletes the outputs of an earlier run and nothing else, if there is a run."""
-    for path in (workdir / name for name in OUTPUTS if (workdir / "config.json").exists()):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in [workdir / name for name in OUTPUTS if is_run(workdir)]:
+        is_folder = path.is_dir() and not path.is_symlink()
+        shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
 def sparsity_of(params: Any, masks: Any) -> float:
@@ -334,7 +402,8 @@ def main(args: Sequence[str] | None = None) -> None:
         processes.start(
             config.coordinator, config.processes, config.process, timeout=config.host_timeout
         )
-    with processes.lost_is_an_error():
+    # Wherever the system refuses something, such as room on a disk, it is the user's to mend.
+    with processes.lost_is_an_error(), plain_errors(OSError):
         train(config)
 
 

@@ -20,7 +20,7 @@ from jaxprune.rewinding._drivers import (
     rewind_weights,
 )
 from jaxprune.rewinding._rounds import retrain, train_dense
-from jaxprune.rewinding._stages import Options, Prune
+from jaxprune.rewinding._stages import Options, Prune, read_round
 from jaxprune.rewinding._steps import hold, set_step, steps_of
 from jaxprune.rewinding._tasks import (
     Guard,
@@ -46,6 +46,7 @@ __all__ = [
     "lottery_ticket",
     "prune_globally",
     "random_masks",
+    "read_round",
     "reinitialize",
     "retrain",
     "retrain_dense",

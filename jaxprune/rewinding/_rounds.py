@@ -5,7 +5,7 @@ import operator
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from jaxprune import trees
 from jaxprune.masks import get_masks, set_masks
@@ -167,8 +167,10 @@ def _check_options(options: Options) -> None:
     if options.get("save_every", 1) < 1:
         raise ValueError(f"`save_every` must be at least 1, but is {options.get('save_every')}.")
     name = options.get("name", "a")
-    if name in ("", "dense") or Path(name).name != name:
-        raise ValueError(f"`name` must be a folder name other than `dense`; got {name!r}.")
+    if not _is_folder_name(name):
+        raise ValueError(
+            f"`name` must be a folder name other than `dense`, `.` and `..`; got {name!r}."
+        )
     if not (isinstance(options.get("rule", "a"), str) and options.get("rule", "a")):
         raise ValueError(f"`rule` must be a text that names `prune`; got {options.get('rule')!r}.")
     if not trees.is_rule(options.get("prune", _tasks.prune_globally)):
@@ -176,6 +178,13 @@ def _check_options(options: Options) -> None:
             f"`prune` must be a function, but is a tree ({type(options.get('prune')).__name__}). "
             "If it holds scores, give `functools.partial(jaxprune.prune, score=...)`."
         )
+
+
+def _is_folder_name(name: Any) -> bool:
+    """Tells whether a name is that of a folder of rounds, and leads nowhere else."""
+    if not isinstance(name, str) or name in ("", ".", "..", "dense"):
+        return False
+    return not any(char in name for char in ("/", "\\", "\0"))
 
 
 def _rehearse(task: Task, prune: Prune, density: float) -> None:

@@ -5,12 +5,15 @@ Each training is a stage with a separate folder:
     stage.json      its history, see `_history.py`; a folder with a different history is an error
     checkpoints/    the newest one, and those that later stages need
     round.json      the result; a stage that has it is skipped
+
+Both JSON files have a version and a checksum. A stage is locked while it is trained.
 """
 
 import contextlib
 import math
+import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
@@ -18,12 +21,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checkpoints, processes, stats, trees
+from jaxprune import checkpoints, files, processes, stats, trees
+from jaxprune.files import schemas
 from jaxprune.masks import apply_masks, get_masks, set_masks
 from jaxprune.rewinding import _tasks
 from jaxprune.rewinding._history import History, differences
 from jaxprune.rewinding._steps import set_step, steps_of
 from jaxprune.rewinding._tasks import Recipe, Round, Stopped, Task, get, replace
+
+_VERSION = 2  # of stage.json and round.json; 1 had neither version nor checksum
+_WHOLE = schemas.whole()
+_STAGE = schemas.record(
+    {"history": schemas.table(schemas.anything), "keep": schemas.each(_WHOLE, unique=True)}
+)
+_ROUND = schemas.record(
+    {
+        "method": schemas.text,
+        "number": _WHOLE,
+        "density": schemas.finite,
+        "score": schemas.finite,
+        "steps": _WHOLE,
+        "total_steps": _WHOLE,
+        "checkpoint_bytes": _WHOLE,
+        "note": schemas.text,
+    }
+)
 
 
 class Prune(Protocol):
@@ -78,12 +100,48 @@ def run(
     task: Task, stage: Stage, total_steps: int, options: Options, keep: Collection[int] = ()
 ) -> Round:
     """Returns the result of a stage: reads it if the stage is done, otherwise trains the stage."""
-    folder = stage.folder
+    folder, overwrite = stage.folder, options.get("overwrite", False)
     checkpoints.check_writable(folder)
-    keep = processes.on_first(lambda: claim(stage, keep, overwrite=options.get("overwrite", False)))
+    keep = processes.on_first(lambda: claim(stage, keep, overwrite=overwrite))
     if (result := read_result(stage)) is not None:
         return result
-    state = _train(task, stage, keep, options.get("save_every", 1000))
+    with locked_on_first(folder) as check:
+        if (result := read_result(stage)) is not None:  # another process finished it meanwhile
+            return result
+        return _finish(task, stage, total_steps, options, keep, check)
+
+
+@contextlib.contextmanager
+def locked_on_first(folder: Path) -> Iterator[Callable[[], None]]:
+    """Locks the folder of a stage, once for all processes.
+
+    Yields:
+        A function that raises on all of them if the folder was deleted meanwhile.
+    """
+    held: list[files.Lock] = []
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            held.append(stack.enter_context(files.locked(folder, "the stage")))
+
+        def check() -> None:
+            processes.on_first(lambda: [own.check() for own in held])
+
+        processes.on_first(lock)
+        yield check
+
+
+def _finish(
+    task: Task,
+    stage: Stage,
+    total_steps: int,
+    options: Options,
+    keep: Collection[int],
+    check: Callable[[], None],
+) -> Round:
+    """Trains a stage and writes its result; `check` tells whether its folder is still there."""
+    folder = stage.folder
+    state = _train(task, stage, keep, options.get("save_every", 1000), check)
     score = float(task.evaluate(state))
     done = Round(
         method=options.get("name", "dense") if stage.before else "dense",
@@ -92,7 +150,7 @@ def run(
         score=processes.on_first(lambda: score),  # all processes must decide alike
         steps=stage.recipe.steps,
         total_steps=total_steps,
-        checkpoint_bytes=processes.on_first(lambda: _bytes(folder / "checkpoints")),
+        checkpoint_bytes=_bytes(state) * len(saved_steps(stage)),
     )
     if not math.isfinite(done.score):
         raise ValueError(
@@ -100,13 +158,17 @@ def run(
         )
     if hook := options.get("on_round"):
         hook(done, state)
+    check()
     write_result(stage, done)
     return done
 
 
-def _train(task: Task, stage: Stage, keep: Collection[int], every: int) -> Any:
+def _train(
+    task: Task, stage: Stage, keep: Collection[int], every: int, check: Callable[[], None]
+) -> Any:
     """Trains a stage to its end, from its newest checkpoint if it has one; returns the state."""
     like, stop = task.init(0), stage.recipe.schedule_from + stage.recipe.steps
+    checkpoints.delete_unfinished(stage.folder / "checkpoints")
     opened = checkpoints.open_manager(stage.folder / "checkpoints", keep=1, always=keep)
     with contextlib.closing(opened) as manager:
         step, state = _start_or_restore(task, stage, manager, like)
@@ -116,9 +178,11 @@ def _train(task: Task, stage: Stage, keep: Collection[int], every: int) -> Any:
                 state = task.train(state, step, due, stage.number)
             except Stopped as stopped:
                 _check_trained(stage, stopped.state, step, stopped.step)
+                check()
                 checkpoints.save(manager, stopped.step, stopped.state, {})
                 raise
             _check_trained(stage, state, step, due)
+            check()
             checkpoints.save(manager, due, state, {})
             step = due
     return state
@@ -126,11 +190,14 @@ def _train(task: Task, stage: Stage, keep: Collection[int], every: int) -> Any:
 
 def _start_or_restore(task: Task, stage: Stage, manager: Any, like: Any) -> tuple[int, Any]:
     """Returns step and state of the newest checkpoint of a stage, or those that it starts from."""
-    step = manager.latest_step()
-    if step is None:
+
+    def read(step: int) -> tuple[int, Any]:
+        return step, checkpoints.restore(manager, _abstract(like), step)[0]
+
+    found = checkpoints.read_newest(manager, read)
+    if found is None:
         return stage.recipe.schedule_from, _placed(_begin(task, stage, like), like)
-    state, _ = checkpoints.restore(manager, _abstract(like), step)
-    return step, _placed(state, like)
+    return found[0], _placed(found[1], like)
 
 
 def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
@@ -140,10 +207,18 @@ def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
         The steps whose checkpoints are kept: `keep`, and those that earlier calls asked for.
     """
     folder, path = stage.folder, stage.folder / "stage.json"
-    saved = checkpoints.read_json(path)
-    if saved is None and any((folder / name).exists() for name in ("round.json", "checkpoints")):
-        saved = {}  # files of an unknown training
-    if saved is not None and (lines := differences(saved.get("history"), stage.history)):
+    try:
+        saved, lines = read_sealed(path, _STAGE), []
+        read_round(folder / "round.json")  # raises if it is damaged
+        if saved is None and any((folder / n).exists() for n in ("round.json", "checkpoints")):
+            saved = {}  # files of an unknown training
+        if saved is not None:
+            lines = differences(saved.get("history"), stage.history)
+    except ValueError as error:
+        if not overwrite:
+            raise
+        saved, lines = None, [str(error)]
+    if lines:
         if not overwrite:
             trees.raise_for(
                 lines,
@@ -151,7 +226,8 @@ def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
                 "different `workdir` or `name`, or replace that run with `overwrite=True`. It "
                 "differs in:",
             )
-        shutil.rmtree(folder)
+        with files.locked(folder, "the stage"):
+            shutil.rmtree(folder)
         folder.mkdir()
         saved = None
     past = _steps_in(folder)
@@ -162,24 +238,65 @@ def claim(stage: Stage, keep: Collection[int], *, overwrite: bool) -> list[int]:
             f"that step and kept {past}. Use a different `workdir` or delete that folder, and call "
             f"`train_dense(task, workdir, keep={keep})` before the drivers."
         )
-    checkpoints.write_json(path, {"history": stage.history, "keep": keep})
+    now = {"history": stage.history, "keep": keep}
+    if saved != now:
+        write_sealed(path, now)
     return keep
 
 
 def write_result(stage: Stage, done: Round) -> None:
     """Marks a stage as done."""
-    _write(stage.folder / "round.json", done._asdict())
+    processes.on_first(lambda: write_sealed(stage.folder / "round.json", done._asdict()))
 
 
 def read_result(stage: Stage) -> Round | None:
     """Reads the result of a stage; None before it is done."""
-    result = processes.on_first(lambda: checkpoints.read_json(stage.folder / "round.json"))
-    return None if result is None else Round(**result)
+    found = processes.on_first(lambda: read_round(stage.folder / "round.json"))
+    return None if found is None else Round(*found)
 
 
-def _write(path: Path, value: Any) -> None:
-    """Writes JSON, once for all processes."""
-    processes.on_first(lambda: checkpoints.write_json(path, value))
+def read_round(path: str | os.PathLike[str]) -> Round | None:
+    """Reads the result of a stage from its file.
+
+    Args:
+        path: the file `round.json` in the folder of the stage.
+
+    Returns:
+        The `Round`; None if there is no such file.
+
+    Raises:
+        ValueError: if the file is damaged or of a different version.
+
+    Example:
+        >>> from jaxprune import rewinding
+        >>> done = rewinding.train_dense(task, workdir)
+        >>> read_round(workdir / "dense" / "round.json") == done
+        True
+    """
+    content = read_sealed(Path(path), _ROUND)
+    return None if content is None else Round(**content)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON with the version and a checksum."""
+    checkpoints.write_json(path, files.seal({"version": _VERSION, **content}))
+
+
+def read_sealed(path: Path, schema: schemas.Schema) -> dict[str, Any] | None:
+    """Reads what `write_sealed` wrote, without the version; None if there is no such file."""
+    content = files.read_json(path)
+    if content is None:
+        return None
+    version = content.get("version", 1) if isinstance(content, dict) else 1
+    if version != _VERSION:
+        raise ValueError(
+            f"{path} is of version {str(version)[:60]}, but this jaxprune reads {_VERSION}: use a "
+            "different `workdir` or `name`, or replace that run with `overwrite=True`."
+        )
+    content = files.unseal(content, str(path))
+    del content["version"]
+    schema(content, str(path))
+    return content
 
 
 def saved_steps(stage: Stage) -> list[int]:
@@ -257,9 +374,15 @@ def _steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
-def _bytes(folder: Path) -> int:
-    """Sums the sizes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _bytes(state: Any) -> int:
+    """Sums the bytes of all arrays; those of files would differ from run to run."""
+
+    def size(leaf: Any) -> int:
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return jax.random.key_data(leaf).nbytes
+        return jnp.size(leaf) * jnp.result_type(leaf).itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(state))
 
 
 def _abstract(state: Any) -> Any:

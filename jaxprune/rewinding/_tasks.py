@@ -121,7 +121,7 @@ class Round(NamedTuple):
     score: float  # result of `evaluate`
     steps: int  # steps of this round
     total_steps: int  # steps of all training up to this network, the dense training included
-    checkpoint_bytes: int  # bytes on disk of the checkpoints kept at its end
+    checkpoint_bytes: int  # bytes of the arrays in the checkpoints kept at its end
     note: str = ""  # the warning of the guard
 
 

@@ -1,25 +1,29 @@
 """Writes and reads one small file for parameters and masks.
 
-A file is an uncompressed NumPy archive (`.npz`) of two arrays. `manifest` is JSON as bytes: the
+A file is an uncompressed NumPy archive (`.npz`) of two arrays of bytes. `manifest` is JSON: the
 format, its version and, for each leaf, path, dtype, shape, the number of weights that its mask
 keeps (null for the scalar mask True) and a CRC-32. `data` holds the bytes of the leaves one after
-another: the mask, one bit per weight (left out if it keeps all or nothing), then the kept values in
-row-major order, little-endian. A separate array for each leaf would cost some 250 bytes more.
+another: the mask, one bit per weight (left out if it keeps all), then the kept values in row-major
+order, little-endian. A separate array for each leaf would cost some 250 bytes more.
+
+A mask that keeps nothing has its bits, too: so the weights of a leaf are at most eight times the
+bytes of the file, and no small file makes `load` take much memory. (Version 1 left them out.)
 """
 
 import contextlib
 import json
 import math
 import os
-import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import files, trees
+from jaxprune.files import schemas
 from jaxprune.storage._leaves import (
     is_stored,
     jax_array,
@@ -30,7 +34,23 @@ from jaxprune.storage._leaves import (
 )
 
 _FORMAT = "jaxprune.storage"
-_VERSION = 1
+_VERSION = 2
+_ARRAYS = {"manifest": ("uint8", ("bytes of the manifest",)), "data": ("uint8", ("bytes",))}
+_SIZE = schemas.whole()
+_ROW = {
+    "path": schemas.text,
+    "dtype": schemas.text,
+    "shape": schemas.each(_SIZE),
+    "kept": schemas.maybe(_SIZE),
+    "crc32": schemas.whole(high=2**32 - 1),
+}
+_MANIFEST = schemas.record(
+    {
+        "format": schemas.one_of(_FORMAT),
+        "version": schemas.one_of(_VERSION),
+        "leaves": schemas.each(schemas.record(_ROW)),
+    }
+)
 
 File = str | os.PathLike[str] | BinaryIO
 
@@ -96,7 +116,7 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
         have the scalar mask True. A 64-bit leaf is a NumPy array unless `jax_enable_x64` is set.
 
     Raises:
-        ValueError: if the file is damaged, has a different format or a newer version; if its leaves
+        ValueError: if the file is damaged or has a different format or version; if its leaves
             are not those of `like` (it lists all that are missing, unknown, or of a different shape
             or dtype); or if, without `like`, a path is a leaf and a dict at once.
 
@@ -113,13 +133,16 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
     name = str(path) if is_path else repr(path)
     with open(path, "rb") if is_path else contextlib.nullcontext(path) as stream:
         try:
-            leaves = _decode(stream)
-        # Damaged bytes may raise anything: zipfile alone raises eight kinds of errors.
-        except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"`path` {name} cannot be read: {reason}") from error
+            rows, data = _read(stream)
+        except ValueError as error:
+            raise ValueError(f"`path` {name} cannot be read: {error}") from error
     if like is not None:
-        _check_like(leaves, like, name)
+        _check_like(rows, like, name)
+    try:
+        leaves = _decode(rows, data)
+    except ValueError as error:
+        raise ValueError(f"`path` {name} cannot be read: {error}") from error
+    if like is not None:
         build = jax.tree.structure(like).unflatten
         order = [_restored(leaves.get(path), old) for path, old in trees.leaf_by_path(like).items()]
         return build([values for values, _ in order]), build([mask for _, mask in order])
@@ -135,7 +158,7 @@ def _encode(params: Any, masks: Any) -> dict[str, np.ndarray]:
     for path, (values, mask) in masked_leaves(params, masks).items():
         dense = mask.ndim < values.ndim or (masks is None and not _pays(values, mask))
         kept = values.size if dense else int(np.count_nonzero(mask))
-        bits = pack_mask(mask if 0 < kept < values.size else np.ones(0, bool))
+        bits = pack_mask(mask if kept < values.size else np.ones(0, bool))
         # Boolean indexing copies; avoid that for a dense leaf.
         raw = (values if kept == values.size else values[mask]).reshape(-1).view(np.uint8)
         rows.append(
@@ -151,47 +174,94 @@ def _encode(params: Any, masks: Any) -> dict[str, np.ndarray]:
     manifest = {"format": _FORMAT, "version": _VERSION, "leaves": rows}
     text = json.dumps(manifest, separators=(",", ":"))
     data = np.concatenate([np.empty(0, np.uint8), *pieces])
-    return {"manifest": np.array(text.encode()), "data": data}
+    return {"manifest": np.frombuffer(text.encode(), np.uint8), "data": data}
 
 
-def _decode(file: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Maps paths to values and masks; a damaged file may raise any error."""
-    with zipfile.ZipFile(file) as archive:
-        manifest = json.loads(_member(archive, "manifest").item())
-        if manifest.get("format") != _FORMAT:
-            raise ValueError(f"its format is {manifest.get('format')!r}, not {_FORMAT!r}")
-        if manifest["version"] > _VERSION:
-            raise ValueError(
-                f"its version is {manifest['version']}, newer than {_VERSION}: update jaxprune"
-            )
-        data = _member(archive, "data")
-    leaves, start, damaged = {}, 0, []
+class _Row(NamedTuple):
+    """What the manifest says of a leaf, and where its bytes lie."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    kept: int | None
+    crc32: int
+    start: int  # of the bits of the mask
+    middle: int  # of the values
+    stop: int
+
+    def kind(self) -> str:
+        """Returns dtype and shape, as errors show them."""
+        return f"{self.dtype.name}{list(self.shape)}"
+
+
+def _read(stream: Any) -> tuple[dict[str, _Row], np.ndarray]:
+    """Reads a file: the rows of its manifest by path, held against the bytes that are there."""
+    arrays = files.read_arrays(stream, _ARRAYS)
+    manifest, data = files.parse_json(arrays["manifest"].tobytes()), arrays["data"]
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != _VERSION and isinstance(version, int) and manifest.get("format") == _FORMAT:
+        newer = "update jaxprune" if version > _VERSION else "save it again with this jaxprune"
+        raise ValueError(f"its version is {version}, but this jaxprune reads {_VERSION}: {newer}")
+    _MANIFEST(manifest, "its manifest")
+    rows: dict[str, _Row] = {}
+    start = 0
     for row in manifest["leaves"]:
-        dtype, shape, kept = np.dtype(row["dtype"]), tuple(row["shape"]), row["kept"]
-        size = math.prod(shape)
+        path, shape, kept = row["path"], tuple(row["shape"]), row["kept"]
+        dtype, size = _dtype(row["dtype"], path), math.prod(shape)
         count = size if kept is None else kept
-        bits = -(-size // 8) if 0 < count < size else 0
-        piece = data[start : start + bits + count * dtype.itemsize]
-        start += bits + count * dtype.itemsize
-        if zlib.crc32(piece.data) != row["crc32"]:
-            damaged.append(row["path"])
-            continue
-        mask = unpack_mask(piece[:bits], shape) if bits else np.full(shape, count > 0)
-        values = piece[bits:].copy().view(dtype)  # a copy is aligned, a slice may not be
-        if count < size:
-            kept_values, values = values, np.zeros(size, dtype)
-            values[mask.reshape(-1)] = kept_values
-        leaves[row["path"]] = values.reshape(shape), np.array(True) if kept is None else mask
-    trees.raise_for(damaged, "the checksums of these leaves differ from when they were saved:")
+        if count > size or path in rows:
+            what = "occurs twice" if path in rows else f"keeps {count} of {size} weights"
+            raise ValueError(f"its leaf {ascii(path)} {what}")
+        middle = start + (-(-size // 8) if count < size else 0)
+        stop = middle + count * dtype.itemsize
+        rows[path] = _Row(path, dtype, shape, kept, row["crc32"], start, middle, stop)
+        start = stop
     if start != data.size:
         raise ValueError(f"it holds {data.size} bytes of data, but its leaves take {start}")
-    return leaves
+    return rows, data
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Reads one array of an archive; `numpy.load` would mistake other kinds of file for pickles."""
-    with archive.open(f"{name}.npy") as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+def _dtype(name: str, path: str) -> np.dtype:
+    """Returns the dtype of numbers or bools with a name; `np.dtype` knows many other kinds."""
+    try:
+        dtype = np.dtype(name)
+    except Exception as error:  # TypeError, SyntaxError and others
+        raise ValueError(f"its leaf {ascii(path)} has the dtype {ascii(name)[:60]}") from error
+    is_known = dtype.kind == "b" or jnp.issubdtype(dtype, jnp.number)
+    if not is_known or dtype.name != name or dtype.char in "gG":
+        raise ValueError(f"its leaf {ascii(path)} has the dtype {ascii(name)[:60]}")
+    return dtype
+
+
+def _decode(rows: dict[str, _Row], data: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Maps paths to values and masks."""
+    trees.raise_for(
+        [
+            row.path
+            for row in rows.values()
+            if zlib.crc32(data[row.start : row.stop].data) != row.crc32
+        ],
+        "the checksums of these leaves differ from when they were saved:",
+    )
+    return {path: _leaf(row, data) for path, row in rows.items()}
+
+
+def _leaf(row: _Row, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns values and mask of a leaf."""
+    # A copy is aligned, a slice may not be.
+    values = data[row.middle : row.stop].copy().view(row.dtype)
+    if row.dtype.kind == "b" and values.view(np.uint8).max(initial=0) > 1:
+        raise ValueError(f"its leaf {ascii(row.path)} has bools that are neither 0 nor 1")
+    if row.kept is None:
+        return values.reshape(row.shape), np.array(True)
+    if row.start == row.middle:
+        return values.reshape(row.shape), np.ones(row.shape, bool)
+    mask = unpack_mask(data[row.start : row.middle], row.shape)
+    if np.count_nonzero(mask) != row.kept:
+        raise ValueError(f"its leaf {ascii(row.path)} has another number of weights than its mask")
+    whole = np.zeros(row.shape, row.dtype)
+    whole[mask] = values
+    return whole, mask
 
 
 def _pays(values: np.ndarray, mask: np.ndarray) -> bool:
@@ -211,7 +281,7 @@ def _restored(saved: tuple[np.ndarray, np.ndarray] | None, like: Any) -> tuple[A
     return placed_like(values, like), placed_like(mask, like)
 
 
-def _check_like(leaves: dict[str, tuple[np.ndarray, np.ndarray]], like: Any, name: str) -> None:
+def _check_like(rows: dict[str, _Row], like: Any, name: str) -> None:
     """Raises unless the leaves are those of `like`."""
 
     def kind(leaf: Any) -> str:
@@ -221,7 +291,7 @@ def _check_like(leaves: dict[str, tuple[np.ndarray, np.ndarray]], like: Any, nam
     places = trees.places(like)
     stored = {path: leaf for path, leaf in trees.leaf_by_path(like).items() if is_stored(leaf)}
     wanted = {path: kind(leaf) for path, leaf in stored.items()}
-    seen = {path: kind(v) for path, (v, _) in leaves.items() if places.get(path, ...) is not None}
+    seen = {path: row.kind() for path, row in rows.items() if places.get(path, ...) is not None}
     bad = [f"{path}: missing in the file" for path in wanted if path not in seen]
     bad += [f"{path}: only in the file" for path in seen if path not in wanted]
     bad += [

@@ -34,7 +34,8 @@ from jaxprune.structure._fitting import Fit
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
 from jaxprune.structure._nnx import FromNNX, from_nnx
 from jaxprune.structure._optimizer import CompactedState, compact_state
-from jaxprune.structure._plans import Plan, load_plan, plan_of
+from jaxprune.structure._plan_files import load_plan, plan_of
+from jaxprune.structure._plans import Plan
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
 from jaxprune.structure._shrinking import Shrinking, Stage
 from jaxprune.structure._switching import (

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,9 @@ from jaxprune.structure._traces import (
     split,
     trace_function,
 )
-from jaxprune.structure._values import Graph, Split
+from jaxprune.structure._values import Graph
 
-_VERSION = 2
+VERSION = 3  # of what `to_dict` returns; 2 had no checksum
 
 
 class Plan(NamedTuple):
@@ -394,9 +394,9 @@ class Plan(NamedTuple):
         return worst
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain Python values, ready for `json.dumps`; `plan_of` reads them."""
-        return {
-            "version": _VERSION,
+        """Returns plain Python values with a checksum, ready for `json.dumps`; see `plan_of`."""
+        content = {
+            "version": VERSION,
             "order": list(self.model.shapes),  # survives a writer that sorts the keys of `leaves`
             "parameters": sorted(self.model.parameters),
             "consumers": sorted(self.model.consumers),
@@ -410,6 +410,7 @@ class Plan(NamedTuple):
                 for name, shape in self.model.shapes.items()
             },
         }
+        return files.seal(content)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; `load_plan` reads it.
@@ -419,72 +420,3 @@ class Plan(NamedTuple):
         """
         with files.replacing(path) as file:
             file.write(json.dumps(self.to_dict(), indent=1) + "\n")
-
-
-def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
-    """Makes a plan from the values of `Plan.to_dict`.
-
-    Args:
-        content: these values, before or after a trip through JSON.
-        where: the name of `content` in errors.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: if `content` is not such a dict, or has a different version.
-
-    Example:
-        >>> model = Model({"w": (2,)}, frozenset())
-        >>> plan_of(Plan(model, {"w": [np.array([True, False])]}).to_dict()).shape("w")
-        (1,)
-    """
-    try:
-        version = content["version"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{where} is not a plan of jaxprune: {error}") from error
-    if version != _VERSION:
-        raise ValueError(f"{where} is a plan of version {version}; this jaxprune reads {_VERSION}")
-    order = content.get("order", list(content["leaves"]))  # consumers and factors index into it
-    shapes = {name: tuple(content["leaves"][name]["shape"]) for name in order}
-    model = Model(
-        shapes,
-        frozenset(content["parameters"]),
-        frozenset((index, dimension) for index, dimension in content["consumers"]),
-        frozenset(content["caches"]),
-        tuple((Split(node, tuple(sizes)), factor) for node, sizes, factor in content["factors"]),
-    )
-    kept = {}
-    for name, shape in shapes.items():
-        kept[name] = [np.ones(size, bool) for size in shape]
-        for own, removed in zip(kept[name], content["leaves"][name]["removed"], strict=True):
-            own[removed] = False
-    return Plan(model, kept)
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Reads a plan from a file.
-
-    Args:
-        path: a file written by `Plan.save`.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: if it is not such a file, or has a different version.
-        OSError: if it cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> model = Model({"w": (2,)}, frozenset())
-        >>> file = tempfile.mkdtemp() + "/plan.json"
-        >>> Plan(model, {"w": [np.array([True, False])]}).save(file)
-        >>> load_plan(file).shape("w")
-        (1,)
-    """
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not a plan of jaxprune: {error}") from error
-    return plan_of(content, str(path))

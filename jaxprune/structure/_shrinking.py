@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
+from jaxprune.files import schemas
 from jaxprune.structure._allocation import count_parameters
 from jaxprune.structure._groups import Groups
-from jaxprune.structure._plans import Plan, plan_of
+from jaxprune.structure._plan_files import plan_of
+from jaxprune.structure._plans import Plan
 from jaxprune.structure._switching import (
     Network,
     Policy,
@@ -18,6 +20,23 @@ from jaxprune.structure._switching import (
     masked_channels,
     pays,
     shrink,
+)
+
+_WHOLE, _STEP = schemas.whole(), schemas.maybe(schemas.whole())
+_COMING = {
+    "step": _WHOLE,
+    "phase": _WHOLE,
+    "keep": schemas.maybe(schemas.table(schemas.each(_WHOLE, unique=True))),
+}
+_SWITCH = {"step": _WHOLE, "cost": schemas.number, "cost_before": schemas.number}
+_RECORD = schemas.record(
+    {
+        "plan": schemas.anything,  # see `plan_of`
+        "phase": _WHOLE,
+        "cut": _STEP,
+        "history": schemas.each(schemas.record(_SWITCH, more=True)),
+        "coming": schemas.maybe(schemas.record(_COMING)),
+    }
 )
 
 
@@ -277,7 +296,8 @@ class Shrinking:
         return next(value for at, value in reversed(self.phases.items()) if at <= step)
 
     def _check_record(self, record: Mapping[str, Any]) -> None:
-        """Raises if a record is of a run with other phases or of another network."""
+        """Raises if a record is damaged, or of a run with other phases or of another network."""
+        _RECORD(record, "`record`")
         coming, count = record["coming"], len(self.phases)
         last = max(own["phase"] for own in (record, coming) if own is not None)
         if last >= count:
@@ -291,6 +311,13 @@ class Shrinking:
                 f"`record` is of another network: it keeps channels of {sorted(kept)}, but "
                 f"`groups` has {sorted(groups)}."
             )
+        for name, own in (kept or {}).items():
+            size = groups[name].size
+            schemas.each(schemas.whole(high=size - 1))(own, f"`record`: `coming/keep/{name}`")
+        if record["cut"] is not None:
+            schemas.whole(high=self.steps)(record["cut"], "`record`: `cut`")
+        if (record["plan"] is None) != (record["cut"] is None):
+            raise ValueError("`record` must have both `plan` and `cut`, or neither")
 
     # ---- what comes next
 

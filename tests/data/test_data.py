@@ -311,6 +311,20 @@ def test_damaged_prepared_data_is_an_error_with_the_fix(tiny, tmp_path):
         records.write_bytes(damaged)
         with pytest.raises(ValueError, match="cannot be read .*: delete this folder"):
             data.load("fashion_mnist")
+    records.write_bytes(whole)
+    for name in ("dataset_info.json", "features.json"):
+        path = records.with_name(name)
+        content, refused = path.read_bytes(), 0
+        for damaged in (content[: len(content) // 2], b"", b"[1]", b"\xff"):
+            path.write_bytes(damaged)
+            try:
+                assert_loaded(data.load("fashion_mnist"), arrays)  # TFDS did not need it
+                cache.unlink()
+            except ValueError as error:
+                assert "delete this folder and load again" in str(error)
+                refused += 1
+        assert refused or name != "dataset_info.json"
+        path.write_bytes(content)
     records.unlink()
     with pytest.raises(ValueError, match="cannot be read .*: delete this folder"):
         data.load("fashion_mnist")

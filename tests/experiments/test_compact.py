@@ -18,7 +18,17 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxprune import checkpoints, data, models, reports, sharding, storage, structure, training
+from jaxprune import (
+    checkpoints,
+    data,
+    files,
+    models,
+    reports,
+    sharding,
+    storage,
+    structure,
+    training,
+)
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.network import pure_functions
 from jaxprune.experiments.studies import compaction, compaction_results, networks
@@ -102,6 +112,7 @@ def test_networks_of_another_training_are_refused(dense, finished, script, tmp_p
     record = json.loads((again / "checkpoints" / "30" / "record" / "metadata").read_text())
     path = sorted(record["leaves"])[0]
     record["leaves"][path][-1] += 1  # the checksum of a leaf
+    record = files.seal({name: record[name] for name in ("record", "leaves")})
     (again / "checkpoints" / "30" / "record" / "metadata").write_text(json.dumps(record))
     before = records(finished[0])
     code, text = script.go(again, *OPTIONS, "--workdir", finished[0])

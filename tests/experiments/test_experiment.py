@@ -1,6 +1,7 @@
 """Parts of an experiment: images that grow, micro-batches, rates after a cut, held-out images."""
 
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import data, patterns, structure, training
-from jaxprune.experiments import experiment, optimizer, pruning, sources
+from jaxprune import data, models, patterns, structure, training
+from jaxprune.experiments import experiment, network, optimizer, pruning, sources
 from jaxprune.experiments.config import CONFIGS
 
 
@@ -120,3 +121,26 @@ def test_the_average_of_parameters(config):
 def test_patterns_by_name(config, name, shape, expected):
     rule = pruning.pattern_of(dataclasses.replace(config, pattern=name))
     assert (rule("kernel", jnp.zeros(shape)) if callable(rule) else rule) == expected
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ('{"stem": 4', "Expecting"),
+        ("[4]", "it must be an object, but is list"),
+        ('{"stem": 4}', "it must have `blocks`, but has `stem`"),
+        ('{"stem": 0, "blocks": []}', "`stem` must be a whole number of at least 1, but is 0"),
+        ('{"stem": 4, "blocks": [[2, "4"]]}', "`blocks/0/1` must be a whole number"),
+        ('{"stem": 4, "blocks": [], "tail": 1}', "it must not have `tail`"),
+    ],
+)
+def test_widths_that_are_none_are_named(widths, message):
+    with pytest.raises(ValueError, match="`widths` must be JSON as in summary.json: ") as error:
+        network.read_widths(widths)
+    assert message in str(error.value)
+
+
+def test_widths_of_every_network_are_read_again():
+    for own in (models.Widths(4, ((2, 4), (3, 8))), models.Widths(4, ((2, 4),), 7)):
+        found = network.read_widths(json.dumps(own._asdict()))
+        assert json.dumps(found) == json.dumps(own)

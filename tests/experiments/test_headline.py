@@ -28,8 +28,11 @@ with open(folder.parent / "calls.jsonl", "a") as file:
     file.write(json.dumps({"run": folder.name, "args": sys.argv[1:], "cached": cached}) + chr(10))
 if folder.name in faults:
     sys.exit(3)
-(folder / "config.json").write_text(json.dumps(vars(args)))
 seed, steps = int(args.seed), int(args.steps)
+names = ("sparsity", "parts", "learning_rate")
+numbers = {name: json.loads(getattr(args, name) or "null") for name in names}
+config = vars(args) | {"seed": seed, "steps": steps} | numbers
+(folder / "config.json").write_text(json.dumps(config))
 small = args.compact or bool(args.widths)
 accuracy = 0.9 + 0.01 * seed - 0.02 * small - 0.001 * (100 - steps) * (args.method == "none")
 cost = 0.5 if small else 1.0 + seed

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxprune import files
 from jaxprune.experiments.studies import rewinding_results
 
 METHODS = ["rewind_weights", "fine_tune", "retrain_dense"]
@@ -96,7 +97,7 @@ def test_the_page_has_everything(workdir):
 
 def test_rounds_from_another_dense_network_are_left_out(workdir):
     """The dense network of seed 0 was trained again; so far only fine_tune started from it."""
-    dense = one("dense", 0, 1.0, 0.9, 60)
+    dense = files.seal({"version": 2, **one("dense", 0, 1.0, 0.9, 60)})
     (workdir / "seed-0" / "dense" / "round.json").write_text(json.dumps(dense))
     path = workdir / "seed-0" / "fine_tune.json"
     record = json.loads(path.read_text())

@@ -13,7 +13,7 @@ import pytest
 
 from jaxprune import reports
 from jaxprune.experiments import config as configs
-from jaxprune.experiments.studies import methods
+from jaxprune.experiments.studies import jobs, methods
 
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR")
 pytestmark = pytest.mark.scripts  # the stand-in runs in child processes
@@ -335,3 +335,12 @@ def test_a_folder_that_holds_another_run_than_its_name_says(name, other, message
     code = study.go(*GRID, "--seeds", "0", "1", *STEPS)
     assert "hold different runs from those that their names say" in code and message in code
     assert not _calls(study)
+
+
+def test_logs_of_runs_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / "log.txt").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="log.txt must be a file, but is a symbolic link to"):
+        jobs.start([sys.executable, "-c", "print(1)"], tmp_path, "run")
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxprune import files
 from jaxprune.experiments import train
 
 ROOT = Path(__file__).parents[2]
@@ -105,8 +107,11 @@ def test_killed_and_stopped_run_equals_an_uninterrupted_one(finished, environmen
     assert 10 in steps and STEPS not in steps
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
+    left = tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp"
+    left.mkdir()
     code, output = _interrupt(tmp_path, environment, 33, signal.SIGTERM)
-    assert code == 0
+    assert code == 128 + signal.SIGTERM  # `train.py && next` ends here
+    assert not left.exists() and not (tmp_path / ".lock").exists()
     assert re.search("resumes at step [123]0\n", output)
     assert "stopped and saved at step" in output
 
@@ -174,7 +179,9 @@ def test_a_run_of_an_earlier_format_is_refused_by_name(finished, tmp_path, capsy
     path.write_text(json.dumps(saved))
     before = _modified(tmp_path / "run")
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "run"))
-    assert "holds a run of format 1" in message and "CHANGELOG" in message
+    assert (
+        "holds a run of format 1" in message and "--overwrite" in message and "CHANGELOG" in message
+    )
     assert _modified(tmp_path / "run") == before
 
 
@@ -197,21 +204,106 @@ def test_overwrite_deletes_nothing_where_no_run_was(tmp_path):
     assert (tmp_path / "checkpoints").exists()
 
 
-def test_corrupt_checkpoint_is_reported(finished, environment, tmp_path, capsys):
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 1}'])
+def test_overwrite_deletes_a_run_whose_configuration_is_lost(content, finished, tmp_path):
+    workdir, path = tmp_path / "run", tmp_path / "run" / "config.json"
+    shutil.copytree(finished[0], workdir)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("")
+    shutil.rmtree(workdir / "tensorboard")
+    (workdir / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    train.delete_run(workdir)
+    assert list(workdir.iterdir()) == []
+    assert (tmp_path / "elsewhere" / "mine").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1, "a": 2}', "\udcff", "[" * 10_000])
+def test_damaged_records_of_a_run_are_named(name, content, finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    message = _error(capsys, *OPTIONS, "--workdir", str(workdir))
+    assert f"error: {workdir / name}" in message
+
+
+def test_one_run_at_a_time_uses_a_folder(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    before = _modified(workdir)
+    with files.locked(workdir):
+        message = _error(capsys, *OPTIONS, "--workdir", str(workdir), "--overwrite")
+    assert f"error: `workdir` {workdir} is in use by process {os.getpid()} on " in message
+    assert "wait until it ends, end it, or use a different folder" in message
+    assert _modified(workdir) == before
+    (workdir / ".lock").write_text("of a run that was killed")
+    train.main([*OPTIONS, "--workdir", str(workdir)])
+    assert "is finished" in capsys.readouterr().out
+    assert _modified(workdir) == before
+
+
+@pytest.mark.parametrize("part", ["state", "record"])
+def test_a_half_deleted_checkpoint_is_left_for_the_one_before(
+    part, finished, environment, tmp_path
+):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "summary.json").unlink()
-    (file,) = (workdir / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS) / part)
+    output = _run(workdir, environment)
+    assert f"checkpoint {workdir}/checkpoints/{STEPS} is corrupt (" in output
+    assert f"it was renamed to {STEPS}.damaged, and the one before it is used.\n" in output
+    assert f"resumes at step {STEPS - 10}\n" in output
+    assert _checkpoint(workdir) == _checkpoint(finished[0])
+    assert _metrics(workdir) == _metrics(finished[0])
+
+
+def test_corrupt_checkpoints_are_reported(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "summary.json").unlink()
+    for step in (STEPS - 10, STEPS):
+        path = workdir / "checkpoints" / str(step) / "record" / "metadata"
+        content = path.read_text()
+        assert '"next_index": ' in content
+        path.write_text(content.replace('"next_index": ', '"next_index": 1', 1))
     before = _modified(workdir)
     message = _error(capsys, *OPTIONS, "--workdir", str(workdir))
-    assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt" in message
-    assert "move it away to continue from the checkpoint before it" in message
+    assert f"error: checkpoint {workdir}/checkpoints/{STEPS} is corrupt (" in message
+    assert "its record is damaged: its content does not have its checksum" in message
     assert _modified(workdir) == before
 
-    (workdir / "checkpoints" / str(STEPS)).rename(tmp_path / "away")
-    assert "resumes at step" in _run(workdir, environment)
-    assert _checkpoint(workdir) == _checkpoint(finished[0])
+
+@pytest.mark.parametrize("gone", ["", "metrics.jsonl", "checkpoints"])
+def test_a_folder_that_is_deleted_in_mid_run_is_an_error(gone, finished, tmp_path, capsys):
+    """After the last checkpoint or before it; the run must not end as if all were well."""
+    workdir = tmp_path / "run"
+    _cut(finished, workdir, lambda text: text)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    command = [*OPTIONS, "--workdir", str(workdir)]
+    loop = train.Run.loop
+
+    def deletes(self, state):
+        if gone != "checkpoints":
+            path = workdir / gone
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        state = loop(self, state)
+        if gone == "checkpoints":
+            shutil.rmtree(workdir / gone)
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "loop", deletes)
+        message = _error(capsys, *command)
+    expected = "was deleted, moved or replaced while it was in use"
+    if gone:
+        name = f"checkpoints/{STEPS}" if gone == "checkpoints" else gone
+        expected = f"has lost {name} while the run was going on"
+    assert f"error: `workdir` {workdir} {expected}" in message
+    assert not (workdir / "summary.json").exists()
 
 
 def _cut(finished, workdir, keep):
@@ -257,6 +349,24 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
     message = _error(capsys, *OPTIONS, "--workdir", str(tmp_path / "file"))
     assert "error: `folder`" in message
     assert "cannot be written" in message
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "message"),
+    [
+        (1, "File too large: "),
+        (60, "/checkpoints/10 cannot be written (ValueError: OUT_OF_RANGE: Error writing"),
+    ],
+)
+def test_a_full_disk_is_one_line(kilobytes, message, finished, environment, tmp_path):
+    """No file may be longer; Orbax and its threads would print hundreds of lines."""
+    del finished  # it has compiled the programs, which would be too large as well
+    command = ["bash", "-c", f'ulimit -f {kilobytes} && exec "$@"', "-", *_command(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    line = done.stderr
+    assert line.startswith("error: ") and message in line and str(tmp_path) in line
+    assert len(line) < 1000 and not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.slow

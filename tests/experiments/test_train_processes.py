@@ -104,8 +104,9 @@ def test_two_processes_train_as_one_does(alone, start, tmp_path, mesh, signals):
         codes, outputs = ends(children, timeout=120)
         if number == signal.SIGKILL:  # the other one notices
             assert codes[0] != 0 and codes[1] == -signal.SIGKILL
+            assert outputs[0].count("error: ") == 1 and "stack trace" not in outputs[0]
         else:
-            assert codes == [0, 128 + number], outputs
+            assert codes == [128 + signal.SIGTERM, 128 + number], outputs  # it is passed on so
             assert "stopped and saved at step" in outputs[0] and outputs[1].count("step") == 0
         assert not (tmp_path / "summary.json").exists()
 
@@ -146,6 +147,42 @@ with command.plain_errors():
     processes.start(timeout=10)
 print(jax.process_index(), "of", jax.process_count())
 """
+
+
+# Does nothing that another process could make fail, until one of them is killed.
+IDLE = """
+import os, signal, sys, time
+from jaxprune import processes
+
+print("first", file=sys.stderr)
+processes.start(sys.argv[1], 2, int(sys.argv[2]), timeout=10)
+print("second", file=sys.stderr)
+print("up", flush=True)
+if sys.argv[2] == sys.argv[3]:
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("lost", [0, 1])
+def test_when_a_host_dies_the_others_end_with_one_line(lost, environment):
+    """JAX aborts them from a thread of C++, which prints its stack."""
+    address = f"127.0.0.1:{free_port()}"
+    words = [sys.executable, "-c", IDLE, address]
+    children = [
+        subprocess.Popen([*words, str(process), str(lost)], env=environment, **PIPES)
+        for process in range(2)
+    ]
+    codes, outputs = ends(children, timeout=60)
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] != 0
+    lines = outputs[1 - lost].splitlines()
+    assert sorted(lines[:3]) == ["first", "second", "up"]
+    assert lines[3:] == [
+        "error: a different process of this run ended: see what it printed. The newest checkpoint "
+        "is complete; run the same command on all hosts to continue from there."
+    ]
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):

@@ -66,11 +66,12 @@ MAY_IMPORT = {
     "checks": {"masks", "processes", "stacks", "trees"},
     "training": {"masks", "sharding", "trees"},
     "checkpoints": {"files", "processes"},
-    "logs": {"checkpoints"},
+    "logs": {"checkpoints", "files"},
     "reports": {"files", "processes", "stacks", "storage", "structure", "trees"},
     "rewinding": {
         "budgets",
         "checkpoints",
+        "files",
         "masks",
         "one_shot",
         "processes",

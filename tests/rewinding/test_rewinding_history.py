@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune
-from jaxprune import budgets, rewinding, scores
+from jaxprune import budgets, files, rewinding, scores
 from jaxprune.rewinding import _history
 from jaxprune.rewinding._words import describe
 
@@ -190,7 +190,12 @@ def test_a_history_of_another_kind_is_refused(tmp_path):
     driven(make_task(), tmp_path)
     record = {"history": [f"dense training of {STEPS} steps"], "keep": []}
     (tmp_path / "dense" / "stage.json").write_text(json.dumps(record))
-    refused(make_task(), tmp_path)
+    with pytest.raises(ValueError, match=r"stage.json is of version 1, .* or replace that run"):
+        driven(make_task(), tmp_path)
+    record = files.seal({"version": 2, **record})
+    (tmp_path / "dense" / "stage.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="`history` must be an object, but is list"):
+        driven(make_task(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import checkpoints, models, storage, structure, training
+from jaxprune import checkpoints, files, models, storage, structure, training
 from jaxprune.experiments import command, results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import Config
@@ -71,8 +71,10 @@ def main(args: Sequence[str] | None = None) -> None:
         settings |= {f"compact.py --{name}": getattr(options, name) for name in SHARED}
         words = ["python", "scripts/compact.py", *args]
         path = options.workdir / "config.json"
-        command.record_command(path, settings, words, check=check)
-        compare(options, runs, cells, sources)
+        checkpoints.check_writable(options.workdir)
+        with files.locked(options.workdir, "`workdir`"):
+            command.record_command(path, settings, words, check=check)
+            compare(options, runs, cells, sources)
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -119,7 +121,7 @@ def read_runs(options: argparse.Namespace) -> list[tuple[Path, Config]]:
     """Reads the dense runs and their configurations; the error lists all that is wrong."""
     problems, runs = [], []
     for path in options.runs:
-        saved = checkpoints.read_json(path / "config.json")
+        saved = command.read_config(path)
         if saved is None:
             problems.append(f"{path}: holds no run of scripts/train.py")
         elif not (path / "summary.json").exists():

@@ -7,11 +7,28 @@ from typing import Any
 from jaxprune import checkpoints, reports
 from jaxprune.experiments import command
 from jaxprune.experiments.studies import tables
+from jaxprune.files import schemas
 
 NOTE = """Before: accuracy on the test images of the cut network, not yet trained on; accuracy:
 after it. SD: sample standard deviation over seeds. Relative: to the dense network of the same seed
 that was trained on as long. MACs: of one image. Step: seconds of a training step; step ratio: to
 the dense network's, timed in turns with it."""
+
+_FIGURES = (
+    "accuracy", "parameters", "macs", "dense_macs", "seconds_per_step", "dense_seconds_per_step",
+    "budget", "seed",
+)  # fmt: skip
+NETWORK = schemas.record(
+    {
+        "name": schemas.text,
+        "score": schemas.text,
+        "accuracy_before": schemas.maybe(schemas.number),
+        "difference": schemas.maybe(schemas.number),
+        "device": schemas.text,
+        **dict.fromkeys(_FIGURES, schemas.finite),
+    },
+    more=True,
+)
 
 
 def write_results(workdir: Path, scores: Sequence[str]) -> list[dict[str, Any]]:
@@ -26,6 +43,8 @@ def write_results(workdir: Path, scores: Sequence[str]) -> list[dict[str, Any]]:
     """
     found = {path.parent.name: path for path in sorted(workdir.glob("*/summary.json"))}
     records = {name: checkpoints.read_json(path) for name, path in found.items()}
+    for name, record in records.items():
+        NETWORK(record, str(found[name]))
     # A copy of a folder, or one that was never moved to its place, is not one more network.
     runs = [record for name, record in records.items() if record["name"] == name]
     if not runs:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprune import checkpoints, logs, reports
+from jaxprune import logs, reports
 from jaxprune.experiments import command
 from jaxprune.experiments.studies import jobs, ray_jobs, tables
 
@@ -162,7 +162,7 @@ def study(options: argparse.Namespace) -> None:
 
     def finished(name: str) -> str | None:
         write_results(workdir)
-        summary = checkpoints.read_json(workdir / name / "summary.json")
+        summary = command.read_summary(workdir / name, NEEDS)
         if summary is None:
             return None
         return f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
@@ -215,7 +215,7 @@ def check_arms(options: argparse.Namespace, seed: int, done: Summaries) -> None:
         if name not in done or not done.keys() >= set(arm.needs):
             continue
         folder = options.workdir / folder_of(name, seed)
-        saved, words = checkpoints.read_json(folder / "config.json") or {}, arm.options(done)
+        saved, words = command.read_config(folder) or {}, arm.options(done)
         for option, value in zip(words, words[1:], strict=False):
             had = saved.get(option.removeprefix("--"))
             if option in ("--widths", "--steps") and str(had) != value:
@@ -238,7 +238,7 @@ def summaries(workdir: Path, seed: int) -> dict[str, Any]:
     found, problems = {}, []
     for name in arms(levers=True):
         folder = workdir / folder_of(name, seed)
-        summary = checkpoints.read_json(folder / "summary.json")
+        summary = command.read_summary(folder, NEEDS)
         if summary is not None:
             records = logs.read_records(folder / "metrics.jsonl")
             if (lost := summary.get("records", 0) - len(records)) > 0:
@@ -312,6 +312,7 @@ FIGURES = {
     "bytes": "step_peak_bytes",
     "process_bytes": "process_peak_bytes",
 }
+NEEDS = (*FIGURES.values(), "device", "versions", "steps", "switches", "widths")
 
 
 def measured(

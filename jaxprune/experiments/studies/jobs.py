@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune import checkpoints
+from jaxprune import checkpoints, files
 
 # Yields name and exit code of each command that ended; closing it stops the others.
 Ends = Generator[tuple[str, int], None, None]
@@ -106,14 +106,18 @@ def run(
 def start(
     command: Sequence[str], workdir: Path, name: str, *, cached: bool = True
 ) -> subprocess.Popen[bytes]:
-    """Starts a command; raises if a child that outlived its parent is still running it."""
+    """Starts a command; raises if a child that outlived its parent is still running it.
+
+    Raises:
+        ValueError: such a child is there, or log.txt is a symbolic link.
+    """
     folder = workdir / name
     folder.mkdir(exist_ok=True)
     cache = str(workdir.absolute() / "compilation_cache")
     environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment |= {} if cached else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    with (folder / "log.txt").open("ab") as log:
+    with files.appending(folder / "log.txt") as log:
         try:  # the child inherits the locked file as its output: the lock lives as long as it does
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -22,12 +22,23 @@ from jaxprune import checkpoints, reports
 from jaxprune.experiments import command
 from jaxprune.experiments.config import Method
 from jaxprune.experiments.studies import headline, jobs, ray_jobs, tables
+from jaxprune.files import schemas
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
 METHODS = [name for name in get_args(Method) if name != "none"]
 # What may differ between runs of a study. The last three change no number.
 FREE = {"method", "sparsity", "seed", "workdir", "overwrite", "data_dir", "source_dir"}
 OWN = {"method", "sparsity", "seed", "workdir", "overwrite"}
+CONFIG = schemas.record(
+    {
+        "method": schemas.one_of(*get_args(Method)),
+        "sparsity": schemas.finite,
+        "seed": schemas.whole(),
+        "workdir": schemas.text,
+    },
+    more=True,
+)
+NEEDS = ("test_accuracy", "sparsity", "sparse_bytes", "dense_bytes", "device")
 NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds, in the same unit.
 Relative: to the dense run (method none) of the same seed. Bytes: of a file with the parameters."""
 
@@ -108,7 +119,7 @@ def check_runs(workdir: Path, runs: Mapping[str, Sequence[str]]) -> None:
     """Raises if a folder holds a different run from the one that its name says."""
     problems = []
     for name, words in runs.items():
-        saved = checkpoints.read_json(workdir / name / "config.json")
+        saved = command.read_config(workdir / name) or {}
         for option, wanted in zip(words[::2], words[1::2], strict=True) if saved else ():
             had = saved.get(option.removeprefix("--"))
             if (str(had) if isinstance(had, str | int) else f"{had}") != wanted:
@@ -140,7 +151,10 @@ def command_line(options: argparse.Namespace, name: str, own: list[str]) -> list
 
 def read_configs(workdir: Path) -> dict[str, dict[str, Any]]:
     """Reads folder -> configuration of all runs; raises if their training options differ."""
-    configs = {p.parent.name: checkpoints.read_json(p) for p in workdir.glob("*/config.json")}
+    folders = [path.parent for path in workdir.glob("*/config.json")]
+    configs = {folder.name: command.read_config(folder) or {} for folder in folders}
+    for name, config in configs.items():
+        CONFIG(config, str(workdir / name / "config.json"))
     for name, config in configs.items():
         first = next(iter(configs))
         fixed = {key: config.get(key) for key in {**config, **configs[first]} if key not in FREE}
@@ -152,7 +166,7 @@ def write_results(workdir: Path) -> dict[str, dict[str, Any]]:
     """Writes the results of all finished runs; returns folder -> record."""
     records = {}
     for name, config in read_configs(workdir).items():
-        summary = checkpoints.read_json(workdir / name / "summary.json")
+        summary = command.read_summary(workdir / name, NEEDS)
         if summary and Path(config["workdir"]).name == name:  # a copy of a run does not count
             target = 0.0 if config["method"] == "none" else config["sparsity"]
             run = {"method": config["method"], "target_sparsity": target, "seed": config["seed"]}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxprune
-from jaxprune import checkpoints
+from jaxprune import checkpoints, files
 from jaxprune.experiments.studies import jobs
 
 # Variables with these prefixes are taken from the program that asks for the run; all others, such
@@ -193,6 +193,6 @@ def exit_code(ray: Any, task: Any, folder: Path) -> int:
         raise error.cause from None
     except ray.exceptions.RayError as error:
         folder.mkdir(exist_ok=True)
-        with (folder / "log.txt").open("a") as log:
-            print(f"Ray lost this run: {error}", file=log)
+        with files.appending(folder / "log.txt") as log:
+            log.write(f"Ray lost this run: {error}\n".encode())
         return -signal.SIGKILL

@@ -263,7 +263,8 @@ def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[
     if max(early, to) >= steps:
         raise ValueError(f"--rewind-to or --schedule-to leaves none of the {steps} steps to train")
     processes.check_same({"the images": experiment.source.fingerprint()})
-    finished = [checkpoints.read_json(p)["steps"] for p in workdir.glob("**/round.json")]
+    rounds = [rewinding.read_round(path) for path in workdir.glob("**/round.json")]
+    finished = [one.steps for one in rounds if one is not None]
     total = round(trainings(options) * steps)
     device = f"{results.environment()['device']}, jax {jax.__version__}"
     progress = f"seed {config.seed}", total, sum(finished)

@@ -4,13 +4,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune import checkpoints, reports
+from jaxprune import checkpoints, reports, rewinding
 from jaxprune.experiments import command
 from jaxprune.experiments.studies import tables
+from jaxprune.files import schemas
 
 NOTE = """Accuracy: on the test images. SD: sample standard deviation over seeds. To dense: mean
 difference to the dense network of the same seed. To retrained: the same to retrain_dense after as
 many rounds. Compression: of the pruned leaves. Epochs: of all training that led to the network."""
+_ROUND = {
+    "method": schemas.text,
+    "note": schemas.text,
+    **dict.fromkeys(("number", "steps", "total_steps"), schemas.whole()),
+    **dict.fromkeys(("density", "score"), schemas.finite),
+}
+METHOD = schemas.record(
+    {
+        "seed": schemas.whole(),
+        "epoch": schemas.whole(low=1),
+        "device": schemas.text,
+        "rounds": schemas.each(schemas.record(_ROUND, more=True)),
+    },
+    more=True,
+)
 LOSSLESS = "largest compression without loss against dense"
 
 
@@ -26,6 +42,8 @@ def write_results(workdir: Path, methods: Iterable[str]) -> list[dict[str, Any]]
     """
     found = [path for name in methods for path in sorted(workdir.glob(f"seed-*/{name}.json"))]
     records = {path: checkpoints.read_json(path) for path in found}
+    for path, record in records.items():
+        METHOD(record, str(path))
     stale = [path for path, record in records.items() if is_stale(path, record)]
     records = [record for path, record in records.items() if path not in stale]
     if not records:
@@ -59,8 +77,8 @@ def write_results(workdir: Path, methods: Iterable[str]) -> list[dict[str, Any]]
 
 def is_stale(path: Path, record: Mapping[str, Any]) -> bool:
     """Whether a method started from a different dense network from the one that is there now."""
-    dense = checkpoints.read_json(path.parent / "dense" / "round.json")
-    return dense is not None and dense["score"] != record["rounds"][0]["score"]
+    dense = rewinding.read_round(path.parent / "dense" / "round.json")
+    return dense is not None and dense.score != record["rounds"][0]["score"]
 
 
 def aggregate(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

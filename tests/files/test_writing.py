@@ -170,3 +170,63 @@ def test_other_modes_are_refused(mode, tmp_path):
 def test_a_folder_that_is_missing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), files.replacing(tmp_path / "no" / "a"):
         pass
+
+
+# ---- what killed writers leave
+
+
+def old(path, content=""):
+    path.write_text(content)
+    os.utime(path, (0, 0))
+    return path
+
+
+def test_the_next_writer_deletes_what_killed_ones_left(tmp_path):
+    code = "0123456789abcdef" * 2
+    left = [old(tmp_path / f".a.{code}.tmp"), old(tmp_path / f".a.{code[::-1]}.tmp")]
+    others = [
+        old(tmp_path / name)
+        for name in (f".b.{code}.tmp", f".a.b.{code}.tmp", ".a.mine.tmp", f"a.{code}.tmp", ".a.tmp")
+    ]
+    (tmp_path / f".a.{'f' * 32}.tmp").symlink_to(others[0])
+    with files.replacing(tmp_path / "a") as file:
+        file.write("new")
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_what_is_being_written_is_left_alone(tmp_path):
+    with files.replacing(tmp_path / "a") as file:
+        file.write("first")
+        file.flush()
+        (mine,) = tmp_path.iterdir()
+        os.utime(mine, (0, 0))
+        with files.replacing(tmp_path / "a") as other:
+            other.write("second")
+        assert mine.exists() and (tmp_path / "a").read_text() == "second"
+    assert (tmp_path / "a").read_text() == "first"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_link_at_the_name_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "folder" / "a").symlink_to(tmp_path / "other")
+    with files.replacing(tmp_path / "folder" / "a") as file:
+        file.write("new")
+    assert (tmp_path / "other").read_text() == "mine"
+    assert (tmp_path / "folder" / "a").read_text() == "new"
+
+
+def test_appending_follows_no_link(tmp_path):
+    for text in (b"one\n", b"two\n"):
+        with files.appending(tmp_path / "log.txt") as file:
+            file.write(text)
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
+    (tmp_path / "link").symlink_to(tmp_path / "log.txt")
+    with pytest.raises(ValueError, match=r"link must be a file, but is a symbolic link to .*log"):
+        files.appending(tmp_path / "link")
+    with pytest.raises(FileNotFoundError):
+        files.appending(tmp_path / "no" / "log.txt")
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
