@@ -47,6 +47,7 @@ def channel_scores(
         arXiv:2407.14679, rank channels by the size of their activations.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxprune import structure
         >>> w = {"in": jnp.eye(2), "out": jnp.array([[1.0, 1.0], [0.0, 2.0]])}
         >>> def apply(w, x):
