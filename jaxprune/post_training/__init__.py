@@ -5,6 +5,7 @@ function of parameters and a batch. They find the inputs of each kernel in its j
 no hooks: Linen, NNX, Equinox and plain functions work alike.
 """
 
+from jaxprune.post_training._channels import channel_scores
 from jaxprune.post_training._inputs import (
     InputStatistics,
     gram,
@@ -17,6 +18,7 @@ from jaxprune.post_training._wanda import wanda
 
 __all__ = [
     "InputStatistics",
+    "channel_scores",
     "from_matrices",
     "gram",
     "input_statistics",

@@ -15,6 +15,7 @@ from jaxprune.training._steps import (
     make_evaluate,
     make_train_step,
 )
+from jaxprune.training._teaching import distillation, hidden_distance
 
 __all__ = [
     "Hook",
@@ -22,7 +23,9 @@ __all__ = [
     "average_parameters",
     "create_state",
     "cross_entropy",
+    "distillation",
     "fit",
+    "hidden_distance",
     "make_chunk_step",
     "make_evaluate",
     "make_train_step",
