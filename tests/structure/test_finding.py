@@ -552,7 +552,7 @@ def test_plan_files_of_other_versions(mlp, tmp_path):
     mlp.plan(halves(mlp), multiple=1).save(file)
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"version": 99}))
-    with pytest.raises(ValueError, match="a plan of version 99; this jaxprune reads 2"):
+    with pytest.raises(ValueError, match="a plan of version 99; this jaxprune reads 3"):
         structure.load_plan(file)
     file.write_text("{")
     with pytest.raises(ValueError, match="is not a plan of jaxprune"):
