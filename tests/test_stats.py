@@ -139,6 +139,13 @@ def test_first_moment_lists_leaves_with_no_momentum_or_two(name):
 # ---- all_finite
 
 
+def test_float64_beyond_float32_is_finite():
+    with jax.enable_x64(True):
+        assert bool(stats.all_finite([jnp.array([1e300, -2.0]), jnp.ones(2, jnp.float32)]))
+        assert not bool(stats.all_finite([jnp.array([1e300, -jnp.inf])]))
+        assert not bool(stats.all_finite([jnp.array([1e300, jnp.nan])]))
+
+
 def test_all_finite():
     assert bool(stats.all_finite({}))
     assert bool(stats.all_finite([jnp.zeros(3), jnp.array(3e38), jnp.zeros((0, 2))]))
