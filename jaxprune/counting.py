@@ -139,8 +139,9 @@ def _peak(leaf: jax.Array, axes: Axes) -> jax.Array:
     rest = tuple(axis for axis in range(leaf.ndim) if axis not in axes)
     if leaf.size == 0:
         return jnp.zeros(math.prod(leaf.shape[axis] for axis in axes), jnp.float32)
-    peak = jnp.max(jnp.abs(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))), axis=rest)
-    if peak.dtype != jnp.float32:  # what is finite remains finite
+    dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
+    peak = jnp.max(jnp.abs(leaf.astype(dtype)), axis=rest)
+    if dtype == jnp.float64:  # what is finite remains finite
         largest = float(np.finfo(np.float32).max)
         peak = jnp.where(jnp.isfinite(peak), jnp.minimum(peak, largest), peak)
     return peak.astype(jnp.float32).reshape(-1)
