@@ -206,7 +206,7 @@ def synflow(
     """
     flags = _floating(params)
     weights = [jnp.abs(jnp.asarray(leaf)) for leaf in trees.pick(params, flags)]
-    ones = _ones(shape_or_input, jnp.result_type(*weights))
+    ones = _ones(shape_or_input, _common(weights))
     total, pull = jax.vjp(lambda w: _total(apply(trees.put(params, flags, w), ones)), weights)
     size, (low, high) = jnp.abs(total), _signal_range(total.dtype)
     if not isinstance(size, jax.core.Tracer):
@@ -259,9 +259,20 @@ def _of_weights(
     return of_weights
 
 
+def _wide(dtype: Any) -> Any:
+    """Returns float32, or the type itself if it is wider; JAX promotes no type of 8 bits."""
+    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.dtype(jnp.float32)
+
+
+def _common(arrays: list[jax.Array]) -> Any:
+    """Returns the type that arrays have together; float32 if types of 8 bits are mixed with it."""
+    kinds = {x.dtype for x in arrays}
+    return kinds.pop() if len(kinds) == 1 else jnp.result_type(*map(_wide, kinds))
+
+
 def _product(weight: Any, slope: jax.Array) -> jax.Array:
     """Computes `weight * slope` in float32 or wider."""
-    dtype = jnp.promote_types(slope.dtype, jnp.float32)
+    dtype = _wide(slope.dtype)
     return jnp.asarray(weight, dtype) * slope.astype(dtype)
 
 
@@ -354,7 +365,7 @@ def _total(outputs: Any) -> jax.Array:
     if not floating:
         seen = [str(jnp.result_type(x)) for x in leaves]
         raise ValueError(f"`apply` must return a floating-point output, but returned {seen}.")
-    sums = [jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in floating]
+    sums = [jnp.sum(x.astype(_wide(x.dtype))) for x in floating]
     return sum(sums[1:], sums[0])
 
 

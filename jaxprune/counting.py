@@ -8,16 +8,17 @@ Counts are int32. A tree of 2**31 entries or more is counted in int64. This need
 """
 
 import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["count_kept", "exact", "peaks"]
+__all__ = ["count_kept", "exact", "for_devices", "peaks"]
 
 Axes = tuple[int, ...]
 
@@ -51,7 +52,7 @@ def count_kept(masks: Any, stacked: Sequence[Axes] | None = None) -> jax.Array:
         [2, 1]
     """
     leaves = jax.tree.leaves(masks)
-    groups = packs(stacks(leaves, stacked))
+    groups = packs(stacks(leaves, stacked), leaves)
     with exact(leaves):
         return of_layers(join(leaves, groups), groups, width_of(leaves))
 
@@ -155,7 +156,7 @@ class Pack(NamedTuple):
     layers: np.ndarray  # indices of the layers, in the order of the copies
 
 
-def packs(layouts: Sequence[Stack]) -> list[Pack]:
+def packs(layouts: Sequence[Stack], leaves: Sequence[Any]) -> list[Pack]:
     """Groups leaves of one layout, whose arrays `join` stacks.
 
     The loops of a selection then compile as those of a network with one leaf of each shape. Leaves
@@ -164,8 +165,9 @@ def packs(layouts: Sequence[Stack]) -> list[Pack]:
     """
     layers = layers_of(layouts)
     groups: dict[Any, list[int]] = {}
-    for index, stack in enumerate(layouts):
-        groups.setdefault(index if _may_be_sharded() else stack, []).append(index)
+    for index, (stack, leaf) in enumerate(zip(layouts, leaves, strict=True)):
+        key = index if _may_be_sharded() else (stack, jax.typeof(leaf).sharding)
+        groups.setdefault(key, []).append(index)
     return [
         Pack(
             tuple(members),
@@ -176,9 +178,38 @@ def packs(layouts: Sequence[Stack]) -> list[Pack]:
     ]
 
 
+_DEVICES = contextvars.ContextVar[int | None]("devices", default=None)
+
+
+@contextlib.contextmanager
+def for_devices(count: int) -> Iterator[None]:
+    """Inside, programs are traced for this number of devices, which need not be here.
+
+    A program that is compiled ahead of time is then the one that the other machine traces.
+
+    Args:
+        count: number of devices.
+
+    Example:
+        >>> with for_devices(256):
+        ...     _may_be_sharded()
+        True
+    """
+    token = _DEVICES.set(count)
+    try:
+        yield
+    finally:
+        _DEVICES.reset(token)
+
+
+def _device_count() -> int:
+    """Returns the number of devices that arrays may be split over."""
+    return _DEVICES.get() or jax.device_count()
+
+
 def _may_be_sharded() -> bool:
     """Returns whether an array may be on several devices, which a traced array does not tell."""
-    return jax.device_count() > 1
+    return _device_count() > 1
 
 
 def _joined(stack: Stack, number: int) -> Stack:
@@ -251,7 +282,7 @@ def _total_of_bits(flags: jax.Array, rest: Axes, dtype: Any) -> jax.Array:
         return flags.astype(dtype).reshape(-1)
     size, axis, columns = math.prod(flags.shape[i] for i in rest), rest[-1], flags.shape[rest[-1]]
     # Rows are split into as many parts as devices, so that each device packs only its own part.
-    parts = math.gcd(columns, jax.device_count())
+    parts = math.gcd(columns, _device_count())
     before, after = flags.shape[:axis], flags.shape[axis + 1 :]
     split = flags.reshape(*before, parts, columns // parts, *after)
     counts = jax.lax.population_count(jnp.packbits(split, axis=axis + 1))

@@ -76,7 +76,7 @@ def largest(
     allowed = [None] * len(leaves) if among is None else jax.tree.leaves(among)
     with counting.exact(leaves):
         width = counting.width_of(leaves)
-        packs = counting.packs(layouts)
+        packs = counting.packs(layouts, leaves)
         keys = [_keys(score, mask) for score, mask in zip(leaves, allowed, strict=True)]
         keys = counting.join(keys, packs)
         able = (

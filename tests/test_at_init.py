@@ -3,6 +3,7 @@
 import warnings
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -517,3 +518,22 @@ def test_input_and_output_of_synflow_must_make_sense():
         at_init.synflow(lambda p, x: p, jnp.ones(2), {"image": "8x8"})
     with pytest.raises(ValueError, match="`apply` must return a floating.* returned .'int32'"):
         at_init.synflow(lambda p, x: jnp.arange(2), jnp.ones(2), (1,))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_weights_of_eight_bits(dtype):
+    """Powers of two are exact in eight bits: the scores are those of float32."""
+    exact = {"in": jnp.array([[1.0, -2.0]]), "out": jnp.array([[-2.0], [4.0]])}
+    few = jax.tree.map(lambda w: w.astype(dtype), exact)
+
+    def apply(w, x):
+        w = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), w)
+        return (x.astype(jnp.float32) @ w["in"]) @ w["out"]
+
+    def loss(w):
+        return jnp.mean((apply(w, jnp.ones((3, 1))) - 1.0) ** 2)
+
+    for score in (at_init.snip(loss, few), at_init.synflow(apply, few, (1, 1))):
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(score))
+    wanted = at_init.synflow(apply, exact, (1, 1))
+    chex.assert_trees_all_close(at_init.synflow(apply, few, (1, 1)), wanted, rtol=0.1)

@@ -91,6 +91,23 @@ def taken(w, x):
     return jnp.einsum("tk,tkn->tn", x, jnp.take(w, CHOICE, axis=0))
 
 
+OUTSIDE = np.array([1, 9, -1, 0, -7, 3, 3])  # 9 and -7 are no experts; neither is -1, if so said
+
+
+def dropped(w, x):
+    """Tokens that no expert takes, as capacities of experts make them."""
+    picked = w.at[OUTSIDE].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return jnp.einsum("tk,tkn->tn", x, picked)
+
+
+def dropped_by_take(w, x):
+    return jnp.einsum("tk,tkn->tn", x, jnp.take(w, OUTSIDE, axis=0, mode="fill", fill_value=0))
+
+
+def clipped(w, x):
+    return jnp.einsum("tk,tkn->tn", x, jnp.take(w, OUTSIDE, axis=0, mode="clip"))
+
+
 def mapped(w, x):
     return jax.vmap(lambda row, i: row @ w[i])(x, jnp.asarray(CHOICE))
 
@@ -136,6 +153,9 @@ CASES = {
     "in jit": (in_jit, STACK, FORWARD),
     "experts": (experts, EXPERTS, chosen(CHOICE)),
     "taken": (taken, EXPERTS, chosen(CHOICE)),
+    "dropped": (dropped, EXPERTS, chosen(np.where(OUTSIDE == -1, 9, OUTSIDE))),
+    "dropped by take": (dropped_by_take, EXPERTS, chosen(np.where(OUTSIDE == -1, 3, OUTSIDE))),
+    "clipped": (clipped, EXPERTS, chosen(np.clip(OUTSIDE, 0, 3))),
     "mapped": (mapped, EXPERTS, chosen(CHOICE)),
     "top two": (
         top_two,

@@ -529,3 +529,27 @@ def test_among_is_matched_by_path():
 def test_among_needs_the_paths_and_shapes_of_the_scores():
     with pytest.raises(ValueError, match=r"`among` must have(.|\n)*1: missing"):
         selection.largest([jnp.ones(2), jnp.ones(3)], 1, among=[jnp.ones(2, bool)])
+
+
+def test_programs_for_other_devices_join_no_leaves(monkeypatch):
+    """As for an ahead-of-time compilation on a machine with one device."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    layouts = counting.stacks([jnp.ones((2, 3))] * 2, None)
+    leaves = [jnp.ones((2, 3))] * 2
+    assert len(counting.packs(layouts, leaves)) == 1
+    with counting.for_devices(4):
+        assert len(counting.packs(layouts, leaves)) == 2
+    assert len(counting.packs(layouts, leaves)) == 1
+
+
+def test_leaves_that_types_say_are_split_differently_are_not_joined(monkeypatch):
+    monkeypatch.setattr(counting, "_may_be_sharded", lambda: False)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
+    scores = [
+        jax.device_put(jnp.arange(6.0).reshape(2, 3) + i, NamedSharding(mesh, spec))
+        for i, spec in enumerate([P("x", None), P(None, "x"), P("x", None)])
+    ]
+    masks = selection.largest(scores, 4)
+    _equal(masks, largest([np.asarray(score) for score in scores], 4))
+    counts = counting.count_kept([score > 2 for score in scores])
+    assert counts.tolist() == [3, 4, 5]

@@ -533,6 +533,29 @@ def test_a_whole_path_means_one_leaf_alone():
     assert found == {"w": 1, "layer/b": 2}
 
 
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"layer1": 1, "layer[0-9]": 2}, 1),  # a wildcard has more characters, and says less
+        ({"layer[0-9]": 2, "layer1": 1}, 1),
+        ({"layer1": 1, "*/kernel": 2}, 1),
+        ({"layer*": 1, "l*": 2, "*": 3}, 1),
+        ({"*/kernel": 1, "*": 2}, 1),
+        ({"layer1/kernel": 1, "layer1": 2}, 1),
+        ({"layer1/kernel": 1, "*/kernel": 2}, 1),
+        ({"layer1": 3, "kernel": 3}, 3),
+    ],
+)
+def test_the_most_precise_name_decides(values, wanted):
+    paths = ["layer1/kernel", "layer2/kernel", "layer1/bias", "layer10/kernel"]
+    assert trees.by_name("budget", values, paths)["layer1/kernel"] == wanted
+
+
+def test_equally_precise_names_need_one_value():
+    with pytest.raises(ValueError, match="equally precise .*\n  layer1/kernel: layer1, kernel"):
+        trees.by_name("budget", {"layer1": 1, "kernel": 2}, ["layer1/kernel", "layer2/kernel"])
+
+
 NAMED = {
     "layer1": {"kernel": np.ones((2, 3)), "bias": np.ones(3), "norm": {"scale": np.ones((2, 2))}},
     "layer2": {"kernel": np.ones((3, 3)), "step": np.ones((2, 2), int)},

@@ -139,6 +139,13 @@ def by_layout(rule: BudgetRule, layouts: Mapping[str, Any]) -> BudgetRule:
         Budget(total=4096, floors=(2048, 2048))
     """
 
+    trees.check_function(
+        "rule",
+        rule,
+        "(shapes, sparsity) -> Budget",
+        "For sparsities by name, write `budgets.named({...}, budgets.by_layout(rule, layouts))`.",
+    )
+
     def kernels_of(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         kernels = {path: _kernel(path, shape, layouts) for path, shape in shapes.items()}
         problems = [

@@ -80,7 +80,7 @@ def rule_of(budget: Any, final: float, paths: Sequence[str]) -> BudgetRule:
     """Returns the budget rule of an argument `budget`.
 
     A dict gives the final sparsity of the leaves that its names mean (see `trees.means`): leaves,
-    modules or wildcards; where several names mean a leaf, the longest decides. All other leaves end
+    modules or wildcards; where several names mean a leaf, the most precise decides. All others end
     at the sparsity of the run. On the way there, each leaf has the same share of its final
     sparsity. A leaf keeps at least one weight.
 

@@ -218,8 +218,8 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
 
     Args:
         sparsities: largest sparsity of a leaf, in [0, 1), by name; 0 keeps the leaf dense. A name
-            is a path, a part of it, or has wildcards, see `trees.means`; the longest decides. The
-            path of a stacked leaf stands for all its copies, `layers/kernel[3]` for one of them.
+            is a path, a part of it, or has wildcards, see `trees.means`; the most precise decides.
+            The path of a stacked leaf stands for all its copies, `layers/kernel[3]` for one.
 
     Returns:
         A function `(shapes, sparsity) -> Budget`, whose floors add up to the total.

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 __all__ = ["Atom", "Pick", "View", "as_kernel", "picked", "reshaped", "same_values", "view_of"]
@@ -198,13 +199,23 @@ def _gathered(
     left = [() if i in cut else dim for i, dim in enumerate(view.dims)]
     kept = iter([dim for i, dim in enumerate(left) if i not in numbers.collapsed_slice_dims])
     dims = tuple(next(kept if place in numbers.offset_dims else over) for place in range(rank))
-    found = _at(view, cut, dims, [own.reshape(-1) for own in index], "gather")
+    drops = parameters["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    found = _at(view, cut, dims, [own.reshape(-1) for own in index], "gather", drops=drops)
     return None if found is None else [found]
 
 
-def _at(view: View, cut: Sequence[int], dims: tuple, index: Sequence[Any], by: str) -> View | None:
+def _at(
+    view: View,
+    cut: Sequence[int],
+    dims: tuple,
+    index: Sequence[Any],
+    by: str,
+    *,
+    drops: bool = False,
+) -> View | None:
     """Returns the view at an index [picks] for each axis that is cut.
 
+    An index out of range picks the nearest copy or, with `drops`, none, which is -1. The result is
     None if an earlier index and this one pick several copies each.
     """
     atoms, picks = (), jnp.zeros(index[0].shape if index else 1, jnp.int32)
@@ -214,7 +225,9 @@ def _at(view: View, cut: Sequence[int], dims: tuple, index: Sequence[Any], by: s
         atoms, picks = view.pick.atoms, view.pick.index + picks
     for axis, own in zip(cut, index, strict=True):
         size = math.prod(atom.size for atom in view.dims[axis])
-        picks = picks * size + jnp.clip(own.astype(jnp.int32), 0, size - 1)
+        own = own.astype(jnp.int32)
+        none = (picks < 0) | (drops & ((own < 0) | (own >= size)))
+        picks = jnp.where(none, -1, picks * size + jnp.clip(own, 0, size - 1))
         atoms = (*atoms, *view.dims[axis])
     return view._replace(dims=dims, pick=Pick(atoms, picks, by))
 

@@ -467,6 +467,7 @@ def masking_transform(
             # Outside `jit` the loops of the selection would be slow.
             masks = jax.jit(functools.partial(first, timetable))(weights)
             masks = list(map(meshes.placed_like, masks, weights))
+            masks = list(map(meshes.varying_like, masks, weights))
         return MaskState(**zero_counters(), masks=put_masks(params, flags, masks))
 
     @update_of(MaskState)

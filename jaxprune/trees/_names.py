@@ -114,7 +114,11 @@ change these:
 
 
 def by_name(argument: str, values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """Gives each path the value of the name that means it; where several do, of the longest.
+    """Gives each path the value of the name that means it; where several do, of the most precise.
+
+    A whole path is more precise than a part of it, a name without wildcards more than one with
+    them, and otherwise the name with more keys, such as `layer1/kernel` beside `layer1`. Of two
+    names with wildcards and as many keys, the one with more other characters is more precise.
 
     Args:
         argument: the name of the caller's argument, for errors.
@@ -125,29 +129,37 @@ def by_name(argument: str, values: Mapping[str, Any], paths: Sequence[str]) -> d
         Dict from path to value, in the order of the paths; paths that no name means are left out.
 
     Raises:
-        ValueError: if a name means no path, or two names of one length mean a path and have
+        ValueError: if a name means no path, or two equally precise names mean a path and have
             different values; it lists all of them.
 
     Example:
-        >>> by_name("budget", {"*": 0.5, "b/kernel": 0.9}, ["a/kernel", "b/kernel"])
-        {'a/kernel': 0.5, 'b/kernel': 0.9}
+        >>> by_name("budget", {"*": 0.5, "b": 0.9, "[a-c]": 0.7}, ["a/kernel", "b/kernel"])
+        {'a/kernel': 0.7, 'b/kernel': 0.9}
     """
     chosen, problems = {}, []
     for path, names in named(argument, values, paths).items():
-        longest = [name for name in names if len(name) == max(map(len, names))]
-        if path in names:
-            longest = [path]
-        if not longest:
+        if not names:
             continue
-        chosen[path] = values[longest[0]]
-        if any(values[name] != chosen[path] for name in longest):
-            problems.append(f"{path}: {', '.join(longest)}")
+        ranks = {name: _precision(name, path) for name in names}
+        best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
+        chosen[path] = values[best[0]]
+        if any(values[name] != chosen[path] for name in best):
+            problems.append(f"{path}: {', '.join(best)}")
     _paths.raise_for(
         problems,
-        f"`{argument}` must have one value for each leaf, but names of the same length give "
-        "different values to these; write a longer name for one of them:",
+        f"`{argument}` must have one value for each leaf, but names that are equally precise give "
+        "different values to these; write more of the path, as in layer1/kernel, for one of them:",
     )
     return chosen
+
+
+def _precision(name: str, path: str) -> tuple[Any, ...]:
+    """Returns how precisely a name means a path; of two names, the larger is more precise."""
+    without_sets, sets = re.subn(r"\[[^]]*\]", "", name)
+    literal = re.sub(r"[*?]", "", without_sets)
+    plain = literal == name
+    wild = (0, 0, 0) if plain else (len(literal), sets, without_sets.count("?"))
+    return name == path, plain, name.count("/"), wild
 
 
 def check_function(argument: str, value: Any, form: str, fix: str) -> None:

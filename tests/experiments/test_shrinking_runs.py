@@ -18,7 +18,7 @@ STEPS = 36
 OPTIONS = f"""digits_resnet8 --granularity channels --compact --sparsity 0.5 --steps {STEPS}
     --batch-size 16 --prune-start 0.11 --prune-stop 0.56 --prune-every 8 --switch-delay 4
     --switch-steps 0.1 --saving 0.05 --small-images 0.5 --small-until 0.4 --parts 2
-    --rewarm-steps 3 --eval-every 18 --eval-batch-size 360 --save-every 6
+    --rewarm-steps 3 --multiple 1 --eval-every 18 --eval-batch-size 360 --save-every 6
     --log-every 2""".split()
 WIDTHS = json.dumps({"stem": 8, "blocks": [[10, 8], [12, 14], [16, 18]]})
 

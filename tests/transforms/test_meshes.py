@@ -242,3 +242,23 @@ def test_shards_agree_on_counters_and_on_rates() -> None:
     assert (int(state.refused), int(state.mask_updates)) == (0, 2)
     densities = [mask.mean() for mask in kernels(jaxprune.get_masks(state))]
     np.testing.assert_allclose(state.densities, densities, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["set_transform", "rigl_transform", "random", "default"])
+def test_init_and_update_in_one_shard_map(name: str) -> None:
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    kernel = jax.random.normal(jax.random.key(0), (8, 8))
+    tx = TRANSFORMS[name]()
+
+    def run(kernel: Any) -> Any:
+        params = {"kernel": kernel}
+        state = tx.init(params)
+        for _ in range(5):
+            updates, state = tx.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["kernel"]
+
+    both = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(kernel)
+    alone = jnp.concatenate([jax.jit(run)(half) for half in jnp.split(kernel, 2)])
+    np.testing.assert_array_equal(both, alone)
+    assert (both == 0).any()

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune import data, programs, reports, sharding, structure, training, trees
+from jaxprune import counting, data, programs, reports, sharding, structure, training, trees
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.experiment import make_step, shapes_of_state
 from jaxprune.experiments.network import find_groups, make_model, pure_functions
@@ -147,7 +147,8 @@ def compile_step(
     places = jax.tree.map(lambda x: x.sharding, state)
     # As in training, but for unused arguments: all of them stay, to be told apart by position.
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere), keep_unused=True)
-    lowered = jitted.lower(*placed)
+    with counting.for_devices(mesh.size):
+        lowered = jitted.lower(*placed)
     began = time.perf_counter()
     compiled = lowered.compile(options)
     seconds = time.perf_counter() - began
