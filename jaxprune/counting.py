@@ -225,12 +225,19 @@ def join(leaves: Sequence[jax.Array], packs: Sequence[Pack]) -> list[jax.Array]:
     return [own[0] if len(own) == 1 else jnp.stack(own) for own in lists]
 
 
-def split(arrays: Sequence[jax.Array], packs: Sequence[Pack]) -> list[jax.Array]:
-    """Returns the leaves of the arrays that `join` makes, in their own order."""
+def split(
+    arrays: Sequence[jax.Array], packs: Sequence[Pack], numbers: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Returns the leaves of the arrays that `join` makes, in their own order.
+
+    `numbers` are 0, 1, 2, ... up to the largest number of members, as arrays.
+    """
     leaves = {}
     for array, pack in zip(arrays, packs, strict=True):
-        parts = [array] if len(pack.members) == 1 else [array[i] for i in range(array.shape[0])]
-        leaves.update(zip(pack.members, parts, strict=True))
+        if len(pack.members) == 1:
+            leaves[pack.members[0]] = array
+        for member, number in zip(pack.members, numbers if len(pack.members) > 1 else ()):
+            leaves[member] = jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
     return [leaves[index] for index in range(len(leaves))]
 
 

@@ -95,7 +95,7 @@ def largest(
         keep = jnp.clip(keep, counting.total(floors), counting.total(able))
         sizes = counting.sizes(layouts, width)
         masks = _select(keys, packs, width, sizes, keep, floors, able)
-    return jax.tree.unflatten(treedef, counting.split(masks, packs))
+    return jax.tree.unflatten(treedef, masks)
 
 
 def _check(scores: Any) -> None:
@@ -150,8 +150,9 @@ def _select(
 ) -> list[jax.Array]:
     """Finds where to cut each layer, in three passes that share one compiled loop.
 
-    Returns the masks of the packs. The last of the three passes makes them, but all three compute
-    them: compiled programs that differ in a constant, as slices of one array do, are not shared.
+    Returns the masks of the leaves. The last of the three passes makes them, but all three compute
+    them, and the numbers of the leaves in a pack pass through the loop. XLA:CPU compiles equal
+    programs once, and those of N leaves differ if they hold a constant or what follows from one.
 
     1. *Common key* finds one key for all layers, at which `keep` entries or a few more are kept.
     2. *Floors* lowers the key in the layers whose floor asks for more.
@@ -174,7 +175,7 @@ def _select(
     everything = jnp.full_like(able, np.iinfo(width.count).max)
 
     def search(step: jax.Array, carry: Any) -> Any:
-        cut, above, share, _ = carry
+        cut, above, share, _, numbers = carry
         common, ties = step == 0, step == 2
         start = _Bracket(
             low=jnp.where(ties, zero.astype(width.place), width.place(_NAN)),
@@ -201,14 +202,19 @@ def _select(
         new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, cut)
         above = jnp.where(active, found.at_high, above)
         share = jnp.where(common, _shares(new.kept, above, keep, floors), share)
-        return new, above, share, _masks(keys, packs, new.key, new.last)
+        # Counts are not negative, which XLA does not know.
+        numbers = [number + (new.kept[0] < 0) for number in numbers]
+        return new, above, share, _masks(keys, packs, new.key, new.last), numbers
 
     nothing = _Cut(jnp.full_like(able, _TOP, dtype=width.place), everything, zero)
     # The floors alone may be enough. Until its share is known, a layer may keep all its entries.
     share = jnp.where(counting.total(floors) >= keep, zero, able)
     masks = [jnp.zeros_like(key, bool) for key in keys]
-    start = meshes.varying_like((nothing, zero, share, masks), keys, keep, floors, able)
-    return jax.lax.fori_loop(0, 3, search, start)[-1]
+    most = max(len(pack.members) for pack in packs)
+    numbers = [jnp.int32(number) for number in range(most if most > 1 else 0)]
+    start = meshes.varying_like((nothing, zero, share, masks, numbers), keys, keep, floors, able)
+    *_, masks, numbers = jax.lax.fori_loop(0, 3, search, start)
+    return counting.split(masks, packs, numbers)
 
 
 def _shares(reached: jax.Array, above: jax.Array, keep: jax.Array, floors: jax.Array) -> jax.Array:
