@@ -105,11 +105,12 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def set_step(state: Any, step: int, done: int) -> Any:
-    """Moves a pruning state to a step of its calendar."""
+def set_step(state: Any, step: int, done: int, *, due: bool) -> Any:
+    """Moves a pruning state to a step of its calendar, at which its mask update is due or done."""
     if not optax.tree.get_all_with_path(state, "prune_step"):
         return state
-    return optax.tree.set(state, prune_step=jnp.int32(step), mask_updates=jnp.int32(done))
+    state = optax.tree.set(state, prune_step=jnp.int32(step), mask_updates=jnp.int32(done))
+    return optax.tree.set(state, timetable_mark=jnp.int32(0)) if due else state
 
 
 def measure(rounds: int, mask_rounds: int, only: str | None) -> list[dict[str, Any]]:
@@ -146,11 +147,11 @@ def measure(rounds: int, mask_rounds: int, only: str | None) -> list[dict[str, A
     mask_seconds: list[list[float]] = [[] for _ in arms]
     for _ in range(mask_rounds):  # half way down the ramp
         for i in range(len(arms)):
-            runs[i][1] = set_step(runs[i][1], 5000, 50)
+            runs[i][1] = set_step(runs[i][1], 5000, 50, due=True)
             mask_seconds[i].append(timed(i))
     for r in range(rounds + 2):
         for i, arm in enumerate(arms):
-            runs[i][1] = set_step(runs[i][1], 5001, 51)
+            runs[i][1] = set_step(runs[i][1], 5001, 51, due=False)
             seconds = timed(i)
             if r >= 2:
                 arm.seconds.append(seconds)
