@@ -58,6 +58,7 @@ def test_the_channel_of_a_convolution():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
 def test_heads_and_mlp_of_a_decoder_and_of_its_stack(scanned, monkeypatch):
     """A head of keys and values has the features of all heads that share it, in every layer."""

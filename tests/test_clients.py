@@ -14,6 +14,8 @@ import jaxprune
 from jaxprune import post_training, reports, rewinding, storage, structure, trees
 from tests.support.clients import CLIENTS, IMAGES, cross_entropy, flat
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"conv": 3 * 3 * 3 * 8, "hidden": 8 * 16, "head": 16 * 4}
 
 

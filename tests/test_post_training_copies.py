@@ -173,6 +173,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_each_copy_has_the_inputs_of_its_own_rows(name):
     apply, w, rows = CASES[name]
@@ -257,6 +258,7 @@ def test_an_expert_without_rows_is_pruned_by_magnitude_and_named(method):
 # ---- adapters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_kernel_with_a_merged_adapter_sees_the_same_inputs(method):
     params = {"w": draw(3, 6, 6), "a": draw(3, 6, 2), "b": draw(3, 2, 6)}

@@ -51,6 +51,7 @@ def images(*shape: int) -> np.ndarray:
 # ---- sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     [
@@ -168,6 +169,7 @@ def test_most_parameters_shrink_and_nothing_changes(name):
     np.testing.assert_allclose(rebuilt(x), masked, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_widths_of_a_network_are_those_that_it_was_built_with(name):
     for widths in (default_widths(name), narrow(name)):

@@ -181,6 +181,7 @@ def stacked(model: models.Decoder) -> models.Decoder:
     return both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_text_in_pieces_gives_the_logits_of_the_whole(scanned):
     model = stacked(decoder()) if scanned else decoder()

@@ -46,6 +46,7 @@ def masks_after(tx: Any, steps: int = 4) -> Any:
 # ---- numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [jnp.float32(0.72), np.float32(0.72), np.array(0.72), jnp.array(0.72)]
 )
@@ -233,6 +234,7 @@ def test_a_type_without_0_is_not_pruned() -> None:
 # ---- the last step that is counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform", ["default", "rate by statistic", "rigl_transform", "channels"]
 )

@@ -65,6 +65,7 @@ def variables(state):
     return [leaf for _, leaf in nnx.to_flat_state(state)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_variable_of_an_nnx_optimizer_holds_an_array(name):
     with jax.set_mesh(mesh()):
@@ -139,6 +140,7 @@ class LinenNet(nn.Module):
         return nn.Dense(2, kernel_init=boxed(kernel, ("model", "data")))(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_boxes_of_linen_hold_arrays(name):
     model, devices = LinenNet(), mesh()

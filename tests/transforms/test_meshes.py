@@ -101,6 +101,7 @@ def test_explicit_axes_exchange_no_weights(transform: str) -> None:
     assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
 
 
+@pytest.mark.slow
 def test_methods_with_patterns_and_pruning_in_one_call_know_explicit_axes() -> None:
     mesh = make_mesh(AxisType.Explicit)
     host = make_params()
@@ -244,6 +245,7 @@ def test_shards_agree_on_counters_and_on_rates() -> None:
     np.testing.assert_allclose(state.densities, densities, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["set_transform", "rigl_transform", "random", "default"])
 def test_init_and_update_in_one_shard_map(name: str) -> None:
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))

@@ -99,6 +99,7 @@ def kept(masks):
     return {layer: np.asarray(jnp.sum(own["kernel"])).item() for layer, own in masks.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_budget_by_name_and_prunable_by_name(maker):
     transform = MAKERS[maker](0.5, stop=2, prunable="kernel", budget={"layer1": 0.75})
@@ -151,6 +152,7 @@ def test_a_name_of_a_leaf_with_a_different_pattern_is_known():
 # ---- whole modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("chain", [jaxprune.chain, optax.chain])
 def test_update_takes_a_whole_module(maker, chain):
@@ -176,6 +178,7 @@ def test_update_takes_a_whole_module(maker, chain):
     assert trained(jnp.ones(4)).shape == (2,)
 
 
+@pytest.mark.slow
 def test_init_says_how_to_take_arrays_out_of_a_module():
     model = eqx.nn.MLP(4, 2, 8, 2, key=jax.random.key(0))
     optimizer = jaxprune.chain(optax.adam(0.1), jaxprune.magnitude_transform(0.5, stop=0))

@@ -77,6 +77,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prune", PRUNERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["sam", "lbfgs", "reduce_on_plateau", "sophia"])

@@ -491,6 +491,7 @@ def test_drop_must_be_a_fraction(name, drop):
         getattr(jaxprune, name)(0.5, stop=4, drop=drop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["agip", "rigl", "blocks", "stacked"])
 def test_leaves_of_one_shape_are_pruned_as_those_of_many(name, monkeypatch):
     """Where leaves cannot be sharded, those of one shape are searched as one array."""

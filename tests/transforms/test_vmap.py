@@ -40,6 +40,7 @@ def is_program(node: Any) -> bool:
     return hasattr(node, "eqns") or hasattr(getattr(node, "jaxpr", None), "eqns")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", METHODS)
 def test_a_mask_update_stays_behind_its_branch_under_vmap(transform: str) -> None:
     tx = TRANSFORMS[transform]()
