@@ -259,20 +259,21 @@ def agip_transform(
             average = stats.update_average(average, raw or moves, decay)
             statistics = average
 
-        seen = jnp.asarray(optax.safe_increment(state.prune_step))
-        scale = 1.0 if decay is None else stats.unbiasing(decay, seen)
+        def scale() -> Any:  # not computed at steps that do not read it
+            seen = jnp.asarray(optax.safe_increment(state.prune_step))
+            return 1.0 if decay is None else stats.unbiasing(decay, seen)
 
         # Statistics -> masks, at a mask update.
         def renew(index: jax.Array, carry: Any, buffers: Any) -> Any:
             (masks, survivors), (statistics, weights, _) = carry, buffers
-            scaled = stats.rescaled(statistics, scale, timetable.stacked)
+            scaled = stats.rescaled(statistics, scale(), timetable.stacked)
             growth = scores.gradient(None, scaled) if timetables.ever_grows(timetable) else None
             ranked, unmoved = scores.rank_unmoved(
                 score(weights, scaled), weights, statistics, timetable.stacked
             )
             new = timetables.renew(timetable, index, masks, ranked, growth, unmoved)
             if rate is not None:
-                survivors = _survivors(new, statistics, scale, survivors)
+                survivors = _survivors(new, statistics, scale(), survivors)
             return new, survivors
 
         survivors = state.densities, state.mean_statistics
@@ -283,7 +284,8 @@ def agip_transform(
 
         # Masks -> updates, at every step.
         if rate is not None:
-            statistics = [s.astype(jnp.float32) * scale for s in statistics]
+            factor = scale()
+            statistics = [s.astype(jnp.float32) * factor for s in statistics]
             factors = [rate(*leaf) for leaf in zip(statistics, means, densities, strict=True)]
             moves = [_scale(u, factor) for u, factor in zip(moves, factors, strict=True)]
         moves = list(map(project, moves, masks, weights))
