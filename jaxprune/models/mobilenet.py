@@ -4,6 +4,7 @@ As in `resnet`, widths are data, block by block, and what the position of a bloc
 window, shortcut) is never guessed from a width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,70 +143,56 @@ class MobileNet(nnx.Module):
         return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
 
 
-def mobilenet_v1(**options: Any) -> MobileNet:
-    """Builds MobileNet V1: 4,231,976 parameters, 569 million MACs at 224 x 224 pixels.
+_DOCSTRING = """Builds {title}: {parameters} parameters, {macs} million MACs at 224 x 224 pixels.
 
-    Args:
-        **options: the keywords of `MobileNet`; `rngs` is needed.
+Args:
+    **options: the keywords of `MobileNet`; `rngs` is needed.
 
-    Returns:
-        A `MobileNet` in training mode.
+Returns:
+    A `MobileNet` in training mode.
 
-    Raises:
-        ValueError, TypeError: as for `MobileNet`.
+Raises:
+    ValueError, TypeError: as for `MobileNet`.
 
-    Example:
-        >>> model = nnx.eval_shape(lambda: mobilenet_v1(rngs=nnx.Rngs(0)))  # only shapes
-        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
-        '4,231,976'
+Example:
+    >>> model = nnx.eval_shape(lambda: {name}(rngs=nnx.Rngs(0)))  # shapes, no arrays
+    >>> f"{{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}}"
+    '{parameters}'
 
-    References:
-        Howard et al. MobileNets. arXiv:1704.04861.
-    """
-    return MobileNet("mobilenet_v1", **options)
+References:
+    {paper}
+"""
 
 
-def mobilenet_v2(**options: Any) -> MobileNet:
-    """Builds MobileNet V2: 3,504,872 parameters, 301 million MACs at 224 x 224 pixels.
+def _constructor(
+    name: str, title: str, parameters: str, macs: int, paper: str
+) -> Callable[..., MobileNet]:
+    """Makes the function `name`, with its docstring."""
 
-    Args:
-        **options: the keywords of `MobileNet`; `rngs` is needed.
+    def construct(**options: Any) -> MobileNet:
+        return MobileNet(name, **options)
 
-    Returns:
-        A `MobileNet` in training mode.
-
-    Raises:
-        ValueError, TypeError: as for `MobileNet`.
-
-    Example:
-        >>> model = nnx.eval_shape(lambda: mobilenet_v2(rngs=nnx.Rngs(0)))  # only shapes
-        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
-        '3,504,872'
-
-    References:
-        Sandler et al. MobileNetV2. arXiv:1801.04381.
-    """
-    return MobileNet("mobilenet_v2", **options)
+    construct.__name__ = construct.__qualname__ = name
+    construct.__doc__ = _DOCSTRING.format(
+        name=name, title=title, parameters=parameters, macs=macs, paper=paper
+    )
+    return construct
 
 
-def efficientnet_lite0(**options: Any) -> MobileNet:
-    """Builds EfficientNet-Lite0: 4,652,008 parameters, 385 million MACs at 224 x 224 pixels.
-
-    Args:
-        **options: the keywords of `MobileNet`; `rngs` is needed.
-
-    Returns:
-        A `MobileNet` in training mode.
-
-    Raises:
-        ValueError, TypeError: as for `MobileNet`.
-
-    Example:
-        >>> model = nnx.eval_shape(lambda: efficientnet_lite0(rngs=nnx.Rngs(0)))  # only shapes
-        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
-        '4,652,008'
-
-    References:
-        Tan, Le. EfficientNet. arXiv:1905.11946.
-    """
-    return MobileNet("efficientnet_lite0", **options)
+mobilenet_v1 = _constructor(
+    "mobilenet_v1", "MobileNet V1", "4,231,976", 569, "Howard et al. MobileNets. arXiv:1704.04861."
+)
+mobilenet_v2 = _constructor(
+    "mobilenet_v2",
+    "MobileNet V2",
+    "3,504,872",
+    301,
+    "Sandler et al. MobileNetV2. arXiv:1801.04381.",
+)
+efficientnet_lite0 = _constructor(
+    "efficientnet_lite0",
+    "EfficientNet-Lite0",
+    "4,652,008",
+    385,
+    "Tan, Le. EfficientNet. arXiv:1905.11946.",
+)

@@ -1,6 +1,6 @@
 """Vision transformers in Flax NNX; heads and MLP widths of every layer are data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,73 +98,41 @@ class ViT(nnx.Module):
         return self.head(self.norm(x)[:, 0].astype(jnp.float32))
 
 
-def vit_ti16(**options: Any) -> ViT:
-    """Builds ViT-Ti/16: 12 layers of 192 channels, 5,717,416 parameters.
+_DOCSTRING = """Builds {title}: 12 layers of {width} channels, {parameters} parameters.
 
-    Args:
-        **options: the keywords of `ViT`; `rngs` is needed.
+Args:
+    **options: the keywords of `ViT`; `rngs` is needed.
 
-    Returns:
-        A `ViT`.
+Returns:
+    A `ViT`.
 
-    Raises:
-        ValueError: as for `ViT`.
+Raises:
+    ValueError: as for `ViT`.
 
-    Example:
-        >>> model = nnx.eval_shape(lambda: vit_ti16(rngs=nnx.Rngs(0)))  # shapes, no arrays
-        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
-        '5,717,416'
+Example:
+    >>> model = nnx.eval_shape(lambda: {name}(rngs=nnx.Rngs(0)))  # shapes, no arrays
+    >>> f"{{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}}"
+    '{parameters}'
 
-    References:
-        Dosovitskiy et al. An Image is Worth 16x16 Words. arXiv:2010.11929.
-        Touvron et al. DeiT (the smaller two). arXiv:2012.12877.
-    """
-    return ViT(192, [(3, 768)] * 12, **options)
+References:
+    Dosovitskiy et al. An Image is Worth 16x16 Words. arXiv:2010.11929.
+    Touvron et al. DeiT (the smaller two). arXiv:2012.12877.
+"""
 
 
-def vit_s16(**options: Any) -> ViT:
-    """Builds ViT-S/16: 12 layers of 384 channels, 22,050,664 parameters.
+def _constructor(name: str, title: str, width: int, parameters: str) -> Callable[..., ViT]:
+    """Makes the function `name`, with its docstring; heads have 64 channels."""
 
-    Args:
-        **options: the keywords of `ViT`; `rngs` is needed.
+    def construct(**options: Any) -> ViT:
+        return ViT(width, [(width // 64, 4 * width)] * 12, **options)
 
-    Returns:
-        A `ViT`.
-
-    Raises:
-        ValueError: as for `ViT`.
-
-    Example:
-        >>> model = nnx.eval_shape(lambda: vit_s16(rngs=nnx.Rngs(0)))  # shapes, no arrays
-        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
-        '22,050,664'
-
-    References:
-        Dosovitskiy et al. An Image is Worth 16x16 Words. arXiv:2010.11929.
-        Touvron et al. DeiT (the smaller two). arXiv:2012.12877.
-    """
-    return ViT(384, [(6, 1536)] * 12, **options)
+    construct.__name__ = construct.__qualname__ = name
+    construct.__doc__ = _DOCSTRING.format(
+        name=name, title=title, width=width, parameters=parameters
+    )
+    return construct
 
 
-def vit_b16(**options: Any) -> ViT:
-    """Builds ViT-B/16: 12 layers of 768 channels, 86,567,656 parameters.
-
-    Args:
-        **options: the keywords of `ViT`; `rngs` is needed.
-
-    Returns:
-        A `ViT`.
-
-    Raises:
-        ValueError: as for `ViT`.
-
-    Example:
-        >>> model = nnx.eval_shape(lambda: vit_b16(rngs=nnx.Rngs(0)))  # shapes, no arrays
-        >>> f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,}"
-        '86,567,656'
-
-    References:
-        Dosovitskiy et al. An Image is Worth 16x16 Words. arXiv:2010.11929.
-        Touvron et al. DeiT (the smaller two). arXiv:2012.12877.
-    """
-    return ViT(768, [(12, 3072)] * 12, **options)
+vit_ti16 = _constructor("vit_ti16", "ViT-Ti/16", 192, "5,717,416")
+vit_s16 = _constructor("vit_s16", "ViT-S/16", 384, "22,050,664")
+vit_b16 = _constructor("vit_b16", "ViT-B/16", 768, "86,567,656")
