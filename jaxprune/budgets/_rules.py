@@ -239,10 +239,13 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
     check_sparsities("sparsities", sparsities)
     given = dict(sparsities)
 
-    def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-        own = trees.by_name("sparsities", given, list(shapes))
-        sizes = sizes_of(shapes)
+    def limits(shapes: Mapping[str, Shape]) -> tuple[dict[str, float], dict[str, int], list[int]]:
+        own, sizes = trees.by_name("sparsities", given, list(shapes)), sizes_of(shapes)
         most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
+        return own, sizes, most
+
+    def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+        own, sizes, most = limits(shapes)
         pruned = sum(sizes.values()) - keep_count(sum(sizes.values()), sparsity)
         if pruned and len(own) == len(sizes) and _is_mean(sparsity, own, sizes):
             gone = most
@@ -254,9 +257,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         return Budget(sum(floors), floors)
 
     def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
-        own = trees.by_name("sparsities", given, list(shapes))
-        sizes = sizes_of(shapes)
-        most = [n - keep_count(n, own[path]) if path in own else n - 1 for path, n in sizes.items()]
+        own, sizes, most = limits(shapes)
         (totals,) = keep_counts([sum(sizes.values())], sparsities).T
         pruned = sum(sizes.values()) - totals
         # Near the largest sparsity of all the rule itself decides, which may raise.
