@@ -553,3 +553,14 @@ def test_leaves_that_types_say_are_split_differently_are_not_joined(monkeypatch)
     _equal(masks, largest([np.asarray(score) for score in scores], 4))
     counts = counting.count_kept([score > 2 for score in scores])
     assert counts.tolist() == [3, 4, 5]
+
+
+def test_joined_leaves_of_several_networks(monkeypatch):
+    """Under `vmap`, each network has numbers of its own by which leaves are taken from a pack."""
+    monkeypatch.setattr(counting, "_may_be_sharded", lambda: False)
+    shapes, keeps = SHAPES[-1], np.array([0, 7, 31, 60], np.int32)
+    each = [_draw("ties", seed, shapes) for seed in range(len(keeps))]
+    scores = [np.stack(parts) for parts in zip(*each, strict=True)]
+    masks = jax.jit(jax.vmap(lambda s, k: selection.largest(s, k)))(scores, keeps)
+    for i, keep in enumerate(keeps):
+        _equal([mask[i] for mask in masks], largest(each[i], keep))
