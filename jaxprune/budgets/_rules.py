@@ -139,8 +139,13 @@ def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         >>> uniform({"a": (10, 10), "b": (20,), "c": (8, 1)}, 0.95)
         Budget(total=7, floors=(5, 1, 1))
     """
-    floors = tuple(max(1, keep_count(math.prod(shape), sparsity)) for shape in shapes.values())
-    return Budget(sum(floors), floors)
+    return _of_one(_uniform_at_all, shapes, sparsity)
+
+
+def _of_one(of_all: Callable[..., Any], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    """Computes the budget of one sparsity by the function of many, see `at_all`."""
+    totals, floors = of_all(shapes, np.array([sparsity], float))
+    return Budget(int(totals[0]), tuple(floors[0].tolist()))
 
 
 def _uniform_at_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
@@ -173,30 +178,22 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
     if not 0 <= floor <= 1:
         raise ValueError(f"`floor` must lie in [0, 1], but is {floor!r}.")
 
-    def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
         sizes = sizes_of(shapes)
         everything = sum(sizes.values())
-        total = keep_count(everything, sparsity)
-        floors = tuple(max(1, math.floor(floor * total * n / everything)) for n in sizes.values())
-        if sum(floors) > total:
+        (totals,) = keep_counts([everything], sparsities).T
+        shares = np.multiply.outer(floor * totals, np.array(list(sizes.values()), float))
+        floors = np.maximum(1, np.floor(shares / everything).astype(np.int64))
+        for row in np.flatnonzero(floors.sum(axis=1) > totals)[:1]:
             trees.raise_for(
                 smallest(sizes),
-                f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than the "
-                f"{sum(floors)} that the floors of {len(sizes)} leaves need. Lower `sparsity` or "
-                "`floor`, or exclude small leaves with `prunable`. The smallest are:",
+                f"`sparsity` {sparsities[row]} keeps {totals[row]} of {everything} weights, fewer "
+                f"than the {floors[row].sum()} that the floors of {len(sizes)} leaves need. Lower "
+                "`sparsity` or `floor`, or exclude small leaves with `prunable`. The smallest are:",
             )
-        return Budget(total, floors)
-
-    def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
-        sizes = list(sizes_of(shapes).values())
-        (totals,) = keep_counts([sum(sizes)], sparsities).T
-        shares = (floor * totals.astype(float))[:, None] * np.asarray(sizes, float) / sum(sizes)
-        floors = np.maximum(1, np.floor(shares).astype(np.int64))
-        for sparsity in sparsities[floors.sum(axis=1) > totals].tolist():
-            rule(shapes, sparsity)  # raises
         return totals, floors
 
-    return with_all(rule, of_all)
+    return with_all(lambda shapes, sparsity: _of_one(of_all, shapes, sparsity), of_all)
 
 
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
