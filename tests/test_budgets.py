@@ -784,7 +784,18 @@ def test_all_budgets_at_once_are_exact_at_any_size(rule):
     # 2e15 weights, whose products with rates need more than 64 bits, and whose tenths 54.
     shapes = {"a": (10**7, 10**8 + 1), "b": (3, 10**4 + 1), "c": (10**6 + 3, 10**9)}
     sparsities = [0.0, 0.1, 0.29, 0.5, 0.875, 0.9999]
+    sizes = sizes_of(shapes)
+
+    def reference(sparsity):
+        if rule == "uniform":
+            return [keep_count(size, sparsity) for size in sizes]
+        kernel = rule == "erdos_renyi_kernel"
+        densities = erdos_renyi_densities(list(shapes.values()), sparsity, kernel)
+        shares = [density * size for density, size in zip(densities, sizes, strict=True)]
+        return largest_remainder(shares, keep_count(sum(sizes), sparsity))
+
     totals, floors = budgets.at_all(RULES[rule], shapes, sparsities)
-    expected = [RULES[rule](shapes, sparsity) for sparsity in sparsities]
-    assert totals.tolist() == [budget.total for budget in expected]
-    assert [tuple(row) for row in floors.tolist()] == [budget.floors for budget in expected]
+    expected = [reference(sparsity) for sparsity in sparsities]
+    assert totals.tolist() == [sum(own) for own in expected]
+    assert floors.tolist() == expected
+    assert [list(RULES[rule](shapes, s).floors) for s in sparsities] == expected

@@ -14,10 +14,8 @@ from jaxprune.budgets._rules import (
     Shape,
     at_all,
     fill,
-    filled_at_all,
-    keep_count,
     keep_counts,
-    rounded,
+    of_one,
     sizes_of,
     smallest,
     with_all,
@@ -64,7 +62,7 @@ def erdos_renyi(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         Science, arXiv:1707.04780.
     """
 
-    return _in_proportion(_rates(_matrices, shapes, "erdos_renyi"), shapes, sparsity)
+    return of_one(_in_proportion(_matrices, "erdos_renyi"), shapes, sparsity)
 
 
 def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
@@ -96,7 +94,7 @@ def erdos_renyi_kernel(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         Tickets Winners, arXiv:1911.11134.
     """
 
-    return _in_proportion(_rates(_dimensions, shapes, "erdos_renyi_kernel"), shapes, sparsity)
+    return of_one(_in_proportion(_dimensions, "erdos_renyi_kernel"), shapes, sparsity)
 
 
 def _matrices(kernel: Shape) -> int:
@@ -215,34 +213,24 @@ def _rates(rate: Callable[[Shape], int], shapes: Mapping[str, Shape], name: str)
     return [rate for (rate,) in rates.values()]
 
 
-def _in_proportion(rates: list[int], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
-    """Keeps counts in proportion to `rates`, at least one weight and at most all of each leaf."""
-    sizes = sizes_of(shapes)
-    everything = sum(sizes.values())
-    total = keep_count(everything, sparsity)
-    if total < len(sizes):
-        trees.raise_for(
-            smallest(sizes),
-            f"`sparsity` {sparsity} keeps {total} of {everything} weights, fewer than one for "
-            f"each of {len(sizes)} leaves. Lower `sparsity`, or exclude small leaves with "
-            "`prunable`. The smallest are:",
-        )
-    shares = fill(rates, [1] * len(sizes), list(sizes.values()), total)
-    return Budget(total, tuple(rounded(shares, total)))
-
-
-def _for_all(rule: BudgetRule, rate: Callable[[Shape], int]) -> None:
-    """Gives a rule of this file its attribute `at_all`."""
+def _in_proportion(rate: Callable[[Shape], int], name: str) -> Callable[..., Any]:
+    """Makes `at_all` of a rule that keeps counts in proportion to rates, one weight at least."""
 
     def of_all(shapes: Mapping[str, Shape], sparsities: np.ndarray) -> Any:
-        rates, sizes = _rates(rate, shapes, rule.__name__), list(sizes_of(shapes).values())
-        (totals,) = keep_counts([sum(sizes)], sparsities).T
-        for sparsity in sparsities[totals < len(sizes)].tolist():
-            rule(shapes, sparsity)  # raises
-        return totals, filled_at_all(rates, [1] * len(sizes), sizes, totals)
+        rates, sizes = _rates(rate, shapes, name), sizes_of(shapes)
+        most = list(sizes.values())
+        (totals,) = keep_counts([sum(most)], sparsities).T
+        for row in np.flatnonzero(totals < len(sizes))[:1]:
+            trees.raise_for(
+                smallest(sizes),
+                f"`sparsity` {sparsities[row]} keeps {totals[row]} of {sum(most)} weights, fewer "
+                f"than one for each of {len(sizes)} leaves. Lower `sparsity`, or exclude small "
+                "leaves with `prunable`. The smallest are:",
+            )
+        return totals, fill(rates, [1] * len(most), most, totals)
 
-    with_all(rule, of_all)
+    return of_all
 
 
-_for_all(erdos_renyi, _matrices)
-_for_all(erdos_renyi_kernel, _dimensions)
+with_all(erdos_renyi, _in_proportion(_matrices, "erdos_renyi"))
+with_all(erdos_renyi_kernel, _in_proportion(_dimensions, "erdos_renyi_kernel"))

@@ -1,6 +1,5 @@
 """Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
-import bisect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -139,10 +138,10 @@ def uniform(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         >>> uniform({"a": (10, 10), "b": (20,), "c": (8, 1)}, 0.95)
         Budget(total=7, floors=(5, 1, 1))
     """
-    return _of_one(_uniform_at_all, shapes, sparsity)
+    return of_one(_uniform_at_all, shapes, sparsity)
 
 
-def _of_one(of_all: Callable[..., Any], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
+def of_one(of_all: Callable[..., Any], shapes: Mapping[str, Shape], sparsity: float) -> Budget:
     """Computes the budget of one sparsity by the function of many, see `at_all`."""
     totals, floors = of_all(shapes, np.array([sparsity], float))
     return Budget(int(totals[0]), tuple(floors[0].tolist()))
@@ -193,7 +192,7 @@ def global_budget(floor: float = 0.1) -> BudgetRule:
             )
         return totals, floors
 
-    return with_all(lambda shapes, sparsity: _of_one(of_all, shapes, sparsity), of_all)
+    return with_all(lambda shapes, sparsity: of_one(of_all, shapes, sparsity), of_all)
 
 
 def custom(sparsities: Mapping[str, float]) -> BudgetRule:
@@ -249,7 +248,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         elif pruned > sum(most):
             _raise_unreachable(sparsity, own, sizes, sum(most))
         else:
-            gone = rounded(fill(list(sizes.values()), [0] * len(most), most, pruned), pruned)
+            (gone,) = fill(list(sizes.values()), [0] * len(most), most, np.array([pruned])).tolist()
         floors = tuple(n - k for n, k in zip(sizes.values(), gone, strict=True))
         return Budget(sum(floors), floors)
 
@@ -260,7 +259,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         # Near the largest sparsity of all the rule itself decides, which may raise.
         simple = pruned < sum(most) - (len(sizes) if len(own) == len(sizes) else 0)
         floors = np.zeros((len(sparsities), len(sizes)), np.int64)
-        filled = filled_at_all(list(sizes.values()), [0] * len(most), most, pruned[simple])
+        filled = fill(list(sizes.values()), [0] * len(most), most, pruned[simple])
         floors[simple] = np.asarray(list(sizes.values()), np.int64) - filled
         for row in np.flatnonzero(~simple):
             floors[row] = rule(shapes, float(sparsities[row])).floors
@@ -301,38 +300,13 @@ def smallest(sizes: Mapping[str, int], count: int = 8) -> list[str]:
 
 
 def fill(
-    rates: Sequence[int], least: Sequence[int], most: Sequence[int], total: int
-) -> list[Fraction]:
-    """Solves `sum(clip(level * rates, least, most)) = total`, and returns the summands.
-
-    Requires `sum(least) <= total <= sum(most)` and positive rates. The papers repeat the division
-    until no leaf is above its bound, which solves the same equation without lower bounds. Here the
-    level is interpolated between the two nearest levels at which a leaf meets a bound.
-    """
-    bounds = list(zip(rates, least, most, strict=True))
-    corners = sorted({Fraction(b, rate) for rate, low, high in bounds for b in (low, high)})
-
-    def scaled(level: Fraction) -> list[int]:
-        # Integers over one common denominator: arithmetic on Fractions is ten times slower.
-        p, q = level.numerator, level.denominator
-        return [min(max(p * rate, q * low), q * high) for rate, low, high in bounds]
-
-    def filled(level: Fraction) -> Fraction:
-        return Fraction(sum(scaled(level)), level.denominator)
-
-    if not bounds:
-        return []
-    level = corners[bisect.bisect_right(corners, total, key=filled) - 1]
-    slope = sum(rate for rate, low, high in bounds if low <= level * rate < high)
-    if slope:
-        level += (total - filled(level)) / slope
-    return [Fraction(part, level.denominator) for part in scaled(level)]
-
-
-def filled_at_all(
     rates: Sequence[int], least: Sequence[int], most: Sequence[int], totals: np.ndarray
 ) -> np.ndarray:
-    """Computes `rounded(fill(rates, least, most, total), total)` for many totals.
+    """Solves `sum(clip(level * rates, least, most)) = total` in integers, for many totals.
+
+    Requires `sum(least) <= total <= sum(most)` and positive rates. Shares are rounded by largest
+    remainder, ties to the lower index. The papers repeat the division until no leaf is above its
+    bound, which solves the same equation without lower bounds.
 
     Between two corners the shares of some leaves grow with the level, those of all others are
     constant. Of a total `t` a growing leaf has `rate * (t - constants) / slope`, exactly.
@@ -347,10 +321,12 @@ def filled_at_all(
         int64 [n, leaves].
     """
     bounds = list(zip(rates, least, most, strict=True))
+    if not bounds:
+        return np.zeros((len(totals), 0), np.int64)
     corners = sorted({Fraction(b, rate) for rate, low, high in bounds for b in (low, high)})
     reached = [sum(min(max(c * r, low), high) for r, low, high in bounds) for c in corners]
     segment = np.searchsorted([math.ceil(own) for own in reached], totals, side="right") - 1
-    wide = max(rates, default=0) * int(totals.max(initial=0)) >= 2**62
+    wide = max(rates) * int(totals.max(initial=0)) >= 2**62
     kind = object if wide else np.int64  # of Python's integers, which have no limit
     counts = np.zeros((len(totals), len(rates)), np.int64)
     for at in np.unique(segment):
@@ -368,15 +344,6 @@ def filled_at_all(
         more = np.zeros_like(counts[rows])
         np.put_along_axis(more, order, first.astype(np.int64), axis=1)
         counts[rows] = share.astype(np.int64) + more
-    return counts
-
-
-def rounded(shares: Sequence[Fraction], total: int) -> list[int]:
-    """Rounds shares to integers that add up to `total`: largest remainder, ties to lower index."""
-    counts = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
     return counts
 
 
