@@ -165,10 +165,11 @@ _FILTER = r"""
 import signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
+hints = b"coordination_service", b"preemption_sync_manager"  # the files of JAX that notice it first
 held, lost = None, False
 for line in sys.stdin.buffer:
     lost = lost or b"the JAX distributed service detected fatal errors" in line
-    if held is None and (lost or b"coordination_service" in line):
+    if held is None and (lost or any(hint in line for hint in hints)):
         held = []
     if held is None:
         sys.stderr.buffer.write(line)

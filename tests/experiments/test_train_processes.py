@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxprune import processes
 from tests.support.children import PIPES, ends, free_port, kill, until
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
@@ -154,15 +155,34 @@ IDLE = """
 import os, signal, sys, time
 from jaxprune import processes
 
-print("first", file=sys.stderr)
+sys.stderr.write("first\\n")
 processes.start(sys.argv[1], 2, int(sys.argv[2]), timeout=10)
-print("second", file=sys.stderr)
-print("up", flush=True)
+sys.stderr.write("second\\n")
 if sys.argv[2] == sys.argv[3]:
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
+
+
+NOTICED = "W1129 22:16:52.538950   17734 preemption_sync_manager.cc:147] Failed to retrieve it"
+DETECTED = "E1129 22:16:53 17734 client.h:77] the JAX distributed service detected fatal errors"
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        (["own", NOTICED, DETECTED, "*** a stack"], ["own", "error: lost"]),
+        (["own", NOTICED, "more"], ["own", NOTICED, "more"]),  # not lost after all
+        (["error: own", DETECTED], ["error: own", "error: lost"]),
+        ([NOTICED, "error: own", DETECTED], ["error: own"]),
+    ],
+)
+def test_what_is_shown_of_what_a_process_prints(printed, shown):
+    words = [sys.executable, "-c", processes._FILTER, "error: lost\n"]
+    text = "".join(line + "\n" for line in printed)
+    done = subprocess.run(words, input=text, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == shown
 
 
 @pytest.mark.processes
@@ -177,11 +197,11 @@ def test_when_a_host_dies_the_others_end_with_one_line(lost, environment):
     ]
     codes, outputs = ends(children, timeout=60)
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] != 0
-    lines = outputs[1 - lost].splitlines()
-    assert sorted(lines[:3]) == ["first", "second", "up"]
-    assert lines[3:] == [
+    assert outputs[1 - lost].splitlines() == [
+        "first",
+        "second",
         "error: a different process of this run ended: see what it printed. The newest checkpoint "
-        "is complete; run the same command on all hosts to continue from there."
+        "is complete; run the same command on all hosts to continue from there.",
     ]
 
 
