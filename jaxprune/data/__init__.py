@@ -2,14 +2,14 @@
 
 Nothing here needs TensorFlow. tensorflow-datasets, Grain and scikit-learn are imported only when a
 function that uses them is called, so each data set needs only the packages that it uses. ImageNet
-does not fit into memory: `imagenet` reads it batch by batch.
+does not fit into memory: `imagenet` reads it batch by batch, and `text` the files of a folder.
 """
 
 import inspect
 import os
 from typing import Any
 
-from jaxprune.data import imagenet
+from jaxprune.data import imagenet, text
 from jaxprune.data.digits import load_digits
 from jaxprune.data.pipeline import augment, index_batches, normalize
 from jaxprune.data.splits import Dataset, Split, make_dataset
@@ -26,6 +26,7 @@ __all__ = [
     "make_dataset",
     "make_synthetic",
     "normalize",
+    "text",
 ]
 
 _NAMES = ("digits", "fashion_mnist", "synthetic")

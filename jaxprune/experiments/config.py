@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ModelName = Literal[
     "resnet8", "resnet20", "resnet32", "resnet56", "resnet110",
     "resnet18", "resnet34", "resnet50", "resnet101",
+    "decoder_mini", "decoder_124m",
 ]  # fmt: skip
-DatasetName = Literal["digits", "fashion_mnist", "synthetic", "imagenet2012"]
+DatasetName = Literal["digits", "fashion_mnist", "synthetic", "imagenet2012", "text"]
 Method = Literal[
     "none", "agip", "gradient", "magnitude", "saliency", "random", "set", "rigl",
     "straight_through", "acdc", "snip", "grasp", "synflow",
@@ -34,12 +35,12 @@ def _ranges() -> dict[str, Range]:
         at_least_0: (
             "steps", "pad", "warmup_steps", "weight_decay", "chunk", "seed", "switches",
             "switch_steps", "multiple", "rewarm_steps", "validation", "process", "workers",
-            "threads",
+            "threads", "clip",
         ),
         at_least_1: (
             "batch_size", "eval_batch_size", "image_size", "prune_every", "eval_every",
             "save_every", "parts", "processes", "host_timeout", "log_every", "init_images",
-            "switch_delay",
+            "switch_delay", "length",
         ),
         above_0: ("epochs", "learning_rate"),
         below_1: ("sparsity", "momentum", "label_smoothing", "ema", "regrow", "drop", "saving"),
@@ -60,12 +61,14 @@ class Config:
     dataset: DatasetName = "digits"  # data set to train on
     data_dir: str = ""  # folder of prepared data; empty = the user's cache
     source_dir: str = ""  # folder with the data set's original files; empty = download them
+    length: int = 256  # text: bytes of an example
     image_size: int = 224  # height and width of synthetic images and of ImageNet crops, in pixels
     workers: int = 0  # imagenet2012: processes that decode images; 0 = decode in threads
     threads: int = 0  # imagenet2012: threads per such process; 0 = 1 with workers, 4 without
-    model: ModelName = "resnet8"  # resnet18 to 101 are for large images, the rest for small ones
+    model: ModelName = "resnet8"  # resnet18 to 101 are for large images, decoders for text
     widths: str = ""  # widths of all layers as JSON, as in summary.json; empty = the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
+    scan: bool = False  # decoders: stack the layers and run them in a loop, which compiles faster
     remat: bool = False  # recompute cheap operations in the backward pass: less memory, not on CPU
     parts: int = 1  # micro-batches per batch (less memory); lowered as the network shrinks
     seed: int = 0  # seed of initialization, data order and augmentation
@@ -82,9 +85,11 @@ class Config:
     learning_rate: float = 0.1  # highest learning rate, reached after the warm-up
     schedule: Literal["cosine", "steps"] = "cosine"  # cosine to 0, or times 0.1 at 1/2 and 3/4
     warmup_steps: int = 0  # steps in which the learning rate rises from 0 to its peak
-    momentum: float = 0.9  # momentum of SGD, in [0, 1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw: averages of .9 (momentum) and .95
+    momentum: float = 0.9  # momentum of SGD, or of AdamW's first average, in [0, 1)
     nesterov: bool = False  # use Nesterov's momentum
     weight_decay: float = 5e-4  # weight decay of kernels; biases and norms have none
+    clip: float = 0.0  # highest norm of the gradient of all parameters; 0 = off
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     ema: float = 0.0  # decay of the parameter average (EMA) used for evaluation; 0 = off
 
@@ -160,6 +165,16 @@ class Config:
                 f"`switch_delay` must be less than `prune_every` ({self.prune_every}), as masks "
                 f"must not change before the switch; got {self.switch_delay}"
             )
+        is_text, is_decoder = self.dataset == "text", self.model.startswith("decoder")
+        if is_text != is_decoder:
+            bad.append(
+                f"`model` must be a decoder for the data set text, and for no other; got "
+                f"{self.model} for {self.dataset}"
+            )
+        if is_text and (self.pad or self.flip or self.small_images < 1):
+            bad.append("`pad`, `flip` and `small_images` are for images, not for text")
+        if self.scan and not is_decoder:
+            bad.append(f"`scan` needs a decoder; got {self.model}")
         if self.prune_stop < self.prune_start:
             bad.append(
                 f"`prune_stop` must not be less than `prune_start` ({self.prune_start}); "
@@ -189,6 +204,23 @@ _IMAGENET = Config(
     save_every=1251,
     log_every=100,
     workers=8,
+)
+
+# A byte-level model: AdamW and clipping as in GPT-3 (Brown et al.), cosine to 0.
+_TEXT = Config(
+    dataset="text",
+    model="decoder_mini",
+    length=128,
+    steps=2000,
+    batch_size=16,
+    optimizer="adamw",
+    learning_rate=3e-3,
+    warmup_steps=100,
+    weight_decay=0.1,
+    clip=1.0,
+    method="none",
+    eval_batch_size=128,
+    eval_every=500,
 )
 
 CONFIGS = {
@@ -228,5 +260,27 @@ CONFIGS = {
     "imagenet_resnet50_rewind": (
         "The same for scripts/rewind.py: a step schedule, retrained at the early learning rate.",
         dataclasses.replace(_IMAGENET, schedule="steps", ema=0.0),
+    ),
+    "text_mini": (
+        "A decoder of 0.8 M parameters on the bytes of --source-dir: minutes on a CPU.",
+        _TEXT,
+    ),
+    "text_124m": (
+        "A decoder of 124 M parameters on the bytes of --source-dir: for accelerators.",
+        dataclasses.replace(
+            _TEXT,
+            model="decoder_124m",
+            scan=True,
+            dtype="bfloat16",
+            length=1024,
+            steps=20_000,
+            batch_size=256,
+            learning_rate=6e-4,
+            warmup_steps=1000,
+            method="agip",
+            sparsity=0.8,
+            eval_batch_size=256,
+            eval_every=2000,
+        ),
     ),
 }

@@ -11,10 +11,7 @@ from jax.sharding import Mesh
 
 from jaxprune import sharding, structure, training
 from jaxprune.experiments.config import Config
-from jaxprune.experiments.network import (
-    make_model,
-    make_network,
-)
+from jaxprune.experiments.network import as_variables, make_model, make_network
 from jaxprune.experiments.optimizer import learning_rate, make_optimizer, rewarmed
 from jaxprune.experiments.pruning import window_of
 from jaxprune.experiments.sources import Size, Source, image_sizes, open_source
@@ -70,9 +67,8 @@ class Experiment:
 
     @property
     def image_size(self) -> Size:
-        """Height and width of the images of the data set."""
-        height, width, _ = self.source.image_shape
-        return height, width
+        """Height and width of the images of the data set, or the length of text."""
+        return self.source.shape[:2]
 
     @property
     def example(self) -> jax.Array:
@@ -104,14 +100,17 @@ class Experiment:
             tx = self.make_optimizer(stage)
 
         def apply(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-            return evaluate({"params": params, "model_state": model_state}, images)
+            return evaluate(as_variables(params, model_state), images)
 
         test = training.make_evaluate(apply, self.source.prepare, self.mesh)
 
         def evaluate_averages(state: training.TrainState) -> dict[str, float]:
             averages = training.with_averages(state.params, state.opt_state)
             own = state._replace(params=averages)
-            return test(own, self.source.test, self.config.eval_batch_size)
+            found = test(own, self.source.test, self.config.eval_batch_size)
+            if self.config.dataset == "text":
+                found["bits_per_byte"] = found["test_loss"] / math.log(2)
+            return found
 
         step = make_step(self.config, self.source, train, tx, stage.phase, self.parts(stage))
         like = shapes_of_state(variables, tx, self.mesh)
@@ -157,8 +156,8 @@ def make_step(
         return resized(source.prepare(source.augment(key, images)), size)
 
     def apply(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        logits, updates = train({"params": params, "model_state": model_state}, images)
-        return logits, updates["model_state"]
+        logits, updates = train(as_variables(params, model_state), images)
+        return logits, updates.get("model_state", {})
 
     options: dict[str, Any] = {"label_smoothing": config.label_smoothing, "remat": config.remat}
     return training.make_train_step(apply, tx, prepare, parts=parts, **options)
@@ -170,7 +169,7 @@ def shapes_of_state(
     """Returns the shapes of a state with these variables, and the places of all arrays."""
 
     def init(variables: Any) -> training.TrainState:
-        params, model_state = variables["params"], variables["model_state"]
+        params, model_state = variables["params"], variables.get("model_state", {})
         return training.TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
     state = jax.eval_shape(init, variables)

@@ -16,6 +16,9 @@ _WIDTHS = schemas.record(
     {"stem": _WIDTH, "blocks": schemas.each(schemas.each(_WIDTH))},
     optional={"head": schemas.maybe(_WIDTH)},
 )
+_DECODER_WIDTHS = schemas.record(
+    {"width": _WIDTH, "layers": schemas.each(schemas.each(schemas.whole(), length=3))}
+)
 
 
 class Network(NamedTuple):
@@ -24,7 +27,7 @@ class Network(NamedTuple):
     model: nnx.Module
     functions: structure.FromNNX
     groups: structure.Groups  # empty if only single weights are pruned
-    macs: Callable[[structure.Plan], float]  # of one image of the data's size
+    macs: Callable[[structure.Plan], float]  # of one example of the data's size
 
 
 def make_network(config: Config, source: Source) -> Network:
@@ -41,9 +44,17 @@ def make_network(config: Config, source: Source) -> Network:
 
 def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
     """Returns a new model of the configuration."""
+    if is_decoder(config.model):
+        return getattr(models, config.model)(
+            source.num_classes,
+            widths=read_decoder_widths(config.widths) if config.widths else None,
+            scanned=config.scan,
+            dtype=config.dtype,
+            rngs=nnx.Rngs(seed),
+        )
     model = getattr(models, config.model)(
         num_classes=source.num_classes,
-        in_channels=source.image_shape[-1],
+        in_channels=source.shape[-1],
         widths=read_widths(config.widths) if config.widths else None,
         dtype=config.dtype,
         rngs=nnx.Rngs(seed),
@@ -70,6 +81,42 @@ def read_widths(text: str) -> models.Widths:
     return models.Widths(**widths)
 
 
+def read_decoder_widths(text: str) -> tuple[int, list[tuple[int, int, int]]]:
+    """Parses the widths of a decoder: of the residual stream, and of each layer.
+
+    Raises:
+        ValueError: they are no JSON of this form.
+
+    Example:
+        >>> read_decoder_widths('{"width": 64, "layers": [[4, 2, 96]]}')
+        (64, [(4, 2, 96)])
+    """
+    try:
+        widths = files.parse_json(text.encode())
+        _DECODER_WIDTHS(widths, "it")
+    except ValueError as error:
+        raise ValueError(f"`widths` must be JSON as in summary.json: {error}") from error
+    return widths["width"], [tuple(layer) for layer in widths["layers"]]
+
+
+def widths_of(model: nnx.Module, params: Any) -> dict[str, Any]:
+    """Returns the widths of a network, as `read_widths` or `read_decoder_widths` takes them.
+
+    Args:
+        model: the dense network.
+        params: parameters of the same network, perhaps without some channels.
+    """
+    if isinstance(model, models.Decoder):
+        width, layers = models.decoder_widths_of(params, model.head_dim)
+        return {"width": width, "layers": [list(layer) for layer in layers]}
+    return models.widths_of(params)._asdict()
+
+
+def is_decoder(name: str) -> bool:
+    """Tells whether a model reads text."""
+    return name.startswith("decoder")
+
+
 def pure_functions(model: nnx.Module) -> structure.FromNNX:
     """Returns a model as functions of its variables, `{"params": ..., "model_state": ...}`."""
     return structure.from_nnx(model, state="model_state")
@@ -77,7 +124,12 @@ def pure_functions(model: nnx.Module) -> structure.FromNNX:
 
 def variables_of(state: training.TrainState) -> dict[str, Any]:
     """Returns the variables that the functions of a network take."""
-    return {"params": state.params, "model_state": state.model_state}
+    return as_variables(state.params, state.model_state)
+
+
+def as_variables(params: Any, model_state: Any) -> dict[str, Any]:
+    """Returns parameters, and what else a network has, as its functions take them."""
+    return {"params": params} | ({"model_state": model_state} if model_state else {})
 
 
 def find_groups(

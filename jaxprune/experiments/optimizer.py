@@ -1,4 +1,4 @@
-"""The optimizer of a configuration: learning rate, SGD, pruning, and averaged parameters."""
+"""The optimizer of a configuration: learning rate, SGD or AdamW, pruning, averaged parameters."""
 
 from typing import Any
 
@@ -35,14 +35,23 @@ def rewarmed(schedule: optax.Schedule, cut: int | None, steps: int) -> optax.Sch
 def make_optimizer(
     config: Config, schedule: optax.Schedule, prune: optax.GradientTransformation | None
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum and weight decay on kernels, followed by pruning."""
+    """Returns SGD or AdamW with weight decay on kernels, followed by pruning.
+
+    The decay of SGD is part of its gradient, that of AdamW is not.
+    """
 
     def kernels(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    transforms = [
-        optax.add_decayed_weights(config.weight_decay, mask=kernels),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
-    ]
+    transforms = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    decay = config.weight_decay
+    if config.optimizer == "adamw":
+        options: dict[str, Any] = {"b1": config.momentum, "b2": 0.95}
+        transforms += [optax.adamw(schedule, weight_decay=decay, mask=kernels, **options)]
+    else:
+        transforms += [
+            optax.add_decayed_weights(decay, mask=kernels),
+            optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
+        ]
     tx = jaxprune.chain(*transforms, *([] if prune is None else [prune]))
     return optax.chain(tx, training.average_parameters(config.ema)) if config.ema else tx

@@ -17,6 +17,7 @@ from jaxprune import (
     rates,
     schedules,
     scores,
+    stacks,
     structure,
     training,
     trees,
@@ -69,12 +70,14 @@ def pruning_while_training(
     if method == "none":
         return None
     options: dict[str, Any] = window._asdict()
+    if config.scan:  # budgets are those of layers, not of stacks
+        options |= {"stacked": stacks.under("layers")}
     if config.granularity == "channels":
         ranked = {"magnitude": scores.magnitude, "random": scores.random(config.seed)}
         options |= {"groups": groups, "score": ranked.get(method), "budget": budget_of(config)}
         options |= {"decay": config.decay, "regrow": config.regrow}
         return jaxprune.agip_transform(config.sparsity, **options)
-    options |= {"budget": budget_of(config)}
+    options |= {"budget": budget_of(config), "prunable": prunable_of(config)}
     if config.pattern != "weights":
         options |= {"pattern": pattern_of(config)}
     if method in ("agip", "gradient"):
@@ -89,6 +92,11 @@ def pruning_while_training(
     elif method == "acdc":
         options |= {"every": max(1, round(steps * config.phase))}
     return getattr(jaxprune, f"{method}_transform")(config.sparsity, **options)
+
+
+def prunable_of(config: Config) -> trees.Prunable | None:
+    """Returns what loses weights: of decoders the layers, not the embedding and the head."""
+    return "layers" if config.dataset == "text" else None
 
 
 def masks_at_init(experiment: "Experiment") -> Any:
@@ -112,14 +120,16 @@ def masks_at_init(experiment: "Experiment") -> Any:
     def loss(params: Any, temperature: float) -> jax.Array:
         return jnp.mean(training.cross_entropy(apply(params, images) / temperature, labels))
 
-    budget = budget_of(config)
+    options: dict[str, Any] = {"budget": budget_of(config), "prunable": prunable_of(config)}
+    if config.scan:
+        options |= {"stacked": stacks.under("layers")}
     if config.method == "synflow":
         score = jax.jit(lambda params: at_init.synflow(apply, params, images[:1]))
-        return jaxprune.prune_in_rounds(params, config.sparsity, score, budget=budget)[1]
+        return jaxprune.prune_in_rounds(params, config.sparsity, score, **options)[1]
     # The temperature of GraSP's authors, and none for SNIP.
     temperature = 200.0 if config.method == "grasp" else 1.0
     score = jax.jit(lambda params: getattr(at_init, config.method)(loss, params, temperature))
-    return jaxprune.prune(params, config.sparsity, score=score(params), budget=budget)[1]
+    return jaxprune.prune(params, config.sparsity, score=score(params), **options)[1]
 
 
 def budget_of(config: Config) -> budgets.BudgetRule | None:

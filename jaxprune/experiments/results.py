@@ -10,7 +10,8 @@ import jax
 import optax
 
 import jaxprune
-from jaxprune import checkpoints, models, processes, reports, structure, training
+from jaxprune import checkpoints, processes, reports, structure, training
+from jaxprune.experiments.network import widths_of
 from jaxprune.experiments.optimizer import make_optimizer
 from jaxprune.logs import MetricsLog
 
@@ -40,7 +41,7 @@ def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
     summary |= sizes(state, masks, dense) | environment() | measured
     summary |= {"records": log.count}
     summary |= {"switches": list(run.stages.shrinking.history)}
-    summary |= {"widths": models.widths_of(state.params)._asdict()}
+    summary |= {"widths": widths_of(run.experiment.model, state.params)}
     summary |= {"macs": run.stages.shrinking.cost}
     if not processes.is_first():
         return summary
@@ -106,7 +107,8 @@ def figures(records: Records, end: int, lost: int) -> dict[str, Any]:
         return found[-1] if found else None
 
     times = [record["seconds_per_step"] for record in records if "seconds_per_step" in record]
-    found: dict[str, Any] = {name: final(name) for name in ("test_accuracy", "train_loss")}
+    names = "test_accuracy", "test_loss", "train_loss"
+    found: dict[str, Any] = {name: final(name) for name in names}
     found |= {"seconds_per_step": statistics.median(times) if times and not lost else None}
     why = f"metrics.jsonl has lost the record of step {end}"
     missing = {name: why for name, value in found.items() if value is None}
@@ -127,7 +129,7 @@ def write_page(run: "Run", state: training.TrainState, summary: Mapping[str, Any
     facts = {
         "Test accuracy": f"{summary['test_accuracy']:.2%}",
         "Parameters": summary["parameters"],
-        "MACs per image": summary["macs"],
+        "MACs per example": summary["macs"],
         "Training": f"{summary['seconds']:.0f} s, {summary['steps']} steps",
         "Sparsity": f"{summary['sparsity']:.1%}",
         "Device": summary["device"],

@@ -1,7 +1,7 @@
-"""The images of a run: a small data set that lives on the devices, or files.
+"""The data of a run: a small data set that lives on the devices, images in files, or text.
 
 A small data set is decoded once, and a batch is a row of indices. For ImageNet, workers beside the
-training read, decode and crop this process's part of every batch.
+training read, decode and crop this process's part of every batch; for text, threads read it.
 """
 
 import functools
@@ -17,32 +17,40 @@ from jax.sharding import Mesh
 from jaxprune import data, sharding
 from jaxprune.experiments.config import Config
 
-Size = tuple[int, int]  # height and width of images
+Size = tuple[int, ...]  # height and width of images; length of text
+HELD_OUT = 2048  # most windows of text to evaluate on
 
 
 class Source(NamedTuple):
     """A data set, and how a network gets its images."""
 
-    size: int  # training images
-    image_shape: tuple[int, ...]  # height, width, channels
+    size: int  # training examples: images, or windows of text
+    shape: tuple[int, ...]  # of an example: height, width, channels; of text its bytes
     num_classes: int
     train: Any  # data.Split on the devices; None where batches are read
     test: Any  # the same, or a function that yields batches, see training.make_evaluate
     batches: Callable[[int, int], Iterator[Any]]  # (seed, first batch), see training.fit
-    first: Callable[[int], data.Split]  # the first training images, in memory
+    first: Callable[[int], data.Split]  # the first training examples, in memory
     augment: Callable[[jax.Array, jax.Array], jax.Array]  # (key, uint8 images) -> uint8 images
-    prepare: Callable[[jax.Array], jax.Array]  # uint8 images -> what the model takes
+    prepare: Callable[[jax.Array], jax.Array]  # uint8 examples -> what the model takes
     fingerprint: Callable[[], int]  # of the data; the same on all processes
-    example: Any  # a few prepared images on all devices, or their shapes
+    example: Any  # a few prepared examples on all devices, or their shapes
+    label: tuple[int, ...] = ()  # shape of the labels of an example: one, or one for each byte
+
+    @property
+    def dtypes(self) -> tuple[Any, Any]:
+        """Those of examples and labels, before they are prepared."""
+        return jnp.uint8, jnp.uint8 if self.label else jnp.int32
 
 
 def open_source(config: Config, mesh: Mesh) -> Source:
     """Opens the data set of a configuration."""
-    return files(config, mesh) if config.dataset == "imagenet2012" else resident(config, mesh)
+    kinds = {"imagenet2012": files, "text": of_text}
+    return kinds.get(config.dataset, resident)(config, mesh)
 
 
 def image_sizes(config: Config, full: Size, steps: int) -> Mapping[int, Size]:
-    """Returns step -> size of the training images from then on."""
+    """Returns step -> size of the training images from then on; text has one size."""
     if config.small_images == 1 or config.small_until == 0:
         return {0: full}
     height, width = (round(side * config.small_images) for side in full)
@@ -82,7 +90,7 @@ def resident(config: Config, mesh: Mesh) -> Source:
 
     return Source(
         size=size,
-        image_shape=dataset.train.images.shape[1:],
+        shape=dataset.train.images.shape[1:],
         num_classes=dataset.num_classes,
         train=train,
         test=test,
@@ -137,7 +145,7 @@ def files(config: Config, mesh: Mesh) -> Source:
 
     return Source(
         size=len(train),
-        image_shape=(config.image_size, config.image_size, 3),
+        shape=(config.image_size, config.image_size, 3),
         num_classes=found.num_classes,
         train=None,
         test=read,
@@ -147,6 +155,58 @@ def files(config: Config, mesh: Mesh) -> Source:
         prepare=prepare,
         fingerprint=fingerprint,
         example=sharding.replicate(prepare(jnp.asarray(first(8).images)), mesh),
+    )
+
+
+def of_text(config: Config, mesh: Mesh) -> Source:
+    """Opens the text files of a folder; an example is a window of them."""
+    if not config.source_dir:
+        raise ValueError("`source_dir` must name the folder with text files for the data set text")
+    corpus = data.text.open_folder(config.source_dir)
+    train, test = data.text.split(corpus, config.length)
+    shown = np.linspace(0, test.size - 1, min(HELD_OUT, test.size)).astype(int)
+    if count := config.validation:
+        if count >= train.size:
+            raise ValueError(
+                f"`validation` must be less than the {train.size} windows; got {count}"
+            )
+        train = train._replace(size=train.size - count)
+        test, shown = train, np.arange(train.size, train.size + count)
+    mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def batches(seed: int, start: int) -> Iterator[Any]:
+        options = mine | {"seed": seed, "start": start}
+        return data.text.train_batches(corpus, train, config.batch_size, **options)
+
+    batches(config.seed, 0)  # batch size and seed are checked before anything is compiled
+
+    def read() -> Iterator[Any]:
+        whole, part = config.eval_batch_size, config.eval_batch_size // mine["process_count"]
+        own = np.arange(part) + part * mine["process_index"]
+        for first in range(0, len(shown), whole):
+            valid = first + own < len(shown)
+            rows = shown[np.where(valid, first + own, 0)]
+            yield *data.text.examples(corpus, test, rows), valid
+
+    def first(count: int) -> data.Split:
+        return data.Split(*data.text.examples(corpus, train, range(count)))
+
+    def prepare(tokens: jax.Array) -> jax.Array:
+        return tokens.astype(jnp.int32)
+
+    return Source(
+        size=train.size,
+        shape=(config.length,),
+        num_classes=256,
+        train=None,
+        test=read,
+        batches=batches,
+        first=first,
+        augment=lambda key, tokens: tokens,
+        prepare=prepare,
+        fingerprint=lambda: data.text.fingerprint(corpus),
+        example=sharding.replicate(prepare(jnp.asarray(first(8).images)), mesh),
+        label=(config.length,),
     )
 
 

@@ -85,7 +85,8 @@ class Stages:
         own, opt_state = self.shrinking.advance(step, variables_of(state), state.opt_state)
         if not removes:
             return state
-        state = training.TrainState(state.step, own["params"], own["model_state"], opt_state)
+        rest = own.get("model_state", {})
+        state = training.TrainState(state.step, own["params"], rest, opt_state)
         return jax.tree.map(lambda x, like: sharding.put(x, like.sharding), state, self.steps.like)
 
     def costs(self) -> dict[str, float]:
@@ -110,10 +111,12 @@ class Stages:
     def describe_last(self) -> str:
         """Returns one line about the last switch."""
         last = self.shrinking.history[-1]
-        height, width = last["image_size"]
-        parts = [f"step {last['step']}: images of {height} x {width}"]
+        text = len(last["image_size"]) == 1
+        size = " x ".join(map(str, last["image_size"]))
+        parts = [f"step {last['step']}: " + (f"{size} bytes" if text else f"images of {size}")]
         if last["parameters"] is not None:
-            parts.append(f"{last['parameters']:,} parameters, {last['macs']:,} MACs per image")
+            what = "example" if text else "image"
+            parts.append(f"{last['parameters']:,} parameters, {last['macs']:,} MACs per {what}")
         parts.append(f"{last['seconds']:.1f} s for the switch")
         if last["rounded"]:
             rounded = ", ".join(last["rounded"][:3]) + (", ..." if len(last["rounded"]) > 3 else "")
@@ -138,8 +141,11 @@ class Stages:
         size = experiment.chunk, experiment.config.batch_size
         rows: Any = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split)
         if data is None:
-            shape = *size, *experiment.source.image_shape
-            rows = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split), rows
+            source = experiment.source
+            rows = tuple(
+                jax.ShapeDtypeStruct((*size, *shape), dtype, sharding=split)
+                for shape, dtype in zip((source.shape, source.label), source.dtypes, strict=True)
+            )
         key = sharding.replicate(jax.random.key(0), mesh)
         compiled = steps.run.lower(steps.like, data, rows, key).compile()  # pyright: ignore
         data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data))

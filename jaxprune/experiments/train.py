@@ -1,7 +1,8 @@
-"""Train a ResNet and prune it while it learns.
+"""Train a ResNet, or a language model, and prune it while it learns.
 
     python scripts/train.py digits_resnet8
     python scripts/train.py fashion_resnet8 --sparsity 0.9 --seed 1
+    python scripts/train.py text_mini --source-dir ~/texts --method agip --sparsity 0.8
     python scripts/train.py digits_resnet8 --help      # lists every option with its value there
 
 `python -m jaxprune.experiments.train` is the same command without a checkout. You can stop a run at
@@ -41,7 +42,7 @@ from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
 from jaxprune.experiments.optimizer import rewarmed
-from jaxprune.experiments.pruning import pruning_of
+from jaxprune.experiments.pruning import prunable_of, pruning_of
 from jaxprune.experiments.stages import Stages, refused_updates, unranked_groups
 from jaxprune.files import schemas
 from jaxprune.logs import MetricsLog, show_progress
@@ -326,7 +327,7 @@ class Run:
         """Returns the fraction of weights, or of parameters in channels, that is pruned."""
         if self.config.granularity == "channels" and self.config.method != "none":
             return self.stages.sparsity(state)
-        return sparsity_of(state.params, self.masks(state))
+        return sparsity_of(state.params, self.masks(state), prunable_of(self.config))
 
 
 def check_same_run(saved: Mapping[str, Any], options: Mapping[str, Any], workdir: Path) -> None:
@@ -379,9 +380,9 @@ def delete_run(workdir: Path) -> None:
         shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
 
 
-def sparsity_of(params: Any, masks: Any) -> float:
+def sparsity_of(params: Any, masks: Any, prunable: trees.Prunable = None) -> float:
     """Returns the fraction of the prunable weights that is masked."""
-    flags = trees.prunable_flags(params)
+    flags = trees.prunable_flags(params, prunable)
     by_path = trees.leaf_by_path(masks)
     kernels = [by_path[path] for path, flag in zip(trees.leaf_by_path(params), flags) if flag]
     kept = sum(int(count) for count in jax.device_get(count_true(kernels)))

@@ -4,7 +4,13 @@
 """
 
 from jaxprune.models._blocks import LayerWidths
-from jaxprune.models.decoder import Decoder, DecoderWidths
+from jaxprune.models.decoder import (
+    Decoder,
+    DecoderWidths,
+    decoder_124m,
+    decoder_mini,
+    decoder_widths_of,
+)
 from jaxprune.models.encoder import Encoder
 from jaxprune.models.mobilenet import MobileNet, efficientnet_lite0, mobilenet_v1, mobilenet_v2
 from jaxprune.models.resnet import (
@@ -33,6 +39,9 @@ __all__ = [
     "ResNet",
     "ViT",
     "Widths",
+    "decoder_124m",
+    "decoder_mini",
+    "decoder_widths_of",
     "default_widths",
     "efficientnet_lite0",
     "mobilenet_v1",

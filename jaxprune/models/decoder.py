@@ -1,6 +1,6 @@
 """A language model of today's usual design in Flax NNX; the widths of every layer are data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-__all__ = ["Cache", "Decoder", "DecoderWidths", "rotate"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderWidths",
+    "decoder_124m",
+    "decoder_mini",
+    "decoder_widths_of",
+    "rotate",
+]
 
 
 class DecoderWidths(NamedTuple):
@@ -238,6 +246,105 @@ class Decoder(nnx.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def decoder_widths_of(
+    params: Mapping[str, Any], head_dim: int
+) -> tuple[int, tuple[DecoderWidths, ...]]:
+    """Reads the widths of a decoder from its parameters, such as those that removal has left.
+
+    Args:
+        params: nested dict of the arrays of a `Decoder`, or of their shapes.
+        head_dim: channels of a head.
+
+    Returns:
+        `(width, layers)`, as `decoder_mini` and `decoder_124m` take them.
+
+    Raises:
+        ValueError: if a width is no multiple of `head_dim`.
+
+    Example:
+        >>> model = decoder_mini(256, widths=(16, [(4, 2, 24)]), rngs=nnx.Rngs(0))
+        >>> decoder_widths_of(nnx.to_pure_dict(nnx.state(model)), model.head_dim)
+        (16, (DecoderWidths(heads=4, kv_heads=2, mlp=24),))
+    """
+    own = params["layers"]
+    stacked = bool(own) and not all(str(name).isdigit() for name in own)
+    layers = [own] if stacked else [own[name] for name in sorted(own, key=int)]
+
+    def width(layer: Any, name: str, unit: int) -> int:
+        size = layer[name]["kernel"].shape[-1] if layer.get(name) else 0
+        if size % unit:
+            raise ValueError(f"`params` {name} has {size} channels: no multiple of {unit}")
+        return size // unit
+
+    units = {"query": head_dim, "key": head_dim, "up": 1}
+    found = [DecoderWidths(*(width(own, *unit) for unit in units.items())) for own in layers]
+    if stacked:
+        found *= len(jax.tree.leaves(own)[0])
+    return params["head"]["kernel"].shape[0], tuple(found)
+
+
+def _constructor(
+    name: str, title: str, head_dim: int, width: int, layers: Sequence[Sequence[int]]
+) -> Callable[..., Decoder]:
+    """Makes the function that builds a decoder of known widths."""
+
+    def build(
+        vocabulary: int,
+        *,
+        widths: tuple[int, Sequence[Sequence[int]]] | None = None,
+        scanned: bool = False,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> Decoder:
+        own_width, own_layers = (width, layers) if widths is None else widths
+        return Decoder(
+            vocabulary,
+            width=own_width,
+            layers=own_layers,
+            head_dim=head_dim,
+            scanned=scanned,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""Builds {title}
+
+    Args:
+        vocabulary: number of tokens, 256 for bytes.
+        widths: channels of the residual stream, and `DecoderWidths` of each layer; None: {width},
+            and {len(layers)} times {tuple(layers[0])}. Heads have {head_dim} channels.
+        scanned: see `Decoder`.
+        dtype: dtype of the computation.
+        rngs: source of the initial parameters.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> model = {name}(256, widths=(16, [(4, 2, 24)]), rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 3), jnp.int32)).shape
+        (1, 3, 256)
+    """
+    return build
+
+
+decoder_mini = _constructor(
+    "decoder_mini",
+    "a decoder of 0.87 M parameters for bytes, which trains on a CPU.",
+    head_dim=32,
+    width=128,
+    layers=[(4, 4, 352)] * 4,
+)
+decoder_124m = _constructor(
+    "decoder_124m",
+    "a decoder of 124 M parameters for bytes, with 3 heads of keys and values for 12 queries.",
+    head_dim=64,
+    width=768,
+    layers=[(12, 3, 2048)] * 20,
+)
 
 
 def rotate(x: jax.Array, places: jax.Array, base: float) -> jax.Array:

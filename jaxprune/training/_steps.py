@@ -67,15 +67,15 @@ def create_state(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Computes the softmax cross-entropy of each example, with optional label smoothing.
+    """Computes the softmax cross-entropy of each label, with optional label smoothing.
 
     Args:
-        logits: float [B, num_classes].
-        labels: int32 [B].
+        logits: float [B, num_classes], or with more axes in the place of B.
+        labels: integers [B], or with the same axes.
         smoothing: share of the target spread evenly over all classes, in [0, 1).
 
     Returns:
-        float32 [B], in nats.
+        float32, as `labels`, in nats.
 
     Example:
         >>> loss = cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
@@ -103,7 +103,8 @@ def make_train_step(
         graphdef: from `create_state`; or a function `(params, model_state, inputs) -> (logits,
             new model_state)` to train instead of a module, such as a compacted one.
         tx: the optimizer that made the state.
-        prepare: `(key, uint8 images [B, H, W, C]) -> float images`: augmentation and normalisation.
+        prepare: `(key, uint8 images [B, H, W, C]) -> float images`: augmentation and normalisation;
+            or what else turns a batch into the inputs of the model, such as tokens [B, T].
         label_smoothing: see `cross_entropy`.
         parts: number of micro-batches that a batch is split into. More take less memory; batch
             statistics are then those of a micro-batch.
@@ -112,8 +113,9 @@ def make_train_step(
 
     Returns:
         `step(state, images, labels, key) -> (state, {"train_loss", "train_accuracy"})`, float32
-        scalars. `key` is the run's key; the step folds its number into it. It raises ValueError if
-        `parts` does not divide the batch.
+        scalars. There may be a label for each token: [B, T] for logits [B, T, C]. `key` is the
+        run's key; the step folds its number into it. It raises ValueError if `parts` does not
+        divide the batch.
 
     Example:
         >>> tx = optax.sgd(0.1)
@@ -227,6 +229,7 @@ def make_evaluate(
     def one(state: TrainState, data: Any, row: Any, valid: jax.Array):
         images, labels = _batch(data, row, mesh)
         logits = apply(state.params, state.model_state, prepare(images))
+        valid = jnp.broadcast_to(jax.lax.expand_dims(valid, range(1, labels.ndim)), labels.shape)
         losses = jnp.where(valid, cross_entropy(logits, labels), 0.0)
         correct = jnp.sum(valid & (jnp.argmax(logits, -1) == labels), dtype=jnp.int32)
         return losses.sum(), correct, valid.sum(dtype=jnp.int32)

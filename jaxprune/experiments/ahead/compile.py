@@ -120,8 +120,8 @@ def report(config: Config, mesh: Mesh, platform: str, topology: str, effort: flo
     axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(
         f"{topology}: {mesh.size} x {kind}, mesh {axes}\n  {config.model}, {config.method} on "
-        f"{config.granularity}, {config.dtype}, {config.batch_size} images of "
-        f"{'x'.join(map(str, source.image_shape))} a step",
+        f"{config.granularity}, {config.dtype}, {config.batch_size} "
+        f"{'windows' if source.label else 'images'} of {'x'.join(map(str, source.shape))} a step",
         flush=True,
     )
     try:
@@ -148,7 +148,7 @@ def table(networks: Sequence[Network], found: Sequence[Program]) -> list[str]:
     rows = {
         "seconds of compilation": [own.seconds for own in found],
         "million parameters": [entries(own.variables["params"]) / 1e6 for own in networks],
-        "GMACs of an image": [own.macs / 1e9 for own in networks],
+        "GMACs of an example": [own.macs / 1e9 for own in networks],
         "GFLOPs of a device": [own.flops / 1e9 for own in found],
         "GB accessed by a device": [own.bytes_accessed / 1e9 for own in found],
         "MiB of arguments on a device": [own.memory.arguments / MIB for own in found],

@@ -60,14 +60,18 @@ def shapes_of(config: Config) -> Source:
     size = IMAGENET if config.dataset == "imagenet2012" else 4 * config.batch_size
     large = size, (config.image_size, config.image_size, 3), 1000
     size, shape, classes = DATA_SETS.get(config.dataset, large)
+    if config.dataset == "text":
+        size, shape, classes = 4 * config.batch_size, (config.length,), 256
     mean, deviation = (0.5,) * shape[-1], (0.25,) * shape[-1]
 
     def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-        if config.dataset == "imagenet2012":  # where images are decoded
+        if config.dataset in ("imagenet2012", "text"):  # where images are decoded, or never
             return images
         return data.augment(key, images, pad=config.pad, flip=config.flip)
 
     def prepare(images: jax.Array) -> jax.Array:
+        if config.dataset == "text":
+            return images.astype(jnp.int32)
         return data.normalize(images, mean, deviation, config.dtype)
 
     def nothing(*_: Any) -> Any:
@@ -75,7 +79,7 @@ def shapes_of(config: Config) -> Source:
 
     return Source(
         size=size - config.validation,
-        image_shape=shape,
+        shape=shape,
         num_classes=classes,
         train=None,
         test=None,
@@ -84,7 +88,8 @@ def shapes_of(config: Config) -> Source:
         augment=augment,
         prepare=prepare,
         fingerprint=nothing,
-        example=jax.ShapeDtypeStruct((8, *shape), config.dtype),
+        example=jax.eval_shape(prepare, jax.ShapeDtypeStruct((8, *shape), jnp.uint8)),
+        label=shape if config.dataset == "text" else (),
     )
 
 
@@ -93,7 +98,7 @@ def dense_network(config: Config, source: Source) -> Network:
     model = nnx.eval_shape(lambda: make_model(config, source, config.seed))
     functions = pure_functions(model)
     groups = find_groups(functions, source.example)
-    stage = structure.Stage(structure.dense_network(groups), source.image_shape[:2])
+    stage = structure.Stage(structure.dense_network(groups), source.shape[:2])
     return network_of(functions, stage, source.example)
 
 
@@ -136,12 +141,16 @@ def compile_step(
     step = make_step(config, source, train, tx, network.stage.phase, config.parts)
     state = shapes_of_state(network.variables, tx, mesh)
     own, everywhere = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    images, labels = (config.batch_size, *source.image_shape), (config.batch_size,)
+    shapes = [(config.batch_size, *shape) for shape in (source.shape, source.label)]
+    images, labels = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=own)
+        for shape, dtype in zip(shapes, source.dtypes, strict=True)
+    )
     key = jax.eval_shape(jax.random.key, 0)
     placed = (
         state,
-        jax.ShapeDtypeStruct(images, jnp.uint8, sharding=own),
-        jax.ShapeDtypeStruct(labels, jnp.int32, sharding=own),
+        images,
+        labels,
         jax.ShapeDtypeStruct((), key.dtype, sharding=everywhere),
     )
     places = jax.tree.map(lambda x: x.sharding, state)
