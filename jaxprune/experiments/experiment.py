@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxprune import sharding, structure, training
 from jaxprune.experiments.config import Config
-from jaxprune.experiments.network import as_variables, make_model, make_network
+from jaxprune.experiments.network import as_variables, is_decoder, make_model, make_network
 from jaxprune.experiments.optimizer import learning_rate, make_optimizer, rewarmed
 from jaxprune.experiments.pruning import window_of
 from jaxprune.experiments.sources import Size, Source, image_sizes, open_source
@@ -159,7 +159,8 @@ def make_step(
         logits, updates = train(as_variables(params, model_state), images)
         return logits, updates.get("model_state", {})
 
-    options: dict[str, Any] = {"label_smoothing": config.label_smoothing, "remat": config.remat}
+    options: dict[str, Any] = {"label_smoothing": config.label_smoothing}
+    options |= {"remat": config.remat and not is_decoder(config.model)}  # a decoder does it itself
     return training.make_train_step(apply, tx, prepare, parts=parts, **options)
 
 

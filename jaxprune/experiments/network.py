@@ -49,6 +49,7 @@ def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
             source.num_classes,
             widths=read_decoder_widths(config.widths) if config.widths else None,
             scanned=config.scan,
+            remat=config.remat,
             dtype=config.dtype,
             rngs=nnx.Rngs(seed),
         )

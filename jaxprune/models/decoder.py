@@ -142,6 +142,8 @@ class Decoder(nnx.Module):
             `DecoderWidths`.
         head_dim: channels of a head, an even number.
         scanned: whether layers are stacked and run by `jax.lax.scan`.
+        remat: whether the backward pass computes each layer again. This takes a third more time, and
+            memory for the inside of one layer instead of all.
         base: wavelength of the slowest rotation, in radians.
         dtype: dtype of the computation; parameters and logits are float32.
         rngs: source of the initial parameters.
@@ -175,6 +177,7 @@ class Decoder(nnx.Module):
         layers: Sequence[Sequence[int]],
         head_dim: int,
         scanned: bool = False,
+        remat: bool = False,
         base: float = 10_000.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -182,7 +185,7 @@ class Decoder(nnx.Module):
         if head_dim % 2:
             raise ValueError(f"`head_dim` must be even, as pairs are rotated; got {head_dim}.")
         self.widths, self.scanned, self.head_dim = _checked(layers, scanned), scanned, head_dim
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.remat = jnp.dtype(dtype), remat
 
         def layer(widths: DecoderWidths, rngs: nnx.Rngs) -> DecoderLayer:
             return DecoderLayer(width, widths, head_dim, base=base, dtype=dtype, rngs=rngs)
@@ -229,23 +232,28 @@ class Decoder(nnx.Module):
 
     def _run(self, x: jax.Array, start: Any, past: Any) -> tuple[jax.Array, Any]:
         """Runs the layers; returns the residual stream and keys and values."""
+        run = jax.checkpoint(_run_layer, static_argnums=0) if self.remat else _run_layer
         if self.scanned:
             graphdef, stack = nnx.split(self.layers)
 
             def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-                state, past = layer
-                return nnx.merge(graphdef, state)(x, start, past)
+                return run(graphdef, layer[0], x, start, layer[1])
 
             return jax.lax.scan(body, x, (stack, past))
         kept = []
         for index, layer in enumerate(self.layers):
             own = None if past is None else tuple(both[index] for both in past)
-            x, own = layer(x, start, own)
+            x, own = run(*nnx.split(layer), x, start, own)
             kept.append(own)
         return x, None if past is None else tuple(map(list, zip(*kept, strict=True)))
 
     def _logits(self, x: jax.Array) -> jax.Array:
         return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def _run_layer(graphdef: Any, state: Any, x: jax.Array, start: Any, past: Any) -> Any:
+    """Runs one layer, given as structure and arrays."""
+    return nnx.merge(graphdef, state)(x, start, past)
 
 
 def decoder_widths_of(
@@ -295,6 +303,7 @@ def _constructor(
         *,
         widths: tuple[int, Sequence[Sequence[int]]] | None = None,
         scanned: bool = False,
+        remat: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> Decoder:
@@ -305,6 +314,7 @@ def _constructor(
             layers=own_layers,
             head_dim=head_dim,
             scanned=scanned,
+            remat=remat,
             dtype=dtype,
             rngs=rngs,
         )
@@ -317,6 +327,7 @@ def _constructor(
         widths: channels of the residual stream, and `DecoderWidths` of each layer; None: {width},
             and {len(layers)} times {tuple(layers[0])}. Heads have {head_dim} channels.
         scanned: see `Decoder`.
+        remat: see `Decoder`.
         dtype: dtype of the computation.
         rngs: source of the initial parameters.
 

@@ -269,11 +269,11 @@ def test_shapes_are_those_of_the_data_sets():
 
     config = CONFIGS["digits_resnet8"][1]
     digits, shapes = data.load("digits"), steps.shapes_of(config)
-    assert digits.train.images.shape == (shapes.size, *shapes.image_shape)
+    assert digits.train.images.shape == (shapes.size, *shapes.shape)
     assert digits.num_classes == shapes.num_classes
     assert steps.shapes_of(dataclasses.replace(config, validation=37)).size == 1400
     synthetic = steps.shapes_of(CONFIGS["synthetic_resnet50"][1])
-    assert (synthetic.size, *synthetic.image_shape) == (512, 224, 224, 3)
+    assert (synthetic.size, *synthetic.shape) == (512, 224, 224, 3)
     imagenet = steps.shapes_of(CONFIGS["imagenet_resnet50"][1])
     assert imagenet[:3] == (1281167, (224, 224, 3), 1000)
 
