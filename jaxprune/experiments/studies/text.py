@@ -140,11 +140,15 @@ def bits(summary: Mapping[str, Any]) -> float:
 def steps_in_time(steps: int, arm: Arm, seconds: Mapping[str, float]) -> int:
     """Returns the steps of an arm that take as long as those of the dense decoder.
 
+    A masked step computes what the dense one does and more: if it seems shorter, that is noise.
+
     Example:
         >>> steps_in_time(100, Arm("", [], {"dense": 0.5, "small": 0.5}), {"dense": 3, "small": 1})
         150
     """
+    masked = "--sparsity" in arm.options and "--granularity" not in arm.options
     each = sum(share * seconds[name] for name, share in arm.timed.items())
+    each = max(each, seconds["dense"]) if masked else each
     return max(1, round(steps * seconds["dense"] / each))
 
 
