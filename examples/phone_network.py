@@ -4,10 +4,11 @@
     python examples/phone_network.py
 
 The network is EfficientNet-Lite0 with its published weights; the pictures are those that
-scikit-image and scikit-learn carry. Crops of some pictures calibrate, crops of others are held out.
-A row says what is left of the agreement with the dense network: as the channels go, after the
-running statistics of the norm layers are measured again, and, with --steps, after a little
-teaching. Channels chosen at random are the control.
+scikit-image and scikit-learn carry. Crops of their left halves calibrate, crops of their right
+halves are held out. A row says what is left of the agreement with the dense network: as the
+channels go; with the running statistics of the norm layers measured again; with the kernels behind
+removed channels fitted to what the dense ones computed; and, with --steps, after a little teaching.
+Channels chosen at random are the control. With --unseen, other pictures are held out instead.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 
 import jaxprune
-from jaxprune import post_training, structure, training
+from jaxprune import post_training, search, structure, training
 from jaxprune.models import pretrained
 
 SIZE = 160  # pixels
@@ -92,8 +93,12 @@ def taught(
 def compare(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each budget and each choice of channels."""
     rng, images = np.random.default_rng(seed), pictures()
-    order = rng.permutation(len(images))
-    seen, unseen = ([images[i] for i in part] for part in (order[:5], order[5:]))
+    if options.unseen:
+        order = rng.permutation(len(images))
+        seen, unseen = ([images[i] for i in part] for part in (order[:5], order[5:]))
+    else:
+        halves = [(image, image.shape[1] // 2) for image in images]
+        seen, unseen = [x[:, :half] for x, half in halves], [x[:, half:] for x, half in halves]
     calibration = [crops(seen, 32, rng) for _ in range(options.batches)]
     held_out = [crops(unseen, 32, rng) for _ in range(options.batches)]
 
@@ -107,6 +112,7 @@ def compare(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         "by what they contribute": structure.normalized(scores),
         "at random": {name: rng.random(len(own)) for name, own in scores.items()},
     }
+    inputs = search.find_inputs(evaluate, variables, calibration, groups)
     dense = evaluated(evaluate, variables, held_out)
     wanted = [jax.jit(evaluate)(variables, batch) for batch in calibration]
     whole, rows = cost(groups.plan({})), []
@@ -116,10 +122,13 @@ def compare(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             plan = groups.plan(keep)
             small, row = plan.compact(variables), {"MACs": budget, "channels": choice}
             test, learn = plan.wrap(evaluate), plan.wrap(train)
-            measured = training.measure_statistics(learn, small, calibration)
-            stages = {"removed": small, "measured again": measured}
+            # Calibration data are few, so the fit is damped.
+            fitted = plan.compact(search.reconstruct(variables, plan, inputs, damping=1e-2))
+            stages = {"removed": small}
+            stages["measured again"] = training.measure_statistics(learn, small, calibration)
+            stages["fitted"] = fitted
             if options.steps:
-                stages["taught"] = taught(learn, measured, calibration, wanted, options.steps)
+                stages["taught"] = taught(learn, fitted, calibration, wanted, options.steps)
             for stage, tree in stages.items():
                 found = agreement(evaluated(test, tree, held_out), dense)
                 row |= {f"{stage}, {name}": value for name, value in found.items()}
@@ -136,6 +145,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4, help="batches of 32 crops, each part")
     parser.add_argument("--steps", type=int, default=0, help="steps of teaching")
     parser.add_argument("--seeds", type=int, default=2, help="draws of pictures and crops")
+    parser.add_argument("--unseen", action="store_true", help="hold out whole pictures")
     options = parser.parse_args()
     runs = [compare(seed, options) for seed in range(options.seeds)]
     means = []
