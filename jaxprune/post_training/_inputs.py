@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import layouts, trees
-from jaxprune.post_training._meshes import entered, on_any_mesh, on_this_mesh
+from jaxprune import layouts, meshes, trees
 from jaxprune.post_training._products import statistic_of
 
 __all__ = [
@@ -151,7 +150,7 @@ def input_statistics(
     values: dict[str, jax.Array] = {}
     rows = collections.Counter()  # on the host, where it cannot overflow
     for batch in batches:
-        with entered(params):
+        with meshes.entered(params):
             found = capture(params, batch)
             new = {path: inputs.value for path, inputs in found.items()}
             values = _add(values, new) if values else new
@@ -226,7 +225,7 @@ def _capture_batch(
 
         rows: list[int] = []
         picks = [] if use.index is None else [use.index]
-        return on_any_mesh(of_arrays, *use.operands, *picks), rows[-1]
+        return meshes.automatically(of_arrays, *use.operands, *picks), rows[-1]
 
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
 
@@ -244,9 +243,10 @@ def _capture_batch(
         "these with `prunable`:",
     )
     # An OrderedDict, because `jit` sorts the keys of a plain dict.
+    sums = ((path, *found.sums[path]) for path in found.uses)
     return collections.OrderedDict(
-        (path, InputStatistics(on_this_mesh(found.sums[path][0]), found.sums[path][1], arrangement))
-        for path, arrangement in found.uses.items()
+        (path, InputStatistics(meshes.on_this_mesh(value), count, found.uses[path]))
+        for path, value, count in sums
     )
 
 

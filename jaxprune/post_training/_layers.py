@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import patterns, trees
+from jaxprune import meshes, patterns, trees
 from jaxprune.post_training._inputs import (
     Apply,
     InputStatistics,
     input_statistics,
     not_finite,
 )
-from jaxprune.post_training._meshes import entered, on_any_mesh
 
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
@@ -108,8 +107,8 @@ def _prune(method: Method, leaf: Any, inputs: InputStatistics) -> tuple[jax.Arra
     def prune(leaf: Any, value: Any) -> tuple[jax.Array, jax.Array]:
         return method(leaf, inputs._replace(value=value))
 
-    with entered(leaf):
-        return on_any_mesh(prune, jnp.asarray(leaf), inputs.value, like=leaf)
+    with meshes.entered(leaf):
+        return meshes.automatically(prune, jnp.asarray(leaf), inputs.value, like=leaf)
 
 
 def largest(scores: jax.Array, keep: int | jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "timetables",
         "trees",
     },
-    "post_training": {"budgets", "layouts", "patterns", "structure", "trees"},
+    "post_training": {"budgets", "layouts", "meshes", "patterns", "structure", "trees"},
     "transforms": {
         "budgets",
         "counting",
