@@ -7,7 +7,7 @@ and a checksum of that record.
 
 import contextlib
 import dataclasses
-import functools
+import gc
 import hashlib
 import json
 import logging
@@ -170,7 +170,6 @@ def open_manager(
         True
     """
     check_writable(folder)
-    _quiet_orbax()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy(
         [policies.LatestN(keep), policies.CustomSteps(list(always))]
@@ -229,7 +228,8 @@ def save(
     items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
     reason = None
     try:
-        manager.save(step, args=ocp.args.Composite(**items))
+        with _quiet_orbax():
+            manager.save(step, args=ocp.args.Composite(**items))
     except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
         reason = _shortened(error)
     if reason is not None:
@@ -272,9 +272,10 @@ def restore(
         like,
     )
     try:
-        items = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )
+        with _quiet_orbax():
+            items = manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
     except Exception as error:
         raise _corrupt(folder, error) from error
     found = _describe(items["state"], checksum=True)
@@ -426,7 +427,8 @@ def _read_record(
         raise FileNotFoundError(f"{manager.directory} holds no checkpoint.")
     folder = Path(str(manager.directory)) / str(step)
     try:
-        items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        with _quiet_orbax():
+            items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         content = files.unseal(items["record"], "its record")
         _RECORD(content, "its record")
     except Exception as error:  # Orbax, JSON and the file system raise different kinds
@@ -518,14 +520,14 @@ def _shortened(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
-@functools.cache
-def _quiet_orbax() -> None:
-    """Silences what Orbax prints of errors that it raises as well, from now on.
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Silences what Orbax prints of errors that it raises as well, while it works.
 
-    It logs an error in each of its threads, with tracebacks, and leaves coroutines and callbacks
-    that complain about a closed event loop, also when the program has ended.
+    It logs an error in each of its threads, with tracebacks, and drops coroutines that complain
+    when the garbage collector finds them. After an error they are therefore collected at once.
     """
-    hook = sys.unraisablehook
+    before, working = sys.unraisablehook, True
 
     def keeps(record: logging.LogRecord) -> bool:
         error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
@@ -536,12 +538,27 @@ def _quiet_orbax() -> None:
         return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
     def quiet(found: Any) -> None:
-        if not is_of_loop(found.exc_value):
-            hook(found)
+        code = getattr(found.object, "cr_code", None)  # that of a coroutine
+        is_of_orbax = code is not None and "orbax" in code.co_filename
+        if not (working and (is_of_orbax or is_of_loop(found.exc_value))):
+            before(found)
 
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     sys.unraisablehook = quiet
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(keeps)
+    for logger in loggers:
+        logger.addFilter(keeps)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed:
+            gc.collect()
+        working = False
+        for logger in loggers:
+            logger.removeFilter(keeps)
+        if sys.unraisablehook is quiet:  # nobody has put another one around it
+            sys.unraisablehook = before
 
 
 def _unreadable(folder: Path) -> list[str]:
