@@ -38,6 +38,7 @@ __all__ = [
     "fields",
     "fingerprint",
     "open_manager",
+    "quiet_orbax",
     "read_json",
     "read_newest",
     "read_record",
@@ -228,7 +229,7 @@ def save(
     items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
     reason = None
     try:
-        with _quiet_orbax():
+        with quiet_orbax():
             manager.save(step, args=ocp.args.Composite(**items))
     except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
         reason = _shortened(error)
@@ -272,7 +273,7 @@ def restore(
         like,
     )
     try:
-        with _quiet_orbax():
+        with quiet_orbax():
             items = manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )
@@ -427,7 +428,7 @@ def _read_record(
         raise FileNotFoundError(f"{manager.directory} holds no checkpoint.")
     folder = Path(str(manager.directory)) / str(step)
     try:
-        with _quiet_orbax():
+        with quiet_orbax():
             items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         content = files.unseal(items["record"], "its record")
         _RECORD(content, "its record")
@@ -470,6 +471,56 @@ def stop_signals(*signals: signal.Signals) -> Iterator[list[signal.Signals]]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences what Orbax prints of errors that it raises as well, inside a `with` block.
+
+    It logs an error in each of its threads, with tracebacks, and drops coroutines that complain
+    when the garbage collector finds them. After an error they are therefore collected at once. The
+    functions of this module that save and restore do so in such a block, and leave loggers and
+    `sys.unraisablehook` as they were.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with quiet_orbax():
+        ...     logging.getLogger("asyncio").error("Exception was never retrieved: /orbax/a.py")
+    """
+    before, working = sys.unraisablehook, True
+
+    def keeps(record: logging.LogRecord) -> bool:
+        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
+        is_of_orbax = "_SignalingThread" in text or "orbax" in text and "never retrieved" in text
+        return not (is_of_orbax or is_of_loop(error))
+
+    def is_of_loop(error: Any) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    def quiet(found: Any) -> None:
+        code = getattr(found.object, "cr_code", None)  # that of a coroutine
+        is_of_orbax = code is not None and "orbax" in code.co_filename
+        if not (working and (is_of_orbax or is_of_loop(found.exc_value))):
+            before(found)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    sys.unraisablehook = quiet
+    for logger in loggers:
+        logger.addFilter(keeps)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed:
+            gc.collect()
+        working = False
+        for logger in loggers:
+            logger.removeFilter(keeps)
+        if sys.unraisablehook is quiet:  # nobody has put another one around it
+            sys.unraisablehook = before
 
 
 def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
@@ -518,47 +569,6 @@ def _shortened(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".partition(" [source locations=")[0]
     text = " ".join(text.split()).replace(";", ",")
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silences what Orbax prints of errors that it raises as well, while it works.
-
-    It logs an error in each of its threads, with tracebacks, and drops coroutines that complain
-    when the garbage collector finds them. After an error they are therefore collected at once.
-    """
-    before, working = sys.unraisablehook, True
-
-    def keeps(record: logging.LogRecord) -> bool:
-        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
-        is_of_orbax = "_SignalingThread" in text or "orbax" in text and "never retrieved" in text
-        return not (is_of_orbax or is_of_loop(error))
-
-    def is_of_loop(error: Any) -> bool:
-        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
-
-    def quiet(found: Any) -> None:
-        code = getattr(found.object, "cr_code", None)  # that of a coroutine
-        is_of_orbax = code is not None and "orbax" in code.co_filename
-        if not (working and (is_of_orbax or is_of_loop(found.exc_value))):
-            before(found)
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    sys.unraisablehook = quiet
-    for logger in loggers:
-        logger.addFilter(keeps)
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        if failed:
-            gc.collect()
-        working = False
-        for logger in loggers:
-            logger.removeFilter(keeps)
-        if sys.unraisablehook is quiet:  # nobody has put another one around it
-            sys.unraisablehook = before
 
 
 def _unreadable(folder: Path) -> list[str]:
