@@ -107,13 +107,17 @@ def make_timetable(
     for i, kind in enumerate(kinds):
         members.setdefault(kind, []).append(i)
     named = [(path, leaf.shape, own) for (path, leaf), own in zip(leaves.items(), axes)]
-    budgeted = [
-        copy
-        for leaf, kind in zip(named, kinds, strict=True)
-        if not isinstance(kind, patterns.NM)
-        for copy in copy_paths(*leaf)
-    ]
+    budgeted, fixed = (
+        [
+            copy
+            for leaf, kind in zip(named, kinds, strict=True)
+            if isinstance(kind, patterns.NM) == is_fixed
+            for copy in copy_paths(*leaf)
+        ]
+        for is_fixed in (False, True)
+    )
     given = budgets.global_budget() if budget is None else budget
+    _check_names(given, budgeted, fixed)
     rule = budgets.rule_of(given, max(sparsities), budgeted)
     rankings = [
         _n_m_ranking(kind, places, sparsities, moved)
@@ -123,6 +127,25 @@ def make_timetable(
     ]
     at = np.asarray(steps, np.int32)
     return Timetable(at, tuple(rankings), axes, _marks(at, rankings))
+
+
+def _check_names(budget: Any, budgeted: list[str], fixed: list[str]) -> None:
+    """Raises for names in a budget that mean only leaves whose N:M pattern fixes their counts."""
+    names = getattr(budget, "sparsities", budget if isinstance(budget, Mapping) else ())
+
+    def meant(name: str, paths: list[str]) -> list[str]:
+        return [path for path in paths if trees.means(name, path)]
+
+    trees.raise_for(
+        [
+            f"{name}: {', '.join(meant(name, fixed)[:3])}"
+            for name in names
+            if meant(name, fixed) and not meant(name, budgeted)
+        ],
+        "`budget` must not name leaves with an N:M pattern, which keep n of every m weights "
+        "whatever a budget says. Omit these names, or let `pattern` be a function of path and leaf "
+        "that returns None for these leaves:",
+    )
 
 
 def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data": {"files"},
     "stats": {"counting", "trees"},
     "stacks": {"trees"},
-    "budgets": {"trees"},
+    "budgets": {"schedules", "trees"},
     "patterns": {"trees"},
     "masks": {"meshes", "trees"},
     "at_init": {"trees"},
