@@ -166,6 +166,8 @@ STACK = {
     "pos_embedding": "positions",
     "encoder/posembed_input/pos_embedding": "positions",
     "position_embeddings/embedding": "positions",
+    "positions": "positions",
+    "positions/embedding": "positions",
     "wpe/weight": "positions",
     "relpos_bias/rel_embedding": "positions",
     "attention/relative_position_bias_table": "bias",

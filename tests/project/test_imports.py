@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "scores": {"counting", "trees"},
     "schedules": set(),
     "rates": set(),
+    "presets": {"trees"},
     "programs": set(),
     "processes": set(),
     "data": {"files"},
