@@ -112,7 +112,7 @@ def make_timetable(
             copy
             for leaf, kind in zip(named, kinds, strict=True)
             if isinstance(kind, patterns.NM) == is_fixed
-            for copy in copy_paths(*leaf)
+            for copy in trees.copy_paths(*leaf)
         ]
         for is_fixed in (False, True)
     )
@@ -146,27 +146,6 @@ def _check_names(budget: Any, budgeted: list[str], fixed: list[str]) -> None:
         "whatever a budget says. Omit these names, or let `pattern` be a function of path and leaf "
         "that returns None for these leaves:",
     )
-
-
-def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:
-    """Names each copy of a stacked leaf, in row-major order of the stacked axes.
-
-    Args:
-        path: the path of the leaf.
-        shape: the shape of the leaf.
-        stacked: axes that number copies; empty for a single layer.
-
-    Returns:
-        The path itself, or one with an index for each copy.
-
-    Example:
-        >>> copy_paths("layers/kernel", (2, 64, 64), (0,)), copy_paths("head", (64, 10), ())
-        (['layers/kernel[0]', 'layers/kernel[1]'], ['head'])
-    """
-    if not stacked:
-        return [path]
-    numbers = np.ndindex(*(shape[axis] for axis in stacked))
-    return [f"{path}[{','.join(map(str, number))}]" for number in numbers]
 
 
 def ever_grows(timetable: Timetable) -> bool:
@@ -270,7 +249,7 @@ def _ranking(
     shapes = {}
     for path, shape, axes in leaves:
         units = patterns.copy_shape(patterns.unit_shape(pattern, shape, axes), axes)
-        shapes |= dict.fromkeys(copy_paths(path, shape, axes), units)
+        shapes |= dict.fromkeys(trees.copy_paths(path, shape, axes), units)
     total, floors = budgets.at_all(rule, shapes, sparsities)
     fraction = np.asarray(moved)
     count = np.floor(total * fraction + 0.5)

@@ -1,7 +1,7 @@
 """Leaf paths, comparisons of trees, and errors that name every bad leaf."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,27 @@ def leaf_by_path(tree: Any) -> dict[str, Any]:
         twice = sorted({path for path in paths if paths.count(path) > 1})
         raise_for(twice, "leaves must have different paths; rename one of each of these:")
     return by_path
+
+
+def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:
+    """Names each copy of a stacked leaf, in row-major order of the stacked axes.
+
+    Args:
+        path: the path of the leaf.
+        shape: the shape of the leaf.
+        stacked: axes that number copies; empty for a single layer.
+
+    Returns:
+        The path itself, or one with an index for each copy.
+
+    Example:
+        >>> copy_paths("layers/kernel", (2, 64, 64), (0,)), copy_paths("head", (64, 10), ())
+        (['layers/kernel[0]', 'layers/kernel[1]'], ['head'])
+    """
+    if not stacked:
+        return [path]
+    numbers = np.ndindex(*(shape[axis] for axis in stacked))
+    return [f"{path}[{','.join(map(str, number))}]" for number in numbers]
 
 
 def is_placeholder(params: Any) -> bool:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "stacks": {"trees"},
     "budgets": {"schedules", "trees"},
     "patterns": {"trees"},
-    "masks": {"meshes", "trees"},
+    "masks": {"counting", "meshes", "stacks", "trees"},
     "at_init": {"trees"},
     "storage": {"files", "trees"},
     "models": {"trees"},
