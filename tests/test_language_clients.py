@@ -98,7 +98,9 @@ def test_heads_and_mlps_are_removed(client):
     def is_stream(group):
         return any("emb" in member.path for member in group.members)
 
-    keep = structure.keep_uniform(groups, scores, 0.5, ignore=is_stream)
+    # Equinox looks up single tokens, and so its stream belongs to no group.
+    ignore = is_stream if any(map(is_stream, groups.values())) else None
+    keep = structure.keep_uniform(groups, scores, 0.5, ignore=ignore)
     plan = groups.plan(keep)
     assert plan.verify(client.apply, client.params, tokens) < 1e-4
     small = plan.compact(client.params)
