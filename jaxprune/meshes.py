@@ -88,7 +88,7 @@ def entered(tree: Any) -> Iterator[None]:
         True
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    meshes: list[Any] = [own.mesh for own in shardings if _is_explicit(own)]
+    meshes = [own.mesh for own in shardings if own is not None and _is_explicit(own)]
     if not meshes or not jax.sharding.get_abstract_mesh().empty:
         yield
     else:

@@ -143,7 +143,7 @@ def _prune(
         if step is None:
             return method(leaf, own)
         start = np.int32(step * len(value))
-        one = own._replace(arrangement=_matrices(len(value), inputs.arrangement))
+        one = own._replace(arrangement=inputs.arrangement.part(len(value)))
         kernel = _copy(leaf, inputs.arrangement, start, len(value))
         pruned, kept = method(kernel, one)
         arrangement = inputs.arrangement
@@ -152,13 +152,6 @@ def _prune(
     with meshes.entered(leaf):
         leaf = jnp.asarray(leaf)
         return meshes.automatically(prune, leaf, mask, inputs.value, like=leaf)
-
-
-def _matrices(count: int, arrangement: layouts.Arrangement) -> layouts.Arrangement:
-    """Returns the arrangement of some matrices of a leaf by themselves."""
-    shape = (count, *arrangement.end[1:])
-    groups, features, outputs = (((axis, 1, size),) for axis, size in enumerate(shape))
-    return layouts.Arrangement(shape, groups, (), features, outputs)
 
 
 @functools.partial(jax.jit, static_argnames="count")
