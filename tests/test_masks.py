@@ -893,9 +893,9 @@ def test_a_mask_keeps_weights_that_are_0():
 
 def test_merging_rounds_once():
     """In bfloat16 the product alone would lose the small factor."""
-    kernel, a = jnp.full((1, 1), 1.0, jnp.bfloat16), jnp.array([[1.0, 1.0]], jnp.bfloat16)
+    kernel, a = jnp.full((1, 1), -2.0, jnp.bfloat16), jnp.array([[1.0, 1.0]], jnp.bfloat16)
     b = jnp.array([[256.0], [1.0]], jnp.bfloat16)
-    assert float(masks.merge_low_rank(kernel, a, b, scale=2**-7)[0, 0]) == 3.0
+    assert float(masks.merge_low_rank(kernel, a, b, scale=2**-7)[0, 0]) == 2**-7
     assert masks.merge_low_rank(kernel, a, b, scale=jnp.float32(1.0)).dtype == jnp.bfloat16
 
 

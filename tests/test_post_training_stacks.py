@@ -91,21 +91,41 @@ def test_in_sequence_a_stack_is_pruned_as_a_list_of_layers(name, method, amount)
 
 
 def test_other_uses_of_a_stack_are_pruned_all_at_once():
-    """A leaf that two scans run over has the statistics of both; an index has no order."""
+    """Of a leaf with a use beside the scan, and of one that an index picks."""
 
-    def twice(w, x):
-        return scanned(w, scanned(w, x), reverse=True)
+    def beside(w, x):
+        each = jnp.einsum("lbi,lio->lbo", jnp.stack([x] * LAYERS), w["up"])
+        return scanned(w, x + jnp.tanh(each[0])[:, :WIDTH])
 
     def indexed(w, x):
         for i in ORDER:
             x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], w))
         return x
 
-    for apply in (twice, indexed):
+    def after(w, x):
+        x = scanned(w, x)
+        return jnp.einsum("lbi,lio->lbo", jnp.stack([x] * LAYERS), w["up"])
+
+    for apply, ordered in ((beside, {"down"}), (after, {"down"}), (indexed, set())):
+        scans = _inputs.scans_of(apply, STACK, BATCHES[0], (True, True))
+        assert {kind for kind, scan in scans.items() if scan} == ordered
         pruned, masks = METHODS["wanda"](apply, STACK, BATCHES, 0.5, sequential=True)
         for kind, leaf in STACK.items():
             assert int(masks[kind].sum()) == leaf.size // 2
             np.testing.assert_array_equal(pruned[kind], np.where(masks[kind], leaf, 0))
+
+
+def test_two_scans_over_a_stack_prune_it_in_the_order_of_the_first():
+    def twice(w, x):
+        return scanned(w, scanned(w, x), reverse=True)
+
+    layers = [{kind: leaf[i] for kind, leaf in STACK.items()} for i in ORDER]
+    order = [*ORDER, *ORDER[::-1]]
+    listed = functools.partial(unrolled, order)
+    _, wanted = METHODS["wanda"](listed, layers, BATCHES, 0.5, sequential=True)
+    _, masks = METHODS["wanda"](twice, STACK, BATCHES, 0.5, sequential=True)
+    for kind in STACK:
+        np.testing.assert_array_equal(masks[kind], np.stack([layer[kind] for layer in wanted]))
 
 
 FEATURES = 64

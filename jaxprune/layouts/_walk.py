@@ -107,7 +107,7 @@ class Found(NamedTuple):
     sums: dict[str, tuple[jax.Array, int]]  # statistic and rows, added up over the uses
     problems: list[tuple[str, str]]  # path and reason
     copies: dict[str, frozenset[int]]  # axes of a leaf that number copies in each of its uses
-    scans: dict[str, Scan | None]  # the scan over a leaf; None if the leaf has another use as well
+    scans: dict[str, Scan | None]  # the first scan over a leaf; None if it has other uses as well
 
 
 def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -> list[Value]:
@@ -241,7 +241,7 @@ def _add(
     scan: Scan | None = None,
 ) -> None:
     """Adds one use of a leaf to the earlier ones; all must put its weights in the same places."""
-    found.scans[path] = None if path in found.uses else scan
+    found.scans[path] = found.scans[path] if path in found.uses and scan else scan
     before = found.uses.setdefault(path, arrangement)
     if taken is None:
         if before.layout != arrangement.layout:

@@ -27,7 +27,8 @@ def perplexity(
             [B, T], False for tokens that are not to be predicted, such as padding.
 
     Returns:
-        A Python float, at least 1; `inf` if it is beyond the largest float.
+        A Python float, at least 1; `inf` if it is beyond the largest float,
+        NaN if a loss is.
 
     Raises:
         TypeError: if `batches` is a single array.
@@ -67,7 +68,7 @@ def perplexity(
             "tokens, with a mask that is not False everywhere."
         )
     mean = total / count
-    return math.exp(mean) if mean < 709 else math.inf
+    return math.inf if mean > 709 else math.exp(mean)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -46,6 +46,7 @@ def test_a_certain_model_has_1_and_a_wrong_one_infinity():
     follows = jnp.zeros((7, 7)).at[np.array([1, 2, 3]), np.array([2, 3, 1])].set(1e4)
     assert perplexity(apply, follows, [tokens]) == 1
     assert perplexity(apply, -follows, [tokens]) == math.inf
+    assert math.isnan(perplexity(apply, follows * jnp.nan, [tokens]))
 
 
 def test_the_function_is_compiled_once_for_all_parameters():
