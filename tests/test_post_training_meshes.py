@@ -86,6 +86,21 @@ def test_a_mesh_with_explicit_axes_changes_no_mask(name, sequential, method, exp
         assert pruned[path].sharding.is_equivalent_to(placed[path].sharding, pruned[path].ndim)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_stacks_in_sequence_on_a_mesh_with_automatic_axes(method):
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    prune = functools.partial(METHODS[method], scanned, sparsity=0.5, sequential=True)
+    weights = {"layers": WEIGHTS["layers"]}
+    wanted, masks = prune(weights, [X, X])
+    place = NamedSharding(mesh, P(None, "fsdp", None))
+    placed = {"layers": jax.device_put(WEIGHTS["layers"], place)}
+    x = jax.device_put(X, NamedSharding(mesh, P(("data", "fsdp"), None)))
+    pruned, own = prune(placed, [x, x])
+    np.testing.assert_array_equal(own["layers"], masks["layers"])
+    np.testing.assert_allclose(pruned["layers"], wanted["layers"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_arrays_on_a_mesh_that_is_not_entered(method):
     assert jax.sharding.get_abstract_mesh().empty

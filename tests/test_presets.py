@@ -1,14 +1,18 @@
 """What `presets.transformer` chooses in trees of many frameworks and code bases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import jaxprune
 from jaxprune import models, presets, stacks, trees
 from tests.support import zoo_linen, zoo_nnx
+from tests.support.clients import CLIENTS
 
 # Trees as published code names them, path -> shape: first what is chosen, then what is not.
 PUBLISHED = {
@@ -259,11 +263,24 @@ def test_models_of_others(name, zoo):
     assert chosen(variables) == {path for path in kernels if path.count("/") > 2 or "Gemma" in path}
 
 
-@pytest.mark.parametrize("zoo", [zoo_linen, zoo_nnx], ids=["linen", "nnx"])
-def test_a_network_without_attention_is_refused(zoo):
-    variables = zoo.MODELS["image classifier"]().variables
+def shapes_of(name):
+    module = nnx.eval_shape(lambda: getattr(models, name)(rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+CONVOLUTIONAL = {
+    "zoo, Linen": lambda: zoo_linen.MODELS["image classifier"]().variables,
+    "zoo, NNX": lambda: zoo_nnx.MODELS["image classifier"]().variables,
+    **{name: functools.partial(shapes_of, name) for name in ("resnet20", "resnet50")},
+    **{name: functools.partial(shapes_of, name) for name in ("mobilenet_v2", "efficientnet_lite0")},
+    **{name: lambda name=name: CLIENTS[name](optax.sgd(0.1)).variables for name in CLIENTS},
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_a_network_without_attention_is_refused(name):
     with pytest.raises(ValueError, match="`prunable` matches no leaf; change the rule"):
-        jaxprune.magnitude_transform(0.5, stop=3, prunable=presets.transformer).init(variables)
+        trees.prunable_flags(CONVOLUTIONAL[name](), presets.transformer)
 
 
 def test_factors_of_flax():
