@@ -99,7 +99,13 @@ class Scan(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The results of the interpreter; the dicts are in the order of use."""
+    """The results of the interpreter; the dicts are in the order of use.
+
+    Example:
+        >>> from jaxprune.layouts import capture
+        >>> list(capture(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones(2), ["w"]).uses)
+        ['w']
+    """
 
     take: Take | None
     step: jax.Array | None  # of a scan over stacked leaves, take statistics at this step only
