@@ -20,6 +20,7 @@ Say what is pruned, how much, when, and by what:
     patterns              which weights are pruned together: N:M, blocks, channels
     layouts, stacks       which axes are inputs and outputs; which number copies of a layer
     rates                 how survivors' learning rates adapt
+    presets               which leaves are pruned in a transformer
     timetables            all mask updates of a run, as tables (internal: may change)
     selection             the largest scores, exactly and sharded (internal: may change)
 
@@ -58,6 +59,7 @@ from jaxprune import (
     one_shot,
     patterns,
     post_training,
+    presets,
     rates,
     reports,
     schedules,
@@ -128,6 +130,7 @@ __all__ = [
     "one_shot",
     "patterns",
     "post_training",
+    "presets",
     "processes",
     "programs",
     "prune",

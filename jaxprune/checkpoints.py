@@ -7,7 +7,7 @@ and a checksum of that record.
 
 import contextlib
 import dataclasses
-import functools
+import gc
 import hashlib
 import json
 import logging
@@ -38,6 +38,7 @@ __all__ = [
     "fields",
     "fingerprint",
     "open_manager",
+    "quiet_orbax",
     "read_json",
     "read_newest",
     "read_record",
@@ -170,7 +171,6 @@ def open_manager(
         True
     """
     check_writable(folder)
-    _quiet_orbax()
     policies = ocp.checkpoint_managers
     policy = policies.AnyPreservationPolicy(
         [policies.LatestN(keep), policies.CustomSteps(list(always))]
@@ -229,7 +229,8 @@ def save(
     items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
     reason = None
     try:
-        manager.save(step, args=ocp.args.Composite(**items))
+        with quiet_orbax():
+            manager.save(step, args=ocp.args.Composite(**items))
     except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
         reason = _shortened(error)
     if reason is not None:
@@ -272,9 +273,10 @@ def restore(
         like,
     )
     try:
-        items = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )
+        with quiet_orbax():
+            items = manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
     except Exception as error:
         raise _corrupt(folder, error) from error
     found = _describe(items["state"], checksum=True)
@@ -426,7 +428,8 @@ def _read_record(
         raise FileNotFoundError(f"{manager.directory} holds no checkpoint.")
     folder = Path(str(manager.directory)) / str(step)
     try:
-        items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        with quiet_orbax():
+            items = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         content = files.unseal(items["record"], "its record")
         _RECORD(content, "its record")
     except Exception as error:  # Orbax, JSON and the file system raise different kinds
@@ -468,6 +471,56 @@ def stop_signals(*signals: signal.Signals) -> Iterator[list[signal.Signals]]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences what Orbax prints of errors that it raises as well, inside a `with` block.
+
+    It logs an error in each of its threads, with tracebacks, and drops coroutines that complain
+    when the garbage collector finds them. After an error they are therefore collected at once. The
+    functions of this module that save and restore do so in such a block, and leave loggers and
+    `sys.unraisablehook` as they were.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with quiet_orbax():
+        ...     logging.getLogger("asyncio").error("Exception was never retrieved: /orbax/a.py")
+    """
+    before, working = sys.unraisablehook, True
+
+    def keeps(record: logging.LogRecord) -> bool:
+        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
+        is_of_orbax = "_SignalingThread" in text or "orbax" in text and "never retrieved" in text
+        return not (is_of_orbax or is_of_loop(error))
+
+    def is_of_loop(error: Any) -> bool:
+        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
+
+    def quiet(found: Any) -> None:
+        code = getattr(found.object, "cr_code", None)  # that of a coroutine
+        is_of_orbax = code is not None and "orbax" in code.co_filename
+        if not (working and (is_of_orbax or is_of_loop(found.exc_value))):
+            before(found)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    sys.unraisablehook = quiet
+    for logger in loggers:
+        logger.addFilter(keeps)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed:
+            gc.collect()
+        working = False
+        for logger in loggers:
+            logger.removeFilter(keeps)
+        if sys.unraisablehook is quiet:  # nobody has put another one around it
+            sys.unraisablehook = before
 
 
 def _describe(tree: PyTree, checksum: bool = False) -> dict[str, list[Any]]:
@@ -516,32 +569,6 @@ def _shortened(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".partition(" [source locations=")[0]
     text = " ".join(text.split()).replace(";", ",")
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-
-
-@functools.cache
-def _quiet_orbax() -> None:
-    """Silences what Orbax prints of errors that it raises as well, from now on.
-
-    It logs an error in each of its threads, with tracebacks, and leaves coroutines and callbacks
-    that complain about a closed event loop, also when the program has ended.
-    """
-    hook = sys.unraisablehook
-
-    def keeps(record: logging.LogRecord) -> bool:
-        error, text = record.exc_info[1] if record.exc_info else None, record.getMessage()
-        is_of_orbax = "_SignalingThread" in text or "orbax" in text and "never retrieved" in text
-        return not (is_of_orbax or is_of_loop(error))
-
-    def is_of_loop(error: Any) -> bool:
-        return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
-
-    def quiet(found: Any) -> None:
-        if not is_of_loop(found.exc_value):
-            hook(found)
-
-    sys.unraisablehook = quiet
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(keeps)
 
 
 def _unreadable(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
-"""Reads masks from an optimizer state, puts masks into one, and applies masks to parameters."""
+"""Reads masks from an optimizer state, puts masks into one, applies masks, and counts in them."""
 
 import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -9,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune import meshes, trees
+from jaxprune import counting, meshes, stacks, trees
 
-__all__ = ["Overlap", "apply_masks", "get_masks", "overlap", "set_masks"]
+__all__ = [
+    "Overlap",
+    "apply_masks",
+    "get_masks",
+    "merge_low_rank",
+    "overlap",
+    "set_masks",
+    "sparsities",
+]
 
 
 class Overlap(NamedTuple):
@@ -200,6 +209,145 @@ def overlap(masks: Any, others: Any) -> Overlap:
     leaves = {path: shared[path] / max(1, kept[path]) for path in kept}
     total = sum(shared.values()) / max(1, sum(kept.values())) if kept else 1.0
     return Overlap(total, leaves)
+
+
+def sparsities(masks: Any, *, stacked: trees.Stacked = None) -> dict[str, jax.Array]:
+    """Returns the sparsity of each pruned layer, for any writer of metrics; works inside `jit`.
+
+    The zeros are counted in integers, exactly, and each sparsity is their number divided by the
+    size of the layer.
+
+    Args:
+        masks: tree of bools, True where a weight is kept, or the state of an optimizer that
+            contains a pruning transformation. A leaf with a scalar mask is not pruned and is left
+            out.
+        stacked: function `(path, leaf) -> axes` that number copies of a layer, see
+            `jaxprune.stacks`. Each copy has a separate value, such as `layers/kernel[3]`; `leaf` is
+            the mask.
+
+    Returns:
+        Dict from path to sparsity, float32 [], and `"total"`, that of all these layers together.
+
+    Raises:
+        ValueError: if no leaf has a mask of its shape, or a leaf is not bool, or has the path
+            `total`; if `stacked` matches nothing.
+
+    Example:
+        >>> masks = {"bias": True, "layers": jnp.array([[True, False, False, False], [True] * 4])}
+        >>> values = jax.jit(lambda m: sparsities(m, stacked=stacks.under("layers")))(masks)
+        >>> {path: float(value) for path, value in values.items()}
+        {'layers[0]': 0.75, 'layers[1]': 0.0, 'total': 0.375}
+    """
+    if trees.state_fields(masks, "masks"):
+        masks = get_masks(masks)
+    every = {path: mask for path, mask in trees.places(masks).items() if trees.is_array(mask)}
+    trees.raise_for(
+        [f"{path}: {mask.dtype}" for path, mask in every.items() if mask.dtype != bool],
+        "`masks` must be a tree of bools, or the state of an optimizer with a pruning "
+        "transformation; `jaxprune.get_masks(opt_state)` reads them. These are something else:",
+    )
+    leaves = {path: mask for path, mask in every.items() if mask.shape}
+    if not leaves:
+        raise ValueError(
+            "`masks` must have a mask of the shape of its leaf, but no leaf has one: nothing is "
+            "pruned."
+        )
+    axes = stacks.axes_of(leaves, stacked)
+    copies = [trees.copy_paths(path, mask.shape, axes[path]) for path, mask in leaves.items()]
+    names = [name for own in copies for name in own]
+    if "total" in names:
+        raise ValueError(
+            "`masks` must not have a leaf with the path `total`, the name of the sparsity of all; "
+            "rename it."
+        )
+    layouts = counting.stacks(list(leaves.values()), [axes[path] for path in leaves])
+    sizes = np.concatenate([[stack.size] * stack.copies for stack in layouts])
+
+    def measured(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+        with counting.exact(leaves):
+            kept = counting.count_kept(leaves, [stack.axes for stack in layouts])
+            removed = jnp.asarray(sizes, kept.dtype) - kept
+            total = jnp.sum(removed).astype(jnp.float32) / np.float32(sizes.sum())
+            return removed.astype(jnp.float32) / np.float32(sizes), total
+
+    values, total = meshes.automatically(measured, [jnp.asarray(mask) for mask in leaves.values()])
+    return {name: values[index] for index, name in enumerate(names)} | {"total": total}
+
+
+def merge_low_rank(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, *, scale: Any = 1.0, mask: Any = None
+) -> jax.Array:
+    """Merges a low-rank adapter into a pruned kernel: `mask * (kernel + scale * a @ b)`.
+
+    The product of two factors has no zeros, so adding it alone would undo the pruning. It is
+    computed in float32 or wider, and masked weights are exactly 0 afterwards. What the adapter adds
+    to masked weights is lost; an adapter that was trained with the same mask on its product loses
+    nothing.
+
+    Args:
+        kernel: floating [inputs, outputs]; or with several axes for either, whose product the
+            factors have; or with more axes first, one adapter for each copy of a stack.
+        a: floating [inputs, rank]; of a stack [copies, inputs, rank].
+        b: floating [rank, outputs]; of a stack [copies, rank, outputs]. For a kernel that is
+            stored as [outputs, inputs], pass `b.T` as `a` and `a.T` as `b`.
+        scale: number by which the product is multiplied, such as `alpha / rank`.
+        mask: bool like `kernel`, True where a weight is kept; None keeps what is not 0.
+
+    Returns:
+        Array with the shape and dtype of `kernel`.
+
+    Raises:
+        ValueError: if the shapes do not fit, or an array is not floating point.
+
+    References:
+        Hu et al. LoRA: low-rank adaptation of large language models. arXiv:2106.09685.
+
+    Example:
+        >>> kernel = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> merge_low_rank(kernel, jnp.ones((2, 1)), jnp.ones((1, 2)), scale=0.5).tolist()
+        [[1.5, 0.0], [0.0, 2.5]]
+    """
+    arrays = {"kernel": jnp.asarray(kernel), "a": jnp.asarray(a), "b": jnp.asarray(b)}
+    trees.raise_for(
+        [f"{name}: {x.dtype}" for name, x in arrays.items() if not _is_real(x)],
+        "`kernel`, `a` and `b` must be floating point; convert these:",
+    )
+    kernel, a, b = arrays.values()
+    shapes = ", ".join(f"`{name}` {x.shape}" for name, x in arrays.items())
+    if a.ndim < 2 or b.ndim != a.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            "`a` and `b` must be [..., inputs, rank] and [..., rank, outputs], with the same axes "
+            f"before these and the same rank, but the shapes are {shapes}; transpose or swap them."
+        )
+    whole = (*a.shape[:-1], b.shape[-1])
+    if not _splits(kernel.shape, whole):
+        raise ValueError(
+            f"`a @ b` must have the shape of `kernel`, but has {whole}; the shapes are {shapes}. "
+            "For a kernel [outputs, inputs], pass `b.T` as `a` and `a.T` as `b`."
+        )
+    if mask is not None and jnp.shape(mask) not in ((), kernel.shape):
+        raise ValueError(
+            f"`mask` must have the shape of `kernel`, {kernel.shape}, but has {jnp.shape(mask)}; "
+            "give the mask of this leaf."
+        )
+    wide = jnp.promote_types(jnp.result_type(kernel, a, b), jnp.float32)
+    product = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    merged = kernel.astype(wide) + jnp.asarray(scale, wide) * product.reshape(kernel.shape)
+    kept = kernel != 0 if mask is None else jnp.asarray(mask, bool)
+    return jnp.where(kept, merged, jnp.zeros_like(merged)).astype(kernel.dtype)
+
+
+def _is_real(x: jax.Array) -> bool:
+    """Returns whether an array is floating point."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _splits(shape: tuple[int, ...], matrices: tuple[int, ...]) -> bool:
+    """Returns whether a kernel is a stack of matrices, with several axes for either side."""
+    lead, (rows, columns) = len(matrices) - 2, matrices[-2:]
+    rest = shape[lead:]
+    sides = ((math.prod(rest[:i]), math.prod(rest[i:])) for i in range(1, len(rest)))
+    return shape[:lead] == matrices[:-2] and (rows, columns) in sides
 
 
 def _masked(leaf: Any, mask: Any) -> Any:

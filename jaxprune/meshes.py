@@ -5,7 +5,8 @@ split, and an operation that mixes splits is an error. Inside `jax.shard_map` ev
 which axes the shards differ, and a loop or branch that changes this is an error.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,10 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import trees
 
-__all__ = ["automatically", "placed_like", "total", "varying_like"]
+__all__ = ["automatically", "entered", "on_this_mesh", "placed_like", "total", "varying_like"]
 
 
-def automatically(function: Callable[..., Any], *operands: Any, like: Any) -> Any:
+def automatically(function: Callable[..., Any], *operands: Any, like: Any = None) -> Any:
     """Calls a function with the explicit axes of the mesh made automatic.
 
     Inside, the compiler decides how arrays are split. The result is split as the types say again.
@@ -26,7 +27,8 @@ def automatically(function: Callable[..., Any], *operands: Any, like: Any) -> An
     Args:
         function: function of arrays; it must not close over arrays that are split.
         *operands: trees of arrays, passed to the function; other leaves are passed as they are.
-        like: tree of arrays with the structure of the result; says how the result is split.
+        like: tree of arrays with the structure of the result, or one array for all of it; says how
+            the result is split. None: it lies whole on each device.
 
     Returns:
         The result of the function.
@@ -39,10 +41,11 @@ def automatically(function: Callable[..., Any], *operands: Any, like: Any) -> An
     mesh = _explicit_mesh((operands, like))
     if mesh is None:
         return function(*operands)
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def sharding_of(array: Any) -> NamedSharding:
         own = jax.typeof(array).sharding
-        return own if _is_explicit(own) else NamedSharding(mesh, PartitionSpec())
+        return own if _is_explicit(own) else whole
 
     leaves, structure = jax.tree.flatten(operands)
     results: list[tuple[Any, list[Any]]] = []
@@ -56,11 +59,61 @@ def automatically(function: Callable[..., Any], *operands: Any, like: Any) -> An
 
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     names = tuple(name for name, kind in types if kind == AxisType.Explicit)
-    out = [sharding_of(array) for array in _arrays(jax.tree.leaves(like))]
+    out: Any = [sharding_of(array) for array in _arrays(jax.tree.leaves(like))]
+    if like is None or trees.is_array(like):
+        (out,) = out or [whole]
     mapped: Any = jax.sharding.auto_axes(of_arrays, axes=names, out_sharding=out)
-    arrays = mapped(_arrays(leaves))
+    with jax.sharding.use_abstract_mesh(mesh):  # another one may be entered, or none
+        arrays = mapped(_arrays(leaves))
     ((structure_of_result, found),) = results
     return structure_of_result.unflatten(_merged(found, arrays))
+
+
+@contextlib.contextmanager
+def entered(tree: Any) -> Iterator[None]:
+    """Enters the mesh of arrays whose types name its axes, unless a mesh is entered already.
+
+    Not for use inside of `jit`.
+
+    Args:
+        tree: tree of arrays.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> with entered(jnp.ones(2)):
+        ...     jax.sharding.get_abstract_mesh().empty
+        True
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    meshes = [own.mesh for own in shardings if own is not None and _is_explicit(own)]
+    if not meshes or not jax.sharding.get_abstract_mesh().empty:
+        yield
+    else:
+        with jax.set_mesh(meshes[0]):
+            yield
+
+
+def on_this_mesh(array: jax.Array) -> jax.Array:
+    """Returns an array that was computed inside `jax.sharding.auto_axes` for use outside of it.
+
+    Args:
+        array: an array.
+
+    Returns:
+        The same values, whole on each device if the types of the axes differ here.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> on_this_mesh(jnp.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    mesh, own = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.mesh
+    if mesh.empty or own.empty or own == mesh:
+        return array
+    return jax.sharding.reshard(array, PartitionSpec())
 
 
 def placed_like(array: Any, other: Any) -> Any:

@@ -605,7 +605,8 @@ def test_own_sparsities_must_lie_in_the_unit_interval():
     with pytest.raises(ValueError) as error:
         budgets.custom(own)
     assert str(error.value) == (
-        "`sparsities` must have values in [0, 1); change these:\n  a: 1.0\n  c: -0.1\n  d: nan"
+        "`sparsities` must have one number in [0, 1) for each name; change these:\n"
+        "  a: 1.0\n  c: -0.1\n  d: nan"
     )
 
 
@@ -696,7 +697,11 @@ def test_the_name_of_a_stack_means_its_copies_and_one_of_them_may_differ():
 @pytest.mark.parametrize(
     ("own", "final", "message"),
     [
-        ({"layer1": 1.0}, 0.5, "`budget` must have values in [0, 1); change these:\n  layer1: 1.0"),
+        (
+            {"layer1": 1.0},
+            0.5,
+            "`budget` must have one number in [0, 1) for each name; change these:\n  layer1: 1.0",
+        ),
         ({"layer1": True}, 0.5, "change these:\n  layer1: True"),
         ({"layer1": "90%"}, 0.5, "change these:\n  layer1: '90%'"),
         ({"layr1": 0.5}, 0.5, "change these:\n  layr1: did you mean layer1?"),
@@ -733,7 +738,7 @@ def test_a_rule_divides_what_is_not_named(share):
 def test_a_rule_beside_names_must_fix_each_leaf():
     with pytest.raises(ValueError, match="`others` must be a function"):
         budgets.named({"head": 0.5}, budgets.global_budget)
-    with pytest.raises(ValueError, match="`sparsities` must have values"):
+    with pytest.raises(ValueError, match="`sparsities` must have one number"):
         budgets.named({"head": 1.5}, budgets.uniform)
     budget = budgets.named({"head": 0.5}, budgets.global_budget(0.1))
     with pytest.raises(ValueError, match="`others` must fix the number of weights of each leaf"):

@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -199,19 +201,66 @@ def test_what_killed_saves_left_is_deleted(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"3", "5.orbax-checkpoint-tmp"}
 
 
-def test_what_orbax_prints_of_errors_that_it_raises_is_dropped(tmp_path, caplog):
-    checkpoints.open_manager(tmp_path).close()
+def _complain():
+    """What Orbax prints of errors that it raises as well."""
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
     absl.error("[thread=a] _SignalingThread.run() raised an exception: %s", "OUT_OF_RANGE")
     asyncio.error("Task exception was never retrieved\nfuture: <coro=f() at /orbax/a.py:1>")
     try:
         raise RuntimeError("Event loop is closed")
-    except RuntimeError:
+    except RuntimeError as error:
         asyncio.exception("Exception in callback")
-    assert not caplog.records
-    absl.error("something else")
-    asyncio.error("Task exception was never retrieved\nfuture: <coro=f() at /mine/a.py:1>")
-    assert len(caplog.records) == 2
+        sys.unraisablehook(SimpleNamespace(exc_value=error, object=None))
+
+
+def test_what_orbax_prints_of_errors_is_dropped_while_it_works(tmp_path, caplog, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    filters = [list(logger.filters) for logger in loggers]
+    hook = sys.unraisablehook
+    with _saved(tmp_path, 2) as manager:
+
+        def fails(*_, **__):
+            _complain()
+            loggers[0].error("something else")
+            loggers[1].error("Task exception was never retrieved\nfuture: <coro=f() at /me/a.py:1>")
+            raise ValueError("OUT_OF_RANGE")
+
+        for name in ("save", "restore"):
+            monkeypatch.setattr(manager, name, fails)
+        calls = [
+            lambda: checkpoints.save(manager, 3, _state(3), {}),
+            lambda: checkpoints.read_record(manager),
+        ]
+        for count, call in enumerate(calls, start=1):
+            with pytest.raises((OSError, checkpoints.Damaged)):
+                call()
+            assert len(caplog.records) == 2 * count and not seen
+            # What others print afterwards is not touched.
+            assert sys.unraisablehook is hook
+            assert [list(logger.filters) for logger in loggers] == filters
+    _complain()
+    assert len(caplog.records) == 4 + 3 and len(seen) == 1
+
+
+def test_a_hook_that_is_set_meanwhile_stays(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    with _saved(tmp_path, 2) as manager:
+        restore, ours = manager.restore, []
+
+        def hooks(*args, **options):
+            under = sys.unraisablehook
+            ours.append(lambda found: under(found))
+            sys.unraisablehook = ours[0]
+            return restore(*args, **options)
+
+        monkeypatch.setattr(manager, "restore", hooks)
+        checkpoints.read_record(manager)
+    assert sys.unraisablehook is ours[0]
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), object=None))
+    assert len(seen) == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):

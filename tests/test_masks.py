@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx, struct
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune
-from jaxprune import budgets, scores, sharding
+from jaxprune import budgets, masks, scores, sharding, stacks
 from tests.support.reference import keep_count, largest
 
 PARAMS = {
@@ -764,3 +765,158 @@ def test_overlap_of_different_models(other, message):
         jaxprune.masks.overlap({"a": np.ones(2, bool)}, other)
     with pytest.raises(ValueError, match="Call `masks.overlap` outside"):
         jax.jit(lambda masks: jaxprune.masks.overlap(masks, masks).total)(np.ones(2, bool))
+
+
+# ---- sparsity by layer
+
+
+def _stacked_masks():
+    random = np.random.default_rng(3)
+    return {"head": True, "layers": {"kernel": random.random((3, 5, 7)) < 0.4}, "w": np.eye(4) == 1}
+
+
+def test_sparsities_are_those_of_numpy_and_compile_once():
+    tree, traces = _stacked_masks(), []
+
+    @jax.jit
+    def measure(tree):
+        traces.append(1)
+        return masks.sparsities(tree, stacked=stacks.under("layers"))
+
+    found = measure(tree)
+    zeros = [float(np.mean(~layer)) for layer in tree["layers"]["kernel"]] + [0.75]
+    names = [f"layers/kernel[{i}]" for i in range(3)] + ["w"]
+    np.testing.assert_allclose([found[name] for name in names], zeros, rtol=1e-6)
+    total = 1 - (tree["layers"]["kernel"].sum() + 4) / (3 * 5 * 7 + 16)
+    np.testing.assert_allclose(found["total"], total, rtol=1e-6)
+    assert found.keys() == {*names, "total"}
+    assert all(value.dtype == jnp.float32 and value.shape == () for value in found.values())
+    measure(jax.tree.map(lambda mask: ~np.asarray(mask) if np.ndim(mask) else mask, tree))
+    assert len(traces) == 1
+
+
+def test_sparsities_inside_the_step_are_those_after_it():
+    optimizer = jaxprune.chain(
+        optax.sgd(0.1), jaxprune.magnitude_transform(0.75, every=1, start=0, stop=3)
+    )
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state, masks.sparsities(state)
+
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(4):
+        params, state, found = step(params, state)
+    assert found.keys() == {"conv/kernel", "dense/kernel", "total"}  # the bias is never pruned
+    rows = {row.path: row.sparsity for row in jaxprune.summarize(params).rows}
+    for path in found.keys() - {"total"}:
+        np.testing.assert_allclose(found[path], rows[path], rtol=1e-6)
+    assert float(found["total"]) == pytest.approx(1 - keep_count(SIZE, 0.75) / SIZE)
+
+
+def test_sparsities_of_many_entries_are_exact():
+    """The sum of more than 2 ** 24 ones in float32 would stop there."""
+    mask = np.ones(2**25 + 8, bool)
+    mask[:8] = False
+    found = masks.sparsities({"kernel": mask})
+    assert float(found["total"]) == float(np.float32(8 / (2**25 + 8)))
+
+
+def test_sparsities_under_vmap_and_split_over_devices():
+    random = np.random.default_rng(0)
+    many = {"kernel": random.random((4, 8, 3)) < 0.5}
+    found = jax.vmap(masks.sparsities)(many)
+    expected = 1 - many["kernel"].mean((1, 2))
+    np.testing.assert_allclose(found["kernel"], expected, rtol=1e-6)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("layers",), (kind,), devices=jax.devices()[:4])
+        spec = NamedSharding(mesh, PartitionSpec("layers"))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(many, spec)
+            found = jax.jit(lambda m: masks.sparsities(m, stacked=stacks.under("")))(placed)
+            assert found["kernel[0]"].sharding.is_fully_replicated
+        np.testing.assert_allclose([found[f"kernel[{i}]"] for i in range(4)], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": jnp.ones(3), "b": jnp.ones((2, 2), bool)}, r"must be a tree of bools.*\n  a: float"),
+        (optax.adam(0.1).init({"a": jnp.ones(3)}), r"must be a tree of bools(.|\n)*mu/a: float"),
+        ({"a": True, "b": jnp.array(True)}, "no leaf has one: nothing is pruned"),
+        ({"total": jnp.ones(2, bool)}, "must not have a leaf with the path `total`"),
+    ],
+)
+def test_sparsities_of_other_trees_are_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        masks.sparsities(tree)
+
+
+# ---- low-rank adapters
+
+
+def _factors(kernel, rank=2, dtype=jnp.float32):
+    random = np.random.default_rng(rank)
+    *lead, rows, columns = kernel
+    a, b = random.normal(size=(*lead, rows, rank)), random.normal(size=(*lead, rank, columns))
+    return jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [((6, 4), (6, 4)), ((3, 6, 4), (3, 6, 4)), ((6, 2, 2), (6, 4)), ((3, 2, 3, 4), (3, 6, 4))],
+    ids=["matrix", "stack", "heads", "stack of heads"],
+)
+def test_merging_keeps_zeros_and_adds_the_product(shape, matrix, dtype):
+    kernel, mask = jnp.asarray(_pattern(jnp.zeros(shape)), dtype) * 0.7, _pattern(jnp.ones(shape))
+    a, b = _factors(matrix, dtype=dtype)
+    product = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    wanted = np.asarray(kernel, np.float64) + 0.5 * product.reshape(shape)
+    for given in (None, mask):  # here the zeros of the kernel are those of the mask
+        merged = jax.jit(masks.merge_low_rank)(kernel, a, b, scale=0.5, mask=given)
+        assert merged.dtype == dtype and merged.shape == shape
+        np.testing.assert_array_equal(np.asarray(merged)[~mask], 0)
+        tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
+        np.testing.assert_allclose(
+            np.asarray(merged, np.float64)[mask], wanted[mask], rtol=tolerance, atol=tolerance
+        )
+
+
+def test_a_mask_keeps_weights_that_are_0():
+    merged = masks.merge_low_rank(
+        jnp.zeros((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), mask=jnp.eye(2, dtype=bool)
+    )
+    assert merged.tolist() == [[1, 0], [0, 1]]
+
+
+def test_merging_rounds_once():
+    """In bfloat16 the product alone would lose the small factor."""
+    kernel, a = jnp.full((1, 1), -2.0, jnp.bfloat16), jnp.array([[1.0, 1.0]], jnp.bfloat16)
+    b = jnp.array([[256.0], [1.0]], jnp.bfloat16)
+    assert float(masks.merge_low_rank(kernel, a, b, scale=2**-7)[0, 0]) == 2**-7
+    assert masks.merge_low_rank(kernel, a, b, scale=jnp.float32(1.0)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "a", "b", "message"),
+    [
+        ((4, 6), (6, 2), (2, 4), r"`a @ b` must have the shape of `kernel`, but has \(6, 4\)"),
+        ((6, 4), (6, 2), (3, 4), r"`a` and `b` must be .*`a` \(6, 2\), `b` \(3, 4\); transpose"),
+        ((6, 4), (6,), (2, 4), r"`a` and `b` must be \[\.\.\., inputs, rank\]"),
+        ((3, 6, 4), (2, 6, 1), (2, 1, 4), r"but has \(2, 6, 4\); the shapes are `kernel` \(3, 6"),
+        ((3, 6, 4), (3, 6, 1), (1, 4), r"with the same axes before these"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(kernel, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        masks.merge_low_rank(jnp.ones(kernel), jnp.ones(a), jnp.ones(b))
+
+
+def test_other_masks_and_types_are_refused():
+    kernel, a, b = jnp.ones((6, 4)), jnp.ones((6, 1)), jnp.ones((1, 4))
+    with pytest.raises(ValueError, match=r"`mask` must have the shape of `kernel`, \(6, 4\), but"):
+        masks.merge_low_rank(kernel, a, b, mask=jnp.ones((4, 6), bool))
+    with pytest.raises(ValueError, match=r"must be floating point; convert these:\n  a: int"):
+        masks.merge_low_rank(kernel, jnp.ones((6, 1), int), b)

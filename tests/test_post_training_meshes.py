@@ -1,5 +1,7 @@
 """Wanda and SparseGPT where the types of arrays say how they are split over a mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,19 +68,37 @@ def explicit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_mesh_with_explicit_axes_changes_no_mask(name, method, explicit):
+@pytest.mark.parametrize(
+    ("name", "sequential"), [*((name, False) for name in FUNCTIONS), ("scanned", True)]
+)
+def test_a_mesh_with_explicit_axes_changes_no_mask(name, sequential, method, explicit):
     names = ["layers"] if name == "scanned" else ["a", "b"]
+    prune = functools.partial(METHODS[method], sequential=sequential)
     weights = {own: WEIGHTS[own] for own in names}
     placed = {own: jax.device_put(leaf, SPECS[own]) for own, leaf in weights.items()}
     x = jax.device_put(X, P("data", None))
     with jax.set_mesh(jax.make_mesh((1,), ("alone",), (AxisType.Auto,), devices=jax.devices()[:1])):
-        wanted, masks = METHODS[method](FUNCTIONS[name], weights, [X], 0.5)
-    pruned, own = METHODS[method](FUNCTIONS[name], placed, [x, x], 0.5)
+        wanted, masks = prune(FUNCTIONS[name], weights, [X], 0.5)
+    pruned, own = prune(FUNCTIONS[name], placed, [x, x], 0.5)
     for path in names:
         np.testing.assert_array_equal(own[path], masks[path])
         np.testing.assert_allclose(pruned[path], wanted[path], rtol=1e-4, atol=1e-4)
         assert pruned[path].sharding.is_equivalent_to(placed[path].sharding, pruned[path].ndim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_stacks_in_sequence_on_a_mesh_with_automatic_axes(method):
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    prune = functools.partial(METHODS[method], scanned, sparsity=0.5, sequential=True)
+    weights = {"layers": WEIGHTS["layers"]}
+    wanted, masks = prune(weights, [X, X])
+    place = NamedSharding(mesh, P(None, "fsdp", None))
+    placed = {"layers": jax.device_put(WEIGHTS["layers"], place)}
+    x = jax.device_put(X, NamedSharding(mesh, P(("data", "fsdp"), None)))
+    pruned, own = prune(placed, [x, x])
+    np.testing.assert_array_equal(own["layers"], masks["layers"])
+    np.testing.assert_allclose(pruned["layers"], wanted["layers"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,7 @@
 """Paths are the same for every kind of tree, and an error names the argument and every leaf."""
 
 import functools
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import optax
 import pytest
 from flax import nnx, struct
 
+import jaxprune
 from jaxprune import trees
 
 
@@ -164,6 +166,8 @@ STACK = {
     "pos_embedding": "positions",
     "encoder/posembed_input/pos_embedding": "positions",
     "position_embeddings/embedding": "positions",
+    "positions": "positions",
+    "positions/embedding": "positions",
     "wpe/weight": "positions",
     "relpos_bias/rel_embedding": "positions",
     "attention/relative_position_bias_table": "bias",
@@ -586,13 +590,41 @@ def test_prunable_takes_names(names, chosen):
         ("kernl", "change these:\n  kernl: did you mean kernel?"),
         (["kernel", "layer3", "x"], "\n  layer3: did you mean layer"),
         ("layer2/step", "must select floating-point leaves with at least one element"),
-        ("norm", "`prunable` matches no leaf"),
+        ("norm", "the default rule excludes:\n  norm: layer1/norm/scale, named scale"),
+        (["layer2", "norm"], "name the leaves themselves, as in layer1/kernel; the default rule"),
     ],
 )
 def test_names_that_choose_nothing_are_refused(names, message):
     with pytest.raises(ValueError) as error:
         trees.prunable_flags(NAMED, names)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("nothing", [[], (), {}, set(), frozenset(), "", {"layer1": {}}])
+def test_an_empty_prunable_is_refused(nothing):
+    with pytest.raises(ValueError, match="`prunable` must say which leaves are pruned, but is "):
+        trees.prunable_flags(NAMED, nothing)
+
+
+def test_keys_that_jax_cannot_sort_are_named():
+    mixed = {"a": [{1: np.ones((2, 2)), "1": np.ones((2, 2))}], "b": {"c": np.ones(2)}}
+    optimizer = jaxprune.magnitude_transform(0.5, stop=3)
+    calls = [
+        lambda: jaxprune.prune(mixed, 0.5),
+        lambda: optimizer.init(mixed),
+        lambda: jaxprune.summarize(mixed),
+        lambda: jaxprune.apply_masks(mixed, mixed),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == (
+            "all keys of a dict in a tree must be texts, or all numbers, because JAX sorts them; "
+            "rename keys of:\n  a/0: 1, '1'"
+        )
+    # Where they need no sorting, the two leaves have the same path.
+    with pytest.raises(ValueError, match="must have different paths; rename one of each of these"):
+        jaxprune.prune(OrderedDict(mixed["a"][0]), 0.5)
 
 
 def test_a_module_with_a_complex_kernel_is_refused():

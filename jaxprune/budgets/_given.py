@@ -12,11 +12,11 @@ from jaxprune.budgets._rules import (
     BudgetRule,
     Shape,
     at_all,
-    check_sparsities,
     decimal,
     kept_of,
     kept_of_parts,
     sizes_of,
+    sparsities_of,
     with_all,
 )
 
@@ -139,9 +139,9 @@ def check_budget(budget: Any) -> None:
         >>> check_budget({"layer1": 0.98})
     """
     if isinstance(budget, Mapping):
-        check_sparsities("budget", budget)
+        sparsities_of("budget", budget)
     elif isinstance(budget, Named):
-        check_sparsities("sparsities", budget.sparsities)
+        sparsities_of("sparsities", budget.sparsities)
         if budget.others is not None:
             trees.check_function("others", budget.others, _FORM, _FIX)
     elif budget is not None:
@@ -156,7 +156,7 @@ def _of_names(given: Named, final: float, paths: Sequence[str]) -> BudgetRule:
             'name end at `sparsity`. To keep them dense, give all others 0: `{"layer1": 0.98, '
             '"*": 0}`.'
         )
-    own = trees.by_name("budget", given.sparsities, paths)
+    own = trees.by_name("budget", sparsities_of("budget", given.sparsities), paths)
 
     def rule(shapes: Mapping[str, Shape], sparsity: float) -> Budget:
         share = decimal(sparsity) / decimal(final)

@@ -1,14 +1,14 @@
 """Budgets: how many weights are kept, in total and at least in each leaf. Exact, on the host."""
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.core import Tracer
 
-from jaxprune import trees
+from jaxprune import schedules, trees
 
 __all__ = [
     "Budget",
@@ -232,8 +232,7 @@ def custom(sparsities: Mapping[str, float]) -> BudgetRule:
         >>> rule(shapes, 0.4)
         Budget(total=180, floors=(100, 50, 30))
     """
-    check_sparsities("sparsities", sparsities)
-    given = dict(sparsities)
+    given = sparsities_of("sparsities", sparsities)
 
     def limits(shapes: Mapping[str, Shape]) -> tuple[dict[str, float], dict[str, int], list[int]]:
         own, sizes = trees.by_name("sparsities", given, list(shapes)), sizes_of(shapes)
@@ -273,14 +272,23 @@ def kept_of(size: int, sparsity: Fraction) -> int:
     return size - math.floor(size * sparsity + Fraction(1, 2))
 
 
-def check_sparsities(argument: str, sparsities: Mapping[str, float]) -> None:
-    """Raises unless all values of a dict are numbers in [0, 1)."""
-    bad = [
-        f"{name}: {own!r}"
-        for name, own in sparsities.items()
-        if isinstance(own, bool) or not isinstance(own, numbers.Real) or not 0 <= own < 1
-    ]
-    trees.raise_for(bad, f"`{argument}` must have values in [0, 1); change these:")
+def sparsities_of(argument: str, sparsities: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the values of a dict as floats; raises unless all are single numbers in [0, 1)."""
+    found, bad = {}, []
+    for name, own in sparsities.items():
+        if isinstance(own, Tracer):
+            bad.append(f"{name}: traced, but weights are counted before the first step")
+            continue
+        try:
+            found[name] = schedules.number(argument, own)
+        except ValueError:  # no single number
+            found[name] = -1.0
+        if not 0 <= found[name] < 1:
+            bad.append(f"{name}: {own!r}")
+    trees.raise_for(
+        bad, f"`{argument}` must have one number in [0, 1) for each name; change these:"
+    )
+    return found
 
 
 def decimal(sparsity: float) -> Fraction:

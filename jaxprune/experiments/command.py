@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,23 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
         *kinds: of such errors; default ValueError and OSError.
     """
     kinds = kinds or (ValueError, OSError)
+    _quiet_process()
     try:
         yield
     except kinds as error:
         sys.exit(f"error: {error}")
+
+
+@functools.cache
+def _quiet_process() -> contextlib.ExitStack:
+    """Silences Orbax for good: its threads complain until the process ends, after any error.
+
+    Only a command may change the process like this; the result must not be collected.
+    """
+    stack = contextlib.ExitStack()
+    stack.enter_context(checkpoints.quiet_orbax())
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    return stack
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:

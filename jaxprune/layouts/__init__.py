@@ -8,6 +8,6 @@ the parameters. `patterns.n_m`, `patterns.channels` and `budgets.by_layout` acce
 
 from jaxprune.layouts._finding import Layouts, capture, find
 from jaxprune.layouts._kernels import Arrangement, Layout
-from jaxprune.layouts._walk import Use
+from jaxprune.layouts._walk import Found, Scan, Use
 
-__all__ = ["Arrangement", "Layout", "Layouts", "Use", "capture", "find"]
+__all__ = ["Arrangement", "Found", "Layout", "Layouts", "Scan", "Use", "capture", "find"]

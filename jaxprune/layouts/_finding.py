@@ -182,6 +182,8 @@ def capture(
     inputs: Any,
     wanted: Sequence[str],
     take: Take | None = None,
+    *,
+    step: jax.Array | None = None,
 ) -> Found:
     """Follows leaves through a function to the products in which they are kernels.
 
@@ -193,10 +195,12 @@ def capture(
         take: None; or function `Use -> (statistic, rows)`, called at each product. With it, leaves
             must be used unchanged: no slices but single copies, and no elementwise functions but
             the addition of something that does not depend on `inputs`.
+        step: of a scan over stacked leaves, the step at which `take` is called, integer []; the
+            statistics are then those of one copy, and so is their size. None: all steps.
 
     Returns:
-        `Found`: by path, the `uses` and the sums of statistic and rows over them; and `problems`,
-        pairs of path and reason.
+        `Found`: by path, the `uses`, the sums of statistic and rows over them, and the `scans` over
+        leaves; and `problems`, pairs of path and reason.
 
     Example:
         >>> leaves = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
@@ -217,7 +221,7 @@ def capture(
         for path, leaf in leaves.items()
     ]
     values += [Value(leaf, data=True) for leaf in jax.tree.leaves(inputs)]
-    found = Found(take, {}, {}, [], {})
+    found = Found(take, step, {}, {}, [], {}, {})
     walk(closed.jaxpr, closed.consts, values, found)
     return found
 

@@ -72,6 +72,12 @@ class Arrangement:
         groups, features, outputs = (math.prod(size for _, _, size in part) for part in self.parts)
         return groups, features, outputs
 
+    def part(self, count: int) -> "Arrangement":
+        """Returns the arrangement of some matrices by themselves, [count, features, outputs]."""
+        shape = (count, *self.end[1:])
+        groups, features, outputs = ((Atom(axis, 1, size),) for axis, size in enumerate(shape))
+        return Arrangement(shape, groups, (), features, outputs)
+
     @property
     def layout(self) -> Layout | str:
         """The role of each axis, or the reason why an axis has two roles."""

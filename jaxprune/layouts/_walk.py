@@ -36,7 +36,7 @@ from jaxprune import jaxprs
 from jaxprune.layouts._kernels import Arrangement, agree, arrange
 from jaxprune.layouts._views import PICKS, View, as_kernel, picked, same_values
 
-__all__ = ["Found", "Take", "Use", "Value", "walk"]
+__all__ = ["Found", "Scan", "Take", "Use", "Value", "walk"]
 
 _CALLS = {"jit", "closed_call", "call", "remat2", "custom_jvp_call", "custom_vjp_call"}
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
@@ -81,14 +81,39 @@ class Value(NamedTuple):
     data: bool = False  # whether it may depend on the input of the model
 
 
+class Scan(NamedTuple):
+    """A scan over stacked leaves; all leaves of the same scan have the same `identity`.
+
+    Example:
+        >>> from jaxprune.layouts import capture
+        >>> def apply(p, x):
+        ...     return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+        >>> found = capture(apply, {"w": jnp.ones((3, 2, 2))}, jnp.ones(2), ["w"])
+        >>> found.scans["w"].length
+        3
+    """
+
+    identity: object
+    length: int
+    reverse: bool
+
+
 class Found(NamedTuple):
-    """The results of the interpreter; the dicts are in the order of use."""
+    """The results of the interpreter; the dicts are in the order of use.
+
+    Example:
+        >>> from jaxprune.layouts import capture
+        >>> list(capture(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones(2), ["w"]).uses)
+        ['w']
+    """
 
     take: Take | None
+    step: jax.Array | None  # of a scan over stacked leaves, take statistics at this step only
     uses: dict[str, Arrangement]
     sums: dict[str, tuple[jax.Array, int]]  # statistic and rows, added up over the uses
     problems: list[tuple[str, str]]  # path and reason
     copies: dict[str, frozenset[int]]  # axes of a leaf that number copies in each of its uses
+    scans: dict[str, Scan | None]  # the first scan over a leaf; None if it has other uses as well
 
 
 def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -> list[Value]:
@@ -215,9 +240,14 @@ def _record(equation: Any, operands: list[Value], side: int, found: Found) -> No
 
 
 def _add(
-    found: Found, path: str, arrangement: Arrangement, taken: tuple[jax.Array, int] | None
+    found: Found,
+    path: str,
+    arrangement: Arrangement,
+    taken: tuple[jax.Array, int] | None,
+    scan: Scan | None = None,
 ) -> None:
     """Adds one use of a leaf to the earlier ones; all must put its weights in the same places."""
+    found.scans[path] = found.scans[path] if path in found.uses and scan else scan
     before = found.uses.setdefault(path, arrangement)
     if taken is None:
         if before.layout != arrangement.layout:
@@ -252,50 +282,59 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             over[i] = value._replace(view=None)
     members = [value.view and value.view.one_of_stack() for value in over]
     mapped = {value.view.path: len(value.view.copies) for value in over if value.view}
-    inner = Found(found.take, {}, {}, [], {})
+    inner = Found(found.take, None if mapped else found.step, {}, {}, [], {}, {})
+    of_one_step = found.step is not None and bool(mapped)
     ends_views: list[View | None] = []
 
     def step(carry: Any, slices: Any) -> Any:
-        for part in inner[1:]:  # JAX may trace this function more than once
+        for part in inner[2:]:  # JAX may trace this function more than once
             part.clear()
+        number, slices = slices
         carries = [value._replace(array=x) for value, x in zip(starts, carry, strict=True)]
         parts = [
             Value(x, view, value.data) for x, view, value in zip(slices, members, over, strict=True)
         ]
-        results = walk(body, closed.consts, [*fixed, *carries, *parts], inner)
+        own = inner
+        if of_one_step and found.take is not None:
+            own = inner._replace(take=_taken_if(number == found.step, found.take))
+        results = walk(body, closed.consts, [*fixed, *carries, *parts], own)
         ends_views[:] = [value.view for value in results]
         arrays = [value.array for value in results]
         sums = {path: value for path, (value, _) in inner.sums.items()}
         return arrays[: len(carry)], arrays[len(carry) :], sums
 
     first = [value.array for value in carried]
-    slices = [value.array for value in over]
-    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in slices]
+    slices = jnp.arange(length), [value.array for value in over]
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
     _, _, shapes = jax.eval_shape(step, first, one)
     # Statistics of leaves that all steps share are summed in the carry, because those of all steps
-    # together may not fit into memory.
-    totals = {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items() if p not in mapped}
+    # together may not fit into memory; and so are those of one step, to which others add 0.
+    apart = {} if of_one_step else mapped
+    totals = {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items() if p not in apart}
 
     def summed(state: Any, slices: Any) -> Any:
         carry, totals = state
         carry, outputs, sums = step(carry, slices)
         totals = {path: total + sums[path] for path, total in totals.items()}
-        return (carry, totals), (outputs, {p: x for p, x in sums.items() if p in mapped})
+        return (carry, totals), (outputs, {p: x for p, x in sums.items() if p in apart})
 
     options = {name: parameters[name] for name in ("length", "reverse", "unroll")}
     (last, totals), (outputs, stacks) = jax.lax.scan(summed, (first, totals), slices, **options)
     found.problems.extend(inner.problems)
     for path, axes in inner.copies.items():
         _narrow(found, path, axes)
+    scan = Scan(object(), length, parameters["reverse"])
     for path, arrangement in inner.uses.items():
         taken = None
         if path in stacks:
             stack = stacks[path]
             taken = stack.reshape(-1, *stack.shape[2:]), inner.sums[path][1]
         elif path in totals:
-            taken = totals[path], inner.sums[path][1] * length
+            steps = 1 if path in mapped else length
+            taken = totals[path], inner.sums[path][1] * steps
         if found.take is None or taken is not None:
-            _add(found, path, arrangement, taken)
+            around = scan if path in mapped else inner.scans[path]
+            _add(found, path, arrangement, taken, around)
     results = [value._replace(array=x) for value, x in zip(starts, last, strict=True)]
     for value, view in zip(starts, ends_views):
         if view and not value.view:  # the next step uses the copy of this step
@@ -310,3 +349,20 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             _narrow(found, view.path, view.numbered())
         results.append(Value(array, stacked or None, data=True))
     return results
+
+
+def _taken_if(wanted: jax.Array, take: Take) -> Take:
+    """Makes a statistic that is 0, at no cost, unless a condition holds."""
+
+    def taken(use: Use) -> tuple[jax.Array, int]:
+        rows: list[int] = []
+
+        def value() -> jax.Array:
+            found, count = take(use)
+            rows.append(count)
+            return found
+
+        shape = jax.eval_shape(value)
+        return jax.lax.cond(wanted, value, lambda: jnp.zeros(shape.shape, shape.dtype)), rows[-1]
+
+    return taken

@@ -6,19 +6,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune import layouts, trees
-from jaxprune.post_training._meshes import entered, on_any_mesh, on_this_mesh
+from jaxprune import layouts, meshes, trees
 from jaxprune.post_training._products import statistic_of
 
 __all__ = [
     "Apply",
     "InputStatistics",
+    "capture_of",
     "gram",
     "input_statistics",
     "not_finite",
     "prunable_kernels",
+    "scans_of",
     "squared_norms",
+    "sum_over",
 ]
 
 Apply = Callable[[Any, Any], Any]
@@ -146,19 +149,108 @@ def input_statistics(
         "`equinox.partition`):",
     )
     flags = prunable_kernels(params, prunable, stacked)
-    capture = jax.jit(lambda params, batch: _capture_batch(apply, params, batch, flags, statistic))
+    found = sum_over(batches, capture_of(apply, flags, statistic), params)
+    _check_stacked(params, stacked, found)
+    return found
+
+
+def capture_of(
+    apply: Apply, flags: tuple[bool, ...], statistic: Callable[[jax.Array], jax.Array]
+) -> Callable[..., dict[str, InputStatistics]]:
+    """Compiles `(params, batch, step) -> statistics of one batch`.
+
+    Args:
+        apply: function `(params, batch) -> anything`.
+        flags: which leaves to capture, in flattening order.
+        statistic: as in `input_statistics`.
+
+    Returns:
+        Function of parameters, a batch, and None; or of parameters, a batch, and the step of the
+        scan over the leaf, for the statistics of this copy alone.
+
+    Example:
+        >>> capture = capture_of(lambda p, x: x @ p["w"], (True,), squared_norms)
+        >>> capture({"w": jnp.ones((2, 2))}, jnp.array([[1.0, 2.0]]), None)["w"].value.tolist()
+        [[1.0, 4.0]]
+    """
+
+    def captured(params: Any, batch: Any, step: Any) -> dict[str, InputStatistics]:
+        found, values = _capture_batch(apply, params, batch, flags, statistic, step)
+        # An OrderedDict, because `jit` sorts the keys of a plain dict.
+        return collections.OrderedDict(
+            (path, InputStatistics(*values[path], found.uses[path])) for path in found.uses
+        )
+
+    return jax.jit(captured)
+
+
+def scans_of(
+    apply: Apply, params: Any, batch: Any, flags: tuple[bool, ...]
+) -> dict[str, layouts.Scan | None]:
+    """Finds which scan runs over the copies of each captured leaf; None: not exactly one.
+
+    Args:
+        apply: function `(params, batch) -> anything`.
+        params: tree of arrays.
+        batch: a batch.
+        flags: which leaves to capture, in flattening order.
+
+    Returns:
+        Dict from path to `layouts.Scan` or None.
+
+    Example:
+        >>> def apply(params, x):
+        ...     return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
+        >>> scans_of(apply, {"w": jnp.ones((3, 2, 2))}, jnp.ones((1, 2)), (True,))["w"].length
+        3
+    """
+    found: list[layouts.Found] = []
+
+    def trace(params: Any, batch: Any) -> None:
+        found.append(_capture_batch(apply, params, batch, flags, _nothing, None)[0])
+
+    with meshes.entered(params):
+        jax.eval_shape(trace, params, batch)
+    return found[0].scans
+
+
+def sum_over(
+    batches: Iterable[Any],
+    capture: Callable[..., dict[str, InputStatistics]],
+    params: Any,
+    step: np.int32 | None = None,
+) -> dict[str, InputStatistics]:
+    """Sums the statistics of all batches.
+
+    Args:
+        batches: iterable of batches.
+        capture: from `capture_of`.
+        params: tree of arrays.
+        step: passed to `capture`.
+
+    Returns:
+        Dict from path to `InputStatistics`, in the order of use.
+
+    Raises:
+        ValueError: if there is no batch, or inputs are not finite.
+
+    Example:
+        >>> capture = capture_of(lambda p, x: x @ p["w"], (True,), squared_norms)
+        >>> sum_over([jnp.ones((1, 2))] * 3, capture, {"w": jnp.ones((2, 2))})["w"].rows
+        3
+    """
     found: dict[str, InputStatistics] = {}
     values: dict[str, jax.Array] = {}
     rows = collections.Counter()  # on the host, where it cannot overflow
     for batch in batches:
-        with entered(params):
-            found = capture(params, batch)
+        with meshes.entered(params):
+            found = capture(params, batch, step)
             new = {path: inputs.value for path, inputs in found.items()}
             values = _add(values, new) if values else new
         rows.update({path: int(inputs.rows) for path, inputs in found.items()})
+        found = {path: inputs._replace(value=None) for path, inputs in found.items()}
     if not found:
         raise ValueError("`batches` is empty; pass at least one batch of calibration data.")
-    _check_stacked(params, stacked, found)
     trees.raise_for(
         not_finite(values),
         "`batches` must give finite inputs whose squares do not overflow; check the calibration "
@@ -207,14 +299,20 @@ def not_finite(leaves: dict[str, Any]) -> list[str]:
     return [path for path in leaves if not finite[path]]
 
 
+def _nothing(inputs: jax.Array) -> jax.Array:
+    """Computes a statistic of no cost, for the order and the arrangement of leaves alone."""
+    return jnp.zeros(len(inputs))
+
+
 def _capture_batch(
     apply: Apply,
     params: Any,
     batch: Any,
     flags: tuple[bool, ...],
     statistic: Callable[[jax.Array], jax.Array],
-) -> dict[str, InputStatistics]:
-    """Computes the statistics of one batch, in the order of use; can be traced."""
+    step: jax.Array | None,
+) -> tuple[layouts.Found, dict[str, tuple[jax.Array, int]]]:
+    """Returns what was found in `apply`, and statistics and rows of one batch; can be traced."""
 
     def take(use: layouts.Use) -> tuple[jax.Array, int]:
         def of_arrays(*arrays: jax.Array) -> jax.Array:
@@ -226,7 +324,7 @@ def _capture_batch(
 
         rows: list[int] = []
         picks = [] if use.index is None else [use.index]
-        return on_any_mesh(of_arrays, *use.operands, *picks), rows[-1]
+        return meshes.automatically(of_arrays, *use.operands, *picks), rows[-1]
 
     leaves, treedef = trees.leaf_by_path(params), jax.tree.structure(params)
 
@@ -234,7 +332,7 @@ def _capture_batch(
         return apply(treedef.unflatten(list(leaves.values())), batch)
 
     wanted = [path for path, flag in zip(leaves, flags, strict=True) if flag]
-    found = layouts.capture(call, leaves, batch, wanted, take)
+    found = layouts.capture(call, leaves, batch, wanted, take, step=step)
     bad = {path for path, _ in found.problems}
     unused = [path for path in wanted if path not in found.uses and path not in bad]
     reasons = {f"{path}: {reason}" for path, reason in found.problems}
@@ -243,11 +341,9 @@ def _capture_batch(
         "each pruned leaf must be used as the kernel of products or convolutions only; exclude "
         "these with `prunable`:",
     )
-    # An OrderedDict, because `jit` sorts the keys of a plain dict.
-    return collections.OrderedDict(
-        (path, InputStatistics(on_this_mesh(found.sums[path][0]), found.sums[path][1], arrangement))
-        for path, arrangement in found.uses.items()
-    )
+    return found, {
+        path: (meshes.on_this_mesh(value), count) for path, (value, count) in found.sums.items()
+    }
 
 
 # Each compiles once for all leaves.

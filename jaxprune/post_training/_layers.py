@@ -1,5 +1,6 @@
 """Code that the methods share: checks, the order of the layers, and the tree of masks."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import patterns, trees
+from jaxprune import layouts, meshes, patterns, trees
 from jaxprune.post_training._inputs import (
     Apply,
     InputStatistics,
+    capture_of,
     input_statistics,
     not_finite,
+    scans_of,
+    sum_over,
 )
-from jaxprune.post_training._meshes import entered, on_any_mesh
+from jaxprune.post_training._matrices import from_matrices, to_matrices
 
 __all__ = ["NM", "check_amount", "largest", "prune_layers"]
 
@@ -36,7 +40,11 @@ def prune_layers(
     stacked: trees.Stacked,
     sequential: bool,
 ) -> tuple[Any, Any]:
-    """Prunes each leaf by the statistic of its inputs; returns parameters and masks."""
+    """Prunes each leaf by the statistic of its inputs; returns parameters and masks.
+
+    With `sequential`, a leaf that a scan runs over is pruned copy by copy, in the order of the
+    scan, and only the statistic of one copy of one leaf is in memory.
+    """
     # `input_statistics` raises if `batches` is a single array.
     batches = batches if isinstance(batches, jax.Array | np.ndarray) else list(batches)
     # The plan is only the leaves, their order and their arrangement; the statistic is a dummy.
@@ -52,26 +60,49 @@ def prune_layers(
     masks = {path: jnp.asarray(np.ones(jnp.shape(leaf), bool)) for path, leaf in leaves.items()}
     _check_leaves(leaves, plan, n_m)
 
-    def capture(paths: set[str]) -> dict[str, InputStatistics]:
-        current = treedef.unflatten(list(leaves.values()))
-        return input_statistics(
-            apply, current, batches, statistic=statistic, prunable=lambda path, _: path in paths
-        )
+    def flags_of(paths: Iterable[str]) -> tuple[bool, ...]:
+        return tuple(path in paths for path in leaves)
 
-    rounds = [{path} for path in plan] if sequential else [set(plan)]
-    for paths in rounds:
-        for path, inputs in _with_idle(capture(paths), statistic).items():
-            leaves[path], masks[path] = _prune(method, leaves[path], inputs)
+    @functools.cache  # all copies of a leaf share one program
+    def capture(*paths: str) -> Callable[..., dict[str, InputStatistics]]:
+        return capture_of(apply, flags_of(paths), statistic)
+
+    rounds: list[tuple[list[str], int | None]] = [(list(plan), None)]
+    if sequential:
+        rounds = _one_by_one(plan, scans_of(apply, params, batches[0], flags_of(plan)))
+    for paths, copy in rounds:
+        step = None if copy is None else np.int32(copy)  # of no mesh, and no constant
+        current = treedef.unflatten(list(leaves.values()))
+        found = sum_over(batches, capture(*paths), current, step)
+        for path, inputs in _with_idle(found, statistic, copy or 0).items():
+            old = leaves[path], masks[path]
+            leaves[path], masks[path] = _prune(method, *old, inputs, step)
         trees.raise_for(
-            not_finite({path: leaves[path] for path in plan if path in paths}),
+            not_finite({path: leaves[path] for path in paths}),
             "`batches` must give Hessians that can be inverted in float32; raise `damping`, or "
             "pass more calibration data. No inverse was found for:",
         )
     return treedef.unflatten(list(leaves.values())), treedef.unflatten(list(masks.values()))
 
 
+def _one_by_one(
+    paths: Iterable[str], scans: dict[str, layouts.Scan | None]
+) -> list[tuple[list[str], int | None]]:
+    """Returns the leaves in the order of use, those of a scan once for each of its steps."""
+    rounds: list[tuple[list[str], int | None]] = []
+    by_scan: dict[Any, list[str]] = {}
+    for path in paths:
+        by_scan.setdefault(scans.get(path) or path, []).append(path)
+    for scan, members in by_scan.items():
+        steps: Iterable[int | None] = [None]
+        if isinstance(scan, layouts.Scan):
+            steps = range(scan.length)[:: -1 if scan.reverse else 1]
+        rounds += [([path], step) for step in steps for path in members]
+    return rounds
+
+
 def _with_idle(
-    found: dict[str, InputStatistics], statistic: Callable[[jax.Array], jax.Array]
+    found: dict[str, InputStatistics], statistic: Callable[[jax.Array], jax.Array], copy: int
 ) -> dict[str, InputStatistics]:
     """Gives matrices that no input has reached the statistic of equal inputs, and warns of them.
 
@@ -83,7 +114,7 @@ def _with_idle(
         for path, inputs in found.items()
     }
     names = [
-        f"{path}[{i}]" if len(flags) > 1 else path
+        f"{path}[{copy * len(flags) + i}]" if found[path].arrangement.end[0] > 1 else path
         for path, flags in idle.items()
         for i in np.flatnonzero(flags)
     ]
@@ -102,14 +133,39 @@ def _with_idle(
     return new
 
 
-def _prune(method: Method, leaf: Any, inputs: InputStatistics) -> tuple[jax.Array, jax.Array]:
-    """Applies a method to a leaf, however it is split over devices."""
+def _prune(
+    method: Method, leaf: Any, mask: Any, inputs: InputStatistics, step: np.int32 | None
+) -> tuple[jax.Array, jax.Array]:
+    """Applies a method to a leaf, or to one copy in it, however it is split over devices."""
 
-    def prune(leaf: Any, value: Any) -> tuple[jax.Array, jax.Array]:
-        return method(leaf, inputs._replace(value=value))
+    def prune(leaf: Any, mask: Any, value: Any) -> tuple[jax.Array, jax.Array]:
+        own = inputs._replace(value=value)
+        if step is None:
+            return method(leaf, own)
+        start = np.int32(step * len(value))
+        one = own._replace(arrangement=inputs.arrangement.part(len(value)))
+        kernel = _copy(leaf, inputs.arrangement, start, len(value))
+        pruned, kept = method(kernel, one)
+        arrangement = inputs.arrangement
+        return _put(leaf, pruned, arrangement, start), _put(mask, kept, arrangement, start)
 
-    with entered(leaf):
-        return on_any_mesh(prune, jnp.asarray(leaf), inputs.value, like=leaf)
+    with meshes.entered(leaf):
+        leaf = jnp.asarray(leaf)
+        return meshes.automatically(prune, leaf, mask, inputs.value, like=leaf)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _copy(leaf: Any, arrangement: layouts.Arrangement, start: np.int32, count: int) -> jax.Array:
+    """Returns some matrices of a leaf."""
+    return jax.lax.dynamic_slice_in_dim(to_matrices(leaf, arrangement), start, count)
+
+
+@jax.jit
+def _put(leaf: Any, new: Any, arrangement: layouts.Arrangement, start: np.int32) -> jax.Array:
+    """Replaces some matrices of a leaf."""
+    matrices = to_matrices(leaf, arrangement)
+    matrices = jax.lax.dynamic_update_slice_in_dim(matrices, new, start, 0)
+    return from_matrices(matrices, arrangement)
 
 
 def largest(scores: jax.Array, keep: int | jax.Array) -> jax.Array:

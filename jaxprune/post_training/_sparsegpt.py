@@ -41,8 +41,10 @@ def sparsegpt(
 
     Inputs are those of the dense model. With `sequential`, the layers are pruned in the order in
     which `apply` uses them, and each sees inputs from layers that are already pruned, as in the
-    paper (which prunes by transformer block). The data then run once for each leaf, and one Gram
-    matrix of 4 bytes x features^2 is in memory at a time instead of all.
+    paper (which prunes by transformer block). The data then run once for each leaf, and the Gram
+    matrix of one leaf, 4 bytes x features^2, is in memory instead of all. Layers that a scan runs
+    over are pruned one after the other as well, as if they were a list: the data run once for each
+    leaf and layer, and memory holds the Gram matrix of one leaf of one layer.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
@@ -60,8 +62,8 @@ def sparsegpt(
         block: number of input features that are compared with each other, and processed before the
             rest is updated. A multiple of m.
         damping: share of the mean of the Hessian's diagonal that is added to the diagonal, above 0.
-        sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
-            a stack are one leaf, so each of them sees the others unpruned.
+        sequential: whether each layer sees the inputs of the model as pruned so far. Copies of a
+            kernel that an index picks, or that batch dimensions number, are pruned together.
 
     Returns:
         The pruned and corrected parameters and the masks, a tree of bools like `params`.

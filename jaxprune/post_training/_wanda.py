@@ -35,7 +35,9 @@ def wanda(
 
     Inputs are those of the dense model. With `sequential`, the layers are pruned in the order in
     which `apply` uses them, and each sees inputs from layers that are already pruned, as in the
-    authors' code (which prunes by transformer block). The data then run once for each leaf.
+    authors' code (which prunes by transformer block). The data then run once for each leaf. Layers
+    that a scan runs over are pruned one after the other as well, as if they were a list, and the
+    data run once for each leaf and layer.
 
     Args:
         apply: function `(params, batch) -> anything`, in inference mode.
@@ -50,8 +52,8 @@ def wanda(
         n_m: instead of `sparsity`: (n, m) keeps n of every m consecutive input features of each
             output. For convolutions these are input channels of one window position, if m divides
             the number of channels.
-        sequential: whether each layer sees the inputs of the model as pruned so far. The layers of
-            a stack are one leaf, so each of them sees the others unpruned.
+        sequential: whether each layer sees the inputs of the model as pruned so far. Copies of a
+            kernel that an index picks, or that batch dimensions number, are pruned together.
 
     Returns:
         The pruned parameters and the masks, a tree of bools like `params`.

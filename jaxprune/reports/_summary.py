@@ -191,9 +191,9 @@ def _rows(
         if array is not None
     }
     rows = []
-    for copy in np.ndindex(*(leaf.shape[axis] for axis in axes)):
+    copies = np.ndindex(*(leaf.shape[axis] for axis in axes))
+    for copy, name in zip(copies, trees.copy_paths(path, leaf.shape, axes), strict=True):
         own = {name: int(np.asarray(count)[copy]) for name, count in counts.items()}
-        name = f"{path}[{','.join(map(str, copy))}]" if axes else path
         rows.append(Row(name, shape, size, bytes=size * leaf.dtype.itemsize, reason=reason, **own))
     return rows
 

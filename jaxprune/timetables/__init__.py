@@ -4,7 +4,6 @@ from jaxprune.timetables._masks import renew, select
 from jaxprune.timetables._tables import (
     Ranking,
     Timetable,
-    copy_paths,
     entries_until,
     ever_grows,
     make_timetable,
@@ -14,7 +13,6 @@ from jaxprune.timetables._tables import (
 __all__ = [
     "Ranking",
     "Timetable",
-    "copy_paths",
     "entries_until",
     "ever_grows",
     "make_timetable",

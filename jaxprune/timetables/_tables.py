@@ -107,13 +107,17 @@ def make_timetable(
     for i, kind in enumerate(kinds):
         members.setdefault(kind, []).append(i)
     named = [(path, leaf.shape, own) for (path, leaf), own in zip(leaves.items(), axes)]
-    budgeted = [
-        copy
-        for leaf, kind in zip(named, kinds, strict=True)
-        if not isinstance(kind, patterns.NM)
-        for copy in copy_paths(*leaf)
-    ]
+    budgeted, fixed = (
+        [
+            copy
+            for leaf, kind in zip(named, kinds, strict=True)
+            if isinstance(kind, patterns.NM) == is_fixed
+            for copy in trees.copy_paths(*leaf)
+        ]
+        for is_fixed in (False, True)
+    )
     given = budgets.global_budget() if budget is None else budget
+    _check_names(given, budgeted, fixed)
     rule = budgets.rule_of(given, max(sparsities), budgeted)
     rankings = [
         _n_m_ranking(kind, places, sparsities, moved)
@@ -125,25 +129,23 @@ def make_timetable(
     return Timetable(at, tuple(rankings), axes, _marks(at, rankings))
 
 
-def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:
-    """Names each copy of a stacked leaf, in row-major order of the stacked axes.
+def _check_names(budget: Any, budgeted: list[str], fixed: list[str]) -> None:
+    """Raises for names in a budget that mean only leaves whose N:M pattern fixes their counts."""
+    names = getattr(budget, "sparsities", budget if isinstance(budget, Mapping) else ())
 
-    Args:
-        path: the path of the leaf.
-        shape: the shape of the leaf.
-        stacked: axes that number copies; empty for a single layer.
+    def meant(name: str, paths: list[str]) -> list[str]:
+        return [path for path in paths if trees.means(name, path)]
 
-    Returns:
-        The path itself, or one with an index for each copy.
-
-    Example:
-        >>> copy_paths("layers/kernel", (2, 64, 64), (0,)), copy_paths("head", (64, 10), ())
-        (['layers/kernel[0]', 'layers/kernel[1]'], ['head'])
-    """
-    if not stacked:
-        return [path]
-    numbers = np.ndindex(*(shape[axis] for axis in stacked))
-    return [f"{path}[{','.join(map(str, number))}]" for number in numbers]
+    trees.raise_for(
+        [
+            f"{name}: {', '.join(meant(name, fixed)[:3])}"
+            for name in names
+            if meant(name, fixed) and not meant(name, budgeted)
+        ],
+        "`budget` must not name leaves with an N:M pattern, which keep n of every m weights "
+        "whatever a budget says. Omit these names, or let `pattern` be a function of path and leaf "
+        "that returns None for these leaves:",
+    )
 
 
 def ever_grows(timetable: Timetable) -> bool:
@@ -247,7 +249,7 @@ def _ranking(
     shapes = {}
     for path, shape, axes in leaves:
         units = patterns.copy_shape(patterns.unit_shape(pattern, shape, axes), axes)
-        shapes |= dict.fromkeys(copy_paths(path, shape, axes), units)
+        shapes |= dict.fromkeys(trees.copy_paths(path, shape, axes), units)
     total, floors = budgets.at_all(rule, shapes, sparsities)
     fraction = np.asarray(moved)
     count = np.floor(total * fraction + 0.5)

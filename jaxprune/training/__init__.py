@@ -7,6 +7,7 @@ randomness of a step derives from its number, so a resumed run repeats it bit fo
 
 from jaxprune.training._averages import average_parameters, with_averages
 from jaxprune.training._loop import Hook, fit
+from jaxprune.training._perplexity import perplexity
 from jaxprune.training._statistics import measure_statistics
 from jaxprune.training._steps import (
     TrainState,
@@ -31,5 +32,6 @@ __all__ = [
     "make_evaluate",
     "make_train_step",
     "measure_statistics",
+    "perplexity",
     "with_averages",
 ]

@@ -13,6 +13,7 @@ from jaxprune.trees._names import (
 )
 from jaxprune.trees._paths import (
     check_same_structure,
+    copy_paths,
     holds_masks,
     is_absent,
     is_array,
@@ -49,6 +50,7 @@ __all__ = [
     "check_known",
     "check_same_structure",
     "check_stacked",
+    "copy_paths",
     "holds_masks",
     "is_absent",
     "is_array",

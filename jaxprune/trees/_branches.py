@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxprune.trees._paths import is_absent, is_numeric, path_string, places, shape_of
+from jaxprune.trees._paths import is_absent, is_numeric, leaves_with_paths, places, shape_of
 
 
 def spread(masks: Any, tree: Any) -> dict[str, Any]:
@@ -32,8 +32,7 @@ def spread(masks: Any, tree: Any) -> dict[str, Any]:
         >>> spread({"head": {"a": True, "b": True}, "bias": False}, {"head": optax.MaskedNode()})
         {'bias': False}
     """
-    named = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_end)
-    ends = {path_string(path): node for path, node in named}
+    ends = dict(leaves_with_paths(tree, is_leaf=_is_end))
     hidden = {path for path, node in ends.items() if is_absent(node)}
     given = places(masks)
     found: dict[str, Any] = {}

@@ -24,8 +24,8 @@ _LAST_WORDS = {"scale", "scales", "offset", "gamma", "beta", "token", "tokens"}
 _NAMES = {"mean", "var", "running_mean", "running_var", "A_log", "cls", "class_embedding"}
 # Words in the name of a leaf or of its module, unless another word says that it is a layer.
 _NORM_WORDS = {"ln", "bn", "gn"}
-_POSITION_WORDS = {"pos", "position", "positional", "posemb", "posembed", "wpe", "relpos"}
-_POSITION_WORDS |= {"rel", "relative"}
+_POSITION_WORDS = {"pos", "position", "positions", "positional", "posemb", "posembed", "wpe"}
+_POSITION_WORDS |= {"rel", "relative", "relpos"}
 _LAYER_WORDS = {"linear", "dense", "conv", "proj", "projection", "mlp", "fc", "kernel"}
 # First keys of Linen leaves other than "params".
 _COLLECTIONS = {"batch_stats", "cache", "intermediates", "perturbations"}

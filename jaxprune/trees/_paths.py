@@ -1,7 +1,7 @@
 """Leaf paths, comparisons of trees, and errors that name every bad leaf."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,20 +32,48 @@ def path_string(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
     """Lists the leaves of a tree with their paths as strings, in flattening order.
 
     Args:
         tree: any pytree.
+        is_leaf: what else counts as a leaf, as in `jax.tree.map`.
 
     Returns:
         Pairs of path and leaf.
+
+    Raises:
+        ValueError: if a dict in the tree has keys that cannot be sorted, such as 1 and "1".
 
     Example:
         >>> leaves_with_paths({"dense": {"bias": 1, "kernel": 2}})
         [('dense/bias', 1), ('dense/kernel', 2)]
     """
-    return [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    try:
+        found = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+    except ValueError:
+        raise_for(
+            _unsortable(tree, ""),
+            "all keys of a dict in a tree must be texts, or all numbers, because JAX sorts them; "
+            "rename keys of:",
+        )
+        raise
+    return [(path_string(path), leaf) for path, leaf in found]
+
+
+def _unsortable(node: Any, path: str) -> list[str]:
+    """Lists the dicts in a tree whose keys cannot be sorted."""
+    if isinstance(node, Mapping):
+        try:
+            sorted(node)
+        except TypeError:
+            return [f"{path.rstrip('/') or 'the tree itself'}: {', '.join(map(repr, node))}"]
+        items = list(node.items())
+    else:
+        items = list(enumerate(node)) if isinstance(node, (list, tuple)) else []
+    return [line for key, child in items for line in _unsortable(child, f"{path}{key}/")]
 
 
 def leaf_by_path(tree: Any) -> dict[str, Any]:
@@ -73,6 +101,27 @@ def leaf_by_path(tree: Any) -> dict[str, Any]:
     return by_path
 
 
+def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> list[str]:
+    """Names each copy of a stacked leaf, in row-major order of the stacked axes.
+
+    Args:
+        path: the path of the leaf.
+        shape: the shape of the leaf.
+        stacked: axes that number copies; empty for a single layer.
+
+    Returns:
+        The path itself, or one with an index for each copy.
+
+    Example:
+        >>> copy_paths("layers/kernel", (2, 64, 64), (0,)), copy_paths("head", (64, 10), ())
+        (['layers/kernel[0]', 'layers/kernel[1]'], ['head'])
+    """
+    if not stacked:
+        return [path]
+    numbers = np.ndindex(*(shape[axis] for axis in stacked))
+    return [f"{path}[{','.join(map(str, number))}]" for number in numbers]
+
+
 def is_placeholder(params: Any) -> bool:
     """Whether `init` was called with a tree without leaves, as `optax.tree_map_params` does.
 
@@ -97,7 +146,7 @@ def is_placeholder(params: Any) -> bool:
         >>> is_placeholder({"kernel": 0.0}), is_placeholder({"layers": []})
         (False, True)
     """
-    return not jax.tree.leaves(params)
+    return not leaves_with_paths(params)
 
 
 def state_fields(state: Any, name: str) -> list[Any]:
@@ -233,8 +282,7 @@ def places(tree: Any) -> dict[str, Any]:
         >>> places({"activation": None, "kernel": 1})
         {'activation': None, 'kernel': 1}
     """
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is None)
-    return {path_string(path): leaf for path, leaf in found}
+    return dict(leaves_with_paths(tree, is_leaf=lambda node: node is None))
 
 
 def keeps_leaf(mask: Any) -> bool:

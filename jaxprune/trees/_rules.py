@@ -68,6 +68,12 @@ def prunable_flags(
     if is_placeholder(params):
         return ()
     items = leaves_with_paths(params)
+    if prunable is not None and not callable(prunable) and _is_empty(prunable):
+        raise ValueError(
+            f"`prunable` must say which leaves are pruned, but is {prunable!r}. Omit it for the "
+            "default rule; to prune nothing, use the optimizer without pruning. "
+            f"{_PRUNABLE}"
+        )
     if prunable is None:
         flags = _default_flags(params, items, stacked)
     elif is_names(prunable):
@@ -175,6 +181,11 @@ def check_stacked(stacked: Any) -> None:
         check_function("stacked", stacked, "(path, leaf) -> axes", _STACKED)
 
 
+def _is_empty(x: Any) -> bool:
+    """Returns whether an argument is an empty text or set, or a tree without leaves."""
+    return not x if isinstance(x, (str, set, frozenset)) else not jax.tree.leaves(x)
+
+
 def _can_be_pruned(leaf: Any) -> bool:
     """Returns whether an array is floating point, of a type that has a 0, and not empty."""
     return _defaults.can_be_zero(leaf.dtype) and 0 not in leaf.shape
@@ -214,12 +225,23 @@ def _flags_from_names(
     means = named("prunable", names, [path for path, leaf in items if is_array(leaf)])
     axes = {path: stacked_axes(path, leaf, stacked) for path, leaf in items}
     reasons = _reasons(params, axes)
-
-    def flag(path: str) -> bool:
-        kinds = means.get(path, {}).values()
-        return "leaf" in kinds or ("module" in kinds and reasons[path] is None)
-
-    return tuple(flag(path) for path, _ in items)
+    chosen = {
+        path: [name for name, kind in own.items() if kind == "leaf" or reasons[path] is None]
+        for path, own in means.items()
+    }
+    useful = {name for own in chosen.values() for name in own}
+    branches = {name: [path for path in means if name in means[path]] for name in names}
+    raise_for(
+        [
+            f"{name}: {path}, {reasons[path]}"
+            for name in names
+            if name not in useful
+            for path in branches[name][:3]
+        ],
+        "`prunable` must name leaves, or modules with leaves that the default rule prunes. To "
+        "prune others, name the leaves themselves, as in layer1/kernel; the default rule excludes:",
+    )
+    return tuple(bool(chosen.get(path)) for path, _ in items)
 
 
 def _flags_from_tree(params: Any, items: list[tuple[str, Any]], tree: Any) -> tuple[bool, ...]:

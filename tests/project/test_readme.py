@@ -6,6 +6,7 @@ docs/architecture.md.
 
 import ast
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -33,6 +34,12 @@ class Block(NamedTuple):
     language: str
     line: int  # of its first line of content, from 1
     text: str
+    needs: str = ""  # a package, in "```python needs=haiku": without it the block is not run
+
+    @property
+    def runs(self) -> bool:
+        """Whether the package that the block needs is installed."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
 
 def fenced_blocks(markdown: str) -> list[Block]:
@@ -44,10 +51,11 @@ def fenced_blocks(markdown: str) -> list[Block]:
         if not fence:
             continue
         if start is None:
-            start, language = number, fence.group(1).strip()
+            start = number
+            language, _, needs = fence.group(1).strip().partition(" needs=")
         else:
             text = "\n".join(lines[start : number - 1])
-            blocks.append(Block(language, start + 1, text))
+            blocks.append(Block(language, start + 1, text, needs))
             start = None
     if start is not None:
         raise ValueError(f"the block that starts at line {start} is never closed")
@@ -236,7 +244,7 @@ def test_the_map_names_every_file():
 def test_python_blocks_run(page, blocks, tmp_path):
     # Blocks keep their line numbers, so that a traceback points into the page.
     lines: list[str] = []
-    for block in blocks:
+    for block in filter(lambda block: block.runs, blocks):
         lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
     code = f"exec(compile({chr(10).join(lines)!r}, {str(page)!r}, 'exec'), {{'__name__': 'page'}})"
     run = subprocess.run(
@@ -259,6 +267,9 @@ def test_commands_parse(page, blocks):
 def test_fenced_blocks():
     page = "text\n```python\nx = 1\n\ny = 2\n```\n```\nshown\n```\n"
     assert fenced_blocks(page) == [Block("python", 3, "x = 1\n\ny = 2"), Block("", 8, "shown")]
+    (block,) = fenced_blocks("```python needs=no_such_package\nraise\n```\n")
+    assert block == Block("python", 2, "raise", "no_such_package") and not block.runs
+    assert Block("python", 1, "", "numpy").runs and Block("python", 1, "").runs
     with pytest.raises(ValueError, match="line 2"):
         fenced_blocks("\n```bash\nmake test\n")
 

@@ -34,7 +34,10 @@ MAKERS = {
         ({"budget": 0.3}, r"^`budget` must be a function `\(shapes, .* but is 0.3. Take one from"),
         ({"budget": "uniform"}, r"but is 'uniform'. Take one from `jaxprune.budgets`: `budgets."),
         ({"budget": budgets.global_budget}, r"but `global_budget` takes `\(floor\)`. Take one"),
-        ({"budget": {"layer1": 1.5}}, r"^`budget` must have values in \[0, 1\).*\n  layer1: 1.5"),
+        (
+            {"budget": {"layer1": 1.5}},
+            r"^`budget` must have one number in \[0, 1\).*\n  layer1: 1.5",
+        ),
         ({"pattern": "2:4"}, r"^`pattern` must be .*patterns.n_m\(2, 4, axis=-2\)`"),
         ({"pattern": (2, 4)}, r"^`pattern` must be .*patterns.n_m\(2, 4, axis=-2\)`"),
         ({"stacked": 0}, r"^`stacked` must be a function `\(path, leaf\) -> axes`, but is 0. For"),
@@ -147,6 +150,51 @@ def test_a_name_of_a_leaf_with_a_different_pattern_is_known():
 
     _, masks = jaxprune.prune(PARAMS, 0.5, pattern=pattern, budget={"layer1": 0.75, "layer2": 0.25})
     assert kept(masks) == {"layer1": 8, "layer2": 12}
+
+
+def test_a_budget_of_an_n_m_leaf_is_refused():
+    def pattern(path, leaf):
+        return patterns.n_m(2, 4, axis=-2) if "layer1" in path else None
+
+    rule = r"^`budget` must not name leaves with an N:M pattern(.|\n)*\n  layer1: layer1/kernel$"
+    for budget in ({"layer1": 0.75, "layer2": 0.5}, budgets.named({"layer1": 0.75})):
+        with pytest.raises(ValueError, match=rule):
+            jaxprune.prune(PARAMS, 0.5, pattern=pattern, budget=budget)
+    # A name that means others as well is for these.
+    _, masks = jaxprune.prune(PARAMS, 0.5, pattern=pattern, budget={"kernel": 0.75})
+    assert kept(masks) == {"layer1": 16, "layer2": 4}
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32, np.array, jnp.array])
+def test_a_budget_of_arrays_is_the_decimal_that_was_meant(kind):
+    kernel = {"a": {"kernel": jnp.arange(50.0).reshape(5, 10)}, "b": jnp.ones((2, 2))}
+    for budget in ({"a": kind(0.29)}, budgets.custom({"a": kind(0.29)})):
+        masks = jaxprune.prune(kernel, 0.29, budget=budget, prunable=["a"])[1]
+        assert int(masks["a"]["kernel"].sum()) == 35  # float32 has no 0.29, which gives 36
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.array([0.5]), "array([0.5])"),
+        (np.nan, "nan"),
+        (True, "True"),
+        ("0.5", "'0.5'"),
+        (None, "None"),
+        (jnp.float32(1.5), "Array(1.5, dtype=float32)"),
+    ],
+)
+def test_a_budget_of_other_values_is_refused(value, said):
+    with pytest.raises(ValueError) as error:
+        jaxprune.prune(PARAMS, 0.5, budget={"layer1": value, "layer2": 0.5})
+    assert str(error.value) == (
+        f"`budget` must have one number in [0, 1) for each name; change these:\n  layer1: {said}"
+    )
+
+
+def test_a_budget_that_is_traced_is_refused():
+    with pytest.raises(ValueError, match=r"\n  layer1: traced, but weights are counted before the"):
+        jax.jit(lambda s: jaxprune.prune(PARAMS, 0.5, budget={"layer1": s}))(0.5)
 
 
 # ---- whole modules
