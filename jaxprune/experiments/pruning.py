@@ -13,6 +13,7 @@ from jaxprune import (
     at_init,
     budgets,
     patterns,
+    presets,
     processes,
     rates,
     schedules,
@@ -96,7 +97,7 @@ def pruning_while_training(
 
 def prunable_of(config: Config) -> trees.Prunable | None:
     """Returns what loses weights: of decoders the layers, not the embedding and the head."""
-    return "layers" if config.dataset == "text" else None
+    return presets.transformer if config.dataset == "text" else None
 
 
 def masks_at_init(experiment: "Experiment") -> Any:

@@ -142,8 +142,8 @@ class Decoder(nnx.Module):
             `DecoderWidths`.
         head_dim: channels of a head, an even number.
         scanned: whether layers are stacked and run by `jax.lax.scan`.
-        remat: whether the backward pass computes each layer again. This takes a third more time, and
-            memory for the inside of one layer instead of all.
+        remat: whether the backward pass computes each layer again. This takes a third more time,
+            and memory for the inside of one layer instead of all.
         base: wavelength of the slowest rotation, in radians.
         dtype: dtype of the computation; parameters and logits are float32.
         rngs: source of the initial parameters.
