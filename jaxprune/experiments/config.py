@@ -69,9 +69,7 @@ class Config:
     widths: str = ""  # widths of all layers as JSON, as in summary.json; empty = the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
     scan: bool = False  # decoders: stack the layers and run them in a loop, which compiles faster
-    remat: bool = (
-        False  # recompute cheap operations, of decoders all layers: less memory, not on CPU
-    )
+    remat: bool = False  # less memory: recompute cheap operations, of decoders all; not on CPU
     parts: int = 1  # micro-batches per batch (less memory); lowered as the network shrinks
     seed: int = 0  # seed of initialization, data order and augmentation
 
