@@ -12,12 +12,14 @@ from jaxprune.structure._analysis import CALLING, INLINED, live_equations
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
+from jaxprune.structure._rules.scans import segments
 from jaxprune.structure._traces import Trace, analyze, split, to_jaxpr, trace_function
 from jaxprune.structure._values import Graph, Op
+from jaxprune.structure._zeros import CALLS, PRESENT, follow
 
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 Shape = Sequence[int]
-Counter = Callable[[Execution], int]
+Counter = Callable[[Execution, Sequence[int]], int]  # also takes the states of the inputs
 
 
 def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Sequence[Shape]) -> int:
@@ -174,25 +176,42 @@ def mac_cost(
     def cost(plan: Plan) -> int:
         if plan.model.shapes != groups.model.shapes:
             raise ValueError("`plan` must be made from the groups of this cost, but is not.")
-        return count(Execution(analysis, plan.kept_nodes(analysis)))
+        return count(Execution(analysis, plan.kept_nodes(analysis)), plan.states(len(graph.ins)))
 
     return cost
 
 
 def _counter(graph: Graph) -> Counter:
     """Makes the counter of a traced function; it reads the smaller shapes of an execution."""
-    counters = [own for own in map(_counter_of_op, graph.ops) if own is not None]
-    return lambda execution: sum(count(execution) for count in counters)
+    counters = [(op, own) for op in graph.ops if (own := _counter_of_op(op)) is not None]
+
+    def count(run: Execution, states: Sequence[int]) -> int:
+        spread = follow(graph, states)
+        return sum(
+            own(run, list(map(spread.state, op.ins)))
+            for op, own in counters
+            if not all(spread.state(out) or id(out) in spread.same for out in op.outs)
+        )
+
+    return count
 
 
 def _counter_of_op(op: Op) -> Counter | None:
     called = op.inner.get("branches") or [op.inner[n] for n in ("call", "cond") if n in op.inner]
-    inner = list(map(_counter, called))
+    inner = [(_counter(graph), [PRESENT] * len(graph.ins)) for graph in called]
+    if op.name == "scan":
+        return lambda run, states: sum(
+            (part.stop - part.start) * inner[0][0](run, part.states)
+            for part in segments(run, op, states)
+            if not part.idle
+        )
+    if op.name in CALLS:
+        return inner[0][0]
     if inner:
-        return lambda run: _together(op.name, op.params, [count(run) for count in inner])
+        return lambda run, _: _together(op.name, op.params, [own(run, whole) for own, whole in inner])
     if op.name in _PRODUCTS:
         parts = op.ins, op.outs
-        return lambda run: macs_of(op.name, op.params, *[list(map(run.shape, p)) for p in parts])
+        return lambda run, _: macs_of(op.name, op.params, *[list(map(run.shape, p)) for p in parts])
     _nothing_in(op.name, op.params)
     return None
 
