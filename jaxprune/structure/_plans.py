@@ -94,11 +94,11 @@ class Plan(NamedTuple):
 
     def channels(self, group: Any) -> np.ndarray:
         """Tells which channels of a group of `find_groups` are kept, as bool [size]."""
-        present = [own for own in group.members if not self.is_removed(own.path)]
-        left = np.full(group.size, bool(present))
-        for member in present:
-            own = member.channels[~self.kept[member.path][member.dimension]]
-            left[own[own >= 0]] = False
+        left = np.zeros(group.size, bool)
+        for member in group.members:
+            if not self.is_removed(member.path):
+                own = member.channels[self.kept[member.path][member.dimension]]
+                left[own[own >= 0]] = True
         return left
 
     def then(self, after: "Plan") -> "Plan":
