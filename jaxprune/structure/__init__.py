@@ -28,6 +28,7 @@ from jaxprune.structure._allocation import (
     keep_uniform,
     keep_within,
 )
+from jaxprune.structure._block_scores import block_influence, block_losses, block_taylor
 from jaxprune.structure._costs import byte_cost, count_macs, mac_cost
 from jaxprune.structure._finding import find_groups
 from jaxprune.structure._fitting import Fit
@@ -65,6 +66,9 @@ __all__ = [
     "Stage",
     "Switch",
     "Trace",
+    "block_influence",
+    "block_losses",
+    "block_taylor",
     "byte_cost",
     "compact_state",
     "count_macs",

@@ -225,7 +225,7 @@ class Plan(NamedTuple):
         def compacted(variables: Any, *args: Any, **kwargs: Any) -> Any:
             self._check(variables, self.shapes)
             trace = Trace(function, args, kwargs=kwargs)
-            traced, graph, execution, arrays = self._follow(trace, variables)
+            traced, graph, execution, arrays = self.follow(trace, variables)
             states = self.states(len(graph.ins))
             return self._filled(traced, graph, execution, execution.graph(graph, arrays, states))
 
@@ -291,7 +291,7 @@ class Plan(NamedTuple):
         """
         self._check(variables, self.model.shapes)
         trace = Trace(function, args, kwargs=kwargs)
-        traced, graph, execution, _ = self._follow(trace, variables)
+        traced, graph, execution, _ = self.follow(trace, variables)
         kept = [
             [
                 np.ones(1, bool)
@@ -303,7 +303,7 @@ class Plan(NamedTuple):
         ]
         return traced.output(kept, False)
 
-    def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution, list[Any]]:
+    def follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution, list[Any]]:
         """Traces a function on dense shapes and prepares its run on the kept indices.
 
         The last result holds the arrays among the variables and arguments, in the order of the run.
