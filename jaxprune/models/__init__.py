@@ -22,7 +22,7 @@ from jaxprune.models.resnet import (
     resnet110,
 )
 from jaxprune.models.vit import ViT, vit_b16, vit_s16, vit_ti16
-from jaxprune.models.widths import widths_of
+from jaxprune.models.widths import layers_of, widths_of
 
 __all__ = [
     "Decoder",
@@ -35,6 +35,7 @@ __all__ = [
     "Widths",
     "default_widths",
     "efficientnet_lite0",
+    "layers_of",
     "mobilenet_v1",
     "mobilenet_v2",
     "resnet8",

@@ -29,7 +29,7 @@ from jaxprune.structure._allocation import (
     keep_within,
 )
 from jaxprune.structure._block_scores import block_influence, block_losses, block_taylor
-from jaxprune.structure._costs import byte_cost, count_macs, mac_cost
+from jaxprune.structure._costs import byte_cost, cache_cost, count_macs, latency_cost, mac_cost
 from jaxprune.structure._finding import find_groups
 from jaxprune.structure._fitting import Fit
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
@@ -70,6 +70,7 @@ __all__ = [
     "block_losses",
     "block_taylor",
     "byte_cost",
+    "cache_cost",
     "compact_state",
     "count_macs",
     "count_parameters",
@@ -81,6 +82,7 @@ __all__ = [
     "keep_global",
     "keep_uniform",
     "keep_within",
+    "latency_cost",
     "load_plan",
     "mac_cost",
     "masked_channels",

@@ -112,7 +112,9 @@ class Analysis:
         self.tables: set[int] = set()
         self.kernels: set[int] = set()  # leaves with two or more dimensions in one product
         self.scales: set[int] = set()  # vectors that multiply data, so that their zeros remove it
-        self.layers: list[np.ndarray] = []  # nodes of the rows of stacked blocks, see `_rules/scans`
+        self.layers: list[
+            np.ndarray
+        ] = []  # nodes of the rows of stacked blocks, see `_rules/scans`
         self.copies: list[np.ndarray] = []  # nodes that products only repeat over, such as heads
         self.unknown: dict[str, int] = {}  # primitive -> how often it froze something
         self.op = Op("update", None, {}, [], [], "of a variable")  # the current operation

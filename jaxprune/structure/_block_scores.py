@@ -191,6 +191,7 @@ class _Place(NamedTuple):
 
     name: str
     branch: int
+    layers: np.ndarray  # int [rows]: the layer of the block in each row of a stack, or -1
 
 
 def _places(groups: Groups, analysis: Analysis, graph: Graph) -> dict[int, _Place]:
@@ -201,7 +202,7 @@ def _places(groups: Groups, analysis: Analysis, graph: Graph) -> dict[int, _Plac
     for name, block in groups.blocks.items():
         leaves = [paths[member.path] for member in block.members]
         if block.full == 1:
-            found |= _ends(name, graph, set(leaves))
+            found |= _ends(name, block, graph, set(leaves))
         roots = {int(root) for leaf in leaves for root in _rows(analysis, leaf, block)}
         for op in scans:
             stacked = {
@@ -209,7 +210,7 @@ def _places(groups: Groups, analysis: Analysis, graph: Graph) -> dict[int, _Plac
                 for place, value in enumerate(op.ins)
                 if value.shape and roots and set(analysis.root(value.nodes[0])) <= roots
             }
-            found |= _ends(name, op.inner["call"], stacked)
+            found |= _ends(name, block, op.inner["call"], stacked)
     return found
 
 
@@ -227,14 +228,14 @@ def _scans(graph: Graph) -> Iterator[Op]:
             yield from _scans(op.inner["call"])
 
 
-def _ends(name: str, graph: Graph, places: set[int]) -> dict[int, _Place]:
+def _ends(name: str, block: Group, graph: Graph, places: set[int]) -> dict[int, _Place]:
     """Finds the sums whose branch is 0 without these inputs, and whose stream is not."""
     if not places:
         return {}
     states = [ZERO if place in places else PRESENT for place in range(len(graph.ins))]
     spread = follow(graph, states)
     return {
-        id(own.op): _Place(name, 0 if own.op.ins[0] is own.branch else 1)
+        id(own.op): _Place(name, 0 if own.op.ins[0] is own.branch else 1, block.members[0].channels)
         for own in residuals(flat(graph), places)
         if spread.state(own.branch) == ZERO and spread.state(own.stream) == PRESENT
     }
@@ -268,7 +269,8 @@ class _Gated(Execution):
         if op.name == "scan":
             inside = {id(own) for own in _ops(op.inner["call"])} & self._places.keys()
             if inside:
-                return self._scan(op, operands, {self._places[key].name for key in inside})
+                layers = {self._places[key].name: self._places[key].layers for key in inside}
+                return self._scan(op, operands, layers)
         return super()._run(op, operands)
 
     def _add(self, place: _Place, operands: list[Any]) -> Any:
@@ -278,7 +280,7 @@ class _Gated(Execution):
         self.influences[place.name] = jnp.reshape(1 - _cosine(before, after), 1)
         return after
 
-    def _scan(self, op: Op, arrays: list[Any], names: set[str]) -> list[Any]:
+    def _scan(self, op: Op, arrays: list[Any], layers: Mapping[str, np.ndarray]) -> list[Any]:
         """Runs a scan whose body has blocks; gates and influences have a row for each pass."""
         first, count = jaxprs.scan_counts(op.params, len(arrays))
         whole = self._gates
@@ -288,14 +290,19 @@ class _Gated(Execution):
             outer = self._before, self.influences
             self._gates, self._before, self.influences = whole | gates, {}, {}
             outs = self.graph(op.inner["call"], [*arrays[:first], *carry, *row])
-            influences = {name: self.influences[name][0] for name in names}
+            influences = {name: self.influences[name][0] for name in layers}
             (self._before, self.influences), self._gates = outer, whole
             return tuple(outs[:count]), (tuple(outs[count:]), influences)
 
         carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
-        gates = {name: whole[name] for name in sorted(names)}
+        gates = {
+            name: jnp.where(own >= 0, jnp.atleast_1d(whole[name])[own], 1.0)
+            for name, own in layers.items()
+        }
         carry, (outs, influences) = lax.scan(body, carry, (rows, gates))
-        self.influences |= influences
+        self.influences |= {
+            name: influences[name][np.flatnonzero(own >= 0)] for name, own in layers.items()
+        }
         return [*carry, *outs]
 
 

@@ -5,11 +5,11 @@ something that it is computed from; its parameters reach the outputs in no other
 if they are. Names play no part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxprune.structure._analysis import Analysis
-from jaxprune.structure._branches import Flat, Residual, flat, needed, residuals
+from jaxprune.structure._branches import flat, needed, residuals
 from jaxprune.structure._traces import Model, Traced
 from jaxprune.structure._values import Graph
 from jaxprune.structure._zeros import LOST, PRESENT, ZERO, follow
@@ -62,9 +62,7 @@ def find_blocks(model: Model, passes: Sequence[Pass]) -> list[Block]:
 def _blocks(model: Model, each: Pass) -> Iterator[Block]:
     """Finds the blocks of one trace; nested ones with the same parameters are found once."""
     paths = list(model.shapes)
-    outs = [
-        out for index, out in enumerate(each.graph.outs) if index not in each.traced.updated
-    ]
+    outs = [out for index, out in enumerate(each.graph.outs) if index not in each.traced.updated]
     own = {i for i, path in enumerate(paths) if path in model.parameters and model.shapes[path]}
     view = flat(each.graph)
     for residual in residuals(view, own):

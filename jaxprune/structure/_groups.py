@@ -232,7 +232,9 @@ class Groups(Mapping[str, Group]):
             ),
             factors=(),  # they name nodes of the dense model
         )
-        less = [[_smaller(plan, unit) for unit in us] for us in (self.values(), self.blocks.values())]
+        less = [
+            [_smaller(plan, unit) for unit in us] for us in (self.values(), self.blocks.values())
+        ]
         groups, blocks = ([unit for unit in us if unit.members and unit.size] for us in less)
         frozen = [each for each in self.frozen if each.path in place]
         return Groups(own, groups, frozen, self.unknown, blocks)

@@ -38,9 +38,7 @@ class _Classes(NamedTuple):
     number: np.ndarray  # int64 [count]: the class of each root, or -1
 
 
-def join(
-    model: Model, analyses: Sequence[Analysis], blocks: Sequence[Block] = ()
-) -> Groups:
+def join(model: Model, analyses: Sequence[Analysis], blocks: Sequence[Block] = ()) -> Groups:
     """Joins the analyses of all traces to one set of groups.
 
     Args:

@@ -1,7 +1,7 @@
 """Loops over stacked layers; rows of the stack that a plan removes are not run."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jaxprune import jaxprs
 from jaxprune.structure._branches import flat, needed, residuals
 from jaxprune.structure._rules.control import carried, entering, loop
 from jaxprune.structure._rules.elementwise import zero_only
-from jaxprune.structure._values import UNGATED, ZERO, Graph, Op, Rule, Value
+from jaxprune.structure._slicing import pick
+from jaxprune.structure._values import UNGATED, ZERO, Op, Rule, Value
 from jaxprune.structure._zeros import LOST, PRESENT, follow, follow_scan
 from jaxprune.structure._zeros import ZERO as REMOVED
 
@@ -22,18 +23,16 @@ if TYPE_CHECKING:
 
 
 class Segment(NamedTuple):
-    """Consecutive passes of a scan that miss the same rows.
+    """Passes of a scan, one after the other, that miss the same rows.
 
     Example:
-        >>> Segment(0, 4, [0, 0], [], False).stop
-        4
+        >>> Segment([0, 1, 3], [0, 0], []).rows
+        [0, 1, 3]
     """
 
-    start: int
-    stop: int
+    rows: list[int]  # the numbers of the passes
     states: list[int]  # of the inputs of the body, see `_zeros`
     empty: list[int]  # the positions of the stacked outputs that have no rows here
-    idle: bool  # whether these passes change nothing and have no rows of outputs
 
 
 def _counts(op: Op) -> tuple[int, int]:
@@ -74,19 +73,23 @@ def _unite_rows(analysis: "Analysis", op: Op) -> set[int]:
     graph, (first, count) = op.inner["call"], _counts(op)
     outs, start = graph.outs[:count], first + count
     own = {
-        place
-        for place in range(start, len(op.ins))
-        if analysis.has_leaves(op.ins[place].nodes[0])
+        place for place in range(start, len(op.ins)) if analysis.has_leaves(op.ins[place].nodes[0])
     }
     view = flat(graph)
     loops = {id(graph.ins[first + i]): out for i, out in enumerate(outs)}
     found = set()
     for residual in residuals(view, own):
         places = needed(view, residual, outs, loops) & own
-        states = [
-            PRESENT if place not in places else _state_of(value, np.ones(len(value.facts[0]), bool))
-            for place, value in enumerate(op.ins)
-        ] if places else []
+        states = (
+            [
+                PRESENT
+                if place not in places
+                else _state_of(value, np.ones(len(value.facts[0]), bool))
+                for place, value in enumerate(op.ins)
+            ]
+            if places
+            else []
+        )
         spread = follow(graph, states) if places else None
         if (
             spread is None
@@ -122,7 +125,7 @@ def segments(run: "Execution", op: Op, states: Sequence[int]) -> list[Segment]:
         states: the states of its operands.
 
     Returns:
-        The segments in order; one if no rows are removed.
+        The segments in order, without passes that change nothing; one if no rows are removed.
     """
     graph, (first, count) = op.inner["call"], _counts(op)
     start, length = first + count, op.params["length"]
@@ -131,20 +134,18 @@ def segments(run: "Execution", op: Op, states: Sequence[int]) -> list[Segment]:
         for value, state in zip(op.ins[start:], states[start:], strict=True)
     ]
     if all(own.all() for own in stacked):
-        return [Segment(0, length, list(states), [], False)]
+        return [Segment(list(range(length)), list(states), [])]
     after = follow_scan(op, states)[count:]
     results = [
         run.kept(out, 0) & (state == PRESENT)
         for out, state in zip(op.outs[count:], after, strict=True)
     ]
-    lines = zip(*[own.tolist() for own in (*stacked, *results)], strict=True)
-    found, at = [], 0
-    for line, same in itertools.groupby(lines):
-        stop = at + len(list(same))
-        rows = np.zeros(length, bool)
-        rows[at:stop] = True
+    lines = list(zip(*[own.tolist() for own in (*stacked, *results)], strict=True))
+    found: list[Segment] = []
+    for line, numbers in itertools.groupby(range(length), lines.__getitem__):
+        rows = list(numbers)
         own = [
-            PRESENT if here else state or _state_of(value, rows)
+            PRESENT if here else state or _state_of(value, np.array(rows))
             for here, state, value in zip(line, states[start:], op.ins[start:])
         ]
         inner = [*states[:first], *[PRESENT] * count, *own]
@@ -154,46 +155,45 @@ def segments(run: "Execution", op: Op, states: Sequence[int]) -> list[Segment]:
             spread.source(out) is value
             for out, value in zip(graph.outs[:count], graph.ins[first:start])
         )
-        idle = is_same and len(empty) == len(results)
-        found.append(Segment(at, stop, inner, empty, idle))
-        at = stop
+        if is_same and len(empty) == len(results):
+            continue
+        last = found[-1] if found else None
+        if last is not None and (last.states, last.empty) == (inner, empty):
+            last.rows.extend(rows)
+        else:
+            found.append(Segment(rows, inner, empty))
     return found
 
 
 def _run_scan(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
-    states = list(map(run.spread.state, op.ins))
     first, count = _counts(op)
+    start = first + count
     carry = [
         run.zeros(value) if array is None else array
-        for value, array in zip(op.ins[first : first + count], arrays[first:])
+        for value, array in zip(op.ins[first:start], arrays[first:start], strict=True)
     ]
-    arrays = [*arrays[:first], *carry, *arrays[first + count :]]
-    parts = [own for own in segments(run, op, states) if not own.idle]
-    if len(parts) == 1 and not any(parts[0].states) and not parts[0].empty:
-        return _run_rows(run, op, arrays, parts[0])
-    rows = [
-        np.cumsum(run.kept(value, 0)) - 1 if array is not None else None
-        for value, array in zip(op.ins[first + count :], arrays[first + count :])
-    ]
+    parts = segments(run, op, list(map(run.spread.state, op.ins)))
+    place_of = [np.cumsum(run.kept(value, 0)) - 1 for value in op.ins[start:]]
     stacks: list[list[Any]] = [[] for _ in op.outs[count:]]
     for part in parts:
-        here = [
-            array[own[part.start] : own[part.stop - 1] + 1]
-            if own is not None and state == PRESENT
-            else None
-            for array, own, state in zip(
-                arrays[first + count :], rows, part.states[first + count :], strict=True
-            )
+        rows = [
+            _rows(array, places[part.rows]) if state == PRESENT else None
+            for array, places, state in zip(arrays[start:], place_of, part.states[start:])
         ]
-        results = _run_rows(run, op, [*arrays[:first], *carry, *here], part)
-        carry = results[:count]
-        for place, (stack, value) in enumerate(zip(stacks, results[count:], strict=True)):
+        carry, results = _run_rows(run, op, [*arrays[:first], *carry, *rows], part)
+        for place, (stack, value) in enumerate(zip(stacks, results, strict=True)):
             if place not in part.empty:
-                inner = op.inner["call"].outs[count + place]
-                if value is None:
-                    value = jnp.zeros((part.stop - part.start, *run.shape(inner)), inner.aval.dtype)
                 stack.append(value)
     return [*carry, *map(_joined, stacks)]
+
+
+def _rows(array: Any, places: np.ndarray) -> Any:
+    """Returns the rows at these places, in ascending order."""
+    if len(places) == array.shape[0]:
+        return array
+    if len(places) == places[-1] - places[0] + 1:
+        return array[places[0] : places[-1] + 1]
+    return pick(array, places, 0)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -201,24 +201,26 @@ def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts) if parts else None
 
 
-def _run_rows(run: "Execution", op: Op, arrays: list[Any], part: Segment) -> list[Any]:
-    """Runs the passes of one segment on its rows."""
-    first, count = _counts(op)
+def _run_rows(
+    run: "Execution", op: Op, arrays: list[Any], part: Segment
+) -> tuple[list[Any], list[Any]]:
+    """Runs the passes of one segment on its rows; returns the carry and the stacked outputs."""
+    graph, (first, count) = op.inner["call"], _counts(op)
 
     def body(carry: Any, row: Any) -> Any:
-        outs = run.graph(op.inner["call"], [*arrays[:first], *carry, *row], part.states)
-        carry = [
-            run.zeros(value) if out is None else out
-            for value, out in zip(op.inner["call"].outs, outs[:count])
+        outs = run.graph(graph, [*arrays[:first], *carry, *row], part.states)
+        outs = [
+            run.zeros(value) if out is None and place - count not in part.empty else out
+            for place, (value, out) in enumerate(zip(graph.outs, outs, strict=True))
         ]
-        return tuple(carry), tuple(outs[count:])
+        return tuple(outs[:count]), tuple(outs[count:])
 
     carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
     stacked = any(row is not None for row in rows)
-    length = None if stacked else part.stop - part.start  # of rows, it may be symbolic
+    length = None if stacked else len(part.rows)  # of rows, it may be symbolic
     options = {name: op.params[name] for name in ("reverse", "unroll")}
     carry, outs = lax.scan(body, carry, rows, length, **options)
-    return [*carry, *outs]
+    return list(carry), list(outs)
 
 
 RULES = {"scan": Rule(_scan, _run_scan)}
