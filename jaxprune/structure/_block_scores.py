@@ -1,6 +1,6 @@
 """Scores residual blocks from data; a higher score means that the block matters more."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,9 @@ from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._branches import flat, residuals
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Group, Groups
+from jaxprune.structure._nodes import FROZEN
 from jaxprune.structure._traces import Trace
-from jaxprune.structure._values import Graph, Op
+from jaxprune.structure._values import Graph, Op, Value
 from jaxprune.structure._zeros import CALLS, PRESENT, ZERO, follow
 
 Gates = Mapping[str, Any]  # name of a block -> float [layers], a factor of its branch
@@ -203,21 +204,20 @@ def _places(groups: Groups, analysis: Analysis, graph: Graph) -> dict[int, _Plac
         leaves = [paths[member.path] for member in block.members]
         if block.full == 1:
             found |= _ends(name, block, graph, set(leaves))
-        roots = {int(root) for leaf in leaves for root in _rows(analysis, leaf, block)}
-        for op in scans:
+        roots = set().union(*[_free_rows(analysis, analysis.leaves[leaf]) for leaf in leaves])
+        for op in scans if block.full > 1 else ():
             stacked = {
                 place
                 for place, value in enumerate(op.ins)
-                if value.shape and roots and set(analysis.root(value.nodes[0])) <= roots
+                if value.shape and _free_rows(analysis, value) & roots
             }
             found |= _ends(name, block, op.inner["call"], stacked)
     return found
 
 
-def _rows(analysis: Analysis, leaf: int, block: Group) -> Sequence[int]:
-    """Returns the roots of the rows of a stacked leaf; none for a leaf in a list."""
-    nodes = analysis.leaves[leaf].nodes[0]
-    return analysis.root(nodes).tolist() if block.full > 1 else []
+def _free_rows(analysis: Analysis, value: Value) -> set[int]:
+    """Returns the roots of the rows of a value that may be removed."""
+    return set(analysis.root(value.nodes[0]).tolist()) - {FROZEN}
 
 
 def _scans(graph: Graph) -> Iterator[Op]:
