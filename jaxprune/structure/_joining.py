@@ -213,13 +213,15 @@ def _of_block(model: Model, block: Block) -> tuple[Member, ...]:
 def _blocks(model: Model, found: Sequence[tuple[Member, ...]]) -> list[Group]:
     """Names blocks after the largest kernel in them, in the order of the leaves."""
     order = {path: place for place, path in enumerate(model.shapes)}
-    blocks = []
-    for members in sorted(found, key=lambda own: order[own[0].path]):
+    named = []
+    for members in found:
         makers = [member for member in members if member.produces]
-        first = max(makers, key=lambda member: len(model.shapes[member.path]))
+        named.append((max(makers, key=lambda own: len(model.shapes[own.path])).path, members))
+    blocks: list[Group] = []
+    for path, members in sorted(named, key=lambda own: order[own[0]]):
         size = 1 + max(int(member.channels.max()) for member in members)
-        taken = sum(block.name.split("#")[0] == first.path for block in blocks)
-        name = f"{first.path}#{taken + 1}" if taken else first.path  # a block inside of another one
+        taken = sum(block.name.split("#")[0] == path for block in blocks)
+        name = f"{path}#{taken + 1}" if taken else path  # a block inside of another one
         blocks.append(Group(name, size, members, ()))
     return blocks
 
