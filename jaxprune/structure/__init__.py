@@ -49,6 +49,7 @@ from jaxprune.structure._switching import (
     shrink,
 )
 from jaxprune.structure._traces import Model, Trace
+from jaxprune.structure._unstacking import Unstacked, unstack
 
 __all__ = [
     "CompactedState",
@@ -66,6 +67,7 @@ __all__ = [
     "Stage",
     "Switch",
     "Trace",
+    "Unstacked",
     "block_influence",
     "block_losses",
     "block_taylor",
@@ -92,4 +94,5 @@ __all__ = [
     "plan_of",
     "shrink",
     "taylor",
+    "unstack",
 ]
