@@ -1,10 +1,12 @@
 """Residual blocks: what counts as one, what a plan removes, and that nothing else changes."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import lax
 
 from jaxprune import structure, trees
@@ -156,13 +158,20 @@ def paths(prefix, *names):
 # ---- stacks
 
 
-def stacked(w, x):
+def scan_of(step, cast=jnp.asarray):
     """Two branches in each layer of a stack."""
 
-    def body(x, own):
-        return plain(own[1], plain(own[0], x)), None
+    def function(w, x):
+        def body(x, own):
+            return step(own[1], step(own[0], x)), None
 
-    return dense(w, lax.scan(body, dense(w, x, "in"), w["layers"])[0], "out")
+        layers = jax.tree.map(cast, w["layers"])
+        return dense(w, lax.scan(body, dense(w, x, "in"), layers)[0], "out")
+
+    return function
+
+
+stacked = scan_of(plain)
 
 
 def stack(count=4):
@@ -198,6 +207,33 @@ def test_each_layer_of_a_stack_keeps_its_own_branches(rows):
             assert part["up"] is None if not any(own) else part["up"].shape[0] == sum(own)
         cost = structure.mac_cost(groups, stacked, variables, X)
         assert cost(plan) == structure.count_macs(plan.wrap(stacked), small, X)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        scan_of(jax.checkpoint(plain)),
+        jax.checkpoint(scan_of(plain)),
+        jax.jit(scan_of(jax.jit(plain))),
+        scan_of(plain, lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32)),
+    ],
+)
+def test_stacks_are_found_however_they_are_run(function):
+    variables = stack()
+    groups = structure.find_groups(function, variables, X)
+    assert [block.size for block in groups.blocks.values()] == [4, 4]
+    keep = dict(zip(groups.blocks, np.array([[0, 1, 1, 0], [1, 1, 0, 0]], bool)))
+    check([structure.Trace(function, (X,))], variables, groups, groups.plan(keep))
+
+
+def test_a_scan_backwards_keeps_its_layers():
+    def function(w, x):
+        def body(x, own):
+            return plain(own[0], x), None
+
+        return dense(w, lax.scan(body, dense(w, x, "in"), w["layers"], reverse=True)[0], "out")
+
+    assert names_of(function, stack(), X) == []
 
 
 def test_whole_layers_of_a_stack_leave_one_scan():
@@ -398,6 +434,47 @@ def test_bad_trees_and_names_are_explained(pruned):
             {},
             [own._replace(size=n) for n, own in enumerate(groups.blocks.values())],
         ).joined(lambda name: "all")
+
+
+def test_modules_are_variables_too():
+    """None takes the place of arrays in modules of NNX and Equinox."""
+
+    class Both(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+            self.branch = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+            self.last = nnx.Linear(8, 3, rngs=nnx.Rngs(2))
+
+        def __call__(self, x):
+            x = self.first(x)
+            return self.last(x + self.branch(x))
+
+    class Other(equinox.Module):
+        branch: equinox.nn.Linear
+        last: equinox.nn.Linear
+
+        def __call__(self, x):
+            return self.last(x + jnp.tanh(self.branch(x)))
+
+    keys = jax.random.split(jax.random.key(0))
+    other = Other(equinox.nn.Linear(6, 6, key=keys[0]), equinox.nn.Linear(6, 3, key=keys[1]))
+    for model, function in (
+        (Both(), lambda model, x: model(x)),
+        (other, lambda model, x: jax.vmap(model)(x)),
+    ):
+        groups = structure.find_groups(function, model, X)
+        ((name, _),) = groups.blocks.items()
+        plan = groups.plan({name: NO})
+        plan.verify(function, model, X)
+        small = plan.compact(model)
+        assert type(small) is type(model)
+        assert len(jax.tree.leaves(small)) == len(jax.tree.leaves(model)) - 2
+
+        def total(small, call=plan.wrap(function)):
+            return jnp.sum(call(small, X) ** 2)
+
+        grads = jax.grad(total)(small)
+        assert jax.tree.structure(grads) == jax.tree.structure(small)
 
 
 # ---- choosing
