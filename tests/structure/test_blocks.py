@@ -436,6 +436,10 @@ def test_bad_trees_and_names_are_explained(pruned):
         ).joined(lambda name: "all")
 
 
+def summed(call):
+    return lambda small: jnp.sum(call(small, X) ** 2)
+
+
 def test_modules_are_variables_too():
     """None takes the place of arrays in modules of NNX and Equinox."""
 
@@ -470,10 +474,7 @@ def test_modules_are_variables_too():
         assert type(small) is type(model)
         assert len(jax.tree.leaves(small)) == len(jax.tree.leaves(model)) - 2
 
-        def total(small, call=plan.wrap(function)):
-            return jnp.sum(call(small, X) ** 2)
-
-        grads = jax.grad(total)(small)
+        grads = jax.grad(summed(plan.wrap(function)))(small)
         assert jax.tree.structure(grads) == jax.tree.structure(small)
 
 
