@@ -3,16 +3,18 @@
 A decoder of equal layers loses MLP channels and heads, in each layer a different number. Padded, it
 remains one scan over layers of the largest width, with zeros; unrolled, it is a list of layers of
 their own widths. Compiles and times full training steps (forward, backward, AdamW) in one process:
-rounds in which every arm is compiled once and then runs; medians over rounds.
+rounds in which every arm is compiled once and then runs; medians over rounds. CPU seconds are those
+of the process, on all of its threads; on a machine that does other work they say more.
 
     python benchmarks/layers.py [--layers 12] [--rounds 9] [--json results.json]
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from jaxprune import models, training
 
 HEADS, KV_HEADS, HEAD_DIM, MLP, WIDTH, VOCABULARY = 8, 4, 32, 768, 256, 256
 QUICK = {"layers": 2, "batch": 1, "length": 8, "rounds": 1, "compilations": 1}
-FULL = {"layers": 12, "batch": 4, "length": 128, "rounds": 9, "compilations": 3}
+FULL = {"layers": 8, "batch": 4, "length": 128, "rounds": 9, "compilations": 2}
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -76,28 +78,32 @@ def arm(name: str, layers: Sequence[models.DecoderWidths], scanned: bool, tokens
         updates, opt_state = OPTIMIZER.update(jax.grad(loss)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    seconds = {"trace": [], "compile": [], "step": []}
-    return Arm(name, [params, OPTIMIZER.init(params)], step, [], seconds)
+    return Arm(name, [params, OPTIMIZER.init(params)], step, [], {})
+
+
+@contextlib.contextmanager
+def timed(own: Arm, what: str) -> Iterator[None]:
+    """Notes seconds of the wall clock and of the process."""
+    clocks = {f"{what}, s": time.perf_counter, f"{what}, CPU s": time.process_time}
+    starts = {name: clock() for name, clock in clocks.items()}
+    yield
+    for name, clock in clocks.items():
+        own.seconds.setdefault(name, []).append(clock() - starts[name])
 
 
 def compiled(own: Arm) -> None:
     """Compiles the step of an arm once more."""
     jax.clear_caches()
-    start = time.perf_counter()
-    lowered = jax.jit(own.step, donate_argnums=(0, 1)).lower(*own.state)
-    middle = time.perf_counter()
-    own.compiled[:] = [lowered.compile()]
-    own.seconds["trace"].append(middle - start)
-    own.seconds["compile"].append(time.perf_counter() - middle)
+    with timed(own, "compile"):
+        lowered = jax.jit(own.step, donate_argnums=(0, 1)).lower(*own.state)
+        own.compiled[:] = [lowered.compile()]
 
 
 def run(own: Arm, times: int) -> None:
     """Runs steps of an arm, and notes the time of each but the first."""
     for index in range(times + 1):
-        start = time.perf_counter()
-        own.state[:] = jax.block_until_ready(own.compiled[0](*own.state))
-        if index:
-            own.seconds["step"].append(time.perf_counter() - start)
+        with timed(own, "step" if index else "first step"):
+            own.state[:] = jax.block_until_ready(own.compiled[0](*own.state))
 
 
 def measure(options: dict[str, int], low: float, high: float) -> list[dict[str, Any]]:
@@ -123,7 +129,7 @@ def measure(options: dict[str, int], low: float, high: float) -> list[dict[str, 
             "arm": each.name,
             "parameters": sum(map(np.size, jax.tree.leaves(each.state[0]))),
             "megabytes": sum(leaf.nbytes for leaf in jax.tree.leaves(each.state)) / 2**20,
-            **{f"{k}_s": statistics.median(times) for k, times in each.seconds.items()},
+            **{name: statistics.median(times) for name, times in each.seconds.items()},
         }
         for each in arms
     ]
@@ -146,8 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         print(
             f"{row['widths']:>12} {row['arm']:<22} {row['parameters']:>10,} parameters "
-            f"{row['megabytes']:6.1f} MiB  trace {row['trace_s']:5.2f} s  "
-            f"compile {row['compile_s']:6.2f} s  step {1e3 * row['step_s']:7.1f} ms"
+            f"{row['megabytes']:6.1f} MiB  compile {row['compile, s']:5.1f} s "
+            f"({row['compile, CPU s']:5.1f} CPU s)  step {1e3 * row['step, s']:6.0f} ms "
+            f"({1e3 * row['step, CPU s']:6.0f} CPU ms)"
         )
     if parsed.json:
         parsed.json.write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n")

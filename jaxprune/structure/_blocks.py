@@ -66,7 +66,7 @@ def _blocks(model: Model, each: Pass) -> Iterator[Block]:
     own = {i for i, path in enumerate(paths) if path in model.parameters and model.shapes[path]}
     view = flat(each.graph)
     for residual in residuals(view, own):
-        places = needed(view, residual, outs, {})
+        places = needed(view, residual, outs)
         leaves = frozenset(paths[place] for place in places if place < len(paths))
         names = leaves & model.parameters
         if not any(model.shapes[path] for path in names):

@@ -1,6 +1,6 @@
 """Finds sums of a value and something computed from it, and what only such a branch needs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxprune.structure._rules.elementwise import IDENTITIES
@@ -130,16 +130,13 @@ def _depends(view: Flat, value: Value, targets: set[int]) -> bool:
     return False
 
 
-def needed(
-    view: Flat, residual: Residual, outs: Sequence[Value], loops: Mapping[int, Value]
-) -> frozenset[int]:
+def needed(view: Flat, residual: Residual, outs: Sequence[Value]) -> frozenset[int]:
     """Returns the positions of the inputs that reach the outputs through a branch alone.
 
     Args:
         view: a flat graph.
         residual: the sum whose branch may be left out.
         outs: the outputs.
-        loops: id of an input -> the output that it is in the next pass of a loop.
     """
     cut, seen, waiting = id(residual.op.outs[0]), set[int](), list(outs)
     while waiting:
@@ -148,8 +145,6 @@ def needed(
             continue
         seen.add(id(value))
         waiting += [residual.stream] if id(value) == cut else view.sources.get(id(value), ())
-        if id(value) in loops:
-            waiting.append(loops[id(value)])
     left = 0
     for key in seen:
         if key not in view.sources:  # an input

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxprune import structure, trees
 from tests.support.checks import check, dense, draw, layer
+from tests.support.faults import Fault, install
 
 X = draw(5, 6)
 NO = np.array([False])
@@ -224,6 +225,32 @@ def test_stacks_are_found_however_they_are_run(function):
     assert [block.size for block in groups.blocks.values()] == [4, 4]
     keep = dict(zip(groups.blocks, np.array([[0, 1, 1, 0], [1, 1, 0, 0]], bool)))
     check([structure.Trace(function, (X,))], variables, groups, groups.plan(keep))
+
+
+def test_what_the_next_layer_needs_is_no_part_of_a_branch():
+    """Attention of a layer makes what the next one adds to its scores."""
+
+    def function(w, x):
+        def body(carry, own):
+            x, more = carry
+            y = (x + more) @ own["up"]
+            return (x + jax.nn.relu(y) @ own["down"], y[:, :8]), None
+
+        x = dense(w, x, "in")
+        (x, _), _ = lax.scan(body, (x, x), w["layers"][0])
+        return dense(w, x, "out")
+
+    variables = stack()
+    variables["layers"] = ({k: variables["layers"][0][k] for k in ("up", "down")},)
+    groups = structure.find_groups(function, variables, X)
+    for name, block in groups.blocks.items():
+        assert {own.path for own in block.members} == {"layers/0/down"}
+        check(
+            [structure.Trace(function, (X,))],
+            variables,
+            groups,
+            groups.plan({name: np.arange(4) > 1}),
+        )
 
 
 def test_a_scan_backwards_keeps_its_layers():
@@ -591,3 +618,66 @@ def test_paths_are_those_of_the_tree(pruned):
     function, variables, groups, plan = pruned
     assert set(plan.shapes) == set(trees.leaf_by_path(plan.compact(variables)))
     assert "layers/0/down: a branch of a layer that can be removed" in str(groups)
+
+
+# ---- faults
+
+
+def stay(step):
+    test_what_is_no_branch_of_its_own_stays(step)
+
+
+def keeps_all_blocks_of_all_layers():
+    test_each_layer_of_a_stack_keeps_its_own_branches(([1, 0, 0, 1], [1, 1, 1, 1]))
+
+
+FAULTS = {
+    "a sigmoid of 0 is 0": (
+        Fault("_zeros._results", "if elementwise", 'if name == "logistic" or elementwise'),
+        lambda: stay(lambda w, x: x + jax.nn.sigmoid(mlp(w, x))),
+    ),
+    "outputs need no branch": (
+        Fault("_blocks._blocks", "if index not in each.traced.updated", "if False"),
+        test_a_block_loses_what_no_other_function_reads,
+    ),
+    "any sum has a branch": (
+        Fault("_branches.residuals", "if _depends(view, branch, terms):", "if True:"),
+        lambda: stay(lambda w, x: jnp.tanh(x) * w["bias"][:8][None] + mlp(w, x)),
+    ),
+    "rows are not united": (
+        Fault("scans._unite_rows", "analysis.unite(nodes, op.ins[place].nodes[0])", "pass"),
+        keeps_all_blocks_of_all_layers,
+    ),
+    "all passes miss the same rows": (
+        Fault("scans.segments", "(last.states, last.empty) == (inner, empty)", "True"),
+        keeps_all_blocks_of_all_layers,
+    ),
+    "passes that change the stream are left out": (
+        Fault("scans.segments", "if is_same and len(empty) == len(results):", "if any(inner):"),
+        keeps_all_blocks_of_all_layers,
+    ),
+    "a sum with 0 is its other operand, whichever is 0": (
+        Fault("_zeros._results", "op.ins[0 if ins[1] else 1]", "op.ins[1 if ins[1] else 0]"),
+        lambda: test_a_branch_is_found_however_it_is_written(plain),
+    ),
+    "lost state is 0": (
+        Fault("_plans.Plan.states", "else LOST", "else ZERO"),
+        test_running_averages_disappear_with_their_branch,
+    ),
+    "the first trace decides": (
+        Fault(
+            "_blocks.find_blocks", "all(_vanishes(model, each, block) for each in passes)", "True"
+        ),
+        test_a_block_loses_what_no_other_function_reads,
+    ),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_rule_of_blocks_is_noticed(name, monkeypatch):
+    fault, test = FAULTS[name]
+    test()
+    install(monkeypatch, fault)
+    with pytest.raises((Exception, pytest.fail.Exception)):  # noqa: B017
+        test()

@@ -76,27 +76,16 @@ def _unite_rows(analysis: "Analysis", op: Op) -> set[int]:
         place for place in range(start, len(op.ins)) if analysis.has_leaves(op.ins[place].nodes[0])
     }
     view = flat(graph)
-    loops = {id(graph.ins[first + i]): out for i, out in enumerate(outs)}
     found = set()
     for residual in residuals(view, own):
-        places = needed(view, residual, outs, loops) & own
-        states = (
-            [
-                PRESENT
-                if place not in places
-                else _state_of(value, np.ones(len(value.facts[0]), bool))
-                for place, value in enumerate(op.ins)
-            ]
-            if places
-            else []
-        )
-        spread = follow(graph, states) if places else None
-        if (
-            spread is None
-            or not any(op.ins[at].of_params and states[at] == REMOVED for at in places)
-            or spread.state(residual.branch) != REMOVED
-            or any(spread.outs[:count])
-        ):
+        places = needed(view, residual, outs) & own
+        states = [PRESENT] * len(op.ins)
+        for place in places:
+            states[place] = _state_of(op.ins[place], np.ones(op.params["length"], bool))
+        spread = follow(graph, states)
+        has_parameters = any(op.ins[at].of_params and states[at] == REMOVED for at in places)
+        vanishes = spread.state(residual.branch) == REMOVED and not any(spread.outs[:count])
+        if not has_parameters or not vanishes:
             continue
         nodes = op.ins[min(places)].nodes[0]
         for place in places:
