@@ -12,7 +12,7 @@ from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._branches import flat, needed, residuals
 from jaxprune.structure._traces import Model, Traced
 from jaxprune.structure._values import Graph
-from jaxprune.structure._zeros import LOST, PRESENT, ZERO, follow
+from jaxprune.structure._zeros import LOST, PRESENT, ZERO, Spread, follow, users_of
 
 
 class Block(NamedTuple):
@@ -35,6 +35,14 @@ class Pass(NamedTuple):
     graph: Graph
 
 
+class _Known(NamedTuple):
+    """A trace, and which operations read each value."""
+
+    traced: Traced
+    graph: Graph
+    users: dict[int, list[int]]
+
+
 def find_blocks(model: Model, passes: Sequence[Pass]) -> list[Block]:
     """Finds the blocks that all traces agree on.
 
@@ -49,17 +57,18 @@ def find_blocks(model: Model, passes: Sequence[Pass]) -> list[Block]:
         >>> find_blocks(Model({}, frozenset()), [])
         []
     """
-    found = [{own.parameters: own for own in _blocks(model, each)} for each in passes]
+    known = [_Known(each.traced, each.graph, users_of(each.graph)) for each in passes]
+    found = [{own.parameters: own for own in _blocks(model, each)} for each in known]
     joined: list[Block] = []
     for names in dict.fromkeys(names for own in found for names in own):
         state = frozenset().union(*[own[names].state for own in found if names in own])
         block = Block(names, state)
-        if all(_vanishes(model, each, block) for each in passes):
+        if all(_vanishes(model, each, block) for each in known):
             joined.append(block)
     return joined
 
 
-def _blocks(model: Model, each: Pass) -> Iterator[Block]:
+def _blocks(model: Model, each: _Known) -> Iterator[Block]:
     """Finds the blocks of one trace; nested ones with the same parameters are found once."""
     paths = list(model.shapes)
     outs = [out for index, out in enumerate(each.graph.outs) if index not in each.traced.updated]
@@ -72,26 +81,29 @@ def _blocks(model: Model, each: Pass) -> Iterator[Block]:
         if not any(model.shapes[path] for path in names):
             continue
         block = _with_updates(model, each, Block(names, leaves - names))
-        spread = follow(each.graph, _states(model, each.graph, block))
+        spread = _follow(model, each, block)
         if spread.state(residual.branch) == ZERO and spread.state(residual.stream) == PRESENT:
             yield block
 
 
-def _states(model: Model, graph: Graph, block: Block) -> list[int]:
-    """Returns the states of a function's inputs without a block."""
+def _follow(model: Model, each: _Known, block: Block) -> Spread:
+    """Follows a trace without a block."""
 
     def state(path: str) -> int:
-        if path not in block.parameters | block.state:
+        if path not in gone:
             return PRESENT
         return ZERO if path in model.parameters or path in model.caches else LOST
 
-    return [*map(state, model.shapes)] + [PRESENT] * (len(graph.ins) - len(model.shapes))
+    gone = block.parameters | block.state
+    states = [*map(state, model.shapes)]
+    states += [PRESENT] * (len(each.graph.ins) - len(states))
+    return follow(each.graph, states, each.users)
 
 
-def _with_updates(model: Model, each: Pass, block: Block) -> Block:
+def _with_updates(model: Model, each: _Known, block: Block) -> Block:
     """Adds the state whose new value cannot be computed without the block."""
     while True:
-        spread = follow(each.graph, _states(model, each.graph, block))
+        spread = _follow(model, each, block)
         lost = {path for at, path in each.traced.updated.items() if spread.outs[at] != PRESENT}
         lost -= block.state | model.parameters
         if not lost:
@@ -99,9 +111,9 @@ def _with_updates(model: Model, each: Pass, block: Block) -> Block:
         block = block._replace(state=block.state | lost)
 
 
-def _vanishes(model: Model, each: Pass, block: Block) -> bool:
+def _vanishes(model: Model, each: _Known, block: Block) -> bool:
     """Tells whether a trace computes everything else without the block."""
-    spread = follow(each.graph, _states(model, each.graph, block))
+    spread = _follow(model, each, block)
     is_removed = [each.traced.updated.get(at) in block.state for at in range(len(spread.outs))]
     return all(
         removed or state == PRESENT for removed, state in zip(is_removed, spread.outs, strict=True)
