@@ -112,9 +112,11 @@ def _with_updates(model: Model, each: _Known, block: Block) -> Block:
 
 
 def _vanishes(model: Model, each: _Known, block: Block) -> bool:
-    """Tells whether a trace computes everything else without the block."""
+    """Tells whether a trace computes everything else without the block, and its caches stay 0."""
     spread = _follow(model, each, block)
-    is_removed = [each.traced.updated.get(at) in block.state for at in range(len(spread.outs))]
-    return all(
-        removed or state == PRESENT for removed, state in zip(is_removed, spread.outs, strict=True)
-    )
+    for index, state in enumerate(spread.outs):
+        path = each.traced.updated.get(index)
+        wanted = PRESENT if path not in block.state else ZERO if path in model.caches else state
+        if state != wanted:
+            return False
+    return True

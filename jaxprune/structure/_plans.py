@@ -36,6 +36,8 @@ VERSION = 3  # of what `to_dict` returns; 2 had no checksum
 class Plan(NamedTuple):
     """The kept indices of every dimension of every leaf.
 
+    A leaf of which nothing is kept disappears, as those of a removed block do.
+
     Example:
         >>> model = Model({"w": (2, 3)}, frozenset({"w"}))
         >>> plan = Plan(model, {"w": [np.array([True, True]), np.array([True, False, True])]})
@@ -264,11 +266,7 @@ class Plan(NamedTuple):
         small = variables
         if shapes == self.model.shapes:
             is_concrete = all(hasattr(leaves[path], "__array__") for path in self.kept)
-            small = (
-                self.compact(variables)
-                if is_concrete
-                else self._map(lambda path, leaf: abstract(leaf, self.shape(path)), variables)
-            )
+            small = self.compact(variables) if is_concrete else self._map(self._small, variables)
         return compare(function, self.wrap(function), small, args, kwargs, tolerance)
 
     def kept_outputs(
@@ -330,6 +328,10 @@ class Plan(NamedTuple):
         ordered = [None if self.is_removed(path) else named[path] for path in shapes]
         arrays = [*ordered, *split((rest, trace.args, dict(trace.kwargs))).arrays]
         return traced, graph, Execution(analysis, self.kept_nodes(analysis)), arrays
+
+    def _small(self, path: str, leaf: Any) -> Any:
+        """Returns the type of a compacted leaf, or None for one that disappears."""
+        return None if self.is_removed(path) else abstract(leaf, self.shape(path))
 
     def _dense(self, path: str, leaf: Any) -> Any:
         """Returns the type of a dense leaf, from the compacted one or None."""

@@ -367,6 +367,25 @@ def test_running_averages_disappear_with_their_branch():
     assert names_of([*both, structure.Trace(reads, (X,))], variables) == []
 
 
+def test_a_cache_that_does_not_stay_0_keeps_its_branch():
+    def call(write):
+        def step(w, x):
+            x = dense(w, x, "in")
+            past = w["cache"][0]
+            y = past + mlp(w["layers"][0], x)
+            return dense(w, x + y, "out"), {"cache": [write(past, y)]}
+
+        return step
+
+    variables = weights(of_mlp(1)) | {"cache": [jnp.zeros((5, 8))]}
+    for write, count in (
+        (lambda past, y: 0.5 * (past + y), 1),
+        (lambda past, y: past + 1.0, 0),
+    ):
+        names = names_of(call(write), variables, X, updates=lambda output: output[1])
+        assert len(names) == count
+
+
 # ---- plans
 
 
