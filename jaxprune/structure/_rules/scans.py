@@ -178,7 +178,7 @@ def _run_scan(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
 
 def _rows(array: Any, places: np.ndarray) -> Any:
     """Returns the rows at these places, in ascending order."""
-    if len(places) == array.shape[0]:
+    if jaxprs.has_symbols(array.shape[:1]) or len(places) == array.shape[0]:
         return array
     if len(places) == places[-1] - places[0] + 1:
         return array[places[0] : places[-1] + 1]
