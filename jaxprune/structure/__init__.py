@@ -16,10 +16,14 @@ removed entries, such as that they are 0 (`_values`). A primitive without a rule
 touches, so an unknown operation costs freedom and never correctness. The smaller function is the
 same jaxpr, run on smaller arrays (`_execution`); no user code changes.
 
+Whole layers go in the same way. A plan may keep nothing of a leaf, and `_zeros` follows what is 0
+without it, so that nothing of a branch is computed; `_branches` and `_blocks` find the branches.
+
 What to read first: `_values` (the facts), `_rules/elementwise` and `_rules/products` (rules),
 `_analysis` (one pass over a function), `_joining` (passes -> groups), `_plans` (what users hold).
-The rest stands on these: `_scores` and `_allocation` choose channels, `_costs` counts,
-`_optimizer` slices optimizer states, and `_shrinking` removes channels while a network trains.
+The rest stands on these: `_scores`, `_block_scores` and `_allocation` choose, `_costs` counts,
+`_optimizer` slices optimizer states, `_unstacking` makes lists of stacked layers, and `_shrinking`
+removes channels while a network trains.
 """
 
 from jaxprune.structure._allocation import (

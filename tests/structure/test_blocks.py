@@ -371,19 +371,17 @@ def test_running_averages_disappear_with_their_branch():
 def test_a_cache_that_does_not_stay_0_keeps_its_branch():
     def call(write):
         def step(w, x):
-            x = dense(w, x, "in")
-            past = w["cache"][0]
-            y = past + mlp(w["layers"][0], x)
-            return dense(w, x + y, "out"), {"cache": [write(past, y)]}
+            y = w["cache"] + mlp(w["branch"], x)
+            return x + y, {"cache": write(w["cache"], y)}
 
         return step
 
-    variables = weights(of_mlp(1)) | {"cache": [jnp.zeros((5, 8))]}
+    variables, x = {"branch": of_mlp(1), "cache": jnp.zeros((5, 8))}, draw(5, 8)
     for write, count in (
         (lambda past, y: 0.5 * (past + y), 1),
         (lambda past, y: past + 1.0, 0),
     ):
-        names = names_of(call(write), variables, X, updates=lambda output: output[1])
+        names = names_of(call(write), variables, x, updates=lambda output: output[1])
         assert len(names) == count
 
 
@@ -405,6 +403,8 @@ def test_plans_without_blocks_compose_and_are_saved(pruned, tmp_path):
     assert "layers/0/up [8x12] -> removed" in str(plan)
     left = groups.compact(plan)
     assert list(left.blocks) == ["layers/1/down"] and "layers/0/up:1" not in left
+    found = structure.find_groups(plan.wrap(function), plan.compact(variables), X)
+    assert found.model.consumers == left.model.consumers and found.keys() == left.keys()
     widths = left.plan({"layers/1/up:1": np.arange(12) < 5}, multiple=1)
     both = loaded.then(widths)
     small = both.compact(variables)
