@@ -111,6 +111,7 @@ bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, an
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/selection.py
 	$(PYTHON) benchmarks/structure.py
+	$(PYTHON) benchmarks/layers.py
 	$(PYTHON) benchmarks/blocks.py
 	$(PYTHON) benchmarks/loop.py
 

@@ -108,8 +108,8 @@ def widths_of(model: nnx.Module, params: Any) -> dict[str, Any]:
         params: parameters of the same network, perhaps without some channels.
     """
     if isinstance(model, models.Decoder):
-        width, layers = models.decoder_widths_of(params, model.head_dim)
-        return {"width": width, "layers": [list(layer) for layer in layers]}
+        layers = models.layers_of(params, model.head_dim)
+        return {"width": params["head"]["kernel"].shape[0], "layers": [*map(list, layers)]}
     return models.widths_of(params)._asdict()
 
 

@@ -9,7 +9,6 @@ from jaxprune.models.decoder import (
     DecoderWidths,
     decoder_124m,
     decoder_mini,
-    decoder_widths_of,
 )
 from jaxprune.models.encoder import Encoder
 from jaxprune.models.mobilenet import MobileNet, efficientnet_lite0, mobilenet_v1, mobilenet_v2
@@ -28,7 +27,7 @@ from jaxprune.models.resnet import (
     resnet110,
 )
 from jaxprune.models.vit import ViT, vit_b16, vit_s16, vit_ti16
-from jaxprune.models.widths import widths_of
+from jaxprune.models.widths import layers_of, widths_of
 
 __all__ = [
     "Decoder",
@@ -41,9 +40,9 @@ __all__ = [
     "Widths",
     "decoder_124m",
     "decoder_mini",
-    "decoder_widths_of",
     "default_widths",
     "efficientnet_lite0",
+    "layers_of",
     "mobilenet_v1",
     "mobilenet_v2",
     "resnet8",

@@ -1,6 +1,6 @@
 """A language model of today's usual design in Flax NNX; the widths of every layer are data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ __all__ = [
     "DecoderWidths",
     "decoder_124m",
     "decoder_mini",
-    "decoder_widths_of",
     "rotate",
 ]
 
@@ -254,43 +253,6 @@ class Decoder(nnx.Module):
 def _run_layer(graphdef: Any, state: Any, x: jax.Array, start: Any, past: Any) -> Any:
     """Runs one layer, given as structure and arrays."""
     return nnx.merge(graphdef, state)(x, start, past)
-
-
-def decoder_widths_of(
-    params: Mapping[str, Any], head_dim: int
-) -> tuple[int, tuple[DecoderWidths, ...]]:
-    """Reads the widths of a decoder from its parameters, such as those that removal has left.
-
-    Args:
-        params: nested dict of the arrays of a `Decoder`, or of their shapes.
-        head_dim: channels of a head.
-
-    Returns:
-        `(width, layers)`, as `decoder_mini` and `decoder_124m` take them.
-
-    Raises:
-        ValueError: if a width is no multiple of `head_dim`.
-
-    Example:
-        >>> model = decoder_mini(256, widths=(16, [(4, 2, 24)]), rngs=nnx.Rngs(0))
-        >>> decoder_widths_of(nnx.to_pure_dict(nnx.state(model)), model.head_dim)
-        (16, (DecoderWidths(heads=4, kv_heads=2, mlp=24),))
-    """
-    own = params["layers"]
-    stacked = bool(own) and not all(str(name).isdigit() for name in own)
-    layers = [own] if stacked else [own[name] for name in sorted(own, key=int)]
-
-    def width(layer: Any, name: str, unit: int) -> int:
-        size = layer[name]["kernel"].shape[-1] if layer.get(name) else 0
-        if size % unit:
-            raise ValueError(f"`params` {name} has {size} channels: no multiple of {unit}")
-        return size // unit
-
-    units = {"query": head_dim, "key": head_dim, "up": 1}
-    found = [DecoderWidths(*(width(own, *unit) for unit in units.items())) for own in layers]
-    if stacked:
-        found *= len(jax.tree.leaves(own)[0])
-    return params["head"]["kernel"].shape[0], tuple(found)
 
 
 def _constructor(

@@ -1,4 +1,4 @@
-"""Widths of convolutional networks as data, and the architectures of the residual ones."""
+"""Widths as data, read from parameters, and the architectures of convolutional networks."""
 
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune import trees
 
-__all__ = ["Widths", "default_widths", "widths_of"]
+__all__ = ["Widths", "default_widths", "layers_of", "widths_of"]
 
 
 class Widths(NamedTuple):
@@ -247,6 +247,58 @@ def widths_of(params: Any) -> Widths:
     trees.raise_for(problems, f"`params` must be the parameters of {rule}")
     blocks = tuple(tuple(shapes[path][-1] for path in block) for block in kernels)
     return Widths(shapes[stem][-1], blocks, shapes[head][-1] if head in shapes else None)
+
+
+def layers_of(params: Any, head_dim: int) -> list[tuple[int, ...]]:
+    """Reads the argument `layers` of a transformer from its parameters, such as compacted ones.
+
+    Args:
+        params: nested dict of the parameters of a `Decoder`, `Encoder` or `ViT`; None in place of
+            what a plan has removed. The layers of a stack are alike.
+        head_dim: channels of a head.
+
+    Returns:
+        `(heads, kv_heads, mlp)` of each layer of a decoder, `(heads, mlp)` of the other two.
+
+    Raises:
+        ValueError: if there are no layers, or those of a stack have lost different parts.
+
+    Example:
+        >>> from flax import nnx, traverse_util
+        >>> from jaxprune.models import Decoder
+        >>> model = Decoder(9, width=8, layers=[(4, 2, 8), (2, 1, 0)], head_dim=2, rngs=nnx.Rngs(0))
+        >>> small = nnx.to_pure_dict(nnx.state(model))  # or from `plan.compact`
+        >>> layers_of(small, head_dim=2)
+        [(4, 2, 8), (2, 1, 0)]
+        >>> flat = traverse_util.flatten_dict(small)  # to load them, leave out what is None:
+        >>> small = traverse_util.unflatten_dict({k: v for k, v in flat.items() if v is not None})
+        >>> nnx.update(model, small)
+    """
+    layers = params.get("layers", {})
+    if not layers:
+        raise ValueError("`params` must have `layers`, as those of a transformer of `models` do.")
+    if all(isinstance(key, int) or key.isdigit() for key in layers):
+        return [_layer(layers[key], head_dim) for key in sorted(layers, key=int)]
+    depths = {path: np.shape(leaf)[0] for path, leaf in trees.leaf_by_path(layers).items()}
+    if len(set(depths.values())) > 1:
+        trees.raise_for(
+            [f"layers/{path}: {depth} layers" for path, depth in depths.items()],
+            "a stack of `models` must have lost whole layers, but these have different numbers; "
+            "use `plan.wrap(function)`, or a list of layers:",
+        )
+    return [_layer(layers, head_dim)] * next(iter(depths.values()))
+
+
+def _layer(layer: Any, head_dim: int) -> tuple[int, ...]:
+    """Reads the widths of one layer, or of the stack of all."""
+    shapes = {path: np.shape(leaf) for path, leaf in trees.leaf_by_path(layer).items()}
+
+    def width(*paths: str) -> int:
+        return next((shapes[path][-1] for path in paths if path in shapes), 0)
+
+    heads = width("query/kernel", "attention/query/kernel") // head_dim
+    kv_heads = (width("key/kernel") // head_dim,) if "gate" in layer or "key" in layer else ()
+    return (heads, *kv_heads, width("up/kernel"))
 
 
 def checked_widths(name: str, widths: Widths) -> Widths:

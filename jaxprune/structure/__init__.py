@@ -16,10 +16,14 @@ removed entries, such as that they are 0 (`_values`). A primitive without a rule
 touches, so an unknown operation costs freedom and never correctness. The smaller function is the
 same jaxpr, run on smaller arrays (`_execution`); no user code changes.
 
+Whole layers go in the same way. A plan may keep nothing of a leaf, and `_zeros` follows what is 0
+without it, so that nothing of a branch is computed; `_branches` and `_blocks` find the branches.
+
 What to read first: `_values` (the facts), `_rules/elementwise` and `_rules/products` (rules),
 `_analysis` (one pass over a function), `_joining` (passes -> groups), `_plans` (what users hold).
-The rest stands on these: `_scores` and `_allocation` choose channels, `_costs` counts,
-`_optimizer` slices optimizer states, and `_shrinking` removes channels while a network trains.
+The rest stands on these: `_scores`, `_block_scores` and `_allocation` choose, `_costs` counts,
+`_optimizer` slices optimizer states, `_unstacking` makes lists of stacked layers, and `_shrinking`
+removes channels while a network trains.
 """
 
 from jaxprune.structure._allocation import (
@@ -28,7 +32,8 @@ from jaxprune.structure._allocation import (
     keep_uniform,
     keep_within,
 )
-from jaxprune.structure._costs import byte_cost, count_macs, mac_cost
+from jaxprune.structure._block_scores import block_influence, block_losses, block_taylor
+from jaxprune.structure._costs import byte_cost, cache_cost, count_macs, latency_cost, mac_cost
 from jaxprune.structure._finding import find_groups
 from jaxprune.structure._fitting import Fit
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
@@ -48,6 +53,7 @@ from jaxprune.structure._switching import (
     shrink,
 )
 from jaxprune.structure._traces import Model, Trace
+from jaxprune.structure._unstacking import Unstacked, unstack
 
 __all__ = [
     "CompactedState",
@@ -65,7 +71,12 @@ __all__ = [
     "Stage",
     "Switch",
     "Trace",
+    "Unstacked",
+    "block_influence",
+    "block_losses",
+    "block_taylor",
     "byte_cost",
+    "cache_cost",
     "compact_state",
     "count_macs",
     "count_parameters",
@@ -77,6 +88,7 @@ __all__ = [
     "keep_global",
     "keep_uniform",
     "keep_within",
+    "latency_cost",
     "load_plan",
     "mac_cost",
     "masked_channels",
@@ -86,4 +98,5 @@ __all__ = [
     "plan_of",
     "shrink",
     "taylor",
+    "unstack",
 ]

@@ -1,7 +1,8 @@
 """Chooses how many channels each group keeps, and which."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,10 +28,11 @@ def keep_uniform(
     Args:
         groups: from `find_groups`.
         scores: group name -> float [channels]. The largest scores are kept; ties keep the lower
-            index. Groups without scores are kept whole.
+            index. Groups without scores are kept whole. The names of blocks of a stack are
+            accepted, too.
         density: fraction of the channels to keep, in (0, 1].
         floor: smallest fraction of a group to keep: one number for all groups, or a mapping from
-            group names. At least one channel is always kept.
+            group names. At least one channel is always kept, but no block.
         ceiling: largest fraction of a group to keep, given in the same way.
         ignore: `group -> bool`: groups to keep whole and leave out of the ranking.
 
@@ -48,8 +50,13 @@ def keep_uniform(
         [False, True, False, True]
     """
     bounds = _bounds(groups, scores, density, floor, ceiling, ignore)
+    units = groups.units
+    trees.raise_for(
+        [name for name in bounds if name in groups.blocks and units[name].size == 1],
+        "`keep_uniform` cannot keep a fraction of a single block; use `keep_global` for these:",
+    )
     return {
-        name: _largest(scores[name], min(max(round(density * groups[name].size), least), most))
+        name: _largest(scores[name], min(max(round(density * units[name].size), least), most))
         for name, (least, most) in bounds.items()
     }
 
@@ -70,7 +77,8 @@ def keep_global(
 
     Args:
         groups: from `find_groups`.
-        scores: group name -> float [channels], comparable between groups; see `normalized`.
+        scores: name of a group or block -> float [channels], comparable between groups; see
+            `normalized`. The channels of a block are the layers of its stack, or one.
         density: fraction of the channels of all ranked groups to keep, in (0, 1].
         floor: see `keep_uniform`.
         ceiling: see `keep_uniform`.
@@ -90,7 +98,7 @@ def keep_global(
         {'a': [True, True], 'b': [True, False]}
     """
     bounds = _bounds(groups, scores, density, floor, ceiling, ignore)
-    return _keep(scores, bounds, round(density * sum(groups[name].size for name in bounds)))
+    return _keep(scores, bounds, round(density * sum(len(scores[name]) for name in bounds)))
 
 
 def keep_within(
@@ -103,21 +111,24 @@ def keep_within(
     ceiling: Fractions = 1.0,
     ignore: Callable[[Group], bool] | None = None,
     multiple: Multiple = None,
+    keep: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, np.ndarray]:
-    """Keeps as much of one global ranking as a limit of parameters, MACs or bytes allows.
+    """Keeps as much of one global ranking as a limit of parameters, MACs, bytes or time allows.
 
     Args:
         groups: from `find_groups`.
         scores: see `keep_global`.
         limit: largest cost allowed.
-        cost: `plan -> number`, such as `count_parameters`; it must not fall when more is kept.
+        cost: `plan -> number`, such as `count_parameters`, or from `mac_cost`, `byte_cost`,
+            `cache_cost` or `latency_cost`; it must not fall when more is kept.
         floor: see `keep_uniform`.
         ceiling: see `keep_uniform`.
         ignore: see `keep_uniform`.
         multiple: widths are rounded up to a multiple of this, as in `Groups.plan`, also by default.
+        keep: what is decided already, such as the blocks to keep when `scores` are those of widths.
 
     Returns:
-        Group name -> bool [channels], for `Groups.plan`.
+        Name -> bool [channels], with those in `keep`, for `Groups.plan`.
 
     Raises:
         ValueError: as for `keep_uniform`, or if the floors alone cost more than the limit.
@@ -134,9 +145,9 @@ def keep_within(
     bounds = _bounds(groups, scores, 1.0, floor, ceiling, ignore)
 
     def costs(count: int) -> float:
-        return cost(groups.plan(_keep(scores, bounds, count), multiple=multiple))
+        return cost(groups.plan({**keep, **_keep(scores, bounds, count)}, multiple=multiple))
 
-    low, high = 0, sum(groups[name].size for name in bounds)  # `low` fits, or nothing does
+    low, high = 0, sum(len(scores[name]) for name in bounds)  # `low` fits, or nothing does
     if costs(low) > limit:
         raise ValueError(
             f"`limit` {limit:g} is below {costs(low):g}, the cost of what the floors keep; raise "
@@ -145,7 +156,7 @@ def keep_within(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if costs(middle) <= limit else (low, middle - 1)
-    return _keep(scores, bounds, low)
+    return {**keep, **_keep(scores, bounds, low)}
 
 
 def count_parameters(plan: Plan) -> int:
@@ -202,12 +213,12 @@ def _bounds(
     ignore: Callable[[Group], bool] | None,
 ) -> dict[str, _Bounds]:
     """Checks the arguments and returns the bounds of each ranked group."""
-    problems = []
+    problems, units = [], groups.units
     for name, own in scores.items():
-        if name not in groups:
-            problems.append(f"{name}: not a group; groups are {', '.join(groups) or 'none'}")
-        elif np.shape(own) != (groups[name].size,) or not np.isfinite(own).all():
-            size = groups[name].size
+        if name not in units:
+            problems.append(f"{name}: not a group; groups are {', '.join(units) or 'none'}")
+        elif np.shape(own) != (units[name].size,) or not np.isfinite(own).all():
+            size = units[name].size
             problems.append(f"{name}: shape {np.shape(own)}, must be {size} finite numbers")
     trees.raise_for(problems, "`scores` must have a number for each channel:")
     if not scores:
@@ -215,8 +226,8 @@ def _bounds(
     if not 0 < density <= 1:
         raise ValueError(f"`density` must lie in (0, 1], but is {density}.")
     # Rank in the order of the groups, which decides ties: `jit` returns `scores` sorted by name.
-    named = [name for name in groups if name in scores]
-    ranked = [name for name in named if ignore is None or not ignore(groups[name])]
+    named = [name for name in units if name in scores]
+    ranked = [name for name in named if ignore is None or not ignore(units[name])]
     if ignore is not None and len(ranked) in (0, len(scores)):
         matches = "none" if ranked else "all"
         raise ValueError(f"`ignore` must match some groups and not others, but matches {matches}.")
@@ -224,8 +235,11 @@ def _bounds(
     high = _by_name("ceiling", ceiling, 1.0, ranked)
     crossed = [f"{name}: {low[name]} and {high[name]}" for name in ranked if low[name] > high[name]]
     trees.raise_for(crossed, "`floor` must not be above `ceiling`:")
-    sizes = {name: groups[name].size for name in ranked}
-    least = {name: max(1, round(low[name] * size)) for name, size in sizes.items()}
+    sizes = {name: units[name].size for name in ranked}
+    least = {
+        name: max(0 if name in groups.blocks else 1, round(low[name] * size))
+        for name, size in sizes.items()
+    }
     return {n: _Bounds(least[n], max(least[n], round(high[n] * size))) for n, size in sizes.items()}
 
 

@@ -23,6 +23,7 @@ from jaxprune.structure._rules import (
     indexing,
     products,
     reductions,
+    scans,
     shapes,
 )
 from jaxprune.structure._values import (
@@ -50,10 +51,11 @@ RULES: dict[str, Rule] = {
     **reductions.RULES,
     **indexing.RULES,
     **control.RULES,
+    **scans.RULES,
     **devices.RULES,
 }
 INLINED = {"jit", "pjit", "closed_call", "core_call", "xla_call"}
-CALLING = {*control.RULES, "shard_map"}  # primitives that run functions
+CALLING = {*control.RULES, "scan", "shard_map"}  # primitives that run functions
 # Primitives that only move entries: nothing is computed from the entries that they leave out.
 _MOVES = frozenset(
     "slice split squeeze reshape transpose broadcast_in_dim convert_element_type copy".split()
@@ -110,6 +112,9 @@ class Analysis:
         self.tables: set[int] = set()
         self.kernels: set[int] = set()  # leaves with two or more dimensions in one product
         self.scales: set[int] = set()  # vectors that multiply data, so that their zeros remove it
+        self.layers: list[
+            np.ndarray
+        ] = []  # nodes of the rows of stacked blocks, see `_rules/scans`
         self.copies: list[np.ndarray] = []  # nodes that products only repeat over, such as heads
         self.unknown: dict[str, int] = {}  # primitive -> how often it froze something
         self.op = Op("update", None, {}, [], [], "of a variable")  # the current operation
@@ -227,6 +232,11 @@ class Analysis:
     def is_free(self, nodes: np.ndarray) -> np.ndarray:
         """Tells for each node whether it may be removed, as bools."""
         return ~self.nodes.is_frozen(nodes)
+
+    def has_leaves(self, nodes: np.ndarray) -> bool:
+        """Tells whether all nodes may be removed, and belong to variables."""
+        roots = self.root(nodes)
+        return bool((roots != FROZEN).all() and self.nodes.of_leaf[roots].all())
 
     def any_free(self, values: Sequence[Value]) -> bool:
         """Tells whether any index of the values may be removed."""

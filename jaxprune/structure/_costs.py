@@ -1,9 +1,11 @@
-"""Counts what a function costs: multiply-accumulates and bytes, for all plans from one analysis."""
+"""Counts what a function costs: multiply-accumulates, bytes and time, for all plans at once."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import core
 
@@ -12,12 +14,14 @@ from jaxprune.structure._analysis import CALLING, INLINED, live_equations
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
-from jaxprune.structure._traces import Trace, analyze, split, to_jaxpr, trace_function
+from jaxprune.structure._rules.scans import segments
+from jaxprune.structure._traces import Trace, analyze, on_arrays, split, to_jaxpr, trace_function
 from jaxprune.structure._values import Graph, Op
+from jaxprune.structure._zeros import CALLS, PRESENT, follow
 
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 Shape = Sequence[int]
-Counter = Callable[[Execution], int]
+Counter = Callable[[Execution, Sequence[int]], int]  # also takes the states of the inputs
 
 
 def macs_of(name: str, params: dict[str, Any], ins: Sequence[Shape], outs: Sequence[Shape]) -> int:
@@ -174,25 +178,42 @@ def mac_cost(
     def cost(plan: Plan) -> int:
         if plan.model.shapes != groups.model.shapes:
             raise ValueError("`plan` must be made from the groups of this cost, but is not.")
-        return count(Execution(analysis, plan.kept_nodes(analysis)))
+        return count(Execution(analysis, plan.kept_nodes(analysis)), plan.states(len(graph.ins)))
 
     return cost
 
 
 def _counter(graph: Graph) -> Counter:
     """Makes the counter of a traced function; it reads the smaller shapes of an execution."""
-    counters = [own for own in map(_counter_of_op, graph.ops) if own is not None]
-    return lambda execution: sum(count(execution) for count in counters)
+    counters = [(op, own) for op in graph.ops if (own := _counter_of_op(op)) is not None]
+
+    def count(run: Execution, states: Sequence[int]) -> int:
+        spread = follow(graph, states)
+        return sum(
+            own(run, list(map(spread.state, op.ins)))
+            for op, own in counters
+            if not all(spread.state(out) or id(out) in spread.same for out in op.outs)
+        )
+
+    return count
 
 
 def _counter_of_op(op: Op) -> Counter | None:
     called = op.inner.get("branches") or [op.inner[n] for n in ("call", "cond") if n in op.inner]
-    inner = list(map(_counter, called))
+    inner = [(_counter(graph), [PRESENT] * len(graph.ins)) for graph in called]
+    if op.name == "scan":
+        return lambda run, states: sum(
+            len(part.rows) * inner[0][0](run, part.states) for part in segments(run, op, states)
+        )
+    if op.name in CALLS:
+        return inner[0][0]
     if inner:
-        return lambda run: _together(op.name, op.params, [count(run) for count in inner])
+        return lambda run, _: _together(
+            op.name, op.params, [own(run, whole) for own, whole in inner]
+        )
     if op.name in _PRODUCTS:
         parts = op.ins, op.outs
-        return lambda run: macs_of(op.name, op.params, *[list(map(run.shape, p)) for p in parts])
+        return lambda run, _: macs_of(op.name, op.params, *[list(map(run.shape, p)) for p in parts])
     _nothing_in(op.name, op.params)
     return None
 
@@ -220,5 +241,101 @@ def byte_cost(variables: Any) -> Callable[[Plan], int]:
 
     def cost(plan: Plan) -> int:
         return sum(size * math.prod(plan.shape(path)) for path, size in sizes.items())
+
+    return cost
+
+
+def cache_cost(variables: Any) -> Callable[[Plan], int]:
+    """Makes a function from plans to the bytes of all compacted caches, such as keys and values.
+
+    Divided by the number of texts and of positions that the cache was made for, this is the number
+    of bytes for each token: 2 x layers x heads of keys and values x width of a head x bytes of the
+    dtype.
+
+    Args:
+        variables: dense arrays or `jax.ShapeDtypeStruct`, caches among them; see `caches` of
+            `find_groups`.
+
+    Returns:
+        A function from plans to exact counts, for `keep_within`. It raises `ValueError` for a plan
+        without caches.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxprune.structure import find_groups
+        >>> def step(w, x):
+        ...     cache = w["cache"] + x @ w["in"]
+        ...     return cache @ w["out"], {"cache": cache}
+        >>> w = {"cache": jnp.zeros((1, 8)), "in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}
+        >>> groups = find_groups(step, w, jnp.ones((1, 3)), updates=lambda output: output[1])
+        >>> cache_cost(w)(groups.plan({"in:1": jnp.arange(8) < 4}))
+        16
+    """
+    parts = split(variables)
+    leaves = trees.leaf_by_path(parts.tree(parts.arrays, False))
+
+    def cost(plan: Plan) -> int:
+        caches = plan.model.caches
+        if not caches:
+            raise ValueError(
+                "`plan` must have caches, but has none; put them into the variables of "
+                "`find_groups`, and return their new values with `updates`."
+            )
+        return sum(leaves[path].dtype.itemsize * math.prod(plan.shape(path)) for path in caches)
+
+    return cost
+
+
+def latency_cost(
+    function: Callable[..., Any], variables: Any, *args: Any, repeats: int = 20, **kwargs: Any
+) -> Callable[[Plan], float]:
+    """Makes a function from plans to the measured seconds of one call of the smaller function.
+
+    Each call compiles, and takes the median of some calls on the device that holds the arguments.
+    Times are noisy: for `keep_within` they must differ by more between plans than between runs.
+
+    Args:
+        function: one of the functions given to `find_groups`.
+        variables: dense arrays.
+        *args: arguments of `function`, arrays.
+        repeats: number of calls that are timed, after one that is not.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A function from plans to seconds, for `keep_within`. Plans with the same shapes are measured
+        once.
+
+    Raises:
+        ValueError: if `repeats` is below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxprune.structure import find_groups
+        >>> def mlp(w, x):
+        ...     return jax.nn.relu(x @ w["in"]) @ w["out"]
+        >>> w, x = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 2))}, jnp.ones((1, 3))
+        >>> seconds = latency_cost(mlp, w, x, repeats=3)
+        >>> seconds(find_groups(mlp, w, x).plan({"in:1": jnp.arange(8) < 4})) > 0
+        True
+    """
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be at least 1, but is {repeats}.")
+    known: dict[Any, float] = {}
+
+    def cost(plan: Plan) -> float:
+        key = tuple(plan.shapes.items())
+        if key not in known:
+            call, arrays, _ = on_arrays(
+                plan.wrap(function), plan.compact(variables), *args, **kwargs
+            )
+            compiled = jax.jit(call).lower(arrays).compile()
+            jax.block_until_ready(compiled(arrays))
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(arrays))
+                times.append(time.perf_counter() - start)
+            known[key] = float(np.median(times))
+        return known[key]
 
     return cost

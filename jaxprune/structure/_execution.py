@@ -13,6 +13,7 @@ from jaxprune.structure._analysis import RULES, Analysis
 from jaxprune.structure._rules import elementwise
 from jaxprune.structure._slicing import pick
 from jaxprune.structure._values import ZERO, Graph, Op, Value
+from jaxprune.structure._zeros import CALLS, Spread, follow
 
 
 class Execution:
@@ -33,6 +34,7 @@ class Execution:
         self._shapes: dict[int, tuple[int, ...]] = {}
         self.arrays: dict[int, Any] = {}  # id of a value -> its smaller array
         self._removed: dict[tuple[int, int], Any] = {}
+        self.spread = Spread({}, {}, [])  # what removed arrays mean for the graph that runs now
 
     def kept(self, value: Value, dimension: int) -> np.ndarray:
         """Tells which indices of a dimension are kept, as bools."""
@@ -117,36 +119,65 @@ class Execution:
         return self.removed(value, dimension) if spreads else self.read(value)
 
     def read(self, value: Value) -> Any:
-        """Returns the smaller array of a value."""
+        """Returns the smaller array of a value; None for one that is removed."""
         if id(value) in self.arrays:
             return self.arrays[id(value)]
         assert value.constant is not None, "used before it is computed"
         return self.take(value.constant, value)
 
-    def graph(self, graph: Graph, arrays: Sequence[Any]) -> list[Any]:
-        """Runs a traced function on smaller inputs and returns its outputs."""
-        outer = self.arrays, self._removed
+    def graph(
+        self, graph: Graph, arrays: Sequence[Any], states: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Runs a traced function on smaller inputs and returns its outputs.
+
+        Args:
+            graph: the function.
+            arrays: its inputs; None for one that is removed.
+            states: the state of each input, see `_zeros`. Default: all are present.
+
+        Returns:
+            The outputs; None for those that are zeros or lost because inputs are removed.
+        """
+        outer = self.arrays, self._removed, self.spread
         self.arrays, self._removed = dict(zip(map(id, graph.ins), arrays, strict=True)), {}
+        self.spread = follow(graph, states or [0] * len(arrays))
         for op in graph.ops:
-            with jaxprs.context(op.equation, op.scope):
-                results = self._run(op, [self.read(value) for value in op.ins])
+            if all(id(out) in self.spread.same or self.spread.state(out) for out in op.outs):
+                sources = [self.spread.same.get(id(out)) for out in op.outs]
+                results = [None if own is None else self.read(own) for own in sources]
+            else:
+                with jaxprs.context(op.equation, op.scope):
+                    results = self._run(op, [self.read(value) for value in op.ins])
             for value, array in zip(op.outs, results, strict=True):
-                if tuple(array.shape) != self.shape(value):
+                if array is not None and tuple(array.shape) != self.shape(value):
                     raise ValueError(
                         f"`{op.name}` {op.where} must give shape {self.shape(value)} under the "
                         f"plan, but gave {tuple(array.shape)}; please report this."
                     )
                 self.arrays[id(value)] = array
-        results = [_as_array(self.read(value), value) for value in graph.outs]
-        self.arrays, self._removed = outer
+        found = [self.read(value) for value in graph.outs]
+        results = [
+            None if array is None else _as_array(array, value)
+            for array, value in zip(found, graph.outs, strict=True)
+        ]
+        self.arrays, self._removed, self.spread = outer
         return results
 
     def _run(self, op: Op, operands: list[Any]) -> list[Any]:
         """Runs one operation on smaller arrays."""
+        if op.name != "scan" and op.name not in CALLS:
+            operands = [
+                self.zeros(value) if array is None else array
+                for value, array in zip(op.ins, operands, strict=True)
+            ]
         rule = RULES.get(op.name)
         if rule is None or rule.run is None or not (op.inner or self._shrinks(op)):
             return self.bind(op, operands)
         return rule.run(self, op, operands)
+
+    def zeros(self, value: Value) -> Any:
+        """Makes the smaller array of a value that is zero."""
+        return jnp.zeros(self.shape(value), value.aval.dtype)
 
     def bind(self, op: Op, arrays: Sequence[Any]) -> list[Any]:
         """Runs the primitive unchanged."""

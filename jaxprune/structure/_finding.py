@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxprune import jaxprs, trees
-from jaxprune.structure._analysis import Analysis
+from jaxprune.structure._blocks import Pass, find_blocks
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._joining import join
 from jaxprune.structure._state import find_state
@@ -19,7 +20,7 @@ from jaxprune.structure._traces import (
     is_array,
     trace_function,
 )
-from jaxprune.structure._values import Graph, Split
+from jaxprune.structure._values import Split
 
 _CHOICES = 8  # number of passes that may still try a different factor of a split dimension
 
@@ -99,21 +100,22 @@ def find_groups(
         {path: tuple(jnp.shape(leaf)) for path, leaf in leaves.items()},
         frozenset(names),
         caches=frozenset(path for path in leaves.keys() - names if is_cache(path, leaves[path])),
+        dtypes={path: str(leaf.dtype) for path, leaf in leaves.items() if _is_plain(leaf)},
     )
     tried: dict[Split, int] = {}
-    passes: list[tuple[Traced, Analysis, Graph]] = []
+    passes: list[Pass] = []
     vectors, number, settled = frozenset[int](), 0, False
     while not settled:
-        passes = [(each, *analyze(model, each, vectors=vectors)) for each in traced]
+        passes = [Pass(each, *analyze(model, each, vectors=vectors)) for each in traced]
         found = _refine(model, passes, tried, choose=number < _CHOICES), _vectors(passes)
         settled = found == (model, vectors)
         (model, vectors), number = found, number + 1
-    return join(model, [analysis for _, analysis, _ in passes])
+    return join(model, [each.analysis for each in passes], find_blocks(model, passes))
 
 
 def _refine(
     model: Model,
-    passes: Sequence[tuple[Traced, Analysis, Graph]],
+    passes: Sequence[Pass],
     tried: dict[Split, int],
     choose: bool,
 ) -> Model:
@@ -148,7 +150,7 @@ def _refine(
     )
 
 
-def _vectors(passes: Sequence[tuple[Traced, Analysis, Graph]]) -> frozenset[int]:
+def _vectors(passes: Sequence[Pass]) -> frozenset[int]:
     """Returns the leaves that meet data only entry by entry, along one dimension."""
     plain = set[int]().union(*[analysis.vectors for _, analysis, _ in passes])
     return frozenset(plain.difference(*[analysis.tables for _, analysis, _ in passes]))
@@ -170,6 +172,10 @@ def _default_parameters(traced: Sequence[Traced], leaves: Mapping[str, Any]) -> 
             "these reasons, or leave them out of `updates`:",
         )
     return floating - state.keys()
+
+
+def _is_plain(leaf: Any) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def _is_cache(path: str, leaf: Any) -> bool:

@@ -1,7 +1,7 @@
 """Holds groups of channels that shrink together, as `find_groups` returns them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,12 +112,16 @@ class Groups(Mapping[str, Group]):
         groups: Sequence[Group],
         frozen: Sequence[Frozen],
         unknown: Mapping[str, int],
+        blocks: Sequence[Group] = (),
     ) -> None:
         """Stores what `find_groups` found."""
         self.model = model
         self.frozen = tuple(frozen)
         self.unknown = dict(unknown)  # primitive -> how often it froze something
         self._groups = {group.name: group for group in groups}
+        # Residual branches that can be removed whole, by name; the channels of a block are the
+        # layers of a stack, or one.
+        self.blocks = {block.name: block for block in blocks}
 
     def __getitem__(self, name: str) -> Group:
         """Returns the group of that name."""
@@ -131,11 +135,17 @@ class Groups(Mapping[str, Group]):
         """Returns the number of groups."""
         return len(self._groups)
 
+    @property
+    def units(self) -> dict[str, Group]:
+        """The groups and the blocks by name: all that a plan can keep or remove."""
+        return {**self._groups, **self.blocks}
+
     def plan(self, keep: Mapping[str, Any], *, multiple: Multiple = None) -> Plan:
         """Makes the plan that keeps the given channels; groups not named are kept whole.
 
         Args:
-            keep: group name -> bool [channels], True for kept channels.
+            keep: name of a group or block -> bool [channels], True for kept channels. The channels
+                of a block are the layers of its stack, or one.
             multiple: rounds the number of kept channels up to a multiple of this by keeping the
                 first of the removed channels. Default: `Group.multiple` of each group. A dict gives
                 single groups their own, by name or part of it (see `trees.means`), such as heads
@@ -146,8 +156,9 @@ class Groups(Mapping[str, Group]):
             The `Plan`.
 
         Raises:
-            ValueError: if a name is not that of a group, or an array has the wrong length or dtype
-                or keeps no channel (it lists all of them); if a multiple is no integer above 0.
+            ValueError: if a name is not that of a group or block, an array has the wrong length or
+                dtype, or a group keeps no channel (it lists all of them); if a multiple is no
+                integer above 0.
         """
         if not isinstance(keep, Mapping):
             raise ValueError(
@@ -156,20 +167,20 @@ class Groups(Mapping[str, Group]):
             )
         trees.check_known("keep", dict(keep), "Groups.plan")
         multiples = self._multiples(multiple)
-        shapes, problems = self.model.shapes, []
+        shapes, units, problems = self.model.shapes, self.units, []
         kept = {path: [np.ones(size, bool) for size in shape] for path, shape in shapes.items()}
         for name, wanted in keep.items():
             channels = np.asarray(wanted)
-            if name not in self:
-                problems.append(f"{name}: not a group; groups are {', '.join(self) or 'none'}")
-            elif channels.dtype != bool or channels.shape != (self[name].size,):
-                expected = f"bool[{self[name].size}]"
+            if name not in units:
+                problems.append(f"{name}: not a group; groups are {', '.join(units) or 'none'}")
+            elif channels.dtype != bool or channels.shape != (units[name].size,):
+                expected = f"bool[{units[name].size}]"
                 problems.append(f"{name}: {channels.dtype}{list(channels.shape)}, not {expected}")
-            elif not channels.any():
+            elif not channels.any() and name in self:
                 problems.append(f"{name}: keeps nothing; keep at least one channel")
             else:
-                channels = rounded_up(channels, multiples[name])
-                for member in self[name].members:
+                channels = rounded_up(channels, multiples.get(name, 1))
+                for member in units[name].members:
                     own = np.where(member.channels >= 0, channels[member.channels], True)
                     kept[member.path][member.dimension] &= own
         trees.raise_for(problems, "`keep` must hold bools for the channels of groups:")
@@ -206,23 +217,63 @@ class Groups(Mapping[str, Group]):
             raise ValueError(
                 "`plan` must be made from these groups, but belongs to a different model."
             )
-        shapes = {path: plan.shape(path) for path in self.model.shapes}
-        factors = ()  # they name nodes of the dense model
-        model = self.model._replace(shapes=shapes, factors=factors)
-        groups = []
-        for group in self.values():
-            left = plan.channels(group)
-            number = np.cumsum(left) - 1
+        model = self.model
+        left = [path for path in model.shapes if not plan.is_removed(path)]
+        place = {path: index for index, path in enumerate(left)}
+        paths = list(model.shapes)
+        own = model._replace(
+            shapes={path: plan.shape(path) for path in left},
+            parameters=model.parameters & place.keys(),
+            caches=model.caches & place.keys(),
+            consumers=frozenset(
+                (place[paths[index]], dimension)
+                for index, dimension in model.consumers
+                if paths[index] in place
+            ),
+            factors=(),  # they name nodes of the dense model
+        )
+        less = [
+            [_smaller(plan, unit) for unit in us] for us in (self.values(), self.blocks.values())
+        ]
+        groups, blocks = ([unit for unit in us if unit.members and unit.size] for us in less)
+        frozen = [each for each in self.frozen if each.path in place]
+        return Groups(own, groups, frozen, self.unknown, blocks)
 
-            def smaller(member: Member, number: np.ndarray = number) -> Member:
-                own = member.channels[plan.kept[member.path][member.dimension]]
-                return member._replace(channels=np.where(own >= 0, number[own], -1))
+    def joined(self, key: Callable[[str], str]) -> "Groups":
+        """Joins blocks to larger ones, such as attention and MLP to whole layers.
 
-            kinds = ("members", "gates", "filters", "scales", "norms")
-            less = {kind: tuple(map(smaller, getattr(group, kind))) for kind in kinds}
-            size = int(left.sum())
-            groups.append(group._replace(size=size, removed=group.full - size, **less))
-        return Groups(model, groups, self.frozen, self.unknown)
+        Args:
+            key: name of a block -> name of the block that it becomes a part of.
+
+        Returns:
+            The same groups with the joined blocks.
+
+        Raises:
+            ValueError: if blocks of different stacks, or of a stack and a list, get the same name.
+
+        Example:
+            >>> parts = [Group(f"layers/0/{n}", 1, (Member(n, 0, np.zeros(2, int), True),), ())
+            ...     for n in ("out", "down")]
+            >>> groups = Groups(Model({}, frozenset()), [], [], {}, parts)
+            >>> layers = groups.joined(lambda name: name.rsplit("/", 1)[0])
+            >>> [(name, len(block.members)) for name, block in layers.blocks.items()]
+            [('layers/0', 2)]
+        """
+        parts: dict[str, list[Group]] = {}
+        for name, block in self.blocks.items():
+            parts.setdefault(key(name), []).append(block)
+        problems = [
+            f"{name}: {', '.join(f'{block.name} [{block.size}]' for block in own)}"
+            for name, own in parts.items()
+            if len({(block.size, block.removed) for block in own}) > 1
+        ]
+        problems += [f"{name}: is the name of a group" for name in parts if name in self]
+        trees.raise_for(problems, "`key` must join blocks of the same number of layers:")
+        blocks = [
+            own[0]._replace(name=name, members=tuple(m for block in own for m in block.members))
+            for name, own in parts.items()
+        ]
+        return Groups(self.model, list(self.values()), self.frozen, self.unknown, blocks)
 
     def __str__(self) -> str:
         """Lists the members of each group, and the reasons of frozen dimensions."""
@@ -234,10 +285,32 @@ class Groups(Mapping[str, Group]):
                 role = "out" if member.produces else "in"
                 shape = "x".join(map(str, self.model.shapes[member.path]))
                 lines.append(f"    {role:3} {member.path} [{shape}] dimension {member.dimension}")
+        for block in self.blocks.values():
+            layers = f"{block.size} layers" if block.size > 1 else "a layer"
+            lines.append(f"{block.name}: a branch of {layers} that can be removed")
+            lines += [f"        {member.path}" for member in block.members]
         if self.frozen:
             lines.append("frozen:")
         lines += [f"    {f.path} dimension {f.dimension}: {f.reason}" for f in self.frozen]
         return "\n".join(lines)
+
+
+def _smaller(plan: Plan, group: Group) -> Group:
+    """Returns a group without the channels that a plan removes."""
+    left = plan.channels(group)
+    number = np.cumsum(left) - 1
+
+    def smaller(member: Member) -> Member:
+        own = member.channels[plan.kept[member.path][member.dimension]]
+        return member._replace(channels=np.where(own >= 0, number[own], -1))
+
+    kinds = ("members", "gates", "filters", "scales", "norms")
+    less = {
+        kind: tuple(smaller(own) for own in getattr(group, kind) if not plan.is_removed(own.path))
+        for kind in kinds
+    }
+    size = int(left.sum())
+    return group._replace(size=size, removed=group.full - size, **less)
 
 
 def _indices(member: Member) -> int:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune.structure._analysis import Analysis
+from jaxprune.structure._blocks import Block
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
 from jaxprune.structure._nodes import FROZEN, Nodes
 from jaxprune.structure._traces import Model
@@ -37,12 +38,13 @@ class _Classes(NamedTuple):
     number: np.ndarray  # int64 [count]: the class of each root, or -1
 
 
-def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
+def join(model: Model, analyses: Sequence[Analysis], blocks: Sequence[Block] = ()) -> Groups:
     """Joins the analyses of all traces to one set of groups.
 
     Args:
         model: the analysed model.
         analyses: one analysis for each trace.
+        blocks: the blocks in lists of layers; those of stacks are in the analyses.
 
     Returns:
         The groups. Every dimension of a leaf is in a group, or in `frozen` with a reason.
@@ -61,7 +63,7 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     classes = _classes(dimensions, joined.count)
     inexact: list[set[str]] = [set() for _ in classes.places]
     rests: list[set[int]] = [set() for _ in classes.places]  # leaves, see `Analysis.rests`
-    ungated, copies = set[int](), set[int]()
+    ungated, copies, layers = set[int](), set[int](), set[int]()
     for analysis in analyses:
         hit = _hits(joined, classes, analysis)
         for nodes, reason in analysis.inexact:
@@ -71,6 +73,8 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
             ungated.update(hit(nodes))
         for nodes in analysis.copies:
             copies.update(hit(nodes))
+        for nodes in analysis.layers:
+            layers.update(hit(nodes))
         for nodes, support in analysis.rests:
             for number in hit(nodes):
                 rests[number].update(support)
@@ -78,11 +82,15 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     plain = set().union(*[analysis.vectors for analysis in analyses]) - tables
     scales = set().union(*[analysis.scales for analysis in analyses])
     groups: dict[str, Group] = {}
+    stacked: list[tuple[Member, ...]] = []
     grouped: set[int] = set()
     for number, (places, roots) in enumerate(zip(classes.places, classes.roots, strict=True)):
         if len(roots) > 1:  # a single channel can never be removed
             grouped.update(places)
             members = _members(model, [dimensions[at] for at in places], roots)
+            if number in layers:
+                stacked.append(members)
+                continue
             reasons, enough = sorted(inexact[number]), rests[number]
             gated = number not in ungated
             name = _name(members, model, groups)
@@ -120,7 +128,8 @@ def join(model: Model, analyses: Sequence[Analysis]) -> Groups:
     for analysis in analyses:
         for name, times in analysis.unknown.items():
             unknown[name] = unknown.get(name, 0) + times
-    return Groups(model, list(groups.values()), frozen, unknown)
+    found = [*stacked, *[_of_block(model, block) for block in blocks]]
+    return Groups(model, list(groups.values()), frozen, unknown, _blocks(model, found))
 
 
 def _join_nodes(model: Model, analyses: Sequence[Analysis]) -> _Joined:
@@ -189,6 +198,32 @@ def _members(
         produces = paths[index] in model.parameters and (index, dimension) not in model.consumers
         members.append(Member(paths[index], dimension, channels, produces))
     return tuple(members)
+
+
+def _of_block(model: Model, block: Block) -> tuple[Member, ...]:
+    """Makes the members of a block in a list: the first dimension of each leaf, as one channel."""
+    own = block.parameters | block.state
+    return tuple(
+        Member(path, 0, np.zeros(shape[0], int), path in block.parameters)
+        for path, shape in model.shapes.items()
+        if path in own and shape
+    )
+
+
+def _blocks(model: Model, found: Sequence[tuple[Member, ...]]) -> list[Group]:
+    """Names blocks after the largest kernel in them, in the order of the leaves."""
+    order = {path: place for place, path in enumerate(model.shapes)}
+    named = []
+    for members in found:
+        makers = [member for member in members if member.produces]
+        named.append((max(makers, key=lambda own: len(model.shapes[own.path])).path, members))
+    blocks: list[Group] = []
+    for path, members in sorted(named, key=lambda own: order[own[0]]):
+        size = 1 + max(int(member.channels.max()) for member in members)
+        taken = sum(block.name.split("#")[0] == path for block in blocks)
+        name = f"{path}#{taken + 1}" if taken else path  # a block inside of another one
+        blocks.append(Group(name, size, members, ()))
+    return blocks
 
 
 def _gates(

@@ -116,7 +116,13 @@ def sliced_state(
     """
     channels = {name: plan.channels(group) for name, group in (groups or {}).items()}
     held, fresh = trees.leaf_by_path(state), trees.leaf_by_path(new)
-    problems = [f"{path}: only in `state`" for path in held if path not in fresh]
+    # Leaves of removed blocks are in the dense state alone.
+    gone = {path: shape for path, shape in dense.items() if plan.is_removed(prefix + path)}
+    problems = [
+        f"{path}: only in `state`"
+        for path, leaf in held.items()
+        if path not in fresh and _owner(path, jnp.shape(leaf), gone) is None
+    ]
     problems += [f"{path}: missing in `state`" for path in fresh if path not in held]
     trees.raise_for(problems, "`state` must be a state of `optimizer` for these parameters:")
     results, restarted = [], []

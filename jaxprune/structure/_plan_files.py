@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import files
@@ -16,6 +17,16 @@ from jaxprune.structure._values import Split
 _WHOLE = schemas.whole()
 _PATHS = schemas.each(schemas.text, unique=True)
 _LEAF = {"shape": schemas.each(_WHOLE), "removed": schemas.each(schemas.each(_WHOLE, unique=True))}
+
+
+def _dtype(value: Any, at: str) -> None:
+    schemas.text(value, at)
+    try:
+        jnp.dtype(value)
+    except TypeError as error:
+        raise schemas.wrong(at, "the name of a dtype", value) from error
+
+
 _PLAN = schemas.record(
     {
         "version": schemas.one_of(VERSION),
@@ -24,7 +35,7 @@ _PLAN = schemas.record(
         "caches": _PATHS,
         "consumers": schemas.each(schemas.each(_WHOLE, length=2)),
         "factors": schemas.each(schemas.anything),
-        "leaves": schemas.table(schemas.record(_LEAF)),
+        "leaves": schemas.table(schemas.record(_LEAF, optional={"dtype": _dtype})),
     }
 )
 # A plan has a flag for each index of a dimension that shrinks, though its file lists only those
@@ -70,6 +81,7 @@ def plan_of(content: Mapping[str, Any], where: str = "`content`") -> Plan:
         frozenset((index, dimension) for index, dimension in content["consumers"]),
         frozenset(content["caches"]),
         tuple((Split(node, tuple(sizes)), factor) for node, sizes, factor in content["factors"]),
+        {name: leaves[name]["dtype"] for name in order if "dtype" in leaves[name]},
     )
     kept = {
         name: [

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,15 @@ from jaxprune.structure._traces import (
     trace_function,
 )
 from jaxprune.structure._values import Graph
+from jaxprune.structure._zeros import LOST, PRESENT, ZERO, follow
 
 VERSION = 3  # of what `to_dict` returns; 2 had no checksum
 
 
 class Plan(NamedTuple):
     """The kept indices of every dimension of every leaf.
+
+    A leaf of which nothing is kept disappears, as those of a removed block do.
 
     Example:
         >>> model = Model({"w": (2, 3)}, frozenset({"w"}))
@@ -56,7 +59,7 @@ class Plan(NamedTuple):
 
         before, after = self.model.shapes, {path: self.shape(path) for path in self.kept}
         lines = [
-            f"{path} {text(shape)} -> {text(after[path])}"
+            f"{path} {text(shape)} -> {'removed' if self.is_removed(path) else text(after[path])}"
             for path, shape in before.items()
             if after[path] != shape
         ]
@@ -75,16 +78,29 @@ class Plan(NamedTuple):
         """Returns the shape of a compacted leaf."""
         return tuple(int(own.sum()) for own in self.kept[path])
 
+    def is_removed(self, path: str) -> bool:
+        """Tells whether a leaf disappears, as those of a block that is removed do."""
+        return any(len(own) and not own.any() for own in self.kept[path])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the compacted leaves by path, without those that disappear."""
+        return {path: self.shape(path) for path in self.kept if not self.is_removed(path)}
+
     def take(self, path: str, array: Any) -> Any:
-        """Takes the kept entries of an array shaped like a leaf, such as its gradient."""
-        return take(array, self.kept[path])
+        """Takes the kept entries of an array shaped like a leaf, such as its gradient.
+
+        The result is None for a leaf that disappears.
+        """
+        return None if self.is_removed(path) else take(array, self.kept[path])
 
     def channels(self, group: Any) -> np.ndarray:
         """Tells which channels of a group of `find_groups` are kept, as bool [size]."""
-        left = np.ones(group.size, bool)
+        left = np.zeros(group.size, bool)
         for member in group.members:
-            own = member.channels[~self.kept[member.path][member.dimension]]
-            left[own[own >= 0]] = False
+            if not self.is_removed(member.path):
+                own = member.channels[self.kept[member.path][member.dimension]]
+                left[own[own >= 0]] = True
         return left
 
     def then(self, after: "Plan") -> "Plan":
@@ -101,7 +117,7 @@ class Plan(NamedTuple):
             ValueError: if `after` belongs to variables with different paths or shapes; it lists all
                 of them.
         """
-        left = {path: self.shape(path) for path in self.kept}
+        left = self.shapes
         problems = [
             f"{path}: shape {left.get(path, 'missing')} after this plan, "
             f"{after.model.shapes.get(path, 'missing')} in `after`"
@@ -112,8 +128,8 @@ class Plan(NamedTuple):
             sorted(problems), "`after` must be a plan for the variables compacted by this one:"
         )
         kept = {path: [own.copy() for own in flags] for path, flags in self.kept.items()}
-        for path, flags in kept.items():
-            for own, later in zip(flags, after.kept[path], strict=True):
+        for path in left:
+            for own, later in zip(kept[path], after.kept[path], strict=True):
                 own[own] = later
         return self._replace(kept=kept)
 
@@ -124,7 +140,7 @@ class Plan(NamedTuple):
             variables: tree like that of `find_groups`, at dense shapes.
 
         Returns:
-            The same tree with smaller arrays.
+            The same tree with smaller arrays, and None in place of the leaves of removed blocks.
 
         Raises:
             ValueError: if paths or shapes belong to a different model, or an array would no longer
@@ -132,13 +148,13 @@ class Plan(NamedTuple):
         """
         self._check(variables, self.model.shapes)
         leaves = trees.leaf_by_path(variables)
-        problems = {path: uneven(leaves[path], self.shape(path)) for path in self.kept}
+        problems = {path: uneven(leaves[path], shape) for path, shape in self.shapes.items()}
         trees.raise_for(
             [f"{path}: {problem}" for path, problem in problems.items() if problem],
             "`variables` must still divide over their devices after removal; make the plan with a "
             "`multiple` that does:",
         )
-        return self._map(lambda path, leaf: take(leaf, self.kept[path]), variables)
+        return self._map(self.take, variables)
 
     def mask(self, variables: Any) -> Any:
         """Zeroes parameters and caches where `compact` removes entries; other state is unchanged.
@@ -209,10 +225,11 @@ class Plan(NamedTuple):
 
         @functools.wraps(function)
         def compacted(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            self._check(variables, {path: self.shape(path) for path in self.kept})
+            self._check(variables, self.shapes)
             trace = Trace(function, args, kwargs=kwargs)
-            traced, graph, execution, arrays = self._follow(trace, variables)
-            return traced.output(execution.graph(graph, arrays))
+            traced, graph, execution, arrays = self.follow(trace, variables)
+            states = self.states(len(graph.ins))
+            return self._filled(traced, graph, execution, execution.graph(graph, arrays, states))
 
         return compacted
 
@@ -249,11 +266,7 @@ class Plan(NamedTuple):
         small = variables
         if shapes == self.model.shapes:
             is_concrete = all(hasattr(leaves[path], "__array__") for path in self.kept)
-            small = (
-                self.compact(variables)
-                if is_concrete
-                else self._map(lambda path, leaf: abstract(leaf, self.shape(path)), variables)
-            )
+            small = self.compact(variables) if is_concrete else self._map(self._small, variables)
         return compare(function, self.wrap(function), small, args, kwargs, tolerance)
 
     def kept_outputs(
@@ -276,7 +289,7 @@ class Plan(NamedTuple):
         """
         self._check(variables, self.model.shapes)
         trace = Trace(function, args, kwargs=kwargs)
-        traced, graph, execution, _ = self._follow(trace, variables)
+        traced, graph, execution, _ = self.follow(trace, variables)
         kept = [
             [
                 np.ones(1, bool)
@@ -288,15 +301,19 @@ class Plan(NamedTuple):
         ]
         return traced.output(kept, False)
 
-    def _follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution, list[Any]]:
+    def follow(self, trace: Trace, variables: Any) -> tuple[Traced, Graph, Execution, list[Any]]:
         """Traces a function on dense shapes and prepares its run on the kept indices.
 
         The last result holds the arrays among the variables and arguments, in the order of the run.
         """
         # Match leaves by path: string keys sort "10" before "2", integer keys do not.
-        named, structure = trees.leaf_by_path(variables), jax.tree.structure(variables)
+        pairs, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_none)
+        named = {trees.path_string(path): leaf for path, leaf in pairs}
         shapes = self.model.shapes
-        ordered = [named[path] for path in shapes]
+        trees.raise_for(
+            [path for path in shapes if path not in named],
+            "`variables` must have None in place of removed leaves, as `compact` puts it there:",
+        )
         rest = [leaf for path, leaf in named.items() if path not in shapes]
 
         def function(leaves: list[Any], rest: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -304,14 +321,65 @@ class Plan(NamedTuple):
             tree = structure.unflatten([own[p] if p in own else next(others) for p in named])
             return trace.function(tree, *args, **kwargs)
 
-        dense = [
-            abstract(leaf, shape) for leaf, shape in zip(ordered, shapes.values(), strict=True)
-        ]
+        dense = [self._dense(path, named[path]) for path in shapes]
         own = trace._replace(function=function, args=(rest, *trace.args))
         traced = trace_function(own, dense)
         analysis, graph = analyze(self.model, traced, outputs=False)
+        ordered = [None if self.is_removed(path) else named[path] for path in shapes]
         arrays = [*ordered, *split((rest, trace.args, dict(trace.kwargs))).arrays]
         return traced, graph, Execution(analysis, self.kept_nodes(analysis)), arrays
+
+    def _small(self, path: str, leaf: Any) -> Any:
+        """Returns the type of a compacted leaf, or None for one that disappears."""
+        return None if self.is_removed(path) else abstract(leaf, self.shape(path))
+
+    def _dense(self, path: str, leaf: Any) -> Any:
+        """Returns the type of a dense leaf, from the compacted one or None."""
+        shape = self.model.shapes[path]
+        if leaf is None:
+            return jax.ShapeDtypeStruct(shape, self.model.dtypes.get(path, "float32"))
+        return abstract(leaf, shape)
+
+    def states(self, count: int) -> list[int]:
+        """Returns what is known of the inputs of a traced function, see `_zeros`."""
+        zero = self.model.parameters | self.model.caches
+        own = [
+            (ZERO if path in zero else LOST) if self.is_removed(path) else PRESENT
+            for path in self.model.shapes
+        ]
+        return [*own, *[PRESENT] * (count - len(own))]
+
+    def _filled(
+        self, traced: Traced, graph: Graph, execution: Execution, results: Sequence[Any]
+    ) -> Any:
+        """Makes the output of a function whose results may be missing.
+
+        The new value of a state that is removed is None. It has the path of that state at its end.
+        Other results that are missing are 0.
+        """
+        if all(result is not None for result in results):
+            return traced.output(results)
+        state = [p for p in self.model.shapes if p not in self.model.parameters]
+        gone = {path: self.model.shapes[path] for path in state if self.is_removed(path)}
+        states = follow(graph, self.states(len(graph.ins))).outs
+        paths = {
+            index: path
+            for path, index in trees.leaf_by_path(traced.output(range(len(results)), False)).items()
+        }
+        filled, problems = list(results), []
+        for index, value in enumerate(graph.outs):
+            here = f"/{paths[index]}"
+            is_new = any(here.endswith(f"/{p}") and gone[p] == value.shape for p in gone)
+            if results[index] is None and not is_new:
+                filled[index] = execution.zeros(value)
+                if states[index] == LOST:
+                    problems.append(f"output {paths[index]}")
+        trees.raise_for(
+            problems,
+            "the plan removes state that this function needs; make it from all functions that will "
+            "run:",
+        )
+        return traced.output(filled)
 
     def kept_nodes(self, analysis: Analysis) -> np.ndarray:
         """Returns bools for the nodes of a function; raises if the plan does not fit it."""
@@ -321,6 +389,7 @@ class Plan(NamedTuple):
             for index, (path, leaf) in enumerate(
                 zip(self.model.shapes, analysis.leaves, strict=True)
             )
+            if not self.is_removed(path)
             for dimension, flags in enumerate(self.kept[path])
         ]
         for index, path, dimension, flags, roots in dimensions:
@@ -369,16 +438,18 @@ class Plan(NamedTuple):
         dense = split(run(function, self.mask(variables), *args, **kwargs))
         small = run(self.wrap(function), self.compact(variables), *args, **kwargs)
         outs = [dense.arrays, split(small).arrays]
-        indices = dense.tree(range(len(outs[0])), False)
+        indices, gone = dense.tree(range(len(outs[0])), False), set[int]()
         if updates is not None:
             for path, index in trees.leaf_by_path(updates(indices)).items():
-                outs[0][index] = take(outs[0][index], self.kept[path])
+                outs[0][index] = self.take(path, outs[0][index])
+                gone |= {index} if self.is_removed(path) else set()
         if shrinks is not None:
             kept = jax.tree.structure(indices).flatten_up_to(
                 self.kept_outputs(function, variables, *args, **kwargs)
             )
             for index in jax.tree.leaves(shrinks(indices)):
                 outs[0][index] = take(outs[0][index], kept[index])
+        outs[0] = [out for index, out in enumerate(outs[0]) if index not in gone]
         shapes = [[jnp.shape(out) for out in own] for own in outs]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -395,6 +466,7 @@ class Plan(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain Python values with a checksum, ready for `json.dumps`; see `plan_of`."""
+        dtypes = self.model.dtypes
         content = {
             "version": VERSION,
             "order": list(self.model.shapes),  # survives a writer that sorts the keys of `leaves`
@@ -405,6 +477,7 @@ class Plan(NamedTuple):
             "leaves": {
                 name: {
                     "shape": shape,
+                    **({"dtype": dtypes[name]} if name in dtypes else {}),
                     "removed": [np.flatnonzero(~own).tolist() for own in self.kept[name]],
                 }
                 for name, shape in self.model.shapes.items()
@@ -420,3 +493,7 @@ class Plan(NamedTuple):
         """
         with files.replacing(path) as file:
             file.write(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def _is_none(node: Any) -> bool:
+    return node is None

@@ -48,6 +48,7 @@ class Model(NamedTuple):
     consumers: frozenset[tuple[int, int]] = frozenset()  # (leaf, dimension) that only consume
     caches: frozenset[str] = frozenset()  # paths of state that starts at 0 and stays 0 where masked
     factors: tuple[tuple[Split, int], ...] = ()  # the factor of a split dimension that may shrink
+    dtypes: Mapping[str, str] = MappingProxyType({})  # path -> dtype, where known
 
 
 class Traced(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 import jaxprune
 from jaxprune import models, structure, trees
@@ -275,10 +275,8 @@ def test_most_parameters_shrink_and_no_output_changes(name):
     assert sum(map(np.size, jax.tree.leaves(small))) < 0.45 * sum(sizes.values())
 
 
-@pytest.mark.slow
-def test_heads_leave_the_cache_as_well():
-    """Prefill and one token at a time, on smaller arrays against the masked dense ones."""
-    model = decoder()
+def with_cache(model):
+    """A function that reads tokens with a cache, its variables, traces of prefill and decode."""
     graphdef = nnx.graphdef(model)
 
     def extend(variables, tokens, length):
@@ -296,12 +294,16 @@ def test_heads_leave_the_cache_as_well():
         structure.Trace(extend, (TOKENS[:, :length], cache.length), lambda output: output[1])
         for length in (4, 1)
     ]
-    groups = structure.find_groups(traces, variables)
-    keep = {g: np.arange(group.size) % 2 == 0 for g, group in groups.items()}
-    assert sum(any("cache" in member.path for member in g.members) for g in groups.values()) == 3
-    plan = groups.plan(keep, multiple=1)
+    return extend, variables, traces
+
+
+def every_other(groups):
+    return {name: np.arange(group.size) % 2 == 0 for name, group in groups.items()}
+
+
+def reads_like_masked(plan, extend, variables):
+    """Prefill and one token at a time, on smaller arrays against the masked dense ones."""
     small, dense = plan.compact(variables), plan.mask(variables)
-    assert {leaf.shape for leaf in jax.tree.leaves(small["cache"])} == {(2, 12, 1, 8)}
     step = jax.jit(plan.wrap(extend))
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         tokens, length = TOKENS[:, start:stop], jnp.int32(start)
@@ -310,6 +312,107 @@ def test_heads_leave_the_cache_as_well():
         )
         np.testing.assert_allclose(logits, wanted, atol=2e-5)
         small, dense = small | less, dense | new
+    assert step._cache_size() == 2  # prefill and decode
+    return small
+
+
+@pytest.mark.slow
+def test_heads_leave_the_cache_as_well():
+    extend, variables, traces = with_cache(decoder())
+    groups = structure.find_groups(traces, variables)
+    assert sum(any("cache" in member.path for member in g.members) for g in groups.values()) == 3
+    plan = groups.plan(every_other(groups), multiple=1)
+    small = reads_like_masked(plan, extend, variables)
+    assert {leaf.shape for leaf in jax.tree.leaves(small["cache"])} == {(2, 12, 1, 8)}
+    dense, half = map(structure.cache_cost(variables), (groups.plan({}), plan))
+    assert (
+        dense == 2 * 12 * 2 * 3 * 2 * 8 * 4 and half == dense / 2
+    )  # texts, tokens, 2, layers, ...
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [False, True])
+def test_layers_of_a_list_leave_the_cache_as_well(widths):
+    extend, variables, traces = with_cache(decoder())
+    groups = structure.find_groups(traces, variables)
+    names = list(groups.blocks)
+    assert names == [f"params/layers/{n}/{k}/kernel" for n in range(3) for k in ("down", "key")]
+    keep = {names[0]: [False], names[3]: [False]} | (every_other(groups) if widths else {})
+    plan = groups.plan({k: np.array(v) for k, v in keep.items()}, multiple=1)
+    small = reads_like_masked(plan, extend, variables)
+    assert small["cache"][0][1] is None and small["params"]["layers"][0]["up"]["kernel"] is None
+    cost = structure.cache_cost(variables)
+    assert cost(plan) == sum(leaf.nbytes for leaf in jax.tree.leaves(small["cache"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_layers_of_a_stack_leave_the_cache_as_well(whole, widths):
+    extend, variables, traces = with_cache(stacked(decoder()))
+    groups = structure.find_groups(traces, variables)
+    mlp, attention = groups.blocks
+    rows = {attention: [True, False, True], mlp: [True, False, True] if whole else [True] * 3}
+    keep = rows | (every_other(groups) if widths else {})
+    plan = groups.plan({k: np.array(v) for k, v in keep.items()}, multiple=1)
+    small = reads_like_masked(plan, extend, variables)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(small["cache"])} == {2}
+    assert small["params"]["layers"]["up"]["kernel"].shape[0] == (2 if whole else 3)
+
+
+def without_none(tree):
+    flat = traverse_util.flatten_dict(tree)
+    return traverse_util.unflatten_dict({k: v for k, v in flat.items() if v is not None})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["encoder", "vit", "decoder", "scanned decoder"])
+def test_a_network_without_blocks_is_an_ordinary_one(name):
+    """Blocks and MLP widths are removed, and the arrays are loaded into a module of that size."""
+    build = {"encoder": encoder, "vit": vit}.get(name, decoder)
+    model = stacked(decoder()) if name == "scanned decoder" else build()
+    _, variables, x = of_model(model, TOKENS)
+    if name == "vit":
+        x = np.random.default_rng(4).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    functions = structure.from_nnx(model)
+    groups = structure.find_groups(functions.evaluate, variables, x)
+    blocks = list(groups.blocks)
+    if name == "scanned decoder":
+        keep = dict.fromkeys(blocks, np.array([True, False, True]))
+    else:  # the MLP of the first layer, and all of the last
+        last = max(int(b.split("/")[2]) for b in blocks)
+        keep = {b: np.array([False]) for b in blocks if f"layers/{last}" in b or "/0/down" in b}
+    keep |= {
+        g: np.arange(own.size) % 2 == 0
+        for g, own in groups.items()
+        if g.split("/")[-2] in ("up", "gate")
+    }
+    plan = groups.plan(keep, multiple=1)
+    plan.verify(functions.evaluate, variables, x)
+    small = plan.compact(variables)["params"]
+    layers = models.layers_of(small, head_dim=8)
+    options = {"scanned": True} if name == "scanned decoder" else {}
+    plain = build(layers=layers, **options)
+    assert (
+        layers
+        == {
+            "encoder": [(3, 0), (0, 0)],
+            "vit": [(3, 0), (0, 0)],
+            "decoder": [(4, 2, 0), (4, 2, 20), (0, 0, 0)],
+            "scanned decoder": [(4, 2, 20)] * 2,
+        }[name]
+    )
+    nnx.update(plain, without_none(small))
+    wanted = plan.wrap(functions.evaluate)(plan.compact(variables), x)
+    np.testing.assert_allclose(plain(x), wanted, atol=2e-5)
+
+
+def test_stacks_that_lost_different_parts_are_no_module():
+    layers = {"up": {"kernel": np.ones((3, 4, 8))}, "query": {"kernel": np.ones((2, 4, 8))}}
+    with pytest.raises(ValueError, match="layers/query/kernel: 2 layers"):
+        models.layers_of({"layers": layers}, head_dim=4)
+    with pytest.raises(ValueError, match="`params` must have `layers`"):
+        models.layers_of({}, head_dim=4)
 
 
 @pytest.mark.parametrize("build", [encoder, vit])

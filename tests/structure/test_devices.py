@@ -307,3 +307,71 @@ def test_names_and_settings_of_operations_are_kept():
     jaxpr = jax.make_jaxpr(plan.wrap(function))(plan.compact(WEIGHTS), XS[0]).jaxpr
     names = {e.primitive.name: str(e.source_info.name_stack) for e in jaxpr.eqns}
     assert names["sin"].startswith("hidden") and names["dot_general"] == ""
+
+
+# ---- whole layers
+
+
+def residual_layers(w, x):
+    x = x @ w["in"]
+    for layer in w["list"]:
+        x = x + jax.nn.relu(x @ layer["up"]) @ layer["down"]
+
+    def body(x, layer):
+        return x + jax.nn.relu(x @ layer["up"]) @ layer["down"], None
+
+    return lax.scan(body, x, w["stack"])[0] @ w["out"]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_layers_are_removed_from_split_arrays(kind):
+    """Batch and widths of layers are split; what is left stays split in the same way."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2, devices=jax.devices()[:4])
+    layer = {"up": P(None, "model"), "down": P("model", None)}
+    stacked = {name: P(None, *spec) for name, spec in layer.items()}
+    specs = {"in": P(), "list": [layer] * 2, "stack": stacked, "out": P()}
+    parts = {"up": 0.3 * draw(4, 8, 12), "down": 0.3 * draw(4, 12, 8)}
+    weights = {
+        "in": draw(6, 8),
+        "list": [jax.tree.map(lambda leaf, n=n: leaf[n], parts) for n in range(2)],
+        "stack": parts,
+        "out": draw(8, 3),
+    }
+    x = draw(4, 6)
+    with jax.set_mesh(mesh):
+        places = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), specs, is_leaf=_is_spec)
+        split = jax.device_put(weights, places)
+        rows = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
+        call = residual_layers if kind == AxisType.Auto else explicit_layers
+        groups = structure.find_groups(call, split, rows)
+        assert [(name, b.size) for name, b in groups.blocks.items()] == [
+            ("list/0/down", 1),
+            ("list/1/down", 1),
+            ("stack/down", 4),
+        ]
+        keep = {"list/1/down": np.array([False]), "stack/down": np.arange(4) % 2 == 0}
+        plan = groups.plan(keep)
+        small = plan.compact(split)
+        out = jax.jit(plan.wrap(call))(small, rows)
+    assert small["list"][1]["up"] is None and small["stack"]["up"].shape == (2, 8, 12)
+    assert small["stack"]["up"].sharding.is_equivalent_to(split["stack"]["up"].sharding, 3)
+    np.testing.assert_allclose(out, residual_layers(plan.mask(weights), x), atol=1e-4)
+
+
+def explicit_layers(w, x):
+    """The same, which says how the results of its products are split."""
+    rows = P("data", None)
+
+    def layer(x, own):
+        hidden = jnp.einsum("bd,dh->bh", x, own["up"], out_sharding=P("data", "model"))
+        return x + jnp.einsum("bh,hd->bd", jax.nn.relu(hidden), own["down"], out_sharding=rows)
+
+    x = jnp.einsum("bf,fd->bd", x, w["in"], out_sharding=rows)
+    for own in w["list"]:
+        x = layer(x, own)
+    x, _ = lax.scan(lambda x, own: (layer(x, own), None), x, w["stack"])
+    return x @ w["out"]
+
+
+def _is_spec(node):
+    return isinstance(node, P)

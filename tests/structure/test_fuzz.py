@@ -64,6 +64,9 @@ def choices(groups, rng):
         size = groups[name].size
         count = rng.choice([(size + 1) // 2, max(size - 1, 1), 1])
         keep[name] = rng.permutation(np.arange(size) < count)
+    for name, block in groups.blocks.items():
+        if rng.random() < 0.5:
+            keep[name] = rng.random(block.size) < 0.5
     return keep
 
 

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 
-from jaxprune import structure, trees
+from jaxprune import models, structure, trees
 from jaxprune.structure import Trace
 from tests.support import zoo, zoo_linen, zoo_nnx
 from tests.support.checks import (
     compared,
+    draw,
     gap,
     graded,
     halves,
@@ -356,3 +359,82 @@ def test_haiku():
         "params/mlp/~/linear_0/w:1": 36,
         "params/multi_head_attention/key/w:1": 4,  # heads
     }
+
+
+# ---- whole layers
+
+
+class LinenLayer(nn.Module):
+    """A transformer layer to be scanned."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(y, y)
+        return x + nn.Dense(8)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x)))), None
+
+
+class LinenStack(nn.Module):
+    """Rematerialised layers in a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            nn.remat(LinenLayer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return nn.Dense(3)(scan()(nn.Dense(8)(x), None)[0])
+
+
+def haiku_stack(x):
+    import haiku as hk
+
+    def layer(x):
+        y = hk.LayerNorm(-1, True, True)(x)
+        init = hk.initializers.VarianceScaling(1.0)
+        x = x + hk.MultiHeadAttention(2, 4, w_init=init)(y, y, y)
+        return x + hk.Linear(8)(jax.nn.relu(hk.Linear(12)(x)))
+
+    return hk.Linear(3)(hk.experimental.layer_stack(3)(layer)(hk.Linear(8)(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["linen", "haiku"])
+def test_stacks_of_frameworks_lose_layers_and_are_unstacked(framework):
+    net: Any = LinenStack()
+    if framework == "haiku":
+        hk = pytest.importorskip("haiku")
+        net = hk.without_apply_rng(hk.transform(haiku_stack))
+    x, rng = draw(2, 5, 6), np.random.default_rng(0)
+    variables = net.init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), variables)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
+    groups = structure.find_groups(net.apply, variables, x)
+    assert [block.size for block in groups.blocks.values()] == [3, 3]
+    rows = [[True, False, True], [False, False, True]]
+    plan = groups.plan({name: np.array(own) for name, own in zip(groups.blocks, rows)})
+    assert plan.verify(net.apply, variables, x) < 1e-6
+    layers = structure.unstack(
+        variables, lambda path, leaf: 0 if "tack" in path or "Scan" in path else None
+    )
+    by_layer = layers.wrap(net.apply)
+    groups = structure.find_groups(by_layer, layers.variables, x)
+    assert len(groups.blocks) == 6
+    keep = {name: rng.random(group.size) < 0.5 for name, group in groups.items()}
+    keep = {name: own | (np.arange(len(own)) == 0) for name, own in keep.items()}
+    keep |= {name: np.array([False]) for name in list(groups.blocks)[::2]}
+    assert groups.plan(keep, multiple=1).verify(by_layer, layers.variables, x) < 1e-5
+
+
+@pytest.mark.slow
+def test_blocks_of_a_resnet_go_with_their_statistics():
+    """Those with an identity as shortcut; a projection is no stream."""
+    model = models.resnet8(num_classes=4, rngs=nnx.Rngs(0))
+    pure, images = structure.from_nnx(model), draw(2, 8, 8, 3)
+    groups = structure.find_groups(pure.traces(images), pure.variables)
+    (block,) = groups.blocks.values()
+    assert {member.path for member in block.members if not member.produces} == {
+        f"state/blocks/0/norm{n}/{name}" for n in (1, 2) for name in ("mean", "var")
+    }
+    plan = groups.plan({block.name: np.array([False])})
+    plan.verify(pure.evaluate, pure.variables, images)
+    plan.verify(pure.train, pure.variables, images, updates=lambda output: output[1])

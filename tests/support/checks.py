@@ -159,7 +159,13 @@ def taken(leaves, kept):
     return {
         path: leaf[np.ix_(*kept[path])] if leaf.shape == tuple(map(len, kept[path])) else leaf
         for path, leaf in leaves.items()
+        if not is_gone(kept[path])
     }
+
+
+def is_gone(flags):
+    """Whether nothing of a leaf is left."""
+    return any(len(own) and not own.any() for own in flags)
 
 
 def zeroed(leaves, kept, paths):
@@ -174,9 +180,9 @@ def zeroed(leaves, kept, paths):
 def partly_zeroed(groups, plan, leaves, members):
     """Zeros where the plan removes from those members of each group that `members` names."""
     kept = {path: [np.ones(n, bool) for n in leaf.shape] for path, leaf in leaves.items()}
-    for group in groups.values():
+    for name, group in groups.units.items():
         flags = plan.channels(group)
-        for member in members(group):
+        for member in group.members if name in groups.blocks else members(group):
             own = np.where(member.channels >= 0, flags[member.channels], True)
             kept[member.path][member.dimension] &= own
     return zeroed(leaves, kept, plan.model.parameters | plan.model.caches)
@@ -194,7 +200,7 @@ def compared(groups, plan, trace, call, variables):
     if not all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(outs)):
         return None
     wanted = main, taken(new, plan.kept), taken(gradients, plan.kept), slopes
-    tree = jax.tree.unflatten(jax.tree.structure(variables), small.values())
+    tree = jax.tree.unflatten(jax.tree.structure(variables), [small.get(p) for p in leaves])
     wrapped = graded(trace, plan.wrap(trace.function), tree, model.parameters)
     names = "outputs", "updates", "gradients", "gradients for arguments"
     gaps = dict(zip(names, map(gap, wanted, wrapped(small, trace.args)), strict=True))

@@ -398,19 +398,19 @@ FAULTS = {
     ),
     # ---- functions
     "a loop is followed once": Fault(
-        "control._loop", "if settled:", "if True:", ("scan_chain", "scan_rows", "loop")
+        "control.loop", "if settled:", "if True:", ("scan_chain", "scan_rows", "loop")
     ),
     "a loop keeps the facts of its start": Fault(
-        "control._loop",
+        "control.loop",
         "[a & zero_only(b) for a, b in zip(own, out.facts, strict=True)]",
         "own",
         ("scan_chain", "scan_rows", "loop"),
     ),
     "a carry is not united": Fault(
-        "control._loop", "_unite_all(analysis, value, out)", "pass", ("scan_rows", "loop")
+        "control.loop", "_unite_all(analysis, value, out)", "pass", ("scan_rows", "loop")
     ),
     "rows of a scan are free": Fault(
-        "control._scan",
+        "scans._scan",
         'analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")',
         "pass",
         ("scan_rows",),

@@ -236,15 +236,16 @@ def _remat(analysis: "Analysis", op: Op) -> None:
 
 
 def _run_remat(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
+    states = list(map(run.spread.state, op.ins))
     call = jax.checkpoint(
-        lambda *args: tuple(run.graph(op.inner["call"], args)),
+        lambda *args: tuple(run.graph(op.inner["call"], args, states)),
         prevent_cse=op.params["prevent_cse"],
         policy=op.params["policy"],
     )
     return list(call(*arrays))
 
 
-def _loop(
+def loop(
     analysis: "Analysis", body: Any, consts: list[Value], carry: list[Value], rows: list[Value]
 ) -> tuple[Any, list[list[np.ndarray]]]:
     """Follows the body until facts hold for every pass; returns its graph and the carry's facts."""
@@ -270,37 +271,11 @@ def _loop(
             return graph, [list(map(zero_only, own)) for own in facts]
 
 
-def _carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> None:
+def carried(outs: list[Value], graph: Any, facts: list[list[np.ndarray]]) -> None:
     """Gives the outputs of a loop what is known of its last carry."""
     for out, inner, own in zip(outs, graph.outs, facts):
         out.like(inner)
         out.facts, out.number, out.origins = own, None, []
-
-
-def _counts(op: Op) -> tuple[int, int]:
-    """Returns how many operands of a scan are constants, and how many are carried."""
-    return jaxprs.scan_counts(op.params, len(op.ins))
-
-
-def _scan(analysis: "Analysis", op: Op) -> None:
-    closed = op.params["jaxpr"]
-    first, count = _counts(op)
-    ins = list(map(entering, op.ins))
-    consts, carry, xs = ins[:first], ins[first : first + count], ins[first + count :]
-    rows = []
-    for value, aval in zip(xs, closed.in_avals[first + count :], strict=True):
-        analysis.freeze(value.nodes[0], f"`scan` runs over it {op.where}")
-        row = Value(aval, value.nodes[1:], value.facts[1:], value.origins[1:], value.support)
-        row.of_params = value.of_params
-        rows.append(row)
-    graph, facts = _loop(analysis, closed, consts, carry, rows)
-    _carried(op.outs[:count], graph, facts)
-    for out, inner in zip(op.outs[count:], graph.outs[count:], strict=True):
-        length = out.shape[0]
-        out.nodes = [np.zeros(length, np.int64), *inner.nodes]
-        out.facts = [np.zeros(length, np.uint8), *map(zero_only, inner.facts)]
-        out.support = inner.support
-    op.inner["call"] = graph
 
 
 def _while(analysis: "Analysis", op: Op) -> None:
@@ -308,8 +283,8 @@ def _while(analysis: "Analysis", op: Op) -> None:
     ins = list(map(entering, op.ins))
     consts, carry = ins[of_cond : of_cond + of_body], ins[of_cond + of_body :]
     body, cond = op.params["body_jaxpr"], op.params["cond_jaxpr"]
-    graph, facts = _loop(analysis, body, consts, carry, [])
-    _carried(op.outs, graph, facts)
+    graph, facts = loop(analysis, body, consts, carry, [])
+    carried(op.outs, graph, facts)
     asked = [_blank(value) for value in carry]
     for value, own in zip(asked, facts, strict=True):
         value.facts = own
@@ -327,20 +302,6 @@ def _run_while(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
             tuple(arrays[of_cond + of_body :]),
         )
     )
-
-
-def _run_scan(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
-    first, count = _counts(op)
-
-    def body(carry: Any, row: Any) -> Any:
-        outs = run.graph(op.inner["call"], [*arrays[:first], *carry, *row])
-        return tuple(outs[:count]), tuple(outs[count:])
-
-    carry, rows = tuple(arrays[first : first + count]), tuple(arrays[first + count :])
-    length = op.params["length"] if not rows else None  # of rows, it may be symbolic
-    options = {name: op.params[name] for name in ("reverse", "unroll")}
-    carry, outs = lax.scan(body, carry, rows, length, **options)
-    return [*carry, *outs]
 
 
 def _cond(analysis: "Analysis", op: Op) -> None:
@@ -367,7 +328,6 @@ def _run_cond(run: "Execution", op: Op, arrays: list[Any]) -> list[Any]:
 RULES = {
     "custom_jvp_call": Rule(_custom_jvp, _run_custom_jvp),
     "custom_vjp_call": Rule(_custom_vjp, _run_custom_vjp),
-    "scan": Rule(_scan, _run_scan),
     "while": Rule(_while, _run_while),
     "cond": Rule(_cond, _run_cond),
 }

@@ -1,6 +1,7 @@
 """Primitives that work entry by entry: all operands share the nodes of each dimension."""
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxprune.structure._values import (
     ALWAYS_SAME,
     ALWAYS_ZERO,
     NOTHING,
+    ZERO,
     ZEROS,
     Op,
     Rule,
@@ -126,6 +128,25 @@ def _zeros(op: Op, facts: list[np.ndarray]) -> np.ndarray:
     if name == "select_n":
         return functools.reduce(np.bitwise_and, facts[1:])
     return nothing
+
+
+def is_zero(op: Op, zeros: Sequence[bool]) -> bool:
+    """Tells whether a result is 0 if the operands marked in `zeros` are.
+
+    Args:
+        op: the operation.
+        zeros: a bool for each operand.
+
+    Returns:
+        A bool; False if it is not known.
+
+    Example:
+        >>> is_zero(Op("mul", None, {}, [Value(None), Value(None)], [], ""), [True, False])
+        True
+    """
+    known = [zero or value.number == 0 for zero, value in zip(zeros, op.ins, strict=True)]
+    facts = [np.full(1, ALWAYS_ZERO if own else NOTHING, np.uint8) for own in known]
+    return bool((_zeros(op, facts) & ZERO).all())
 
 
 def _identity(analysis: "Analysis", op: Op) -> bool | None:
