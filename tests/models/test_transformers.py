@@ -454,3 +454,38 @@ def test_decoder_layers_without_heads_or_without_mlp_skip_that_part():
 def test_bad_arguments_are_named(build, text):
     with pytest.raises(ValueError, match=text):
         build()
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_layers_that_are_computed_again_give_the_same_gradients(scanned):
+    def gradients(remat):
+        model = models.Decoder(
+            16, width=8, layers=[(2, 1, 12)] * 2, head_dim=4, scanned=scanned, remat=remat,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        graphdef, state = nnx.split(model)
+        tokens = jnp.arange(10).reshape(2, 5)
+        loss = lambda state: jnp.sum(nnx.merge(graphdef, state)(tokens) ** 2)  # noqa: E731
+        return jax.grad(loss)(state), str(jax.make_jaxpr(jax.grad(loss))(state))
+
+    kept, text = gradients(False)
+    again, text_again = gradients(True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kept, again)
+    assert text_again.count("dot_general") > text.count("dot_general")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("decoder_mini", 869_504), ("decoder_124m", 124_287_744)]
+)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_decoders_have_the_parameters_that_they_are_named_for(name, parameters, scanned):
+    make = getattr(models, name)
+    model = nnx.eval_shape(lambda: make(256, scanned=scanned, rngs=nnx.Rngs(0)))
+    state = nnx.to_pure_dict(nnx.state(model))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state)) == parameters
+    layers = models.layers_of(state, model.head_dim)
+    width = state["head"]["kernel"].shape[0]
+    again = nnx.eval_shape(lambda: make(256, widths=(width, layers), rngs=nnx.Rngs(0)))
+    assert (
+        models.layers_of(nnx.to_pure_dict(nnx.state(again)), 64 if "124" in name else 32) == layers
+    )
