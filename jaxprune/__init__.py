@@ -27,6 +27,7 @@ Make the network smaller:
     structure (lazy)      remove channels for real, after training or while it runs
     storage               sparse files
     rewinding (lazy)      prune, go back, train again
+    search (lazy)         how much each layer keeps: AMC and simpler searches
 
 Train:
     training (lazy)       train state, step, loop, averaged parameters
@@ -98,6 +99,7 @@ if typing.TYPE_CHECKING:
         processes,
         programs,
         rewinding,
+        search,
         sharding,
         structure,
         training,
@@ -140,6 +142,7 @@ __all__ = [
     "saliency_transform",
     "schedules",
     "scores",
+    "search",
     "selection",
     "set_masks",
     "set_transform",
@@ -158,7 +161,7 @@ __all__ = [
 
 _LAZY = {
     "checkpoints", "data", "experiments", "logs", "models", "processes", "programs", "rewinding",
-    "sharding", "structure", "training",
+    "search", "sharding", "structure", "training",
 }  # fmt: skip
 
 

@@ -68,6 +68,7 @@ MAY_IMPORT = {
     "checkpoints": {"files", "processes"},
     "logs": {"checkpoints", "files"},
     "reports": {"files", "processes", "stacks", "storage", "structure", "trees"},
+    "search": {"files", "jaxprs", "layouts", "post_training", "reports", "structure", "trees"},
     "rewinding": {
         "budgets",
         "checkpoints",
@@ -88,6 +89,7 @@ LAZY = {
     "jaxprune.experiments",
     "jaxprune.models",
     "jaxprune.rewinding",
+    "jaxprune.search",
     "jaxprune.structure",
     "jaxprune.training",
     "orbax",
