@@ -23,33 +23,54 @@ from jaxprune.search._found import Evaluation, Found
 from jaxprune.search._greedy import greedy
 from jaxprune.search._journal import read_journal
 from jaxprune.search._knapsack import knapsack
+from jaxprune.search._latencies import (
+    Check,
+    Latencies,
+    Timing,
+    check_latencies,
+    describe_device,
+    load_latencies,
+    measure_latencies,
+    time_layer,
+)
 from jaxprune.search._layers import Layer, find_layers
 from jaxprune.search._plain import random, ranking, uniform
 from jaxprune.search._problems import Decision, Problem, channels, weight_macs, weights
+from jaxprune.search._reconstruction import find_inputs, reconstruct
 from jaxprune.search._runs import accuracy, guaranteed_accuracy, run
 from jaxprune.search._states import State
 from jaxprune.search._wall import widest, within
 
 __all__ = [
+    "Check",
     "Decision",
     "Evaluation",
     "Found",
+    "Latencies",
     "Layer",
     "Problem",
     "Settings",
     "State",
+    "Timing",
     "accuracy",
     "amc",
     "channels",
+    "check_latencies",
     "cross_entropy",
+    "describe_device",
+    "find_inputs",
     "find_layers",
     "greedy",
     "guaranteed_accuracy",
     "knapsack",
+    "load_latencies",
+    "measure_latencies",
     "random",
     "ranking",
     "read_journal",
+    "reconstruct",
     "run",
+    "time_layer",
     "uniform",
     "weight_macs",
     "weights",

@@ -84,8 +84,8 @@ def found_of(
     cost = problem.account(best.counts)
     if not cost <= problem.budget:
         raise ValueError(
-            f"`cost` must give the same number for the same plan, but gave {best.cost:g} during the "
-            f"search and {cost:g} after it, above the budget {problem.budget:g}."
+            f"`cost` must give the same number for the same plan, but gave {best.cost:g} during "
+            f"the search and {cost:g} after it, above the budget {problem.budget:g}."
         )
     outcome = problem.outcome(best.counts)
     is_plan = isinstance(outcome, structure.Plan)

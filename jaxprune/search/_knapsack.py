@@ -1,4 +1,4 @@
-"""Knapsack: the widths with the highest total value that a budget allows, by dynamic programming."""
+"""Knapsack: the widths with the highest total value that fit, by dynamic programming."""
 
 from typing import Unpack
 

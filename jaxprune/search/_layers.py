@@ -1,4 +1,4 @@
-"""Describes the layers of a function: the products and convolutions with a kernel, in their order."""
+"""Describes the layers of a function: products and convolutions with a kernel, in order."""
 
 import math
 from collections.abc import Callable
@@ -29,6 +29,7 @@ class Layer(NamedTuple):
     strides: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
     groups: int = 1  # of a grouped convolution; `c` for a depthwise one
+    layout: layouts.Layout | None = None  # the axes of the kernel; None if one has two roles
 
     @property
     def h(self) -> int:
@@ -108,7 +109,9 @@ def find_layers(function: Callable[..., Any], variables: Any, *args: Any) -> tup
             macs += times * _macs(use, arrays[path].size)
             first = first or (use if times else None)
         if path not in changed and first is not None:
-            layers.append(_describe(path, first, arrays[path].size, macs))
+            layout = found.uses[path].layout
+            own = _describe(path, first, arrays[path].size, macs)
+            layers.append(own._replace(layout=None if isinstance(layout, str) else layout))
     if not layers:
         raise ValueError(
             "`function` must multiply or convolve with leaves of `variables`, but no kernel was "
