@@ -1,5 +1,6 @@
 """Says what a search decides: how much each group of channels, or each leaf, keeps."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -312,8 +313,11 @@ def _problem(
             f"`budget` {budget:g} is below {least / dense:.4g}, the least possible share: what the "
             "floors keep costs as much. Raise it, or lower `floor` or `multiple`."
         )
+    limit = budget * dense
+    if math.isclose(limit, round(limit), rel_tol=1e-12):  # a share that was computed from a count
+        limit = float(round(limit))
     return Problem(
-        tuple(decisions), budget * dense, dense, cost, account, variables, masked, outcome, refit
+        tuple(decisions), limit, dense, cost, account, variables, masked, outcome, refit
     )
 
 
