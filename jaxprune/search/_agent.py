@@ -158,7 +158,7 @@ def make_ddpg(settings: Settings) -> Ddpg:
         actor = nnx.split(Actor(settings, rngs))[1]
         critic = nnx.split(Critic(settings, rngs))[1]
         states = actor_tx.init(actor), critic_tx.init(critic)
-        return Agent(actor, critic, actor, critic, *states, jnp.full((), jnp.nan))
+        return Agent(actor, critic, actor, critic, *states, jnp.array(jnp.nan, jnp.float32))
 
     def step(agent: Agent, batch: Transitions) -> tuple[Agent, None]:
         mean = batch.rewards.mean()
