@@ -6,14 +6,14 @@ problem = search.channels(groups, variables, layers, cost=cost, budget=0.5)
 found = search.cross_entropy(problem, evaluate, evaluations=200, seed=0)
 small = found.plan.compact(variables)
 
-A problem (`_problems`) has one decision for each group of channels, or for each leaf: how many units
-it keeps. Which ones follows from their scores. A candidate is a tuple of counts, and everything else
-follows from that: its cost (`_pricing`), what the budget leaves for the next decision (`_wall`), and
-masks as data, so that one compiled `evaluate` serves all candidates.
+A problem (`_problems`) has one decision for each group of channels, or for each leaf: how many
+units it keeps. Which ones follows from their scores. A candidate is a tuple of counts, from which
+everything else follows: its cost (`_pricing`), what the budget leaves for the next decision
+(`_wall`), and masks as data, so that one compiled `evaluate` serves all candidates.
 
-A search is a generator that yields candidates and is sent their scores (`_plain`, `_cross_entropy`,
-`_greedy`, `_knapsack`, `_amc`). One driver (`_runs`) evaluates them, writes each score to a journal,
-and resumes a killed search by sending it the scores that the journal has.
+A search is a generator that yields candidates and is sent their scores (`_plain`,
+`_cross_entropy`, `_greedy`, `_knapsack`, `_amc`). One driver (`_runs`) evaluates them, writes each
+score to a journal, and resumes a killed search by sending it the scores that the journal has.
 """
 
 from jaxprune.search._agent import Settings

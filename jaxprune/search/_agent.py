@@ -121,7 +121,7 @@ class Ddpg(NamedTuple):
 def make_ddpg(settings: Settings) -> Ddpg:
     """Makes the functions of an agent; each compiles once.
 
-    An update of a batch of transitions (s, a, r, s'), with b the moving average of its mean rewards:
+    An update of a batch of transitions (s, a, r, s'), with b the moving average of mean rewards:
 
         y = r - b + discount * (1 - done) * Q'(s', mu'(s'))
         critic: Adam on mean((Q(s, a) - y)^2), then actor: Adam on -mean(Q(s, mu(s)))

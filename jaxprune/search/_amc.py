@@ -14,6 +14,8 @@ from jaxprune.search._runs import Evaluate, Proposals, Reward, accuracy, run
 from jaxprune.search._states import rest_of, state_of, static_features
 from jaxprune.search._wall import widest
 
+_PUBLISHED = Settings()
+
 
 def amc(
     problem: Problem,
@@ -23,7 +25,7 @@ def amc(
     warmup: int | None = None,
     seed: int = 0,
     reward: Reward = accuracy,
-    settings: Settings = Settings(),
+    settings: Settings = _PUBLISHED,
     **options: Unpack[Options],
 ) -> Found:
     """Searches with AMC's agent: DDPG with the action wall.

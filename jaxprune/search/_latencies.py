@@ -112,9 +112,10 @@ def measure_latencies(
     """Measures each layer once, at a grid of widths, on this device.
 
     A layer is timed with the scale, bias and ReLU that usually follow it and that XLA fuses with
-    it, on the batch of `find_layers`. Layers of the same shape are measured once. Between the points
-    of the grid costs are interpolated. A wider layer never counts as cheaper: what was measured is
-    replaced by the largest value at widths up to it, because a cost must not fall when more is kept.
+    it, on the batch of `find_layers`. Layers of the same shape are measured once. Between the
+    points of the grid costs are interpolated. A wider layer never counts as cheaper: what was
+    measured is replaced by the largest value at widths up to it, because a cost must not fall when
+    more is kept.
 
     Args:
         layers: from `find_layers`, with the batch that the latency is for.

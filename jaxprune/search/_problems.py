@@ -316,9 +316,7 @@ def _problem(
     limit = budget * dense
     if math.isclose(limit, round(limit), rel_tol=1e-12):  # a share that was computed from a count
         limit = float(round(limit))
-    return Problem(
-        tuple(decisions), limit, dense, cost, account, variables, masked, outcome, refit
-    )
+    return Problem(tuple(decisions), limit, dense, cost, account, variables, masked, outcome, refit)
 
 
 def _widths(size: int, least: int, step: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """AMC's policy for a ResNet-50: the fraction of its weights that each layer keeps.
 
-Four rounds of pruning and fine-tuning of He et al., AMC, arXiv:1802.03494, as they stand in the code
-of Renda, Frankle, Carbin, Comparing rewinding and fine-tuning in neural network pruning,
+Four rounds of pruning and fine-tuning of He et al., AMC, arXiv:1802.03494, as they stand in the
+code of Renda, Frankle, Carbin, Comparing rewinding and fine-tuning in neural network pruning,
 arXiv:2003.02389 (where the third round is in percent, by mistake); rounded to five digits.
 """
 

@@ -30,9 +30,7 @@ def mobile_problem(budget=0.5):
     layers = search.find_layers(pure.evaluate, pure.variables, image)
     cost = structure.mac_cost(groups, pure.evaluate, pure.variables, image)
     scores = {name: np.arange(group.size) for name, group in groups.items()}
-    return search.channels(
-        groups, pure.variables, layers, cost=cost, budget=budget, scores=scores
-    )
+    return search.channels(groups, pure.variables, layers, cost=cost, budget=budget, scores=scores)
 
 
 @pytest.mark.slow
@@ -69,9 +67,7 @@ def test_the_state_changes_with_what_was_kept():
 
 def test_a_walk_passes_what_was_kept_on():
     problem = problem_of(OWN)
-    counts, steps = _walk(
-        problem, static_features(problem), rest_of(problem), lambda state: 0.6
-    )
+    counts, steps = _walk(problem, static_features(problem), rest_of(problem), lambda state: 0.6)
     assert steps.actions.tolist() == [[pytest.approx(0.6)]] * 3  # before the wall
     kept = [k / own.size for k, own in zip(counts, problem.decisions, strict=True)]
     assert steps.states[1:, -1].tolist() == kept[:2]

@@ -77,7 +77,9 @@ def test_a_wider_layer_never_counts_as_cheaper():
 def test_layers_of_one_shape_are_measured_once():
     layers = search.find_layers(OWN.apply, OWN.variables, OWN.images)
     asked = []
-    search.measure_latencies(layers, points=3, clock=lambda own, c, n: asked.append(own.path) or 1.0)
+    search.measure_latencies(
+        layers, points=3, clock=lambda own, c, n: asked.append(own.path) or 1.0
+    )
     assert set(asked) == {"a", "b", "out"}  # c has the shape of b
     assert len(asked) == 3 * 9
 

@@ -1,4 +1,4 @@
-"""The published policy of AMC for a ResNet-50 as an oracle for what layers and costs are counted."""
+"""The published policy of AMC for a ResNet-50 as an oracle for layers and costs."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ def test_the_layers_are_those_of_the_policy(layers):
 
 @pytest.mark.parametrize("number", range(4))
 def test_each_round_has_the_published_totals(layers, number):
-    kept = {own.path: POLICY[own.path.removeprefix("params/")][number] * own.weights for own in layers}
+    kept = {
+        own.path: POLICY[own.path.removeprefix("params/")][number] * own.weights for own in layers
+    }
     total = sum(own.weights for own in layers)
     assert sum(kept.values()) / total == pytest.approx(DENSITIES[number], abs=1e-5)
     cost = search.weight_macs(layers)
@@ -39,6 +41,8 @@ def test_each_round_has_the_published_totals(layers, number):
 
 def test_the_last_round_is_least_dense_in_the_classifier(layers):
     last = {path: own[3] for path, own in POLICY.items()}
-    assert min(last, key=last.get) == "head/kernel" and max(last, key=last.get) == "stem/conv/kernel"
+    assert (
+        min(last, key=last.get) == "head/kernel" and max(last, key=last.get) == "stem/conv/kernel"
+    )
     windows = [last[own.path.removeprefix("params/")] for own in layers if own.k == 3]
     assert np.mean(windows) == pytest.approx(0.189, abs=5e-4)

@@ -53,7 +53,9 @@ def test_masked_variables_are_those_of_the_plan(jit):
     masked = jax.jit(problem.masked) if jit else problem.masked
     for counts in candidates(problem):
         found = masked(OWN.variables, jnp.asarray(counts))
-        jax.tree.map(np.testing.assert_array_equal, found, problem.outcome(counts).mask(OWN.variables))
+        jax.tree.map(
+            np.testing.assert_array_equal, found, problem.outcome(counts).mask(OWN.variables)
+        )
 
 
 def test_the_highest_scores_are_kept_and_ties_keep_the_lower_index():
@@ -150,7 +152,9 @@ def walled(draw):
 
     def cost(counts):
         value = sum(a * k for a, k in zip(linear, counts, strict=True))
-        value += sum(b * k * counts[i - 1] for i, (b, k) in enumerate(zip(pairs, counts, strict=True)))
+        value += sum(
+            b * k * counts[i - 1] for i, (b, k) in enumerate(zip(pairs, counts, strict=True))
+        )
         return value**0.5 if root else value
 
     least = cost([own[0] for own in widths])
@@ -191,16 +195,16 @@ def test_a_budget_below_the_floors_says_the_least_possible():
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True, "half", float("nan")])
 def test_a_budget_is_a_share(budget):
-    with pytest.raises(ValueError, match=r"`budget` must be a share of the dense cost, in \(0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"`budget` must be a share of the dense cost, in \(0, 1\]"
+    ):
         problem_of(OWN, budget)
 
 
 def test_groups_of_another_model_are_refused():
     other = {**OWN.variables, "a": jnp.ones((6, SIZE + 1))}
     with pytest.raises(ValueError, match=r"belong to a different model[\s\S]*a: \(6, 33\), not"):
-        search.channels(
-            OWN.groups, other, OWN.layers, cost=structure.count_parameters, budget=0.5
-        )
+        search.channels(OWN.groups, other, OWN.layers, cost=structure.count_parameters, budget=0.5)
 
 
 def test_a_model_without_groups_says_why():

@@ -92,7 +92,9 @@ def _patches(name, hidden):
         hidden = np.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
     places = range(0, hidden.shape[1] - size + 1, stride)
     rows = [
-        hidden[:, i : i + size, j : j + size].reshape(len(hidden), -1) for i in places for j in places
+        hidden[:, i : i + size, j : j + size].reshape(len(hidden), -1)
+        for i in places
+        for j in places
     ]
     return np.concatenate(rows)
 
@@ -129,7 +131,9 @@ def test_copies_are_replaced_exactly():
 def test_copies_are_free_for_a_search_that_reconstructs():
     own = planted((32, 32, 32))
     variables = dict(own.variables)
-    variables["b"] = jnp.concatenate([own.variables["b"][:, :8]] * 4, 1)  # eight channels, four times
+    variables["b"] = jnp.concatenate(
+        [own.variables["b"][:, :8]] * 4, 1
+    )  # eight channels, four times
     dense_outputs = own.apply(variables, own.images)
 
     @jax.jit
@@ -159,7 +163,10 @@ def test_copies_are_free_for_a_search_that_reconstructs():
     assert plain.score < -1e-2 * scale
     together = search.random(problem, evaluate, evaluations=8, seed=0, at_once=4)
     np.testing.assert_allclose(
-        [x.score for x in together.history], [x.score for x in found.history[:8]], rtol=1e-2, atol=1e-5
+        [x.score for x in together.history],
+        [x.score for x in found.history[:8]],
+        rtol=1e-2,
+        atol=1e-5,
     )
 
 
@@ -211,7 +218,9 @@ def test_inputs_that_are_always_zero_are_solvable():
     apply, variables, images, groups = case("dense")
     variables = {**variables, "in": jnp.zeros((5, 8))}
     plan = groups.plan({"in:1": np.arange(8) < 4}, multiple=1)
-    found = search.reconstruct(variables, plan, search.find_inputs(apply, variables, images, groups))
+    found = search.reconstruct(
+        variables, plan, search.find_inputs(apply, variables, images, groups)
+    )
     assert (found["out"] == 0).all()
 
 
@@ -222,7 +231,9 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="`damping` must be at least 0, but is -1"):
         search.reconstruct(variables, plan, inputs, damping=-1)
     other = {**variables, "out": jnp.ones((9, 3))}
-    with pytest.raises(ValueError, match=r"`inputs` must be those of `variables`[\s\S]*out: \(8, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"`inputs` must be those of `variables`[\s\S]*out: \(8, 3\)"
+    ):
         search.reconstruct(other, plan, inputs)
     zero = {**variables, "in": jnp.zeros((5, 8))}
     inputs = search.find_inputs(apply, zero, images, groups)

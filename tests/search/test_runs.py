@@ -71,9 +71,7 @@ def test_one_program_serves_all_candidates(call):
 
 def test_masks_compile_once_for_many_episodes():
     compiled = []
-    problem = PROBLEM._replace(
-        masked=lambda *args: compiled.append(1) or PROBLEM.masked(*args)
-    )
+    problem = PROBLEM._replace(masked=lambda *args: compiled.append(1) or PROBLEM.masked(*args))
     search.amc(problem, OWN.evaluate, episodes=60, warmup=20, settings=SMALL)
     assert len(compiled) == 1
 
@@ -180,7 +178,10 @@ def _parameters(plan):
 def test_progress_is_shown():
     seen = []
     search.random(
-        PROBLEM, OWN.evaluate, evaluations=3, on_evaluation=lambda own, best: seen.append((own, best))
+        PROBLEM,
+        OWN.evaluate,
+        evaluations=3,
+        on_evaluation=lambda own, best: seen.append((own, best)),
     )
     assert len(seen) == 3 and seen[-1][1].reward == max(own.reward for own, _ in seen)
 

@@ -87,11 +87,9 @@ def test_the_knapsack_is_optimal_where_costs_add_up():
 
         problem = synthetic(widths, cost, float(rates.sum() * 3))
         best = max(
-            (
-                sum(own[k - 1] for own, k in zip(values, counts, strict=True))
-                for counts in itertools.product(*widths)
-                if cost(counts) <= problem.budget
-            )
+            sum(own[k - 1] for own, k in zip(values, counts, strict=True))
+            for counts in itertools.product(*widths)
+            if cost(counts) <= problem.budget
         )
         found = best_widths(problem, values)
         assert cost(found) <= problem.budget
@@ -122,7 +120,6 @@ def test_greedy_cuts_where_the_loss_per_saved_cost_is_least():
     # Decision 0 loses 1 per unit that costs 1; decision 1 loses 3 per unit that costs 2.
     problem = synthetic([np.arange(1, 9)] * 2, lambda k: k[0] + 2 * k[1], 18)
     seen = []
-
 
     def score(counts):
         seen.append(counts)
