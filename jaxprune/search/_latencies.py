@@ -1,14 +1,15 @@
 """A table of how long each layer takes on this device, as a cost of plans."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from jaxprune import files, reports, structure, trees
@@ -257,7 +258,7 @@ def describe_device() -> dict[str, Any]:
         "kind": device.device_kind,
         "cores": os.cpu_count() if device.platform == "cpu" else 0,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": metadata.version("jaxlib"),
     }
 
 
@@ -283,7 +284,11 @@ def load_latencies(path: str | Path, *, any_device: bool = False) -> Latencies:
         >>> load_latencies(file).layers
         {}
     """
-    content = files.unseal(files.parse_json(Path(path).read_bytes()), str(path))
+    try:
+        content = files.parse_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of latencies: {error}") from error
+    content = files.unseal(content, str(path))
     _TABLE(content, str(path))
     here, there = describe_device(), content["device"]
     differing = [
@@ -297,10 +302,22 @@ def load_latencies(path: str | Path, *, any_device: bool = False) -> Latencies:
             f"{path} must have been measured on this device and with these versions; measure again "
             "with `measure_latencies`, or pass `any_device=True`:",
         )
-    return Latencies(there, {path: _timing(own) for path, own in content["layers"].items()})
+    at = f"{path}: `layers`"
+    timings = {
+        name: _timing(own, schemas.below(at, name)) for name, own in content["layers"].items()
+    }
+    return Latencies(there, timings)
 
 
-def _timing(content: Mapping[str, Any]) -> Timing:
+def _timing(content: Mapping[str, Any], at: str) -> Timing:
+    """Makes a timing of what a file says."""
+    for name in ("c", "n"):
+        widths = content[name]
+        if not widths or any(two <= one for one, two in itertools.pairwise(widths)):
+            raise ValueError(f"{schemas.below(at, name)} must hold ascending widths, at least one")
+    seconds = content["seconds"]
+    if len(seconds) != len(content["c"]) or any(len(own) != len(content["n"]) for own in seconds):
+        raise ValueError(f"{schemas.below(at, 'seconds')} must have one number for each c and n")
     lists = {name: tuple(own) for name, own in content.items() if name != "groups"}
     lists["seconds"] = tuple(map(tuple, lists["seconds"]))
     return Timing(**lists, groups=content["groups"])

@@ -80,7 +80,7 @@ def aggregate(runs: Sequence[Mapping[str, Any]], searches: Sequence[str]) -> lis
     for way in ways:
         columns[way] = lambda run, way=way: run["accuracies"].get(way)
         columns[f"{way} relative"] = lambda run, way=way: (
-            tables.ratio(run["accuracies"].get(way, 0) or None, run["dense_accuracy"])
+            tables.ratio(run["accuracies"][way], run["dense_accuracy"])
             if way in run["accuracies"]
             else None
         )
