@@ -12,7 +12,7 @@ from jaxprune.search._runs import Evaluate, Proposals, run
 from jaxprune.search._wall import within
 
 _SMOOTHING = 0.7  # weight of the new mean and deviation
-_LEAST = 0.03  # deviation: the last rounds still try neighbours
+_LEAST = 0.03  # deviation where widths are close together
 
 
 def cross_entropy(
@@ -23,7 +23,7 @@ def cross_entropy(
     seed: int = 0,
     population: int = 20,
     elite: float = 0.2,
-    deviation: float = 0.25,
+    deviation: float = 0.5,
     **options: Unpack[Options],
 ) -> Found:
     """Draws fractions from normal distributions that follow the best candidates.
@@ -80,6 +80,9 @@ def _rounds(
 
     start = same_fraction(problem)
     mean, spread = fractions(start), np.full(len(start), deviation)
+    # The last rounds still try the next widths, which are `step` away.
+    step = np.array([np.diff(own.widths).max(initial=0) / own.size for own in problem.decisions])
+    least = np.maximum(step / 2, _LEAST)
     left = evaluations
     first = [start]
     while left:
@@ -93,4 +96,4 @@ def _rounds(
         chosen = np.array([fractions(candidates[index]) for index in order])
         mean = _SMOOTHING * chosen.mean(0) + (1 - _SMOOTHING) * mean
         spread = _SMOOTHING * chosen.std(0) + (1 - _SMOOTHING) * spread
-        spread = np.maximum(spread, _LEAST)
+        spread = np.maximum(spread, least)
