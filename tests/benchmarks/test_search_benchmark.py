@@ -1,4 +1,4 @@
-"""The benchmark of searches: its commands are ones that the scripts take, in an order that works."""
+"""The benchmark of searches: its commands are valid, and dense networks are trained first."""
 
 import runpy
 from pathlib import Path

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import search, structure
+from jaxprune.experiments.config import Config
+from jaxprune.experiments.experiment import Experiment
 from jaxprune.experiments.studies import search as study
 from jaxprune.experiments.studies import search_networks, search_results
 
@@ -138,6 +140,13 @@ def test_what_is_found_is_trained_further(dense, tmp_path):
     assert set(own["uniform-0.5-run0-seed0"]["accuracies"]) == {"fine_tune", "rewind"}
     assert set(own["scratch-0.5-run0-seed0"]["accuracies"]) == {"scratch"}
     assert own["scratch-0.5-run0-seed0"]["widths"] == own["uniform-0.5-run0-seed0"]["widths"]
+
+
+@pytest.mark.parametrize(("model", "groups"), [("mobilenet_v1", 14), ("mobilenet_v2", 25)])
+def test_networks_for_phones_are_models_of_runs(model, groups):
+    experiment = Experiment(Config(model=model, method="none", granularity="channels"))
+    assert len(experiment.groups) == groups
+    assert experiment.macs(experiment.groups.plan({})) > 0
 
 
 @pytest.mark.parametrize(

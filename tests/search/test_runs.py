@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxprune import search, sharding
+from jaxprune import search, sharding, structure
 from tests.support.searching import chain, planted, problem_of
 
 OWN = planted()
@@ -153,7 +154,7 @@ def test_variables_and_images_may_lie_on_a_mesh():
     variables = sharding.replicate(OWN.variables, mesh)
     dense = chain(variables, images)
     problem = search.channels(
-        OWN.groups, variables, OWN.layers, cost=PROBLEM.account and _parameters, budget=0.5
+        OWN.groups, variables, OWN.layers, cost=structure.count_parameters, budget=0.5
     )
 
     @jax.jit
@@ -169,10 +170,31 @@ def test_variables_and_images_may_lie_on_a_mesh():
         np.testing.assert_allclose(found.score, single.score, rtol=1e-4)
 
 
-def _parameters(plan):
-    from jaxprune import structure
+def test_a_module_is_its_own_variables():
+    """A whole module of NNX, with a function among its attributes."""
 
-    return structure.count_parameters(plan)
+    class Chain(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(4, 16, rngs=rngs), nnx.Linear(16, 2, rngs=rngs)
+            self.act = nnx.relu
+
+        def __call__(self, x):
+            return self.last(self.act(self.first(x)))
+
+    module, x = Chain(nnx.Rngs(0)), jnp.ones((8, 4))
+    groups = structure.find_groups(Chain.__call__, module, x)
+    layers = search.find_layers(Chain.__call__, module, x[:1])
+    cost = structure.count_parameters
+    problem = search.channels(groups, module, layers, cost=cost, budget=0.6)
+    dense = module(x)
+
+    def evaluate(module):
+        return -jnp.mean((module(x) - dense) ** 2)
+
+    one = search.random(problem, nnx.jit(evaluate), evaluations=4)
+    many = search.random(problem, evaluate, evaluations=4, at_once=2)
+    assert one.kept == many.kept == {"first/kernel:1": 8}
+    assert one.score == pytest.approx(many.score, rel=1e-5)
 
 
 def test_progress_is_shown():
