@@ -70,6 +70,7 @@ def test_ranking_is_keep_within():
 def test_uniform_is_the_largest_fraction_that_fits():
     problem = synthetic([np.arange(1, 101)] * 3, sum, 150)
     assert same_fraction(problem) == (50, 50, 50)
+    assert same_fraction(synthetic([np.arange(1, 101)] * 3, sum, 290)) == (96, 96, 96)
     problem = synthetic([np.arange(8, 65, 8)] * 2, sum, 100)
     assert same_fraction(problem) == (48, 48)
     assert same_fraction(synthetic([np.arange(1, 5)], sum, 9)) == (4,)
