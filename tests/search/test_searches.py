@@ -118,17 +118,17 @@ def test_the_knapsack_is_close_where_costs_multiply():
 
 
 def test_greedy_cuts_where_the_loss_per_saved_cost_is_least():
-    # Decision 0 loses 1 per unit that costs 1; decision 1 loses 3 per unit that costs 2.
+    # Decision 0 loses 1 per unit that costs 1; decision 1 loses 1.5 per unit that costs 2.
     problem = synthetic([np.arange(1, 9)] * 2, lambda k: k[0] + 2 * k[1], 18)
     seen = []
 
     def score(counts):
         seen.append(counts)
-        return -1.0 * (8 - counts[0]) - 3.0 * (8 - counts[1])
+        return -1.0 * (8 - counts[0]) - 1.5 * (8 - counts[1])
 
     steps = _drive(search._greedy._steps(problem, 30), score)
     assert steps[0] == (8, 8) and len(steps) <= 30
-    assert max((own for own in steps if problem.fits(own)), key=score) == (2, 8)
+    assert max((own for own in steps if problem.fits(own)), key=score) == (8, 5)
 
 
 def test_greedy_without_evaluations_for_a_step_still_fits():
