@@ -35,11 +35,12 @@ from jaxprune.search._latencies import (
 )
 from jaxprune.search._layers import Layer, find_layers
 from jaxprune.search._plain import random, ranking, uniform
-from jaxprune.search._problems import Decision, Problem, channels, weight_macs, weights
+from jaxprune.search._problems import Decision, Problem, channels
 from jaxprune.search._reconstruction import find_inputs, reconstruct
 from jaxprune.search._runs import accuracy, guaranteed_accuracy, run
 from jaxprune.search._states import State
 from jaxprune.search._wall import widest, within
+from jaxprune.search._weights import weight_macs, weights
 
 __all__ = [
     "Check",
