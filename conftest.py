@@ -1,4 +1,4 @@
-"""What the docstring examples of jaxprune.rewinding train: a linear model, in milliseconds."""
+"""What the docstring examples of jaxprune.rewinding and jaxprune.search train, in milliseconds."""
 
 import pytest
 
@@ -40,3 +40,42 @@ def rewinding_example(request, tmp_path):
     )
     names = request.getfixturevalue("doctest_namespace")
     names.update(task=task, workdir=tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def search_example(request):
+    """The names `problem` and `evaluate`: a network whose first layer has free channels."""
+    if not request.node.nodeid.startswith("jaxprune/search/"):
+        return
+    import jax
+    import jax.numpy as jnp
+
+    from jaxprune import search, structure
+
+    def apply(weights, x):
+        hidden = jax.nn.relu(x @ weights["first"])
+        return jax.nn.relu(hidden @ weights["second"]) @ weights["third"]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = {
+        "first": jax.random.normal(keys[0], (4, 16)) * (jnp.arange(16) < 8)[None],
+        "second": jax.random.normal(keys[1], (16, 16)),
+        "third": jax.random.normal(keys[2], (16, 3)),
+    }
+    x = jax.random.normal(keys[3], (32, 4))
+    dense = apply(weights, x)
+
+    @jax.jit
+    def evaluate(weights):
+        return -jnp.mean((apply(weights, x) - dense) ** 2)
+
+    groups = structure.find_groups(apply, weights, x)
+    problem = search.channels(
+        groups,
+        weights,
+        search.find_layers(apply, weights, x[:1]),
+        cost=structure.count_parameters,
+        budget=0.6,
+    )
+    names = request.getfixturevalue("doctest_namespace")
+    names.update(problem=problem, evaluate=evaluate, within=search.within)

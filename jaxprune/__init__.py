@@ -28,6 +28,7 @@ Make the network smaller:
     structure (lazy)      remove channels for real, after training or while it runs
     storage               sparse files
     rewinding (lazy)      prune, go back, train again
+    search (lazy)         how much each layer keeps: AMC and simpler searches
 
 Train:
     training (lazy)       train state, step, loop, averaged parameters
@@ -100,6 +101,7 @@ if typing.TYPE_CHECKING:
         processes,
         programs,
         rewinding,
+        search,
         sharding,
         structure,
         training,
@@ -143,6 +145,7 @@ __all__ = [
     "saliency_transform",
     "schedules",
     "scores",
+    "search",
     "selection",
     "set_masks",
     "set_transform",
@@ -161,7 +164,7 @@ __all__ = [
 
 _LAZY = {
     "checkpoints", "data", "experiments", "logs", "models", "processes", "programs", "rewinding",
-    "sharding", "structure", "training",
+    "search", "sharding", "structure", "training",
 }  # fmt: skip
 
 

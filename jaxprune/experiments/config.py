@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 ModelName = Literal[
     "resnet8", "resnet20", "resnet32", "resnet56", "resnet110",
     "resnet18", "resnet34", "resnet50", "resnet101",
-    "decoder_mini", "decoder_124m",
+    "mobilenet_v1", "mobilenet_v2", "decoder_mini", "decoder_124m",
 ]  # fmt: skip
 DatasetName = Literal["digits", "fashion_mnist", "synthetic", "imagenet2012", "text"]
 Method = Literal[
@@ -65,7 +65,7 @@ class Config:
     image_size: int = 224  # height and width of synthetic images and of ImageNet crops, in pixels
     workers: int = 0  # imagenet2012: processes that decode images; 0 = decode in threads
     threads: int = 0  # imagenet2012: threads per such process; 0 = 1 with workers, 4 without
-    model: ModelName = "resnet8"  # resnet18 to 101 are for large images, decoders for text
+    model: ModelName = "resnet8"  # resnet18 to 101 and mobilenets: large images; decoders: text
     widths: str = ""  # widths of all layers as JSON, as in summary.json; empty = the published ones
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
     scan: bool = False  # decoders: stack the layers and run them in a loop, which compiles faster

@@ -19,6 +19,7 @@ from jaxprune.reports._plots import (
     plot_compaction,
     plot_densities,
     plot_retraining,
+    plot_searches,
     plot_tradeoffs,
     plot_training,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "plot_compaction",
     "plot_densities",
     "plot_retraining",
+    "plot_searches",
     "plot_tradeoffs",
     "plot_training",
     "summarize",

@@ -322,6 +322,59 @@ def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     _save(figure, path)
 
 
+def plot_searches(
+    histories: Mapping[str, Sequence[Sequence[float]]], path: str | os.PathLike[str]
+) -> None:
+    """Draws the best score so far over the evaluations of searches, one line per search.
+
+    Args:
+        histories: label -> for each seed the best score after each evaluation, such as `Found.best`
+            of `jaxprune.search`; values that are not finite are left out. The line is the mean over
+            the seeds, and the band goes from the lowest to the highest. A search of one evaluation
+            is a dashed line.
+        path: the PNG file to write, atomically. Its folder is created.
+
+    Raises:
+        ValueError: if `histories` holds no evaluation.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     runs = {"random": [[0.1, 0.3], [0.2, 0.2]], "uniform": [[0.15]]}
+        ...     plot_searches(runs, f"{folder}/searches.png")
+        ...     pathlib.Path(folder, "searches.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    known = {label: [list(own) for own in runs if len(own)] for label, runs in histories.items()}
+    known = {label: runs for label, runs in known.items() if runs}
+    if not known:
+        raise ValueError("`histories` must hold at least one evaluation, but is empty.")
+    longest = max(len(own) for runs in known.values() for own in runs)
+    figure = _figure(7.0, 4.2)
+    axes = figure.subplots()
+    for index, (label, runs) in enumerate(known.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        values = np.full((len(runs), max(map(len, runs))), np.nan)
+        for row, own in zip(values, runs, strict=True):
+            row[: len(own)] = np.where(np.isfinite(own), own, np.nan)
+        known_at = ~np.isnan(values).all(0)
+        steps = 1 + np.flatnonzero(known_at)
+        values = values[:, known_at]
+        if not len(steps):
+            continue
+        mean = np.nanmean(values, 0)
+        name = f"{label}: {mean[-1]:.2%}"
+        if values.shape[1] == 1:
+            axes.axhline(mean[-1], color=colour, linestyle="--", linewidth=1.2, label=name)
+            continue
+        axes.plot(steps, mean, color=colour, linewidth=1.6, label=name)
+        low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlim(0, longest + 1)
+    _finish(axes, title="Best score so far", xlabel="Evaluation", ylabel="Score on held-out images")
+    _save(figure, path)
+
+
 def _beats(other: Mapping[str, Any], row: Mapping[str, Any], key: str) -> bool:
     """Tells whether `other` is at least as good in both and better in one."""
     gains = other["accuracy"] - row["accuracy"], row[key] - other[key]

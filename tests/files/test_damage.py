@@ -19,15 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import checkpoints, files, logs, rewinding, storage, structure
+from jaxprune import checkpoints, files, logs, rewinding, search, storage, structure
 from jaxprune.data import fashion_mnist, imagenet_cache, imagenet_files, imagenet_tars
 from jaxprune.data.splits import Split
 from jaxprune.experiments import command
 from jaxprune.rewinding import _stages
+from jaxprune.search._journal import open_journal
 from jaxprune.structure import _shrinking
 from jaxprune.structure._traces import Model
 from jaxprune.structure._values import Split as Dimension
 from tests.support.mutations import changed, damaged
+from tests.support.searching import synthetic
 
 FEW = 200
 MANY = int(os.environ.get("JAXPRUNE_FUZZ_FILES") or 3000)
@@ -160,6 +162,19 @@ def read_record(path):
     return content
 
 
+TIMINGS = {"kernel": search.Timing((4, 8), (6, 12), ((1e-6, 2e-6), (2e-6, 4e-6)), (2,), (3,))}
+
+
+def write_journal(path):
+    """The journal of a search that has scored three candidates."""
+    if path.exists():
+        path.unlink()
+    problem = synthetic([np.array([4, 8])] * 2, sum, 12)
+    with open_journal(path, problem, "random", {"seed": 0}) as book:
+        for index, counts in enumerate([(4, 4), (8, 4), (4, 8)]):
+            book.append(index, counts, index / 3)
+
+
 KINDS = {
     # A plan has a flag for each index of a dimension that shrinks.
     "plan": Kind(lambda path: a_plan().save(path), read_plan, sealed=True, claims=3 * 2**28),
@@ -182,6 +197,12 @@ KINDS = {
     "record": Kind(
         lambda path: path.write_text(json.dumps(files.seal(CHECKPOINT))),
         read_record,
+        sealed=True,
+    ),
+    "journal": Kind(write_journal, search.read_journal, lenient=True),  # a cut end is left out
+    "latencies": Kind(
+        lambda path: search.Latencies({"kind": "cpu"}, TIMINGS).save(path),
+        lambda path: search.load_latencies(path, any_device=True),
         sealed=True,
     ),
     "summary": Kind(

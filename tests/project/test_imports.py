@@ -69,6 +69,7 @@ MAY_IMPORT = {
     "checkpoints": {"files", "processes"},
     "logs": {"checkpoints", "files"},
     "reports": {"files", "processes", "stacks", "storage", "structure", "trees"},
+    "search": {"files", "jaxprs", "layouts", "post_training", "reports", "structure", "trees"},
     "rewinding": {
         "budgets",
         "checkpoints",
@@ -89,6 +90,7 @@ LAZY = {
     "jaxprune.experiments",
     "jaxprune.models",
     "jaxprune.rewinding",
+    "jaxprune.search",
     "jaxprune.structure",
     "jaxprune.training",
     "orbax",
