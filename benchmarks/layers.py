@@ -137,7 +137,7 @@ def measure(options: dict[str, int], low: float, high: float) -> list[dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads options, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test, whose numbers mean nothing"
     )

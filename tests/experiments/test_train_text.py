@@ -11,6 +11,7 @@ from jaxprune import training
 from jaxprune.experiments import experiment, train
 from jaxprune.experiments.ahead import steps as ahead
 from jaxprune.experiments.config import CONFIGS
+from jaxprune.experiments.studies import networks
 from jaxprune.experiments.studies import text as study
 
 WIDTHS = {"width": 16, "layers": [[2, 1, 24], [2, 1, 24]]}
@@ -163,6 +164,11 @@ def test_wrong_options(words, message, tmp_path, capsys):
         train.main([*words.split(), "--workdir", str(tmp_path)])
     shown = f"{error.value} {capsys.readouterr().err}".replace("│", " ")
     assert message in " ".join(shown.split())
+
+
+def test_commands_that_need_data_in_memory_refuse_text(tmp_path):
+    with pytest.raises(ValueError, match="is a run on text, and this command needs a data set"):
+        networks.read_dense(tmp_path, CONFIGS["text_mini"][1])
 
 
 def test_sizes_of_the_study_have_as_many_parameters_as_zeros_leave(folder):

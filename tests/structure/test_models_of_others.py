@@ -387,6 +387,7 @@ class LinenStack(nn.Module):
 
 def haiku_stack(x):
     import haiku as hk
+    from haiku.experimental import layer_stack
 
     def layer(x):
         y = hk.LayerNorm(-1, True, True)(x)
@@ -394,7 +395,7 @@ def haiku_stack(x):
         x = x + hk.MultiHeadAttention(2, 4, w_init=init)(y, y, y)
         return x + hk.Linear(8)(jax.nn.relu(hk.Linear(12)(x)))
 
-    return hk.Linear(3)(hk.experimental.layer_stack(3)(layer)(hk.Linear(8)(x)))
+    return hk.Linear(3)(layer_stack(3)(layer)(hk.Linear(8)(x)))
 
 
 @pytest.mark.slow

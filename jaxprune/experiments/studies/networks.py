@@ -50,7 +50,16 @@ class Small(NamedTuple):
 
 
 def read_dense(path: Path, config: Config) -> Dense:
-    """Reads a trained network from the workdir of scripts/train.py, and groups its channels."""
+    """Reads a trained network from the workdir of scripts/train.py, and groups its channels.
+
+    Raises:
+        ValueError: its data set does not live in memory.
+    """
+    if config.dataset in ("imagenet2012", "text"):
+        raise ValueError(
+            f"{path} is a run on {config.dataset}, and this command needs a data set in memory, such "
+            "as digits or fashion_mnist. docs/structure.md removes channels of any network."
+        )
     config = dataclasses.replace(config, granularity="channels")
     experiment = Experiment(config)  # prunes nothing while it trains
     manager = checkpoints.open_manager(path / "checkpoints")

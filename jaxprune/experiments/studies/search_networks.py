@@ -56,7 +56,7 @@ def open_searched(options: argparse.Namespace, path: Path, config: Config) -> Se
     experiment = dense.experiment
     evaluate, variables = experiment.functions.evaluate, variables_of(dense.state)
     batch = options.batch if options.cost == "latency" else 1
-    images = jnp.zeros((batch, *experiment.source.image_shape), experiment.example.dtype)
+    images = jnp.zeros((batch, *experiment.source.shape), experiment.example.dtype)
     layers = search.find_layers(evaluate, variables, images)
     whole = experiment.groups.plan({})
     cost, errors = cost_of(options, dense, variables, layers, images)
