@@ -57,8 +57,8 @@ def read_dense(path: Path, config: Config) -> Dense:
     """
     if config.dataset in ("imagenet2012", "text"):
         raise ValueError(
-            f"{path} is a run on {config.dataset}, and this command needs a data set in memory, such "
-            "as digits or fashion_mnist. docs/structure.md removes channels of any network."
+            f"{path} is a run on {config.dataset}, and this command needs a data set in memory, "
+            "such as digits or fashion_mnist. docs/structure.md removes channels of any network."
         )
     config = dataclasses.replace(config, granularity="channels")
     experiment = Experiment(config)  # prunes nothing while it trains
