@@ -59,8 +59,9 @@ def test_layers_lose_weights_embedding_and_head_do_not(run, method, scan):
 
 
 @pytest.mark.slow
-def test_a_run_reports_bits_per_byte_and_resumes_to_the_bit(run, tmp_path):
-    options = "--method", "agip", "--sparsity", "0.5", "--remat"
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,fsdp=2"])
+def test_a_run_reports_bits_per_byte_and_resumes_to_the_bit(run, tmp_path, mesh):
+    options = "--method", "agip", "--sparsity", "0.5", "--remat", "--scan", "--mesh", mesh
     summary, workdir = run(*options), tmp_path / "run"
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     (found,) = (record["bits_per_byte"] for record in records if "bits_per_byte" in record)
