@@ -25,7 +25,7 @@ SHOWN = {"", "text", "bibtex", "json", "toml"}
 MAX_PROSE = 120  # columns of a line
 MAX_CELL = 160  # characters of a table cell
 # Commands that we do not check further: they are not ours.
-FOREIGN = {"apt-get", "cd", "git", "pip", "sudo", "tensorboard"}
+FOREIGN = {"apt-get", "cd", "dpkg", "git", "pip", "sudo", "tensorboard"}
 
 
 class Block(NamedTuple):
@@ -162,7 +162,8 @@ def problem(words: list[str]) -> str | None:
     """What is wrong with a command of ours, or None."""
     if "--" in words:  # what follows goes to the training script, with the same configuration
         end = words.index("--")
-        config = words[3] if words[2] == "headline" else words[2]
+        studies = {"headline": words[3], "text": "text_mini"}
+        config = studies.get(words[2], words[2])
         levers = [word for part in words[:end] if " " in part for word in shlex.split(part)]
         training = ["python", "scripts/train.py", config, *levers, *words[end + 1 :]]
         return problem([word for word in words[:end] if " " not in word]) or problem(training)
