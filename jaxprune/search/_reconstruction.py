@@ -71,7 +71,8 @@ def reconstruct(
         plan: which channels are kept.
         inputs: from `find_inputs`.
         damping: relative to the mean of the diagonal; it makes inputs solvable that are always 0 or
-            copies of each other.
+            copies of each other. Few data need more, or the fit holds for them alone: 1e-2 for a
+            hundred images.
 
     Returns:
         The variables at dense shapes with new kernels; compact or mask them by the plan.
