@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import tyro
 
-from jaxprune import training
+from jaxprune import storage, training, trees
 from jaxprune.experiments import experiment, train
 from jaxprune.experiments.ahead import steps as ahead
 from jaxprune.experiments.config import CONFIGS
-from jaxprune.experiments.studies import networks
+from jaxprune.experiments.studies import networks, rewinding
 from jaxprune.experiments.studies import text as study
 
 WIDTHS = {"width": 16, "layers": [[2, 1, 24], [2, 1, 24]]}
@@ -170,6 +170,19 @@ def test_wrong_options(words, message, tmp_path, capsys):
 def test_commands_that_need_data_in_memory_refuse_text(tmp_path):
     with pytest.raises(ValueError, match="is a run on text, and this command needs a data set"):
         networks.read_dense(tmp_path, CONFIGS["text_mini"][1])
+
+
+@pytest.mark.slow
+def test_rewinding_prunes_the_layers_of_a_decoder_only(folder, tmp_path):
+    options = "--length 16 --batch-size 8 --eval-batch-size 8 --steps 4 --warmup-steps 1"
+    widths = ["--widths", json.dumps(WIDTHS), "--source-dir", str(folder)]
+    command = ["text_mini", "--rounds", "1", "--rate", "0.5", "--methods", "fine_tune"]
+    command += ["--workdir", str(tmp_path), "--", *options.split(), *widths]
+    rewinding.main(command)
+    _, masks = storage.load(tmp_path / "seed-0" / "networks" / "fine_tune-1.npz")
+    kept = {path: float(np.mean(mask)) for path, mask in trees.leaf_by_path(masks).items()}
+    assert all(share == 1 for path, share in kept.items() if "layers/" not in path)
+    assert any(share < 0.6 for share in kept.values())
 
 
 def test_sizes_of_the_study_have_as_many_parameters_as_zeros_leave(folder):

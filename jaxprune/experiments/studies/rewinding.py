@@ -45,6 +45,7 @@ from jaxprune.experiments import command, results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
+from jaxprune.experiments.pruning import prunable_of
 from jaxprune.experiments.studies import jobs
 from jaxprune.experiments.studies.rewinding_results import write_results
 from jaxprune.logs import show_progress
@@ -282,7 +283,7 @@ def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[
         shared: Any = {"save_every": options.save_every, "on_round": on_round}
         rewinding.train_dense(task, workdir, keep=[early], **shared)
         for method in options.methods:
-            call = driver(options, method, early, to, config.seed)
+            call = driver(options, config, method, early, to)
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", UserWarning)
                 rounds = call(task, workdir, **shared)
@@ -299,15 +300,17 @@ def run_seed(options: argparse.Namespace, config: Config, should_stop: Callable[
 
 
 def driver(
-    options: argparse.Namespace, method: str, early: int, to: int, seed: int
+    options: argparse.Namespace, config: Config, method: str, early: int, to: int
 ) -> Callable[..., list[rewinding.Round]]:
     """Returns the driver of a method with all its arguments but task and workdir."""
     own: dict[str, Any] = {"iterative": not options.one_shot}
     rule: dict[str, Any] = {"budget": budgets.global_budget(0)}
+    if (prunable := prunable_of(config)) is not None:
+        rule["prunable"] = prunable
     if options.pattern == "channels":
         rule["pattern"] = patterns.channels(axis=-1)
     if method == "random_masks":
-        rule["score"] = scores.random(seed)
+        rule["score"] = scores.random(config.seed)
     if method != "retrain_dense":
         own["prune"] = functools.partial(jaxprune.prune, **rule)
         own["densities"] = rewinding.densities(options.rounds, options.rate)
