@@ -217,6 +217,8 @@ def test_what_orbax_prints_of_errors_is_dropped_while_it_works(tmp_path, caplog,
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:  # without what a command has left in this process
+        monkeypatch.setattr(logger, "filters", [])
     filters = [list(logger.filters) for logger in loggers]
     hook = sys.unraisablehook
     with _saved(tmp_path, 2) as manager:

@@ -231,18 +231,18 @@ class Decoder(nnx.Module):
 
     def _run(self, x: jax.Array, start: Any, past: Any) -> tuple[jax.Array, Any]:
         """Runs the layers; returns the residual stream and keys and values."""
-        run = jax.checkpoint(_run_layer, static_argnums=0) if self.remat else _run_layer
+        again = jax.checkpoint(_run_layer, static_argnums=0) if self.remat else _run_layer
         if self.scanned:
             graphdef, stack = nnx.split(self.layers)
 
             def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-                return run(graphdef, layer[0], x, start, layer[1])
+                return again(graphdef, layer[0], x, start, layer[1])
 
             return jax.lax.scan(body, x, (stack, past))
         kept = []
         for index, layer in enumerate(self.layers):
             own = None if past is None else tuple(both[index] for both in past)
-            x, own = run(*nnx.split(layer), x, start, own)
+            x, own = again(*nnx.split(layer), x, start, own) if self.remat else layer(x, start, own)
             kept.append(own)
         return x, None if past is None else tuple(map(list, zip(*kept, strict=True)))
 

@@ -304,7 +304,13 @@ def every_other(groups):
 def reads_like_masked(plan, extend, variables):
     """Prefill and one token at a time, on smaller arrays against the masked dense ones."""
     small, dense = plan.compact(variables), plan.mask(variables)
-    step = jax.jit(plan.wrap(extend))
+    wrapped, traced = plan.wrap(extend), []
+
+    @jax.jit
+    def step(variables, tokens, length):
+        traced.append(tokens.shape)
+        return wrapped(variables, tokens, length)
+
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         tokens, length = TOKENS[:, start:stop], jnp.int32(start)
         (wanted, new), (logits, less) = (
@@ -312,7 +318,7 @@ def reads_like_masked(plan, extend, variables):
         )
         np.testing.assert_allclose(logits, wanted, atol=2e-5)
         small, dense = small | less, dense | new
-    assert step._cache_size() == 2  # prefill and decode
+    assert traced == [(2, 4), (2, 1)]  # prefill and decode, once each
     return small
 
 
