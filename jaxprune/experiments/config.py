@@ -173,6 +173,8 @@ class Config:
             )
         if is_text and (self.pad or self.flip or self.small_images < 1):
             bad.append("`pad`, `flip` and `small_images` are for images, not for text")
+        if is_text and self.method == "synflow":
+            bad.append("`method` synflow feeds images of ones, which text has no equal of")
         if self.scan and not is_decoder:
             bad.append(f"`scan` needs a decoder; got {self.model}")
         if self.prune_stop < self.prune_start:
@@ -262,7 +264,7 @@ CONFIGS = {
         dataclasses.replace(_IMAGENET, schedule="steps", ema=0.0),
     ),
     "text_mini": (
-        "A decoder of 0.8 M parameters on the bytes of --source-dir: minutes on a CPU.",
+        "A decoder of 0.87 M parameters on the bytes of --source-dir: minutes on a CPU.",
         _TEXT,
     ),
     "text_124m": (

@@ -71,14 +71,12 @@ def pruning_while_training(
     if method == "none":
         return None
     options: dict[str, Any] = window._asdict()
-    if config.scan:  # budgets are those of layers, not of stacks
-        options |= {"stacked": stacks.under("layers")}
     if config.granularity == "channels":
         ranked = {"magnitude": scores.magnitude, "random": scores.random(config.seed)}
         options |= {"groups": groups, "score": ranked.get(method), "budget": budget_of(config)}
         options |= {"decay": config.decay, "regrow": config.regrow}
         return jaxprune.agip_transform(config.sparsity, **options)
-    options |= {"budget": budget_of(config), "prunable": prunable_of(config)}
+    options |= choice_of(config)
     if config.pattern != "weights":
         options |= {"pattern": pattern_of(config)}
     if method in ("agip", "gradient"):
@@ -98,6 +96,13 @@ def pruning_while_training(
 def prunable_of(config: Config) -> trees.Prunable | None:
     """Returns what loses weights: of decoders the layers, not the embedding and the head."""
     return presets.transformer if config.dataset == "text" else None
+
+
+def choice_of(config: Config) -> dict[str, Any]:
+    """Returns the keywords that say which single weights are pruned, and how many of a layer."""
+    # The budgets of scanned layers are those of layers, not of stacks.
+    stacked = stacks.under("layers") if config.scan else None
+    return {"budget": budget_of(config), "prunable": prunable_of(config), "stacked": stacked}
 
 
 def masks_at_init(experiment: "Experiment") -> Any:
@@ -121,9 +126,7 @@ def masks_at_init(experiment: "Experiment") -> Any:
     def loss(params: Any, temperature: float) -> jax.Array:
         return jnp.mean(training.cross_entropy(apply(params, images) / temperature, labels))
 
-    options: dict[str, Any] = {"budget": budget_of(config), "prunable": prunable_of(config)}
-    if config.scan:
-        options |= {"stacked": stacks.under("layers")}
+    options = choice_of(config)
     if config.method == "synflow":
         score = jax.jit(lambda params: at_init.synflow(apply, params, images[:1]))
         return jaxprune.prune_in_rounds(params, config.sparsity, score, **options)[1]

@@ -76,18 +76,27 @@ def test_a_run_reports_bits_per_byte_and_resumes_to_the_bit(run, tmp_path, mesh)
 
 
 @pytest.mark.slow
-def test_heads_and_channels_are_removed_while_it_trains(run, folder):
+@pytest.mark.parametrize("scan", [[], ["--scan"]], ids=["list", "scan"])
+def test_two_of_four_weights_stay_in_every_layer(run, scan):
+    summary = run("--method", "agip", "--pattern", "2:4", "--sparsity", "0.5", *scan)
+    assert summary["sparsity"] == 0.5 and summary["widths"] == WIDTHS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [[], ["--scan"]], ids=["list", "scan"])
+def test_heads_and_channels_are_removed_while_it_trains(run, folder, scan):
     channels = "--granularity channels --compact --switch-delay 1 --switch-steps 0 --saving 0"
     wide = json.dumps({"width": 64, "layers": [[4, 4, 64]] * 2})
     summary = run(
-        *"--method agip --sparsity 0.5 --multiple 1 --widths".split(), wide, *channels.split()
-    )
+        *"--method agip --sparsity 0.5 --multiple 1 --widths".split(), wide, *channels.split(),
+        *scan,
+    )  # fmt: skip
     assert summary["switches"] and summary["parameters"] < 40_000
     width, layers = summary["widths"]["width"], summary["widths"]["layers"]
     assert width < 64 and all(heads == kv < 4 and mlp < 64 for heads, kv, mlp in layers)
     # What the summary says builds a network of this size.
     text = json.dumps(summary["widths"])
-    words = [*WORDS, "--source-dir", str(folder), "--widths", text]
+    words = [*WORDS, "--source-dir", str(folder), "--widths", text, *scan]
     made = experiment.Experiment(tyro.extras.overridable_config_cli(CONFIGS, args=words))
     variables = made.functions.variables["params"]
     sizes = [int(np.prod(np.shape(leaf))) for leaf in training_leaves(variables)]
@@ -154,6 +163,7 @@ def test_the_shapes_for_compiling_ahead_are_those_of_the_data(folder):
         ("text_mini --source-dir absent", "`folder` must be a folder with text files"),
         ("text_mini --model resnet8", "`model` must be a decoder for the data set text"),
         ("digits_resnet8 --model decoder_mini", "`model` must be a decoder for the data set text"),
+        ("text_mini --method synflow", "`method` synflow feeds images of ones"),
         ("text_mini --flip", "`pad`, `flip` and `small_images` are for images"),
         ("digits_resnet8 --scan", "`scan` needs a decoder; got resnet8"),
         ("text_mini --length 0", "`length` must be at least 1; got 0"),
