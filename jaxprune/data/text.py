@@ -6,8 +6,9 @@
         ...
 
 The files of a folder follow one another in the order of their paths, like one long file. It is cut
-into blocks; every twentieth block is held out, and training never sees it. A window is an example:
-`length` bytes, and for each of them the byte that follows.
+into blocks; every twentieth block is held out, and training never sees a byte of it. A window is an
+example: `length` bytes, and for each of them the byte that follows. The windows of a block follow
+one another, and the last byte of the block only follows.
 """
 
 import bisect
@@ -62,18 +63,22 @@ class Windows(NamedTuple):
     """The windows of one part of a corpus; window `i` begins at byte `start(i)`.
 
     Example:
-        >>> train = Windows(size=38, length=10, per_block=2, block=20, held_out=False)
-        >>> [train.start(i) for i in (0, 1, 2, 37)]
-        [0, 10, 20, 370]
+        >>> train = Windows(size=38, length=10, per_block=2, held_out=False)
+        >>> train.block, [train.start(i) for i in (0, 1, 2, 37)]
+        (21, [0, 10, 21, 388])
         >>> [train._replace(held_out=True).start(i) for i in (0, 1, 2)]  # blocks 19 and 39
-        [380, 390, 780]
+        [399, 409, 819]
     """
 
     size: int  # number of windows
     length: int  # bytes of a window
     per_block: int  # windows of a block
-    block: int  # bytes of a block
     held_out: bool  # whether the blocks are those that training never sees
+
+    @property
+    def block(self) -> int:
+        """Bytes of a block."""
+        return self.per_block * self.length + 1
 
     def start(self, index: int) -> int:
         """Returns the first byte of a window."""
@@ -150,24 +155,22 @@ def split(corpus: Corpus, length: int) -> tuple[Windows, Windows]:
         ValueError: if `length` is less than 1, or there is too little text to hold any out.
 
     Example:
-        >>> train, test = split(Corpus(("a",), (0, 10_001)), length=50)
+        >>> train, test = split(Corpus(("a",), (0, 10_040)), length=50)
         >>> train.size, test.size
         (190, 10)
     """
     if length < 1:
         raise ValueError(f"`length` must be at least 1; got {length}")
-    usable = corpus.size - 1  # every byte of a window has one that follows
-    block = max(length, min(BLOCK, usable // (2 * EVERY)) // length * length)
-    blocks = usable // block
+    per_block = max(1, min(BLOCK, corpus.size // (2 * EVERY)) // length)
+    blocks = corpus.size // (per_block * length + 1)
     if blocks < EVERY:
         raise ValueError(
-            f"`length` {length} needs {EVERY * length + 1} bytes of text, so that one window in "
+            f"`length` {length} needs {EVERY * (length + 1)} bytes of text, so that one window in "
             f"{EVERY} can be held out; there are {corpus.size}"
         )
     held = blocks // EVERY
-    per_block = block // length
     parts = ((blocks - held, False), (held, True))
-    train, test = (Windows(n * per_block, length, per_block, block, own) for n, own in parts)
+    train, test = (Windows(n * per_block, length, per_block, own) for n, own in parts)
     return train, test
 
 
@@ -210,7 +213,7 @@ def examples(
     """Reads windows: uint8 [N, length], and the bytes that follow, uint8 [N, length].
 
     Example:
-        >>> windows = Windows(size=1, length=3, per_block=1, block=3, held_out=False)
+        >>> windows = Windows(size=1, length=3, per_block=1, held_out=False)
         >>> tokens, following = examples(Corpus((), (0,)), windows, [])
         >>> tokens.shape
         (0, 3)

@@ -60,35 +60,37 @@ def test_bytes_are_read_across_files(tmp_path_factory, start, count):
 @given(size=st.integers(21, 4_000_000), length=st.integers(1, 2000))
 def test_training_never_sees_what_is_held_out(size, length):
     corpus = text.Corpus(("a",), (0, size))
-    if size < text.EVERY * length + 1:
+    if size < text.EVERY * (length + 1):
         with pytest.raises(ValueError, match="`length`"):
             text.split(corpus, length)
         return
     train, test = text.split(corpus, length)
     share = test.size / (train.size + test.size)
     assert 1 / (2 * text.EVERY) < share <= 1 / text.EVERY
-    assert train.size + test.size >= (size - 1) // length * (1 - 2 / text.EVERY) - 1
+    assert train.size + test.size >= (size // (length + 1)) * (1 - 2 / text.EVERY) - 1
     every = max(1, (train.size + test.size) // 500)
     places = [[own.start(i) for i in range(0, own.size, every)] for own in (train, test)]
     for own, part in zip(places, (train, test), strict=True):
         assert own == sorted(set(own)) and own[-1] + length + 1 <= size
-        blocks = {start // part.block for start in own} | {
-            (start + length - 1) // part.block for start in own
-        }
+        # The last byte that is read is the one that follows the window.
+        blocks = {place // part.block for start in own for place in (start, start + length)}
         assert all((block % text.EVERY == text.EVERY - 1) == part.held_out for block in blocks)
 
 
-def test_windows_tile_the_text_without_gaps():
-    train, test = text.split(text.Corpus(("a",), (0, 40_001)), 50)
+def test_windows_tile_each_block_but_for_its_last_byte():
+    train, test = text.split(text.Corpus(("a",), (0, 40_040)), 50)
     starts = sorted([*map(train.start, range(train.size)), *map(test.start, range(test.size))])
-    assert starts == list(range(0, 40_000, 50))
+    assert train.block == 1001
+    assert starts == [
+        block + place for block in range(0, 40_040, 1001) for place in range(0, 1000, 50)
+    ]
 
 
 def test_a_small_corpus_is_held_out_in_small_blocks():
-    _, test = text.split(text.Corpus(("a",), (0, 201)), 10)
-    assert (test.size, test.start(0)) == (1, 190)
+    _, test = text.split(text.Corpus(("a",), (0, 220)), 10)
+    assert (test.size, test.start(0)) == (1, 209)
     _, large = text.split(text.Corpus(("a",), (0, 10**8)), 1000)
-    assert large.block == 65_000  # whole windows in 2**16 bytes
+    assert large.block == 65_001  # whole windows in 2**16 bytes, and a byte that follows
 
 
 def test_each_byte_has_the_one_that_follows(folder):
@@ -163,7 +165,7 @@ def test_folders_without_text(folder, make, message):
 
 
 def test_too_little_text_says_how_much_is_needed():
-    with pytest.raises(ValueError, match=r"`length` 10 needs 201 bytes of text.*there are 200"):
+    with pytest.raises(ValueError, match=r"`length` 10 needs 220 bytes of text.*there are 200"):
         text.split(text.Corpus(("a",), (0, 200)), 10)
     with pytest.raises(ValueError, match="`length` must be at least 1; got 0"):
         text.split(text.Corpus(("a",), (0, 200)), 0)
