@@ -80,6 +80,25 @@ def test_what_training_counts_is_no_statistic(batches):
     np.testing.assert_allclose(found["mean"], np.mean(batches, (0, 1)), rtol=1e-5)
 
 
+def test_state_that_the_output_depends_on_keeps_its_value(batches):
+    """Spectral norm divides by a vector that it updates; zeros in its place would give NaN."""
+
+    def train(variables, x):
+        kernel, own = variables["params"]["kernel"], variables["stats"]
+        vector = own["vector"] / jnp.linalg.norm(own["vector"])
+        x = x @ (kernel / jnp.linalg.norm(vector @ kernel))
+        vector = kernel @ (vector @ kernel)
+        return x, {"stats": {"mean": 0.9 * own["mean"] + 0.1 * x.mean(0), "vector": vector}}
+
+    kernel = jax.random.normal(jax.random.key(0), (4, 4))
+    stats = {"mean": jnp.full(4, 7.0), "vector": jnp.arange(1.0, 5.0)}
+    variables = {"params": {"kernel": kernel}, "stats": stats}
+    found = training.measure_statistics(train, variables, batches)["stats"]
+    np.testing.assert_array_equal(found["vector"], stats["vector"])
+    expected = np.mean([train(variables, x)[0].mean(0) for x in batches], 0)
+    np.testing.assert_allclose(found["mean"], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_network_without_channels_is_measured(batches):
     model = nnx.Sequential(
         nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)), nnx.relu,
