@@ -217,9 +217,9 @@ def test_sizes_of_the_study_have_as_many_parameters_as_zeros_leave(folder):
 @pytest.mark.scripts
 def test_the_study_of_text_gives_each_arm_the_same_time(folder, tmp_path):
     options = "--batch-size 8 --length 8 --eval-batch-size 8 --eval-every 99 --warmup-steps 1"
-    (tmp_path / "step_times.json").write_text(
-        json.dumps({"seconds": {name: 1 + (name == "dense") for name in study.arms()}})
-    )
+    seconds = {name: 1 + (name == "dense") for name in study.arms()}
+    times = {"device": "cpu", "seconds": seconds, "rounds": 9}
+    (tmp_path / "step_times.json").write_text(json.dumps(times))
     command = [str(folder), "--steps", "4", "--seeds", "0", "--workdir", str(tmp_path)]
     study.main([*command, "--arms", "dense", "small 0.9", "--", *options.split()])
     table = (tmp_path / "results.md").read_text().splitlines()
@@ -227,3 +227,6 @@ def test_the_study_of_text_gives_each_arm_the_same_time(folder, tmp_path):
     assert [line.split("|")[7].strip() for line in table[2:4]] == ["4", "8"]
     study.main(["--report-only", "--workdir", str(tmp_path)])
     assert (tmp_path / "results.md").read_text().splitlines() == table
+    (tmp_path / "step_times.json").write_text(json.dumps(times | {"seconds": {"dense": "long"}}))
+    with pytest.raises(SystemExit, match=r"step_times\.json.*dense.*must be a number"):
+        study.main([*command, "--", *options.split()])

@@ -27,9 +27,13 @@ from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
 from jaxprune.experiments.pruning import pruning_of
 from jaxprune.experiments.studies import jobs, tables
+from jaxprune.files import schemas
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train", "text_mini"]
 NEEDS = ("test_loss", "parameters", "nonzeros", "macs", "cpu_seconds", "steps", "device")
+STEP_TIMES = schemas.record(
+    {"device": schemas.text, "seconds": schemas.table(schemas.finite), "rounds": schemas.whole(1)}
+)
 STOP = 0.3  # fraction of all steps after which arms of channels train the small network
 # Zeros of the masked arms; for as many parameters, the share of heads and channels that AGIP
 # removes, and width, heads, heads of keys and values, and MLP of a small decoder.
@@ -160,7 +164,9 @@ def step_times(options: argparse.Namespace, rounds: int = 9, calls: int = 5) -> 
     """
     path = options.workdir / "step_times.json"
     if path.exists():
-        return files.parse_json(path.read_bytes())["seconds"]
+        record = files.parse_json(path.read_bytes())
+        STEP_TIMES(record, str(path))
+        return record["seconds"]
     timers = {}
     for name, arm in arms().items():
         if list(arm.timed) == [name]:
