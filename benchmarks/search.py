@@ -37,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> None:
     add("--dense-steps", type=int, default=3000, help="of the dense trainings; default: 3000")
     add("--steps", type=int, default=300, help="of fine-tuning; default: 300")
     add("--rewind-steps", type=int, default=1000, help="of rewinding; default: 1000")
+    add("--calibration", type=int, default=300, help="images to fit kernels on; default: 300")
+    add("--retrain", nargs="+", default=["fine_tune", "rewind"], help="default: fine_tune rewind")
     add("--tiny", action="store_true", help="a few steps and images, to try the command")
     options = parser.parse_args(args)
     if options.tiny:
@@ -66,7 +68,8 @@ def commands(options: argparse.Namespace) -> list[list[str]]:
             trained.add(model)
         shared = (
             f"--evaluations {options.evaluations} --steps {options.steps} "
-            f"--rewind-steps {options.rewind_steps} --calibration {min(300, options.images)}"
+            f"--rewind-steps {options.rewind_steps} --retrain {' '.join(options.retrain)} "
+            f"--calibration {min(options.calibration, options.images)}"
         )
         words = ["python", "scripts/search.py", dense, *own.split(), *shared.split()]
         found.append([*words, "--seeds", *options.seeds, "--workdir", str(workdir / name)])

@@ -460,7 +460,8 @@ class Plan(NamedTuple):
         if not worst <= tolerance:
             raise ValueError(
                 f"the compacted function differs from the masked one by {worst:.3g}, more than "
-                f"`tolerance` {tolerance:g}; please report this."
+                f"`tolerance` {tolerance:g}; many layers can amplify rounding to a few times that: "
+                "give a larger `tolerance` then; please report a difference that stays."
             )
         return worst
 
