@@ -1,13 +1,14 @@
 """The problem of single weights: which density each leaf has."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import trees
+from jaxprune import stacks, trees
 from jaxprune.search._layers import Layer
 from jaxprune.search._problems import (
     Counts,
@@ -27,6 +28,7 @@ def weights(
     cost: Callable[[Mapping[str, int]], float] | None = None,
     scores: Any = None,
     prunable: trees.Prunable = None,
+    stacked: trees.Stacked = None,
     floor: float = 0.02,
     choices: int = 256,
 ) -> Problem:
@@ -34,15 +36,18 @@ def weights(
 
     Args:
         params: dense arrays.
-        layers: from `find_layers`; there is one decision for each layer that is pruned.
+        layers: from `find_layers`; there is one decision for each layer that is pruned, or for each
+            copy in a stack of layers.
         budget: the share of the dense cost that may be spent, in (0, 1].
         cost: function from a dict of path -> number of kept weights to a number, such as
             `weight_macs(layers)`. Default: the number of kept weights of these leaves.
         scores: tree like `params`; in each leaf the weights with the largest scores are kept. They
             should be comparable between leaves for `ranking` and `knapsack`. Default: magnitudes.
         prunable: which leaves are pruned, see `trees.prunable_flags`.
-        floor: smallest density of a leaf, in [0, 1].
-        choices: number of densities of a leaf, evenly spaced from `floor` to 1.
+        stacked: function `(path, leaf) -> axes` that says which axes number copies of a layer, as
+            those of `jaxprune.stacks`. Each copy is a decision of its own, named `path[copy]`.
+        floor: smallest density of a decision, in [0, 1].
+        choices: number of densities of a decision, evenly spaced from `floor` to 1.
 
     Returns:
         The `Problem`.
@@ -68,45 +73,50 @@ def weights(
         trees.check_same_structure("scores", scores, params)
     worth = leaves if scores is None else trees.leaf_by_path(scores)
     _check_layers(layers, leaves)
-    decisions, ranks = [], {}
+    axes = stacks.axes_of(params, stacked)
+    decisions: list[Decision] = []
+    parts: dict[str, _Part] = {}
     for layer in layers:
         if not flags[layer.path]:
             continue
-        own = np.abs(np.asarray(worth[layer.path], np.float64)).reshape(-1)
-        if scores is not None:
-            own = np.asarray(worth[layer.path], np.float64).reshape(-1)
-        order = np.argsort(-own, kind="stable")
-        spaced = np.linspace(max(1, round(floor * own.size)), own.size, choices)
+        own = np.asarray(worth[layer.path], np.float64)
+        rows = _rows(np.abs(own) if scores is None else own, axes[layer.path])
+        copies, size = rows.shape
+        order = np.argsort(-rows, axis=1, kind="stable")
+        spaced = np.linspace(max(1, round(floor * size)), size, choices)
         widths = np.unique(np.round(spaced).astype(int))
-        decisions.append(Decision(layer.path, own.size, widths, order, own[order], (layer,)))
-        rank = np.empty(own.size, np.int32)
-        rank[order] = np.arange(own.size, dtype=np.int32)
-        ranks[layer.path] = rank.reshape(np.shape(leaves[layer.path]))
+        shape = tuple(own.shape[axis] for axis in axes[layer.path])
+        rank = np.empty(rows.shape, np.int32)
+        np.put_along_axis(rank, order, np.arange(size, dtype=np.int32)[None], axis=1)
+        rank = _unrows(rank, own.shape, axes[layer.path])
+        parts[layer.path] = _Part(len(decisions), copies, axes[layer.path], rank)
+        single = layer._replace(weights=layer.weights // copies, macs=layer.macs // copies)
+        for index in range(copies):
+            place = ", ".join(map(str, np.unravel_index(index, shape)))
+            name = f"{layer.path}[{place}]" if shape else layer.path
+            ordered = rows[index][order[index]]
+            decisions.append(Decision(name, size, widths, order[index], ordered, (single,)))
     if not decisions:
         raise ValueError("`layers` must have at least one leaf that is pruned; see `prunable`.")
-    names = [own.name for own in decisions]
 
     def account(counts: Counts) -> float:
-        kept = dict(zip(names, counts, strict=True))
+        kept = {path: sum(counts[own.places]) for path, own in parts.items()}
         return float(sum(counts)) if cost is None else cost(kept)
 
     def masks_of(counts: Counts) -> Any:
-        kept = dict(zip(names, counts, strict=True))
-        return jax.tree.unflatten(
-            jax.tree.structure(params),
-            [
-                jnp.asarray(
-                    ranks[path] < kept[path] if path in kept else np.ones(np.shape(x), bool)
-                )
-                for path, x in leaves.items()
-            ],
-        )
+        masks = [
+            jnp.asarray(parts[path].keep(counts) if path in parts else np.ones(np.shape(x), bool))
+            for path, x in leaves.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), masks)
 
-    on_device = {path: jnp.asarray(rank) for path, rank in ranks.items()}
+    on_device = {path: own._replace(rank=jnp.asarray(own.rank)) for path, own in parts.items()}
 
     def masked(variables: Any, counts: Any) -> Any:
-        kept = {path: on_device[path] < counts[index] for index, path in enumerate(names)}
-        return changed(variables, lambda path, x: jnp.where(kept[path], x, 0), kept)
+        def zeroed(path: str, leaf: Any) -> Any:
+            return jnp.where(on_device[path].keep(counts), leaf, 0)
+
+        return changed(variables, zeroed, on_device)
 
     return make_problem(decisions, account, budget, params, masked, masks_of, None, cliques=())
 
@@ -133,6 +143,39 @@ def weight_macs(layers: Sequence[Layer]) -> Callable[[Mapping[str, int]], float]
         )
 
     return cost
+
+
+class _Part(NamedTuple):
+    """The decisions of a leaf."""
+
+    first: int  # its first decision
+    copies: int  # the number of its decisions
+    axes: tuple[int, ...]  # that number the copies
+    rank: Any  # int32, shape of the leaf: the place of each weight in its copy, 0 is kept longest
+
+    @property
+    def places(self) -> slice:
+        """Its decisions."""
+        return slice(self.first, self.first + self.copies)
+
+    def keep(self, counts: Any) -> Any:
+        """Returns the mask of the leaf."""
+        shape = [own if axis in self.axes else 1 for axis, own in enumerate(self.rank.shape)]
+        own: Any = counts[self.places]
+        return self.rank < (np.reshape if isinstance(own, tuple) else jnp.reshape)(own, shape)
+
+
+def _rows(leaf: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Returns the weights of each copy as a row."""
+    first = np.moveaxis(leaf, axes, range(len(axes)))
+    return first.reshape(math.prod(first.shape[: len(axes)]), -1)
+
+
+def _unrows(rows: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+    """Undoes `_rows`."""
+    rest = [own for axis, own in enumerate(shape) if axis not in axes]
+    first = rows.reshape(*(shape[axis] for axis in axes), *rest)
+    return np.moveaxis(first, range(len(axes)), axes)
 
 
 def _check_layers(layers: Sequence[Layer], leaves: Mapping[str, Any]) -> None:

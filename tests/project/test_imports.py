@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "checkpoints": {"files", "processes"},
     "logs": {"checkpoints", "files"},
     "reports": {"files", "processes", "stacks", "storage", "structure", "trees"},
-    "search": {"files", "jaxprs", "layouts", "post_training", "reports", "structure", "trees"},
+    "search": {"files", "jaxprs", "layouts", "post_training", "reports", "stacks", "structure", "trees"},
     "rewinding": {
         "budgets",
         "checkpoints",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxprune import search, structure
+from jaxprune import search, stacks, structure
 from jaxprune.search._pricing import quick_cost
 from tests.support.searching import SIZE, planted, problem_of, synthetic
 
@@ -80,6 +80,56 @@ def test_weights_are_masked_by_rank():
     assert masks["w"].tolist() == [[True, True], [False, False]] and masks["b"].all()
     found = problem.masked(params, jnp.array([2]))
     np.testing.assert_array_equal(found["w"], jnp.where(masks["w"], params["w"], 0))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_each_copy_of_a_stack_is_a_decision_as_in_a_list(axis):
+    copies, w = 3, np.random.default_rng(0).normal(size=(3, 8, 8))
+    w *= np.array([1.0, 10.0, 0.1])[:, None, None]
+    x = jnp.ones((1, 8))
+
+    def by_list(w, x):
+        for own in w:
+            x = x @ own
+        return x
+
+    def by_scan(w, x):
+        return jax.lax.scan(lambda x, own: (x @ own, None), x, jnp.moveaxis(w["w"], axis, 0))[0]
+
+    alone = [jnp.asarray(own, jnp.float32) for own in w]
+    stack = {"w": jnp.moveaxis(jnp.stack(alone), 0, axis)}
+    layers = search.find_layers(by_scan, stack, x)
+    stacked = stacks.under("w", axis=axis)
+    found = search.weights(stack, layers, budget=0.4, floor=0.1, choices=9, stacked=stacked)
+    parts = search.find_layers(by_list, alone, x)
+    expected = search.weights(alone, parts, budget=0.4, floor=0.1, choices=9)
+    assert [own.name for own in found.decisions] == ["w[0]", "w[1]", "w[2]"]
+    assert (found.dense, found.budget) == (expected.dense, expected.budget)
+    for index in range(copies):
+        ours, theirs = found.decisions[index], expected.decisions[index]
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+        assert ours.layers[0].macs == theirs.layers[0].macs
+    for counts in [*candidates(expected), found.floors]:
+        masks = np.moveaxis(found.outcome(counts)["w"], axis, 0)
+        np.testing.assert_array_equal(masks, np.stack(expected.outcome(counts)))
+        zeroed = jax.jit(found.masked)(stack, jnp.asarray(counts))["w"]
+        np.testing.assert_array_equal(zeroed, np.where(found.outcome(counts)["w"], stack["w"], 0))
+
+
+def test_copies_along_two_axes_and_the_cost_of_a_stack():
+    experts = {"w": jnp.arange(1.0, 2 * 3 * 4 * 5 + 1).reshape(2, 4, 3, 5)}
+    layers = [search.Layer("w", c=4, n=5, rows=1, weights=120, macs=120)]
+    stacked = stacks.under("w", axis=(0, 2))
+    cost = search.weight_macs(layers)
+    problem = search.weights(experts, layers, budget=0.5, cost=cost, stacked=stacked, floor=0.1)
+    assert [own.name for own in problem.decisions] == [
+        f"w[{i}, {j}]" for i in (0, 1) for j in range(3)
+    ]
+    masks = np.asarray(problem.outcome((2, 4, 6, 8, 10, 12))["w"])
+    assert masks.sum((1, 3)).tolist() == [[2, 4, 6], [8, 10, 12]]
+    assert problem.account((2, 4, 6, 8, 10, 12)) == 42
+    with pytest.raises(ValueError, match="`stacked` matches no leaf"):
+        search.weights(experts, layers, budget=0.5, stacked=stacks.under("layers"))
 
 
 def test_residual_streams_decide_together():
