@@ -161,8 +161,8 @@ class _Part(NamedTuple):
     def keep(self, counts: Any) -> Any:
         """Returns the mask of the leaf."""
         shape = [own if axis in self.axes else 1 for axis, own in enumerate(self.rank.shape)]
-        own: Any = counts[self.places]
-        return self.rank < (np.reshape if isinstance(own, tuple) else jnp.reshape)(own, shape)
+        own = counts[self.places]
+        return self.rank < (np.array(own) if isinstance(own, tuple) else own).reshape(shape)
 
 
 def _rows(leaf: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
