@@ -42,6 +42,7 @@ Train:
 See what happened:
     reports               tables, plots, costs and pages; `summarize`
     programs (lazy)       compile for devices that are not here; read what a program does
+    testing (lazy)        assertions and the contract of a transformation, for tests of your own
 
 `jaxprune.experiments` holds the commands of scripts/; the library does not use it. `trees`,
 `counting`, `files` and `jaxprs` are internal, too. Every other name follows the CHANGELOG: it
@@ -104,6 +105,7 @@ if typing.TYPE_CHECKING:
         search,
         sharding,
         structure,
+        testing,
         training,
     )
 
@@ -156,6 +158,7 @@ __all__ = [
     "straight_through_transform",
     "structure",
     "summarize",
+    "testing",
     "timetables",
     "training",
     "transforms",
@@ -164,7 +167,7 @@ __all__ = [
 
 _LAZY = {
     "checkpoints", "data", "experiments", "logs", "models", "processes", "programs", "rewinding",
-    "search", "sharding", "structure", "training",
+    "search", "sharding", "structure", "testing", "training",
 }  # fmt: skip
 
 

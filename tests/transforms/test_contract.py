@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune
-from jaxprune import budgets, patterns, rates, schedules, scores, structure
+from jaxprune import budgets, patterns, rates, schedules, scores, structure, testing
 from tests.support.combinations import in_turn
 from tests.support.optimizers import OPTIMIZERS, extra_of
 
@@ -254,9 +254,8 @@ def test_masked_weights_are_exactly_zero_after_every_step(transform: str, inner:
     # The state of optax.lbfgs changes its weak types in the first step, without pruning as well.
     assert result.programs == (2 if inner == "optax: lbfgs" else 1)
     for params, masks in zip(result.params, result.masks):
-        for weight, mask in zip(kernels(params), kernels(masks)):
-            np.testing.assert_array_equal(weight[~mask], 0.0)
-            assert np.isfinite(weight).all()
+        testing.assert_masked(params, masks)
+        chex.assert_tree_all_finite(params)
 
 
 def expected_counts(transform: str) -> list[int]:
@@ -375,7 +374,7 @@ def test_eight_devices_give_the_masks_of_one(transform: str, layout: str) -> Non
     for i in range(STEPS):
         x = jax.device_put(inputs(i), NamedSharding(mesh, P(("x", "y"))))
         params, state = step(params, state, x)
-        chex.assert_trees_all_equal(jaxprune.get_masks(state), expected.masks[i])
+        testing.assert_same_masks(jaxprune.get_masks(state), expected.masks[i])
     chex.assert_trees_all_close(params, expected.params[-1], rtol=1e-4, atol=1e-5)
 
 
@@ -445,8 +444,7 @@ def test_half_precision_leaves_no_residue(transform: str, dtype: Any, update_dty
         params, state = step(params, state, updates)
         assert params["a"]["kernel"].dtype == dtype
         masks = jaxprune.get_masks(state)
-        for weight, mask in zip(kernels(params), kernels(masks)):
-            np.testing.assert_array_equal(weight[~mask].astype(np.float32), 0.0)
+        testing.assert_masked(params, masks)
         counts.append(kept(masks))
     assert counts == expected_counts(transform)
 
