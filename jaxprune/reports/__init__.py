@@ -18,6 +18,7 @@ from jaxprune.reports._plots import (
     plot_accuracy,
     plot_compaction,
     plot_densities,
+    plot_overlap,
     plot_retraining,
     plot_searches,
     plot_tradeoffs,
@@ -25,6 +26,7 @@ from jaxprune.reports._plots import (
 )
 from jaxprune.reports._summary import Row, Summary, checkpoint_bytes, summarize
 from jaxprune.reports._tables import markdown_table, table
+from jaxprune.reports._watching import pruning_metrics
 
 __all__ = [
     "Comparison",
@@ -41,10 +43,12 @@ __all__ = [
     "plot_accuracy",
     "plot_compaction",
     "plot_densities",
+    "plot_overlap",
     "plot_retraining",
     "plot_searches",
     "plot_tradeoffs",
     "plot_training",
+    "pruning_metrics",
     "summarize",
     "table",
     "write_page",

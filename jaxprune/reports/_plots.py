@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxprune import files
+from jaxprune import files, trees
+from jaxprune.masks import overlap
 from jaxprune.reports._summary import Summary
 
 if TYPE_CHECKING:
@@ -372,6 +373,54 @@ def plot_searches(
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlim(0, longest + 1)
     _finish(axes, title="Best score so far", xlabel="Evaluation", ylabel="Score on held-out images")
+    _save(figure, path)
+
+
+def plot_overlap(
+    masks: Any, others: Any, path: str | os.PathLike[str], *, names: tuple[str, str]
+) -> None:
+    """Draws for each layer which weights two sets of masks keep: both, or only one of them.
+
+    Args:
+        masks: tree of bools, True where a weight is kept.
+        others: tree of bools with the same paths.
+        path: the PNG file to write, atomically. Its folder is created.
+        names: what the two are called in the picture.
+
+    Raises:
+        ValueError: if paths or shapes differ, or nothing is pruned.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> first, second = {"w": np.array([True, True, False])}, {"w": np.arange(3) != 1}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_overlap(first, second, f"{folder}/overlap.png", names=("one", "other"))
+        ...     pathlib.Path(folder, "overlap.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    found = overlap(masks, others)
+    if not found.leaves:
+        raise ValueError("`masks` and `others` must prune at least one leaf, but keep everything.")
+    ours, theirs = trees.places(masks), trees.places(others)
+    shares = []
+    for leaf in found.leaves:
+        one, other = np.broadcast_arrays(
+            np.asarray(ours[leaf], bool), np.asarray(theirs[leaf], bool)
+        )
+        parts = one & other, one & ~other, other & ~one
+        shares.append([float(part.mean()) for part in parts])
+    figure = _figure(7.0, 1.2 + 0.28 * len(shares))
+    axes, start = figure.subplots(), np.zeros(len(shares))
+    labels = "both", f"only {names[0]}", f"only {names[1]}"
+    for index, label in enumerate(labels):
+        width = np.array([row[index] for row in shares])
+        rows = range(len(shares))
+        axes.barh(rows, width, left=start, color=_COLOURS[index], height=0.8, label=label)
+        start = start + width
+    axes.set_yticks(range(len(shares)), [*found.leaves])
+    axes.invert_yaxis()
+    title = f"{found.total:.0%} of what {names[0]} keeps, {names[1]} keeps as well"
+    _finish(axes, title=title, xlabel="Fraction of the weights of a layer that is kept", ylabel="")
     _save(figure, path)
 
 

@@ -10,6 +10,9 @@ import numpy as np
 from jaxprune import processes, stacks, storage, trees
 from jaxprune.reports._tables import table
 
+_SORTED = ("path", "parameters", "nonzeros", "bytes", "kept", "sparsity", "density")
+_RED, _GREEN, _DIM, _PLAIN = (f"\x1b[{code}m" for code in (31, 32, 2, 0))  # codes of terminals
+
 
 class Row(NamedTuple):
     """A leaf in a `Summary`, or one copy of a stacked leaf, or the total (with an empty `shape`).
@@ -78,6 +81,37 @@ class Summary(NamedTuple):
             kept=summed("kept") if masked else None,
             masked_nonzeros=summed("masked_nonzeros"),
         )
+
+    def sort(self, by: str, *, reverse: bool = True) -> "Summary":
+        """Returns the summary with its rows sorted by a column, the largest first.
+
+        Args:
+            by: `path`, `parameters`, `nonzeros`, `bytes`, `kept` (without masks `nonzeros`),
+                `sparsity` or `density`.
+            reverse: False puts the smallest first.
+
+        Returns:
+            The sorted `Summary`; equal rows keep their order.
+
+        Raises:
+            ValueError: if there is no such column.
+        """
+        if by not in _SORTED:
+            raise ValueError(f"`by` must be one of {', '.join(_SORTED)}, but is {by!r}.")
+        by = "nonzeros" if by == "kept" and self.total.kept is None else by
+        return Summary(tuple(sorted(self.rows, key=lambda row: getattr(row, by), reverse=reverse)))
+
+    def coloured(self) -> str:
+        """Returns the table for a terminal: pruned leaves green, others dim, wrong ones red.
+
+        A leaf is wrong if masked weights in it are not 0.
+        """
+        lines = str(self).split("\n")
+        for index, row in enumerate(self.rows, start=2):
+            pruned = row.kept < row.parameters if row.kept is not None else row.reason is None
+            colour = _RED if row.masked_nonzeros else _GREEN if pruned else _DIM
+            lines[index] = f"{colour}{lines[index]}{_PLAIN}"
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns `{"leaves": [...], "total": {...}}` of plain Python values."""

@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "training": {"masks", "sharding", "trees"},
     "checkpoints": {"files", "processes"},
     "logs": {"checkpoints", "files"},
-    "reports": {"files", "processes", "stacks", "storage", "structure", "trees"},
+    "reports": {"files", "masks", "processes", "stacks", "storage", "structure", "trees"},
     "search": {
         "files",
         "jaxprs",

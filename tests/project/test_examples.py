@@ -1,0 +1,99 @@
+"""Every file of examples/ runs, with the figures that it states, and is short enough to read."""
+
+import ast
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# Those with published weights take minutes; docs/results.md has their figures.
+WITH_WEIGHTS = {"phone_network", "sentence_encoder"}
+NEEDS = {"equinox_model": "equinox", "haiku_model": "haiku"}
+
+
+def load(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def optax_loop(found):
+    assert found["dense"][0] > 0.95 and found["dense"][1] < 0.01
+    for name in ("magnitude", "agip"):
+        assert found[name][0] > 0.93
+        assert found[name][1] == pytest.approx(0.9, abs=1e-3)
+
+
+def zeros_and_accuracy(zeros, accuracy):
+    def check(found):
+        assert found["zeros"] == pytest.approx(zeros, abs=1e-3)
+        assert found["accuracy"] > accuracy
+
+    return check
+
+
+def nnx_optimizer(found):
+    assert found["accuracy"] > 0.93 and found["file"] < 0.25
+
+
+def language_model(found):
+    assert found["zeros"] == pytest.approx(0.8, abs=1e-3) and found["bits"] < 4
+
+
+def fewer_channels(found):
+    assert found["accuracy"] > 0.9 and found["widths"] == [16, 32]
+    assert found["macs"] < 1 / 3
+
+
+def rewind_your_loop(found):
+    densities, accuracies = zip(*found, strict=True)
+    assert densities[-1] == pytest.approx(0.8**6, abs=1e-3)
+    assert min(accuracies) > 0.93
+
+
+def search_widths(found):
+    assert found["dense"] > 0.93 and found["cross_entropy"] > found["uniform"]
+
+
+def own_method(found):
+    assert found["accuracy"] > 0.9
+
+
+CHECKS = {
+    "optax_loop": optax_loop,
+    "linen_train_state": zeros_and_accuracy(0.8, 0.9),
+    "nnx_optimizer": nnx_optimizer,
+    "equinox_model": zeros_and_accuracy(0.9, 0.93),
+    "haiku_model": zeros_and_accuracy(0.9, 0.93),
+    "language_model": language_model,
+    "fewer_channels": fewer_channels,
+    "rewind_your_loop": rewind_your_loop,
+    "search_widths": search_widths,
+    "own_method": own_method,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_an_example_has_the_figures_that_it_states(name: str) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    CHECKS[name](load(name).main())
+
+
+def test_every_example_is_run_and_short_and_uses_public_names() -> None:
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert {file.stem for file in files} == {*CHECKS, *WITH_WEIGHTS}
+    for file in files:
+        text = file.read_text()
+        assert "Expected" in text or file.stem in WITH_WEIGHTS, file.name
+        assert f"python examples/{file.name}" in text, file.name
+        assert len(text.splitlines()) <= 150 or file.stem in WITH_WEIGHTS, file.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxprune"):
+                names = [*(node.module or "").split("."), *(own.name for own in node.names)]
+                assert not any(name.startswith("_") for name in names), file.name
