@@ -100,7 +100,7 @@ wheel: $(VENV)/.train  ## build the wheel, install it elsewhere and use it outsi
 	  --no-deps dist/jaxprune-*.whl
 	$(PYTHON) -c '$(PACKAGES)' >"$$($(OUTSIDE)/bin/python -c '$(PACKAGES)')/shared.pth"
 	cd $(OUTSIDE) && env -u PYTHONPATH bin/python "$(CURDIR)/.ci/outside.py"
-	cd $(OUTSIDE) && env -u PYTHONPATH bin/python -m jaxprune.experiments.train --help >/dev/null
+	cd $(OUTSIDE) && env -u PYTHONPATH bin/python -m jaxprune train --help >/dev/null
 	@echo "The wheel works outside of the checkout: $$(ls dist/*.whl)"
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's style
