@@ -3,7 +3,7 @@
     pip install equinox
     python examples/equinox_model.py
 
-Expected after 400 steps on handwritten digits: about 97 % of the test images with 90 % of the
+Expected after 400 steps on handwritten digits: about 95 % of the test images with 90 % of the
 weights of the three layers at 0.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/nnx_optimizer.py
 
-Expected after 400 steps on handwritten digits: about 97 % of the test images with 90 % of the
+Expected after 400 steps on handwritten digits: about 95 % of the test images with 90 % of the
 weights of the kernels at 0, and a file of less than a quarter of the bytes of the dense one.
 """
 
