@@ -3,6 +3,9 @@
 space = elastic.named("resnet20")                       # or of one's own function
 """
 
+from jaxprune.elastic._evolution import Evolution, Evolved, evolve, find_cheapest, remember
+from jaxprune.elastic._predictor import Fit, Predictor, encode, fit_predictor, kendall, spearman
+from jaxprune.elastic._recalibration import make_accuracy, recalibrate
 from jaxprune.elastic._space import (
     Choice,
     Decision,
@@ -14,15 +17,34 @@ from jaxprune.elastic._space import (
     smallest,
     used,
 )
+from jaxprune.elastic._specialising import Front, Measured, Point, draw_distinct, specialise
 
 __all__ = [
     "Choice",
     "Decision",
+    "Evolution",
+    "Evolved",
+    "Fit",
+    "Front",
+    "Measured",
+    "Point",
+    "Predictor",
     "canonical",
     "count",
     "describe",
     "draw",
+    "draw_distinct",
+    "encode",
+    "evolve",
+    "find_cheapest",
+    "fit_predictor",
+    "kendall",
     "largest",
+    "make_accuracy",
+    "recalibrate",
+    "remember",
     "smallest",
+    "spearman",
+    "specialise",
     "used",
 ]
