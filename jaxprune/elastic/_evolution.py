@@ -54,8 +54,8 @@ def evolve(
 
     The first population is drawn at random. In each generation the best choices become parents; the
     next population are the parents, mutants of random parents (each decision is drawn again with
-    some probability), and crossovers of two random parents (each decision from either). A choice
-    above the budget has decisions, in random order, replaced by those of the cheapest choice until
+    some probability), and crossovers of two random parents (each decision from either). In a choice
+    above the budget random decisions move towards the cheapest choice, one option at a time, until
     it fits. The published code draws such a choice again until one fits, which may take forever
     where few do.
 
@@ -113,12 +113,14 @@ def evolve(
         return sorted(distinct, key=lambda own: -known[own])  # stable: ties keep their order
 
     def fitting(choice: Choice) -> Choice:
-        own = list(choice)
-        for index in rng.permutation(len(own)):
-            if costs(canonical(decisions, tuple(own))) <= budget:
-                break
-            own[index] = cheapest[index]
-        return canonical(decisions, tuple(own))
+        """Moves random decisions towards the cheapest choice, one option at a time."""
+        own = canonical(decisions, choice)
+        while costs(own) > budget:
+            apart = [i for i in range(len(own)) if own[i] != cheapest[i]]
+            index = apart[int(rng.integers(len(apart)))]
+            step = 1 if cheapest[index] > own[index] else -1
+            own = canonical(decisions, (*own[:index], own[index] + step, *own[index + 1 :]))
+        return own
 
     size = settings.population
     first = [tuple(own) for own in start][:size]
