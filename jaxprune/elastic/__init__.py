@@ -14,7 +14,9 @@ from jaxprune.elastic._evolution import Evolution, Evolved, evolve, find_cheapes
 from jaxprune.elastic._extracting import Extracted, extract, to_module
 from jaxprune.elastic._gates import Space, make_space
 from jaxprune.elastic._named import named
+from jaxprune.elastic._phases import ALL, Phase, phases, sub_networks
 from jaxprune.elastic._predictor import Fit, Predictor, encode, fit_predictor, kendall, spearman
+from jaxprune.elastic._programs import Recipe
 from jaxprune.elastic._recalibration import make_accuracy, recalibrate
 from jaxprune.elastic._sorting import consumer_norms, sort_channels
 from jaxprune.elastic._space import (
@@ -29,8 +31,10 @@ from jaxprune.elastic._space import (
     used,
 )
 from jaxprune.elastic._specialising import Front, Measured, Point, draw_distinct, specialise
+from jaxprune.elastic._training import PhaseResult, Stopped, Trained, train
 
 __all__ = [
+    "ALL",
     "Choice",
     "Decision",
     "Evolution",
@@ -39,9 +43,14 @@ __all__ = [
     "Fit",
     "Front",
     "Measured",
+    "Phase",
+    "PhaseResult",
     "Point",
     "Predictor",
+    "Recipe",
     "Space",
+    "Stopped",
+    "Trained",
     "canonical",
     "consumer_norms",
     "count",
@@ -60,6 +69,7 @@ __all__ = [
     "make_space",
     "named",
     "parameter_cost",
+    "phases",
     "plan_cost",
     "recalibrate",
     "remember",
@@ -67,6 +77,8 @@ __all__ = [
     "sort_channels",
     "spearman",
     "specialise",
+    "sub_networks",
     "to_module",
+    "train",
     "used",
 ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import training
+from jaxprune.elastic._programs import resized
 from jaxprune.elastic._space import Choice
 
 PyTree = Any
@@ -17,6 +18,10 @@ class Masked(Protocol):
 
     def gates(self, choice: Choice) -> PyTree:
         """Returns small arrays that say what a choice keeps."""
+        ...
+
+    def resolution(self, choice: Choice) -> int | None:
+        """Returns the height and width of the images, or None if they do not vary."""
         ...
 
     def masked(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +107,7 @@ def make_accuracy(
 ) -> Callable[[Choice], float]:
     """Makes a function from a choice to the accuracy of its sub-network, as cut.
 
-    Statistics are computed again for each choice. Two programs serve all choices.
+    Statistics are computed again for each choice. Two programs serve all choices of a resolution.
 
     Args:
         space: of the elastic network.
@@ -121,6 +126,7 @@ def make_accuracy(
     Example:
         >>> class Whole:  # a space of one choice
         ...     def gates(self, choice): return ()
+        ...     def resolution(self, choice): return None
         ...     def masked(self, function): return lambda v, gates, x: function(v, x)
         >>> def train(variables, x):
         ...     old, x = variables["stats"], x @ variables["params"]
@@ -153,7 +159,10 @@ def make_accuracy(
             decays.update(
                 training.find_decays(_Gated(masked_train), variables, (gates, calibration[0]))
             )
-        own = recalibrate(masked_train, variables, gates, calibration, decays=decays)
-        return sum(int(correct(own, gates, *batch)) for batch in batches) / count
+        pixels = space.resolution(choice)
+        images = (resized(own, pixels) for own in calibration)
+        own = recalibrate(masked_train, variables, gates, images, decays=decays)
+        right = (correct(own, gates, resized(x, pixels), labels) for x, labels in batches)
+        return sum(map(int, right)) / count
 
     return accuracy

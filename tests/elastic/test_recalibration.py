@@ -19,6 +19,9 @@ class Space:
     def gates(self, choice):
         return jnp.asarray(np.arange(8) < 2 * 2 ** choice[0], jnp.float32)
 
+    def resolution(self, choice):
+        return None
+
     def masked(self, function):
         def run(variables, gates, images):
             self.traces.append(function.__name__)
