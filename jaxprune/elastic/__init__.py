@@ -12,6 +12,8 @@ program computes all sub-networks, and cutting one out gives smaller arrays that
 from jaxprune.elastic._extracting import Extracted, extract, to_module
 from jaxprune.elastic._gates import Space, make_space
 from jaxprune.elastic._named import named
+from jaxprune.elastic._phases import ALL, Phase, phases, sub_networks
+from jaxprune.elastic._programs import Recipe
 from jaxprune.elastic._sorting import consumer_norms, sort_channels
 from jaxprune.elastic._space import (
     Choice,
@@ -24,12 +26,19 @@ from jaxprune.elastic._space import (
     smallest,
     used,
 )
+from jaxprune.elastic._training import PhaseResult, Stopped, Trained, train
 
 __all__ = [
+    "ALL",
     "Choice",
     "Decision",
     "Extracted",
+    "Phase",
+    "PhaseResult",
+    "Recipe",
     "Space",
+    "Stopped",
+    "Trained",
     "canonical",
     "consumer_norms",
     "count",
@@ -39,8 +48,11 @@ __all__ = [
     "largest",
     "make_space",
     "named",
+    "phases",
     "smallest",
     "sort_channels",
+    "sub_networks",
     "to_module",
+    "train",
     "used",
 ]
