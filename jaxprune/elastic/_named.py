@@ -84,7 +84,9 @@ def named(
     layers, stream = _layers(name)
     stages = _stages(model)
     shared = {  # name of a decision -> the groups that share it
-        f"blocks/{b}": tuple(f"params/blocks/{b}/{layer}/kernel:3" for layer in layers)
+        f"blocks/{b}": tuple(
+            _group_of(groups, f"params/blocks/{b}/{layer}/kernel", 3) for layer in layers
+        )
         for b in range(len(model.blocks))
     }
     fractions = dict.fromkeys(shared, widths)
