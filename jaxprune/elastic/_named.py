@@ -13,6 +13,7 @@ from jaxprune import models, structure, trees
 from jaxprune.elastic._extracting import Extracted
 from jaxprune.elastic._gates import Space, make_space
 from jaxprune.models.mbconv import default_blocks
+from jaxprune.models.widths import ARCHITECTURES
 
 _STATE = "model_state"
 _STEP = 4  # widths are multiples of it
@@ -67,9 +68,9 @@ def named(
             raise ValueError(
                 f"`{argument}` must be fractions in (0, 1] with 1 among them; got {fractions}."
             )
-    resnets = models.widths.ARCHITECTURES
-    if name not in resnets and name != "mbconv":
-        raise ValueError(f"`name` must be mbconv or one of {', '.join(resnets)}; got {name!r}.")
+    if name not in ARCHITECTURES and name != "mbconv":
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"`name` must be mbconv or one of {known}; got {name!r}.")
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "in_channels": in_channels,
@@ -128,7 +129,7 @@ def _layers(name: str) -> tuple[list[str], str]:
     """Returns the layers inside a block that share a width, and the one that ends it."""
     if name == "mbconv":
         return ["expand/conv"], "project/conv"
-    if models.widths.ARCHITECTURES[name].bottleneck:
+    if ARCHITECTURES[name].bottleneck:
         return ["conv1", "conv2"], "conv3"
     return ["conv1"], "conv2"
 
@@ -138,7 +139,7 @@ def _stages(model: Any) -> list[list[int]]:
     if isinstance(model, models.MBConv):
         starts = [index for index, block in enumerate(model.shapes) if not block.shortcut]
     else:
-        depths = models.widths.ARCHITECTURES[model.name].depths
+        depths = ARCHITECTURES[model.name].depths
         starts = [sum(depths[:stage]) for stage in range(len(depths))]
     stops = [*starts[1:], len(model.blocks)]
     return [list(range(*own)) for own in zip(starts, stops, strict=True)]

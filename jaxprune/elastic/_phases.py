@@ -125,7 +125,8 @@ def phases(
         raise ValueError(f"`steps` must be at least {len(rows)}, one for each phase; got {steps}.")
     stops = np.round(np.cumsum(weights) / sum(weights) * steps)
     lengths = np.maximum(np.diff(stops, prepend=0), 1).astype(int)
-    lengths[np.argmax(lengths)] -= lengths.sum() - steps
+    while lengths.sum() > steps:  # phases that had none took one
+        lengths[np.argmax(lengths)] -= 1
     return tuple(
         Phase(
             name=row.name,

@@ -66,6 +66,8 @@ class Programs(NamedTuple):
     # (state, sums, rate) -> (state, zeros)
     update: Callable[..., tuple[State, PyTree]]
     evaluate: Callable[..., dict[str, float]]  # (params, state, gates, split, pixels)
+    # (variables, (gates, images)) -> (logits, updates); one object, which compiles once
+    train: Callable[..., Any]
 
 
 def make_programs(
@@ -179,8 +181,12 @@ def make_programs(
     def test(
         params: PyTree, state: PyTree, gates: Any, own: data.Split, pixels: int | None
     ) -> dict[str, float]:
-        whole = training.TrainState(np.int32(0), (params, gates), state, ())
+        whole = training.TrainState(jnp.zeros((), jnp.int32), (params, gates), state, ())
         return tester(pixels)(whole, own, 512)
+
+    def measured(variables: PyTree, batch: tuple[Any, jax.Array]) -> tuple[jax.Array, PyTree]:
+        logits, new = train(variables, *batch)
+        return logits, jax.lax.with_sharding_constraint(new, everywhere)
 
     prepare = jax.jit(prepare, out_shardings=split)
     return Programs(
@@ -199,6 +205,7 @@ def make_programs(
         ),
         update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(places, places.params)),
         evaluate=test,
+        train=measured,
     )
 
 

@@ -118,7 +118,8 @@ def train(
         log_every: steps between two calls of `on_log`.
         on_log: called with the step and {"phase", "learning_rate", "loss", "accuracy"}, means over
             the steps since the last call.
-        should_stop: called after each step; True saves a checkpoint and raises `Stopped`.
+        should_stop: called after each step; True saves a checkpoint and raises `Stopped`. All
+            processes must agree, see `processes.stop_together`.
 
     Returns:
         A `Trained`.
@@ -166,9 +167,11 @@ def train(
     folder = Path(workdir)
     checkpoints.check_writable(folder)
     with contextlib.ExitStack() as stack:
-        processes.on_first(
-            lambda: stack.enter_context(files.locked(folder, "the elastic training")) and None
-        )
+
+        def lock() -> None:
+            stack.enter_context(files.locked(folder, "the elastic training"))
+
+        processes.on_first(lock)
         checkpoints.delete_unfinished(folder / "checkpoints")
         begins = _teacher_step(own)
         kept = [] if begins is None else [begins]
@@ -368,17 +371,15 @@ def _row(run: _Run, step: int) -> jax.Array:
 
 def _measured(run: _Run, state: State, choice: Choice) -> Any:
     """Returns variables with the running statistics of a sub-network."""
-    assert run.space.train is not None, "checked by `train`"
     variables = {**state.params, **state.state}
     if not state.state:
         return variables
-    train, gates = run.space.masked(run.space.train), run.space.gates(choice)
-    pixels = run.space.resolution(choice)
-    batches = (
-        resized(run.programs.prepare(_row(run, step), np.int32(step))[0], pixels)
-        for step in range(_STATISTICS)
+    gates, pixels = run.space.gates(choice), run.space.resolution(choice)
+    images = (
+        run.programs.prepare(_row(run, step), np.int32(step))[0] for step in range(_STATISTICS)
     )
-    return training.measure_statistics(lambda own, x: train(own, gates, x), variables, batches)
+    batches = ((gates, resized(own, pixels)) for own in images)
+    return training.measure_statistics(run.programs.train, variables, batches)
 
 
 def _judged(run: _Run, phase: Phase, state: State) -> PhaseResult:

@@ -70,6 +70,17 @@ MAY_IMPORT = {
     "logs": {"checkpoints", "files"},
     "reports": {"files", "processes", "stacks", "storage", "structure", "trees"},
     "search": {"files", "jaxprs", "layouts", "post_training", "reports", "structure", "trees"},
+    "elastic": {
+        "checkpoints",
+        "data",
+        "files",
+        "models",
+        "processes",
+        "sharding",
+        "structure",
+        "training",
+        "trees",
+    },
     "rewinding": {
         "budgets",
         "checkpoints",
@@ -87,6 +98,7 @@ MAY_IMPORT = {
 LAZY = {
     "jaxprune.checkpoints",
     "jaxprune.data",
+    "jaxprune.elastic",
     "jaxprune.experiments",
     "jaxprune.models",
     "jaxprune.rewinding",
