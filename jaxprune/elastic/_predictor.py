@@ -151,8 +151,8 @@ def fit_predictor(
     count = min(len(rows) - 2, round(_SHARE * len(rows)))
     seen, unseen = order[:count], order[count:]
     mean, scale = float(values[seen].mean()), float(values[seen].std()) or 1.0
-    fitted = _train(rows[seen], (values[seen] - mean) / scale, seed, settings)
-    own = Predictor(tuple(decisions), *fitted, mean, scale, (), None, None, 0.0)
+    graph, params = _train(rows[seen], (values[seen] - mean) / scale, seed, settings)
+    own = Predictor(tuple(decisions), graph, params, mean, scale, (), None, None, 0.0)
     predicted = own([tuple(choices[i]) for i in unseen])
     return own._replace(
         unseen=tuple(zip(predicted.tolist(), values[unseen].tolist(), strict=True)),
@@ -224,11 +224,12 @@ def _check(choices: Sequence[Choice], values: np.ndarray) -> None:
             "remove those that are repeated."
         )
     if not np.isfinite(values).all():
-        bad = [f"{tuple(choices[i])}: {values[i]}" for i in np.flatnonzero(~np.isfinite(values))]
+        pairs = zip(choices, values.tolist(), strict=True)
+        bad = [f"{tuple(own)}: {value}" for own, value in pairs if not np.isfinite(value)]
         raise ValueError("\n  ".join(["`accuracies` must be finite, but are not for", *bad]))
 
 
-def _train(rows: np.ndarray, targets: np.ndarray, seed: int, settings: Fit) -> tuple:
+def _train(rows: np.ndarray, targets: np.ndarray, seed: int, settings: Fit) -> Any:
     """Minimizes the mean squared error; all steps run in one compiled loop."""
     network = _Network(rows.shape[1], settings.hidden, nnx.Rngs(seed))
     graph, params = nnx.split(network)

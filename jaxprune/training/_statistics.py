@@ -180,8 +180,8 @@ def _means(
 def _size(batch: Any) -> float:
     """Returns the number of examples in a batch."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {shape[0] if shape else -1 for shape in shapes}
+    if len(sizes) != 1 or -1 in sizes:
         raise ValueError(
             "`batches` must hold arrays whose first axis is the batch, but one has the shapes "
             f"{shapes}; give `weight`, a function from a batch to its number of examples"

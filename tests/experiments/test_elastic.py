@@ -13,7 +13,9 @@ from jaxprune.experiments.studies import elastic as study
 from jaxprune.experiments.studies import elastic_networks as networks
 from jaxprune.experiments.studies import elastic_results
 
-TINY = shlex.split("--tiny --budgets 0.8 --controls short --steps 6 --tune-steps 2 --measured 6 --networks 1")
+TINY = shlex.split(
+    "--tiny --budgets 0.8 --controls short --steps 6 --tune-steps 2 --measured 6 --networks 1"
+)
 
 
 def records(workdir):

@@ -76,6 +76,8 @@ MAY_IMPORT = {
         "files",
         "models",
         "processes",
+        "reports",
+        "search",
         "sharding",
         "structure",
         "training",

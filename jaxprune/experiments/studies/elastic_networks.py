@@ -17,6 +17,7 @@ from jaxprune.experiments.experiment import resized
 from jaxprune.experiments.optimizer import learning_rate, make_optimizer
 from jaxprune.experiments.sources import held_out, load_data
 from jaxprune.experiments.studies.compaction import source_of
+from jaxprune.models.widths import ARCHITECTURES
 
 _BATCH = 250  # images that are measured together: the published code takes 200
 
@@ -202,7 +203,7 @@ def fresh(module: nnx.Module, description: dict[str, int], seed: int) -> nnx.Mod
         return models.MBConv(module.shapes, stem=stem, head=last, **shared)
     assert isinstance(module, models.ResNet), type(module)
     shared |= {"in_channels": module.in_channels, "num_classes": module.head.out_features}
-    stages = range(len(models.widths.ARCHITECTURES[module.name].depths))
+    stages = range(len(ARCHITECTURES[module.name].depths))
     depths = [1 + description.get(f"stage{own}", 0) for own in stages]
     return models.ResNet(module.name, widths=module.widths, depths=depths, **shared)
 
