@@ -24,7 +24,7 @@ class Fit(NamedTuple):
     """
 
     hidden: tuple[int, ...] = (400, 400, 400)  # widths of the hidden layers
-    steps: int = 1000
+    steps: int = 500
     batch: int = 256  # pairs of a step; all of them if there are fewer
     learning_rate: float = 1e-3  # of AdamW, falls to 0 along a cosine
     weight_decay: float = 1e-2

@@ -331,8 +331,9 @@ def plot_fronts(
     """Draws accuracy against cost, one line for each way to get networks of several sizes.
 
     Args:
-        fronts: label -> rows with `cost` and `accuracy`, a fraction, and perhaps `SD`, the standard
-            deviation of the accuracy, or None. Rows are joined in the order of their costs.
+        fronts: label -> rows with `cost`, relative to a full network, `accuracy`, a fraction, and
+            perhaps `SD`, the standard deviation of the accuracy, or None. Rows are joined in the
+            order of their costs.
         path: the PNG file to write, atomically. Its folder is created.
         cost: what the horizontal axis shows.
 
@@ -351,7 +352,7 @@ def plot_fronts(
     known = {label: rows for label, rows in known.items() if rows}
     if not known:
         raise ValueError("`fronts` must hold at least one row, but is empty.")
-    figure = _figure(7.0, 4.6)
+    figure = _figure(8.6, 4.6)
     axes = figure.subplots()
     for index, (label, rows) in enumerate(known.items()):
         axes.errorbar(
@@ -366,8 +367,10 @@ def plot_fronts(
             label=label,
         )
     _finish(axes, title="Accuracy by cost", xlabel=cost, ylabel="Test accuracy")
+    axes.xaxis.set_major_formatter("{x:.0%}")
     axes.yaxis.set_major_formatter("{x:.1%}")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, path)
 
 

@@ -71,7 +71,7 @@ def test_a_stopped_study_resumes_and_ends_with_the_same_numbers(counted, tmp_pat
     assert cut["parameters"] == short["parameters"]
     assert (cut["steps"], short["steps"]) == (2, 6)
     # The file has the module of those widths.
-    variables = storage.load(stopped / "cut-0.8-seed0" / "network.npz")
+    variables, _ = storage.load(stopped / "cut-0.8-seed0" / "network.npz")
     sizes = [np.size(leaf) for leaf in _leaves(variables["params"])]
     assert sum(sizes) == cut["parameters"]
     text = (stopped / "results.md").read_text()
