@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -103,6 +102,7 @@ def make_programs(
     split = sharding.batch_sharding(mesh)
     key = sharding.replicate(jax.random.key(seed), mesh)
     images_of = sharding.replicate(dataset.train, mesh)
+    start = sharding.replicate(jnp.zeros((), jnp.int32), mesh)
     params, state = parts(space.variables)
     tx = optax.chain(
         optax.add_decayed_weights(
@@ -181,7 +181,7 @@ def make_programs(
     def test(
         params: PyTree, state: PyTree, gates: Any, own: data.Split, pixels: int | None
     ) -> dict[str, float]:
-        whole = training.TrainState(jnp.zeros((), jnp.int32), (params, gates), state, ())
+        whole = training.TrainState(start, (params, gates), state, ())
         return tester(pixels)(whole, own, 512)
 
     def measured(variables: PyTree, batch: tuple[Any, jax.Array]) -> tuple[jax.Array, PyTree]:
