@@ -99,6 +99,10 @@ class Front(NamedTuple):
         """Lists the points, then how well accuracies were predicted."""
         rows = [
             own._asdict()
+            | {
+                name: round(value) if (value := getattr(own, name)) > 1000 else value
+                for name in ("budget", "cost")
+            }
             | {"options": _in_words(describe(self.decisions, own.choice), self.decisions)}
             for own in self.points
         ]

@@ -4,11 +4,13 @@ import json
 import os
 import shlex
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxprune import elastic, storage
+from jaxprune.experiments.config import Config
 from jaxprune.experiments.studies import elastic as study
 from jaxprune.experiments.studies import elastic_networks as networks
 from jaxprune.experiments.studies import elastic_results
@@ -130,6 +132,40 @@ def test_a_budget_that_no_choice_meets_is_refused_before_training(counted, tmp_p
     with pytest.raises(SystemExit, match=r"`budgets` 0.1 are met by no choice.*blocks/0"):
         study.main([*TINY, "--budgets", "0.8", "0.1", "--workdir", str(tmp_path)])
     assert counted["logs"] == 0
+
+
+@pytest.mark.slow
+def test_added_budgets_keep_the_choices_of_the_earlier_ones(tmp_path):
+    decisions = tuple(elastic.Decision(name, "width", (1, 2, 3)) for name in "abc")
+    cost = lambda choice: 1 + sum(choice)  # noqa: E731
+    own = networks.Study(
+        Config(), None, None, SimpleNamespace(decisions=decisions), (), elastic.Recipe(), cost,
+        cost, cost, None,
+    )  # fmt: skip
+    evaluated = []
+
+    def evaluate(choice):
+        evaluated.append(choice)
+        return 0.5 + 0.01 * sum(choice)
+
+    supernet = networks.Supernet(own, elastic.Trained(None, None, ()), "abc", evaluate, None, [])
+    options = study.parse(["--tiny", "--workdir", str(tmp_path)])
+    (tmp_path / "elastic-seed0").mkdir()
+    first = study.choices_of(options, supernet, {"x": ("cut", 0.5)}, [])
+    assert first[0.5]["cost"] <= 0.5 * 7
+    cells = {"x": ("cut", 0.5), "y": ("cut", 0.8), "z": ("long", 0.8)}
+    both = study.choices_of(options, supernet, cells, [])
+    assert len(set(evaluated)) == len(evaluated)  # the journal has the earlier ones
+    assert both[0.5] == json.loads(json.dumps(first[0.5])) and both[0.8]["share"] == 0.8
+    count = len(evaluated)
+    again = study.choices_of(options, supernet, cells, [])
+    assert [tuple(again[own]["choice"]) for own in (0.5, 0.8)] == [
+        tuple(both[own]["choice"]) for own in (0.5, 0.8)
+    ]
+    assert len(evaluated) == count  # nothing is searched again
+    front = json.loads((tmp_path / "elastic-seed0" / "front.json").read_text())
+    assert [point["share"] for point in front["points"]] == [0.5, 0.8]
+    assert front["search_passes"] == count * (options.calibration + options.judged)
 
 
 def test_parse(capsys):

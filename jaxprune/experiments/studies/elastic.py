@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import checkpoints, elastic, files, storage
+from jaxprune import checkpoints, elastic, files, search, storage
 from jaxprune.experiments import command, results
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.studies import compaction
@@ -257,7 +257,8 @@ def choices_of(
     record = (
         found | {"points": list(known.values()), "full_cost": full} | account(options, supernet)
     )
-    record |= {"search_passes": networks.passes_of_measuring(options, len(found["measured"]))}
+    _, evaluations = search.read_journal(path.with_name("journal.jsonl"))  # for all budgets
+    record |= {"search_passes": networks.passes_of_measuring(options, len(evaluations))}
     checkpoints.write_json(path, record)
     return known
 
