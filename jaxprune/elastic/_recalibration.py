@@ -154,13 +154,10 @@ def make_accuracy(
         return jnp.sum(found == labels, dtype=jnp.int32)
 
     def accuracy(choice: Choice) -> float:
-        gates = space.gates(choice)
+        gates, pixels = space.gates(choice), space.resolution(choice)
+        images = [resized(own, pixels) for own in calibration]
         if not decays:  # the same for all choices
-            decays.update(
-                training.find_decays(_Gated(masked_train), variables, (gates, calibration[0]))
-            )
-        pixels = space.resolution(choice)
-        images = (resized(own, pixels) for own in calibration)
+            decays.update(training.find_decays(_Gated(masked_train), variables, (gates, images[0])))
         own = recalibrate(masked_train, variables, gates, images, decays=decays)
         right = (correct(own, gates, resized(x, pixels), labels) for x, labels in batches)
         return sum(map(int, right)) / count

@@ -105,6 +105,28 @@ def test_accuracy_is_that_of_the_sub_network_and_nothing_compiles_again(variable
     assert found[0] != np.mean(stale == labels)
 
 
+def test_images_have_the_resolution_of_the_choice():
+    shapes = set()
+
+    class Sized(Space):
+        def resolution(self, choice):
+            return (4, 8)[choice[0]]
+
+    def look(variables, x, gates):
+        shapes.add(x.shape)
+        mean = 0.9 * variables["stats"]["mean"] + 0.1 * x.mean((0, 1, 2))
+        return x.mean((1, 2)), {"stats": {"mean": mean}}
+
+    variables = {"params": {}, "stats": {"mean": jnp.zeros(3)}}
+    images, labels = jnp.ones((2, 8, 8, 3)), jnp.zeros(2, jnp.int32)
+    accuracy = elastic.make_accuracy(
+        Sized(), look, lambda *args: look(*args)[0], variables, calibration=[images],
+        batches=[(images, labels)],
+    )  # fmt: skip
+    assert accuracy((0,)) == 1.0 and shapes == {(2, 4, 4, 3)}
+    assert accuracy((1,)) == 1.0 and shapes == {(2, 4, 4, 3), (2, 8, 8, 3)}
+
+
 def test_errors(variables, batches):
     space, images = Space(), [x for x, _ in batches]
     plain = lambda variables, gates, x: (x, {})  # noqa: E731
