@@ -29,6 +29,7 @@ Make the network smaller:
     storage               sparse files
     rewinding (lazy)      prune, go back, train again
     search (lazy)         how much each layer keeps: AMC and simpler searches
+    elastic (lazy)        one network whose smaller parts all work: Once-for-all
 
 Train:
     training (lazy)       train state, step, loop, averaged parameters
@@ -96,6 +97,7 @@ if typing.TYPE_CHECKING:
     from jaxprune import (
         checkpoints,
         data,
+        elastic,
         experiments,
         logs,
         models,
@@ -123,6 +125,7 @@ __all__ = [
     "checkpoints",
     "checks",
     "data",
+    "elastic",
     "experiments",
     "fixed_mask_transform",
     "get_masks",
@@ -166,8 +169,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "checkpoints", "data", "experiments", "logs", "models", "processes", "programs", "rewinding",
-    "search", "sharding", "structure", "testing", "training",
+    "checkpoints", "data", "elastic", "experiments", "logs", "models", "processes", "programs",
+    "rewinding", "search", "sharding", "structure", "testing", "training",
 }  # fmt: skip
 
 

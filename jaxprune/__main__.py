@@ -11,6 +11,7 @@ COMMANDS = {
     "rewind": ("studies.rewinding", "prune and train again in rounds, with controls"),
     "compact": ("studies.compaction", "remove channels of trained networks, by several scores"),
     "search": ("studies.search", "search how much each layer of trained networks keeps"),
+    "elastic": ("studies.elastic", "train one elastic network, and cut it to any budget"),
     "compile_for_tpu": ("ahead.compile", "compile the step for TPUs or GPUs that are not here"),
 }
 

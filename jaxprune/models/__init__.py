@@ -11,6 +11,7 @@ from jaxprune.models.decoder import (
     decoder_mini,
 )
 from jaxprune.models.encoder import Encoder
+from jaxprune.models.mbconv import MBBlock, MBConv, mbconv
 from jaxprune.models.mobilenet import MobileNet, efficientnet_lite0, mobilenet_v1, mobilenet_v2
 from jaxprune.models.resnet import (
     ResNet,
@@ -34,6 +35,8 @@ __all__ = [
     "DecoderWidths",
     "Encoder",
     "LayerWidths",
+    "MBBlock",
+    "MBConv",
     "MobileNet",
     "ResNet",
     "ViT",
@@ -43,6 +46,7 @@ __all__ = [
     "default_widths",
     "efficientnet_lite0",
     "layers_of",
+    "mbconv",
     "mobilenet_v1",
     "mobilenet_v2",
     "resnet8",

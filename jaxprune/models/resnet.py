@@ -5,6 +5,7 @@ the original. Strides and projections are decided by the position of a block and
 shapes: a width that happens to match must not make a projection disappear.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -92,15 +93,16 @@ class ResNet(nnx.Module):
         name: name of the network, such as "resnet20".
         num_classes: number of logits; None for 10 (small images) or 1000 (large images).
         in_channels: channels of the images.
-        widths: channels of each layer; None for `default_widths(name)`.
+        widths: channels of each layer; None for `default_widths(name, depths)`.
+        depths: number of blocks in each stage, at least 1; None for those of the name.
         dtype: dtype of the computation; with bfloat16, parameters, statistics and logits remain
             float32.
         axis_name: mapped axis over which to average batch statistics, only inside `jax.shard_map`.
         rngs: source of the initial parameters (stream `params`).
 
     Raises:
-        ValueError: if `name` is unknown, a number is not positive, or `widths` does not fit the
-            network; it lists every wrong block.
+        ValueError: if `name` is unknown, a number is not positive, or `widths` or `depths` does not
+            fit the network; it lists every wrong block.
         TypeError: if `dtype` is not floating.
 
     Example:
@@ -128,18 +130,20 @@ class ResNet(nnx.Module):
         num_classes: int | None = None,
         in_channels: int = 3,
         widths: Widths | None = None,
+        depths: Sequence[int] | None = None,
         dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
-        architecture = architecture_of(name)
+        architecture = architecture_of(name, depths)
         num_classes = architecture.num_classes if num_classes is None else num_classes
         dtype = check_arguments(num_classes, in_channels, dtype)
         layers = make_layers(dtype=dtype, axis_name=axis_name, rngs=rngs)
         self.name = name
         self.in_channels = in_channels
         self.large_images = architecture.large_images
-        self.widths = checked_widths(name, default_widths(name) if widths is None else widths)
+        widths = default_widths(name, depths) if widths is None else widths
+        self.widths = checked_widths(name, widths, depths)
 
         stem = self.widths.stem
         self.stem = ConvNorm(layers, in_channels, stem, *((7, 2) if self.large_images else (3, 1)))
@@ -174,6 +178,7 @@ class Constructor(Protocol):
         num_classes: int = ...,
         in_channels: int = 3,
         widths: Widths | None = None,
+        depths: Sequence[int] | None = None,
         dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
         rngs: nnx.Rngs,
@@ -209,6 +214,7 @@ def _constructor(name: str) -> Constructor:
         num_classes: int = architecture.num_classes,
         in_channels: int = 3,
         widths: Widths | None = None,
+        depths: Sequence[int] | None = None,
         dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
         rngs: nnx.Rngs,
@@ -218,6 +224,7 @@ def _constructor(name: str) -> Constructor:
             num_classes=num_classes,
             in_channels=in_channels,
             widths=widths,
+            depths=depths,
             dtype=dtype,
             axis_name=axis_name,
             rngs=rngs,

@@ -145,11 +145,23 @@ def mobile_places(name: str) -> list[Place]:
     return places
 
 
-def architecture_of(name: str) -> Architecture:
-    """Returns the row of the table; raises an error that lists the names if there is none."""
+def architecture_of(name: str, depths: Sequence[int] | None = None) -> Architecture:
+    """Returns the row of the table, with other depths of the stages if they are given.
+
+    It raises an error that lists the names if there is no such row.
+    """
     if name not in ARCHITECTURES:
         raise ValueError(f"`name` must be one of {', '.join(ARCHITECTURES)}; got {name!r}.")
-    return ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name]
+    if depths is None:
+        return architecture
+    stages = len(architecture.depths)
+    if len(depths) != stages or not all(isinstance(d, Integral) and int(d) > 0 for d in depths):
+        raise ValueError(
+            f"`depths` of {name} must be {stages} positive integers, the blocks of each stage; got "
+            f"{tuple(depths)}. The first block of a stage cannot be left out."
+        )
+    return architecture._replace(depths=tuple(int(depth) for depth in depths))
 
 
 def positions(architecture: Architecture) -> Iterator[tuple[int, int, bool]]:
@@ -162,17 +174,18 @@ def positions(architecture: Architecture) -> Iterator[tuple[int, int, bool]]:
             yield stage, 2 if first and stage > 0 else 1, first and stage >= first_projection
 
 
-def default_widths(name: str) -> Widths:
+def default_widths(name: str, depths: Sequence[int] | None = None) -> Widths:
     """Returns the published widths of a network, as a start for different ones.
 
     Args:
         name: a network of `models`, such as "resnet20" or "mobilenet_v2".
+        depths: number of blocks in each stage of a `ResNet`; None for the published ones.
 
     Returns:
         Its `Widths`.
 
     Raises:
-        ValueError: if `name` is unknown.
+        ValueError: if `name` is unknown, or `depths` are not those of a ResNet.
 
     Example:
         >>> default_widths("resnet8").blocks
@@ -185,7 +198,7 @@ def default_widths(name: str) -> Widths:
     if name in MOBILE:
         blocks = tuple(place.widths for place in mobile_places(name))
         return Widths(_MOBILE_STEM, blocks, MOBILE[name].head)
-    architecture = architecture_of(name)
+    architecture = architecture_of(name, depths)
     base = architecture.base
 
     def block(width: int) -> tuple[int, ...]:
@@ -301,9 +314,9 @@ def _layer(layer: Any, head_dim: int) -> tuple[int, ...]:
     return (heads, *kv_heads, width("up/kernel"))
 
 
-def checked_widths(name: str, widths: Widths) -> Widths:
+def checked_widths(name: str, widths: Widths, depths: Sequence[int] | None = None) -> Widths:
     """Returns plain integers in tuples; raises one error that lists all that is wrong."""
-    architecture = architecture_of(name)
+    architecture = architecture_of(name, depths)
     fields = ("mid1", "mid2", "out") if architecture.bottleneck else ("mid", "out")
     blocks, places = tuple(widths.blocks), tuple(positions(architecture))
     problems = []

@@ -323,6 +323,58 @@ def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     _save(figure, path)
 
 
+def plot_fronts(
+    fronts: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | os.PathLike[str],
+    *,
+    cost: str = "MACs, relative to the full network",
+) -> None:
+    """Draws accuracy against cost, one line for each way to get networks of several sizes.
+
+    Args:
+        fronts: label -> rows with `cost`, relative to a full network, `accuracy`, a fraction, and
+            perhaps `SD`, the standard deviation of the accuracy, or None. Rows are joined in the
+            order of their costs.
+        path: the PNG file to write, atomically. Its folder is created.
+        cost: what the horizontal axis shows.
+
+    Raises:
+        ValueError: if `fronts` holds no row.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> cut = [{"cost": 0.5, "accuracy": 0.9, "SD": 0.01}, {"cost": 0.2, "accuracy": 0.8}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_fronts({"as cut": cut}, f"{folder}/fronts.png")
+        ...     pathlib.Path(folder, "fronts.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    known = {label: sorted(rows, key=lambda row: row["cost"]) for label, rows in fronts.items()}
+    known = {label: rows for label, rows in known.items() if rows}
+    if not known:
+        raise ValueError("`fronts` must hold at least one row, but is empty.")
+    figure = _figure(8.6, 4.6)
+    axes = figure.subplots()
+    for index, (label, rows) in enumerate(known.items()):
+        axes.errorbar(
+            [row["cost"] for row in rows],
+            [row["accuracy"] for row in rows],
+            [row.get("SD") or 0 for row in rows],
+            color=_COLOURS[index % len(_COLOURS)],
+            linestyle=_DASHES[index // len(_COLOURS) % len(_DASHES)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4,
+            capsize=3,
+            label=label,
+        )
+    _finish(axes, title="Accuracy by cost", xlabel=cost, ylabel="Test accuracy")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter("{x:.1%}")
+    axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    _save(figure, path)
+
+
 def plot_searches(
     histories: Mapping[str, Sequence[Sequence[float]]], path: str | os.PathLike[str]
 ) -> None:

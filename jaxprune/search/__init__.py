@@ -21,7 +21,7 @@ from jaxprune.search._amc import amc
 from jaxprune.search._cross_entropy import cross_entropy
 from jaxprune.search._found import Evaluation, Found
 from jaxprune.search._greedy import greedy
-from jaxprune.search._journal import read_journal
+from jaxprune.search._journal import Journal, open_journal, read_journal
 from jaxprune.search._knapsack import knapsack
 from jaxprune.search._latencies import (
     Check,
@@ -47,6 +47,7 @@ __all__ = [
     "Decision",
     "Evaluation",
     "Found",
+    "Journal",
     "Latencies",
     "Layer",
     "Problem",
@@ -66,6 +67,7 @@ __all__ = [
     "knapsack",
     "load_latencies",
     "measure_latencies",
+    "open_journal",
     "random",
     "ranking",
     "read_journal",

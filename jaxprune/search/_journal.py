@@ -38,6 +38,11 @@ class Journal:
         """Keeps what was read."""
         self._records, self._file, self._path = list(records), file, path
 
+    @property
+    def known(self) -> dict[Counts, float]:
+        """Counts -> score, of all evaluations that the file had when it was opened."""
+        return dict(self._records)
+
     def replay(self, index: int, counts: Counts) -> float | None:
         """Returns the score of an evaluation; None if it has not been made yet."""
         if index >= len(self._records):
@@ -98,24 +103,33 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], list[tuple[Counts, f
 
 
 @contextlib.contextmanager
-def open_journal(
-    path: str | Path, problem: Problem, name: str, settings: Mapping[str, Any]
-) -> Iterator[Journal]:
+def open_journal(path: str | Path, header: Mapping[str, Any]) -> Iterator[Journal]:
     """Opens a journal, to resume the search that it is of, or begins one.
 
     Args:
         path: the file; its folder must exist.
-        problem: the problem.
-        name: of the search.
-        settings: what the search depends on.
+        header: what the search is, from `header_of` or with the same keys: `search`, its name;
+            `settings` that it depends on; `decisions`, name -> size; `problem`, a checksum of all
+            else; `budget`.
 
     Yields:
         The `Journal`.
 
     Raises:
         ValueError: if the file is damaged, or belongs to a different search.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/journal.jsonl"
+        >>> header = {"search": "s", "settings": {}, "decisions": {"a": 4}}
+        >>> header |= {"problem": 0, "budget": 1}
+        >>> with open_journal(path, header) as journal:
+        ...     journal.append(0, (2,), 0.5)
+        >>> with open_journal(path, header) as journal:
+        ...     journal.known
+        {(2,): 0.5}
     """
-    header = json.loads(json.dumps(_header(problem, name, settings)))
+    header = json.loads(json.dumps(dict(header)))
     saved, records = read_journal(path) if Path(path).exists() else ({}, [])
     differing = [
         f"{key}: {saved[key]!r} there, {value!r} now"
@@ -137,8 +151,8 @@ def _encoded(content: Mapping[str, Any]) -> bytes:
     return json.dumps(files.seal(content)).encode() + b"\n"
 
 
-def _header(problem: Problem, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Describes a search, so that a journal of a different one is noticed."""
+def header_of(problem: Problem, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes a search of a problem, so that a journal of a different one is noticed."""
     checksum = 0
     for own in problem.decisions:
         for part in (own.widths.astype("int64"), own.order.astype("int64")):

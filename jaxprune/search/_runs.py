@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.search._found import Evaluation, Found, found_of
-from jaxprune.search._journal import Journal, open_journal
+from jaxprune.search._journal import Journal, header_of, open_journal
 from jaxprune.search._problems import Counts, Problem
 
 Evaluate = Callable[[Any], Any]
@@ -169,7 +169,7 @@ def _journal(
     with contextlib.ExitStack() as stack:
         book = Journal(())
         if path is not None:
-            book = stack.enter_context(open_journal(path, problem, name, settings or {}))
+            book = stack.enter_context(open_journal(path, header_of(problem, name, settings or {})))
         yield book
 
 

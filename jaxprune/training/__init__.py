@@ -8,7 +8,7 @@ randomness of a step derives from its number, so a resumed run repeats it bit fo
 from jaxprune.training._averages import average_parameters, with_averages
 from jaxprune.training._loop import Hook, fit
 from jaxprune.training._perplexity import perplexity
-from jaxprune.training._statistics import measure_statistics
+from jaxprune.training._statistics import find_decays, mean_beside, measure_statistics
 from jaxprune.training._steps import (
     TrainState,
     create_state,
@@ -26,11 +26,13 @@ __all__ = [
     "create_state",
     "cross_entropy",
     "distillation",
+    "find_decays",
     "fit",
     "hidden_distance",
     "make_chunk_step",
     "make_evaluate",
     "make_train_step",
+    "mean_beside",
     "measure_statistics",
     "perplexity",
     "with_averages",

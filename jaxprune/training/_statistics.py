@@ -1,6 +1,7 @@
 """Measures the running statistics of norm layers again, for parameters that have changed."""
 
-from collections.abc import Callable, Collection, Iterable
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,13 @@ PyTree = Any
 
 
 def measure_statistics(
-    train: Callable[..., tuple[Any, PyTree]], variables: PyTree, batches: Iterable[Any]
+    train: Callable[..., tuple[Any, PyTree]],
+    variables: PyTree,
+    batches: Iterable[Any],
+    *,
+    mean_of: Callable[[str], str | None] | None = None,
+    weight: Callable[[Any], float] | None = None,
+    decays: Mapping[str, float] | None = None,
 ) -> PyTree:
     """Replaces running statistics by their means over batches, as `BatchNorm` keeps them.
 
@@ -24,18 +31,32 @@ def measure_statistics(
     the batch`. What is not updated in this way, such as a counter, a random key or a vector of
     spectral norm, stays as it is.
 
+    With `mean_of`, the batches count as one large batch. From the n_b examples of each, its means
+    m_b and its variances v_b, with w_b = n_b / sum(n), follow the mean m = sum(w_b * m_b), and the
+    variance by the law of total variance:
+
+        v = sum(w_b * v_b) + sum(w_b * (m_b - m)^2)
+
     Args:
         train: `(variables, batch) -> (output, updates)` in training mode, where `updates` has the
             new values of some entries of `variables`; such as `structure.from_nnx(model).train`, or
-            `lambda v, x: model.apply(v, x, train=True, mutable="batch_stats")` in Linen.
+            `lambda v, x: model.apply(v, x, train=True, mutable="batch_stats")` in Linen. It is
+            compiled once for each function object.
         variables: dict of trees, such as `{"params": ..., "batch_stats": ...}`.
         batches: inputs of `train`; at least one. Ten batches of training data are usually enough.
+        mean_of: function from the path of a statistic to the path of its mean if it is a variance,
+            else None, such as `mean_beside`. Default: variances are averaged like all others, and
+            all batches have the same weight.
+        weight: with `mean_of`, function from a batch to its number of examples. Default: the length
+            of the first axis, which all arrays of the batch must share.
+        decays: from `find_decays`, to save three calls of `train`.
 
     Returns:
         `variables` with new statistics.
 
     Raises:
-        ValueError: if there is no batch, or training updates no running statistic.
+        ValueError: if there is no batch, training updates no running statistic, `mean_of` names a
+            mean that is no statistic, or the size of a batch is not clear.
 
     Example:
         >>> def train(variables, x):
@@ -49,46 +70,123 @@ def measure_statistics(
     References:
         Wu, Johnson. Rethinking "Batch" in BatchNorm. arXiv:2105.07576, section 3.
     """
+    old = _statistics(variables)
+    means: dict[str, str] = {}
+    averages: dict[str, Any] = {}
+    total = 0.0
+    for batch in batches:
+        if decays is None:
+            decays = find_decays(train, variables, batch)
+        if not total:
+            means = _means(decays, mean_of)
+        zeros = {path: jnp.zeros_like(x) if path in decays else x for path, x in old.items()}
+        new = _updates(train, variables, batch, zeros)
+        own = {path: new[path] / (1 - decay) for path, decay in decays.items()}
+        size = 1.0 if mean_of is None else (weight or _size)(batch)
+        total += size
+        part = size / total  # 1 for the first batch
+        averages = averages or {path: jnp.zeros_like(x) for path, x in own.items()}
+        moved = {path: x - averages[path] for path, x in own.items()}
+        averages = {path: averages[path] + part * x for path, x in moved.items()}
+        for path, mean in means.items():
+            averages[path] = averages[path] + part * (1 - part) * moved[mean] ** 2
+    if not total:
+        raise ValueError("`batches` must hold at least one batch; got none")
+    return _replaced(variables, averages)
 
+
+def find_decays(
+    train: Callable[..., tuple[Any, PyTree]], variables: PyTree, batch: Any
+) -> dict[str, float]:
+    """Finds the running statistics that training updates, and the decay of each.
+
+    Args:
+        train: see `measure_statistics`.
+        variables: dict of trees.
+        batch: input of `train`.
+
+    Returns:
+        Path of a statistic -> its decay.
+
+    Raises:
+        ValueError: if training updates no running statistic.
+
+    Example:
+        >>> def train(variables, x):
+        ...     return x, {"stats": {"mean": 0.75 * variables["stats"]["mean"] + 0.25 * x.mean()}}
+        >>> find_decays(train, {"stats": {"mean": jnp.array(0.0)}}, jnp.ones(2))
+        {'stats/mean': 0.75}
+    """
     old = _statistics(variables)
 
-    @jax.jit
-    def updates(variables: PyTree, batch: Any, own: dict[str, Any]) -> dict[str, Any]:
-        new = trees.leaf_by_path(train(_replaced(variables, own), batch)[1])
-        return {path: new[path] for path in own if path in new}
-
-    def updates_from(value: float, paths: Collection[str], batch: Any) -> dict[str, Any]:
+    def updates_from(value: float, paths: Collection[str]) -> dict[str, Any]:
         own = {path: jnp.full_like(x, value) if path in paths else x for path, x in old.items()}
-        return updates(variables, batch, own)
+        return _updates(train, variables, batch, own)
 
-    def decays_of(paths: Collection[str], batch: Any) -> dict[str, Any]:
-        zero, one = (updates_from(value, paths, batch) for value in (0.0, 1.0))
+    def decays_of(paths: Collection[str]) -> dict[str, float]:
+        zero, one = (updates_from(value, paths) for value in (0.0, 1.0))
         found = {path: _decay(zero[path], one[path]) for path in zero if path in paths}
         return {path: decay for path, decay in found.items() if decay is not None}
 
-    sums: dict[str, Any] = {}
-    decays: dict[str, Any] = {}
-    updated: list[str] = []
-    count = 0
-    for batch in batches:
-        if not count:
-            updated = sorted(updates_from(0.0, (), batch))
-            decays = decays_of(updated, batch)
-            for path in [path for path in updated if path not in decays]:
-                # With all others as they are: the output may depend on them.
-                decays |= decays_of([path], batch)
-        new = updates_from(0.0, decays, batch)
-        own = {path: new[path] / (1 - decay) for path, decay in decays.items()}
-        sums = {path: sums[path] + x for path, x in own.items()} if count else own
-        count += 1
-    if not count:
-        raise ValueError("`batches` must hold at least one batch; got none")
+    updated = sorted(updates_from(0.0, ()))
+    decays = decays_of(updated)
+    for path in [path for path in updated if path not in decays]:
+        # With all others as they are: the output may depend on them.
+        decays |= decays_of([path])
     if not decays:
         raise ValueError(
             "`train` updates no running statistics; it must return (output, updates), where the "
-            f"updates hold new values of some of the variables; it updates {updated}"
+            f"updates hold new values of some of the variables; it updates {updated}. A network "
+            "without batch normalization has no statistics to measure"
         )
-    return _replaced(variables, {path: own / count for path, own in sums.items()})
+    return decays
+
+
+def mean_beside(path: str) -> str | None:
+    """Names the mean that belongs to a variance, as Flax names them: `var` beside `mean`.
+
+    Args:
+        path: of a running statistic.
+
+    Returns:
+        The path of its mean, or None if it is no variance.
+
+    Example:
+        >>> mean_beside("batch_stats/norm/var"), mean_beside("batch_stats/norm/mean")
+        ('batch_stats/norm/mean', None)
+    """
+    parent, slash, name = path.rpartition("/")
+    return f"{parent}{slash}mean" if name == "var" else None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _updates(train: Any, variables: PyTree, batch: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Returns the statistics after a batch, by path, where they were `own` before it."""
+    new = trees.leaf_by_path(train(_replaced(variables, own), batch)[1])
+    return {path: new[path] for path in own if path in new}
+
+
+def _means(
+    decays: Mapping[str, float], mean_of: Callable[[str], str | None] | None
+) -> dict[str, str]:
+    """Returns variance -> mean, by path."""
+    found = {} if mean_of is None else {path: mean_of(path) for path in decays}
+    means = {path: mean for path, mean in found.items() if mean is not None}
+    bad = [f"{path}: {mean!r}" for path, mean in means.items() if mean not in decays]
+    trees.raise_for(bad, "`mean_of` must name a statistic that training updates, but does not for:")
+    return means
+
+
+def _size(batch: Any) -> float:
+    """Returns the number of examples in a batch."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    sizes = {shape[0] if shape else -1 for shape in shapes}
+    if len(sizes) != 1 or -1 in sizes:
+        raise ValueError(
+            "`batches` must hold arrays whose first axis is the batch, but one has the shapes "
+            f"{shapes}; give `weight`, a function from a batch to its number of examples"
+        )
+    return float(sizes.pop())
 
 
 def _decay(zero: Any, one: Any) -> float | None:

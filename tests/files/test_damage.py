@@ -24,7 +24,7 @@ from jaxprune.data import fashion_mnist, imagenet_cache, imagenet_files, imagene
 from jaxprune.data.splits import Split
 from jaxprune.experiments import command
 from jaxprune.rewinding import _stages
-from jaxprune.search._journal import open_journal
+from jaxprune.search._journal import header_of, open_journal
 from jaxprune.structure import _shrinking
 from jaxprune.structure._traces import Model
 from jaxprune.structure._values import Split as Dimension
@@ -170,7 +170,7 @@ def write_journal(path):
     if path.exists():
         path.unlink()
     problem = synthetic([np.array([4, 8])] * 2, sum, 12)
-    with open_journal(path, problem, "random", {"seed": 0}) as book:
+    with open_journal(path, header_of(problem, "random", {"seed": 0})) as book:
         for index, counts in enumerate([(4, 4), (8, 4), (4, 8)]):
             book.append(index, counts, index / 3)
 

@@ -80,6 +80,19 @@ MAY_IMPORT = {
         "structure",
         "trees",
     },
+    "elastic": {
+        "checkpoints",
+        "data",
+        "files",
+        "models",
+        "processes",
+        "reports",
+        "search",
+        "sharding",
+        "structure",
+        "training",
+        "trees",
+    },
     "rewinding": {
         "budgets",
         "checkpoints",
@@ -97,6 +110,7 @@ MAY_IMPORT = {
 LAZY = {
     "jaxprune.checkpoints",
     "jaxprune.data",
+    "jaxprune.elastic",
     "jaxprune.experiments",
     "jaxprune.models",
     "jaxprune.rewinding",

@@ -502,3 +502,17 @@ def test_what_nothing_beats_is_joined(monkeypatch, tmp_path):
     assert all(len(axes.containers) == 4 for axes in panels)
     with pytest.raises(ValueError, match="`rows`"):
         reports.plot_tradeoffs([], tmp_path / "unused.png")
+
+
+def test_fronts_are_joined_in_the_order_of_their_costs(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(_plots, "_save", lambda figure, path: drawn.append(figure))
+    cut = [{"cost": 0.8, "accuracy": 0.9, "SD": None}, {"cost": 0.2, "accuracy": 0.7, "SD": 0.01}]
+    alone = [{"cost": 0.5, "accuracy": 0.85}]
+    reports.plot_fronts({"cut": cut, "alone": alone, "none": []}, tmp_path / "unused.png")
+    (axes,) = drawn[0].axes
+    lines = {own.get_label(): own.lines[0].get_xydata().tolist() for own in axes.containers}
+    assert lines == {"cut": [[0.2, 0.7], [0.8, 0.9]], "alone": [[0.5, 0.85]]}
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["cut", "alone"]
+    with pytest.raises(ValueError, match="`fronts`"):
+        reports.plot_fronts({"none": []}, tmp_path / "unused.png")

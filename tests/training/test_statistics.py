@@ -116,6 +116,92 @@ def test_a_network_without_channels_is_measured(batches):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def unequal():
+    """Batches of 3, 16 and 7 rows with different means."""
+    rng = np.random.default_rng(1)
+    return [rng.normal(2 * i, 1 + i, (n, 4)).astype(np.float32) for i, n in enumerate((3, 16, 7))]
+
+
+def pooled_by_hand(batches, kernels):
+    """Means and variances of the inputs of each norm layer over the rows of all batches."""
+    found = []
+    for kernel in kernels:
+        inputs = [x.astype(np.float64) @ kernel for x in batches]
+        found += [np.concatenate(inputs).mean(0), np.concatenate(inputs).var(0)]
+        batches = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in inputs]
+    return found
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.5])
+def test_unequal_batches_count_as_one_large_batch(unequal, momentum):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = (nnx.Linear(4, 4, use_bias=False, rngs=rngs) for _ in range(2))
+            norm = {"momentum": momentum, "epsilon": 1e-5, "rngs": rngs}
+            self.norm_a, self.norm_b = (nnx.BatchNorm(4, **norm) for _ in range(2))
+
+        def __call__(self, x):
+            return self.norm_b(self.b(self.norm_a(self.a(x))))
+
+    functions = structure.from_nnx(Model(nnx.Rngs(0)))
+    before = functions.variables
+    found = training.measure_statistics(
+        functions.train, before, iter(unequal), mean_of=training.mean_beside
+    )
+    kernels = [np.asarray(before["params"][name]["kernel"]) for name in "ab"]
+    own = [found["state"][f"norm_{name}"][what] for name in "ab" for what in ("mean", "var")]
+    for value, expected in zip(own, pooled_by_hand(unequal, kernels), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=2e-4, atol=2e-4)
+    # In the first layer this is the variance of all rows; the mean of variances is far from it.
+    mean_of_variances = np.mean([np.var(x @ kernels[0], 0) for x in unequal], 0)
+    assert np.abs(own[1] / mean_of_variances - 1).max() > 0.2
+
+
+def test_batches_that_are_trees_need_a_weight(unequal):
+    def train(variables, batch):
+        scale, x = batch
+        old, x = variables["stats"], scale * x
+        mean, var = (0.9 * old[k] + 0.1 * getattr(x, k)(0) for k in ("mean", "var"))
+        return x, {"stats": {"mean": mean, "var": var}}
+
+    variables = {"stats": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}
+    batches = [(2.0, x) for x in unequal]
+    options = {"mean_of": training.mean_beside, "weight": lambda batch: len(batch[1])}
+    found = training.measure_statistics(train, variables, batches, **options)["stats"]
+    rows = 2 * np.concatenate(unequal)
+    np.testing.assert_allclose(found["mean"], rows.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found["var"], rows.var(0), rtol=1e-4)
+    with pytest.raises(ValueError, match="`batches` must hold arrays whose first axis"):
+        training.measure_statistics(train, variables, batches, mean_of=training.mean_beside)
+
+
+def test_the_mean_of_a_variance_must_be_a_statistic(batches):
+    def train(variables, x):
+        return x, {"stats": {"var": 0.9 * variables["stats"]["var"] + 0.1 * x.var(0)}}
+
+    variables = {"stats": {"var": jnp.ones(4)}}
+    with pytest.raises(ValueError, match="(?s)`mean_of` must name a statistic.*stats/var"):
+        training.measure_statistics(train, variables, batches, mean_of=training.mean_beside)
+
+
+def test_training_is_traced_once_for_all_parameters(batches):
+    traces = []
+
+    def train(variables, x):
+        traces.append(1)
+        old = variables["stats"]["mean"]
+        return x, {"stats": {"mean": 0.9 * old + 0.1 * variables["params"]["w"] * x.mean(0)}}
+
+    for scale in range(3):
+        variables = {"params": {"w": jnp.full(4, scale)}, "stats": {"mean": jnp.zeros(4)}}
+        found = training.measure_statistics(train, variables, batches)
+        np.testing.assert_allclose(
+            found["stats"]["mean"], scale * np.mean(batches, (0, 1)), rtol=1e-5
+        )
+    assert len(traces) == 1
+
+
 def test_errors(batches):
     variables = {"params": {"w": jnp.ones(4)}, "stats": {"mean": jnp.zeros(4)}}
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
