@@ -53,12 +53,16 @@ def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
             dtype=config.dtype,
             rngs=nnx.Rngs(seed),
         )
+    options: dict[str, Any] = {}
+    if config.model.startswith("mobilenet"):
+        options = {"padding": config.padding, "shifted": jax.default_backend() == "cpu"}
     model = getattr(models, config.model)(
         num_classes=source.num_classes,
         in_channels=source.shape[-1],
         widths=read_widths(config.widths) if config.widths else None,
         dtype=config.dtype,
         rngs=nnx.Rngs(seed),
+        **options,
     )
     model.train()
     return model
