@@ -30,13 +30,13 @@ class SparseReport(NamedTuple):
     """Whether a network runs with sparse inference; printed, it is two lines at most.
 
     Example:
-        >>> print(SparseReport(False, "3 MAX_POOL_2D pool", "no window", "use strides", 0.9, 64, 1))
-        Sparse inference: no. Operation 3 MAX_POOL_2D pool: no window.
+        >>> print(SparseReport(False, "3 MAX_POOL_2D", "a pool", "use strides", 0, 0, 1))
+        Sparse inference: no; operation 3 MAX_POOL_2D: a pool.
         Cure: use strides.
     """
 
     runs: bool
-    operation: str  # number, kind and name of the first operation that prevents it, or ""
+    operation: str  # the first that prevents it: number, kind, shape and name of its result; or ""
     reason: str
     cure: str
     zeros: (
@@ -52,8 +52,8 @@ class SparseReport(NamedTuple):
                 f"Sparse inference: yes; {self.zeros:.1%} of {self.weights:,} weights of 1x1 "
                 "convolutions are 0. (XNNPACK has it on ARM and in browsers, not on x86 with AVX.)"
             )
-        at = f"Operation {self.operation}: " if self.operation else ""
-        return f"Sparse inference: no. {at}{self.reason}.\nCure: {self.cure}."
+        at = f"operation {self.operation}: " if self.operation else ""
+        return f"Sparse inference: no; {at}{self.reason}.\nCure: {self.cure}."
 
 
 class _Obstacle(NamedTuple):
@@ -79,18 +79,29 @@ def sparse_report(path: str | os.PathLike[str]) -> SparseReport:
         ModuleNotFoundError: if the extra `litert` is not installed.
 
     Example:
-        >>> print(sparse_report("mobilenet.tflite"))  # doctest: +SKIP
-        Sparse inference: no. Operation 0 CONV_2D stem: its input has 1 channels, not 3.
-        Cure: repeat the grey image three times.
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from jaxprune import export
+        >>> path = tempfile.mkdtemp() + "/double.tflite"
+        >>> _ = export.litert(lambda w, x: x * w, jnp.float32(2), jnp.ones((1, 3)), path)
+        >>> print(sparse_report(path))
+        Sparse inference: no; no filter is stored as a sparse tensor.
+        Cure: write it with ...
 
     References:
         Elsen, Dukhan, Gale, Simonyan. Fast Sparse ConvNets. arXiv:1911.09723.
     """
     content = Path(path).read_bytes()
     try:
-        return report_of(Network(content, "export.sparse_report"))
+        network = Network(content, "export.sparse_report")
     except ValueError as error:
         raise ValueError(f"`path` {path} cannot be read: {error}") from error
+    try:
+        return report_of(network)
+    except Exception as error:  # options and shapes that no operation has
+        raise ValueError(
+            f"`path` {path} cannot be read: it is damaged ({type(error).__name__}: {error})"
+        ) from error
 
 
 def report_of(network: Network) -> SparseReport:
@@ -186,8 +197,9 @@ class _Walk:
     ) -> SparseReport:
         text = ""
         if index >= 0:
-            text = f"{index} {self.kinds[index]}"
-            text = f"{text} {self.network.name(int(self.operations[index].outputs[0]))}".strip()
+            out = int(self.operations[index].outputs[0])
+            shape = list(self.network.shape(out))
+            text = f"{index} {self.kinds[index]} {shape} {self.network.name(out)}".strip()
         return SparseReport(False, text, obstacle.reason, obstacle.cure, share, total, self.sparse)
 
     def _static(self) -> dict[int, int]:

@@ -55,7 +55,7 @@ def bind(
     if not callable(apply):
         raise TypeError(
             f"`apply` must be a function `apply(variables, *inputs)`, but is {apply!r:.80}; for a "
-            "module of Flax NNX split it first: `structure.from_nnx(module)` has both parts"
+            "module of Flax NNX give `evaluate` and `variables` of `structure.from_nnx(module)`"
         )
     if masks is not None:
         variables = masks_of.apply_masks(variables, masks)

@@ -12,7 +12,7 @@ from jaxprune import files
 from jaxprune.export._conditions import SparseReport, report_of
 from jaxprune.export._functions import Bound, bind, free_path, inputs_of, largest_gap
 from jaxprune.export._packages import load
-from jaxprune.export._sparse_tensors import cut_head, store_weights
+from jaxprune.export._rewriting import cut_head, pad_explicitly, store_weights
 from jaxprune.export._tflite import Network
 
 _USER = "export.litert"
@@ -27,7 +27,7 @@ class LitertReport(NamedTuple):
         >>> print(LitertReport("a.tflite", 1024, {"CONV_2D": 1}, None, None, sparse))
         a.tflite: 1,024 bytes; 1 CONV_2D; sparse filters: 0
         Not run: give `check=` to compare the runtime with JAX.
-        Sparse inference: no. no filter is sparse.
+        Sparse inference: no; no filter is sparse.
         Cure: prune.
     """
 
@@ -72,15 +72,16 @@ def litert(
     float16 values: LiteRT.js 2.5.3 computes wrong results from them.
 
     Args:
-        apply: `apply(variables, *inputs)`, such as from `structure.from_nnx`; for a compacted
-            network `plan.wrap(apply)`.
+        apply: `apply(variables, *inputs)`; for a compacted network `plan.wrap(apply)`, for a module
+            of Flax NNX `evaluate` of `structure.from_nnx(module)`.
         variables: tree of arrays; pruned weights are 0, or `masks` says where they are.
         example: input of a fixed shape, an array or a `jax.ShapeDtypeStruct`; a tuple of them if
             there are several. A runtime can resize a batch of 1; a larger one stays as it is.
         path: the file to write.
         values: "float32", or "int8": filters are stored as int8 with one scale for each output, in
             a quarter of the bytes. The computation remains float32.
-        masks: tree of bools like `variables`, True where a weight is kept.
+        masks: tree of bools like `variables`, True where a weight is kept; one True may cover a
+            branch.
         sparse: False stores all filters dense.
         check: inputs like `example`, to run the file with and compare with JAX; axis 0 may be a
             multiple of that of `example`.
@@ -98,11 +99,13 @@ def litert(
         ModuleNotFoundError: if the extra `litert` is not installed.
 
     Example:
-        >>> from jaxprune import models, structure  # doctest: +SKIP
-        >>> apply, variables = ...  # doctest: +SKIP
-        >>> images = jnp.ones((1, 96, 96, 3))  # doctest: +SKIP
-        >>> print(litert(apply, variables, images, "net.tflite", check=images))  # doctest: +SKIP
-        net.tflite: 2,693,120 bytes; 14 CONV_2D, ...
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 4))
+        >>> path = tempfile.mkdtemp() + "/net.tflite"
+        >>> report = litert(lambda w, x: jax.nn.relu(x @ w), jnp.ones((4, 2)), x, path, check=x)
+        >>> report.error, dict(report.operations)
+        (0.0, {'FULLY_CONNECTED': 1})
 
     References:
         Elsen, Dukhan, Gale, Simonyan. Fast Sparse ConvNets. arXiv:1911.09723.
@@ -115,6 +118,7 @@ def litert(
     network = Network(_convert(bound), _USER)
     if store_weights(network, sparse, values == "int8"):
         cut_head(network)
+        pad_explicitly(network)
     content = network.write()
     error = scale = None
     if checks is not None:

@@ -23,7 +23,7 @@ class Network:
         ModuleNotFoundError: if the extra `litert` is not installed.
 
     Example:
-        >>> Network(b"not a flatbuffer", "export.sparse_report")  # doctest: +SKIP
+        >>> Network(b"not a flatbuffer", "export.sparse_report")
         Traceback (most recent call last):
         ValueError: it is no .tflite file: it lacks the identifier TFL3
     """
@@ -35,13 +35,11 @@ class Network:
             raise ValueError("it is no .tflite file: it lacks the identifier TFL3")
         try:
             self.model = self.schema.ModelT.InitFromObj(self.schema.Model.GetRootAs(content, 0))
-            self._check(len(content))
-        except ValueError:
-            raise
         except Exception as error:  # offsets of damaged bytes lead anywhere
             raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
+        self._check()
 
-    def _check(self, total: int) -> None:
+    def _check(self) -> None:
         """Raises unless all indices exist and every constant has the bytes of its shape."""
         model = self.model
         if len(model.subgraphs or []) != 1 or not model.buffers or model.operatorCodes is None:

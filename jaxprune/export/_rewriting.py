@@ -1,4 +1,4 @@
-"""Rewrites constants of a .tflite: sparse and int8 weights, and a head outside sparse inference."""
+"""Rewrites a .tflite: sparse and int8 filters, and what XNNPACK asks for sparse inference."""
 
 from typing import Any, NamedTuple
 
@@ -59,6 +59,55 @@ def cut_head(network: Network) -> int:
         graph.operators.insert(graph.operators.index(op) + 1, cut)
         done += 1
     return done
+
+
+def pad_explicitly(network: Network) -> int:
+    """Replaces SAME by the same padding in numbers where a convolution has a stride.
+
+    The converter writes SAME for a padding of ((1, 1), (1, 1)) on images of odd size. XNNPACK has
+    sparse inference for the numbers only, although both are the same there.
+
+    Args:
+        network: the network, which is changed.
+
+    Returns:
+        How many convolutions were changed.
+    """
+    graph, before, done = network.graph, [], 0
+    for op in graph.operators:
+        if network.kind(op) in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+            done += _pad(network, before, op)
+        before.append(op)
+    graph.operators = before
+    return done
+
+
+def _pad(network: Network, operations: list[Any], op: Any) -> bool:
+    """Pads the input of one convolution, if SAME pads both sides of it by half a window."""
+    options, padding = op.builtinOptions, network.schema.Padding
+    source = int(op.inputs[0])
+    sizes, window = network.shape(source)[1:3], network.shape(int(op.inputs[1]))[1:3]
+    strides = (options.strideH, options.strideW)
+    plain = (options.dilationHFactor, options.dilationWFactor) == (1, 1)
+    if options.padding != padding.SAME or max(strides) == 1 or not plain:
+        return False
+    total = [
+        max((-(-size // stride) - 1) * stride + own - size, 0)
+        for size, stride, own in zip(sizes, strides, window, strict=True)
+    ]
+    if any(own != side - 1 or own % 2 for own, side in zip(total, window, strict=True)):
+        return False
+    half = [own // 2 for own in total]
+    amounts = np.array([[0, 0], [half[0]] * 2, [half[1]] * 2, [0, 0]], np.int32)
+    batch, *_, channels = network.shape(source)
+    shape = (batch, sizes[0] + total[0], sizes[1] + total[1], channels)
+    padded = network.add_tensor(source, "padded/", shape)
+    pad = network.operation("PAD", [source, network.add_constant("padding", amounts)], [padded])
+    network.set_options(pad, "PadOptions")
+    operations.append(pad)
+    op.inputs = np.array([padded, *op.inputs[1:]], np.int32)
+    options.padding = padding.VALID
+    return True
 
 
 def store_weights(network: Network, sparse: bool, int8: bool) -> int:
