@@ -35,7 +35,7 @@ X64 := test_selection test_timetables test_patterns test_scores test_stats test_
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-fast test-faults test-newest test-quickly test-x64 coverage lint wheel \
-	format bench tpu-check cuda-check clean
+	format bench tpu-check cuda-check litert-check onnx-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -125,6 +125,13 @@ cuda-check:  ## compile the training step for GPUs that are not there, and check
 	@$(MAKE) --no-print-directory VENV=$(VENV)/cuda $(VENV)/cuda/.cuda
 	$(VENV)/cuda/bin/python scripts/compile_for_tpu.py --platform cuda $(ARGS)
 
+# Each target of jaxprune.export with its real runtime, in an environment of its own: both need older
+# versions of packages than the other tests.
+litert-check onnx-check: %-check:
+	@$(MAKE) --no-print-directory VENV=$(VENV)/$* $(VENV)/$*/.$*
+	$(VENV)/$*/bin/python -m pytest -p no:cacheprovider -m "not faults" -rs \
+	  tests/export jaxprune/export $(ARGS)
+
 clean:  ## remove the virtual environment, caches and build products
 	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
@@ -148,4 +155,11 @@ $(VENV)/.python:
 $(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.tpu $(VENV)/.cuda: $(VENV)/.%: pyproject.toml | $(VENV)/.python
 	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# Only the tests of jaxprune.export run there.
+$(VENV)/.litert $(VENV)/.onnx: $(VENV)/.%: pyproject.toml | $(VENV)/.python
+	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*,export]" \
+	  hypothesis pytest
 	@touch $@

@@ -27,6 +27,7 @@ Say what is pruned, how much, when, and by what:
 Make the network smaller:
     structure (lazy)      remove channels for real, after training or while it runs
     storage               sparse files
+    export (lazy)         files for phones, browsers and servers
     rewinding (lazy)      prune, go back, train again
     search (lazy)         how much each layer keeps: AMC and simpler searches
 
@@ -96,6 +97,7 @@ if typing.TYPE_CHECKING:
         checkpoints,
         data,
         experiments,
+        export,
         logs,
         models,
         processes,
@@ -122,6 +124,7 @@ __all__ = [
     "checks",
     "data",
     "experiments",
+    "export",
     "fixed_mask_transform",
     "get_masks",
     "layouts",
@@ -163,8 +166,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "checkpoints", "data", "experiments", "logs", "models", "processes", "programs", "rewinding",
-    "search", "sharding", "structure", "training",
+    "checkpoints", "data", "experiments", "export", "logs", "models", "processes", "programs",
+    "rewinding", "search", "sharding", "structure", "training",
 }  # fmt: skip
 
 
