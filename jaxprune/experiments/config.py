@@ -236,7 +236,7 @@ _TEXT = Config(
 # As `models.default_widths("mobilenet_v1", 0.5)`; a test compares.
 _HALF_MOBILENET = (
     '{"stem": 16, "blocks": [[32], [64], [64], [128], [128], [256], [256], [256], [256], [256],'
-    ' [256], [512], [512]]}'
+    " [256], [512], [512]]}"
 )
 
 CONFIGS = {
@@ -263,18 +263,20 @@ CONFIGS = {
         "MobileNetV1 of half width on enlarged Fashion-MNIST, pruned for browsers and phones.",
         Config(
             dataset="fashion_mnist",
-            enlarge=48,
+            enlarge=96,
             model="mobilenet_v1",
             widths=_HALF_MOBILENET,
             padding="SYMMETRIC",
             prunable="pointwise",
-            steps=1000,
+            steps=800,
             batch_size=32,
+            small_images=0.5,
+            small_until=0.7,
             warmup_steps=50,
             weight_decay=1e-4,
             sparsity=0.9,
-            prune_every=30,
-            eval_every=1000,
+            prune_every=20,
+            eval_every=800,
             eval_batch_size=500,
         ),
     ),

@@ -22,7 +22,7 @@ class Layers(NamedTuple):
 
     conv: Callable[..., nnx.Conv]
     norm: Callable[..., nnx.BatchNorm]
-    shifted: bool = False  # whether training computes depthwise convolutions as shifted products
+    shifted: bool = False  # whether depthwise convolutions are sums of shifted images
 
 
 def make_layers(
@@ -40,7 +40,7 @@ def make_layers(
     Args:
         padding: None pads both sides of an image by half a window, so that its centre stays in
             place; "SAME" is TensorFlow's, which pads the end more than the start at stride 2.
-        shifted: whether training computes depthwise convolutions by `shifted_depthwise`.
+        shifted: whether depthwise convolutions are computed by `shifted_depthwise`.
         momentum: how much of the running statistics a training step keeps.
         epsilon: what is added to a variance.
         dtype: dtype of the computation.
@@ -78,8 +78,7 @@ class ConvNorm(nnx.Module):
         self.shifted = layers.shifted and groups == in_width == out_width
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Evaluation keeps the convolution: that is what is counted, analysed and exported.
-        if self.shifted and not self.norm.use_running_average:
+        if self.shifted:
             kernel = self.conv.kernel[...].astype(x.dtype)
             return self.norm(shifted_depthwise(x, kernel, self.conv.strides, self.conv.padding))
         return self.norm(self.conv(x))

@@ -74,8 +74,9 @@ class MobileNet(nnx.Module):
         widths: channels of each layer; None for `default_widths(name)`.
         padding: "SAME" pads as TensorFlow does, where the published weights come from: at stride 2
             the end more than the start. "SYMMETRIC" pads both sides by half a window.
-        shifted: whether training computes depthwise convolutions as sums of shifted images, which
-            is much faster on CPU and equal up to rounding. Evaluation does not change.
+        shifted: whether depthwise convolutions are computed as sums of shifted images: on CPU that
+            is much faster and equal up to rounding. Leave it False for what counts, analyses or
+            exports convolutions.
         dtype: dtype of the computation; parameters, statistics and logits remain float32.
         axis_name: mapped axis over which to average batch statistics, only inside `jax.shard_map`.
         rngs: source of the initial parameters (stream `params`).
@@ -127,7 +128,8 @@ class MobileNet(nnx.Module):
             axis_name=axis_name,
             rngs=rngs,
         )
-        self.name, self.in_channels = name, in_channels
+        self.name, self.in_channels, self.num_classes = name, in_channels, num_classes
+        self.padding, self.shifted = padding, shifted
         self.widths = checked_mobile_widths(
             name, default_widths(name) if widths is None else widths
         )

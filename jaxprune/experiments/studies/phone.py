@@ -2,11 +2,14 @@
 
     python scripts/study.py phone --seeds 0 1 --workdir runs/phone
 
-Every arm trains MobileNetV1 for the same number of steps on Fashion-MNIST, enlarged to 48 pixels in
-three channels. Pruned arms lose 80 or 90 % of the weights of their 1x1 convolutions, which is what
-browsers and phones run faster; the narrow networks are dense. benchmarks/browser.py exports the
-trained networks, measures their latency in a browser and writes accuracy and latency together. To
-resume, run the same command again.
+Every arm trains MobileNetV1 for the same number of steps on Fashion-MNIST, enlarged to 96 pixels in
+three channels (48 for the first 70 % of the steps). Pruned arms lose 80 or 90 % of the weights of
+their 1x1 convolutions, which is what browsers and phones run faster; the narrow networks are dense.
+At the end the networks are saved for a browser. benchmarks/browser.py measures them there, and
+
+    python scripts/study.py phone --report-only --workdir runs/phone
+
+then sets accuracy beside latency. To resume, run the same command again.
 """
 
 import argparse
@@ -16,14 +19,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxprune import models, reports
+from jaxprune import browser, checkpoints, models, reports
 from jaxprune.experiments import command
 from jaxprune.experiments.studies import jobs, tables
+from jaxprune.experiments.trained_networks import save_runs
+from jaxprune.files import schemas
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train", "fashion_mobilenet"]
 NEEDS = ("test_accuracy", "parameters", "nonzeros", "macs", "cpu_seconds", "steps", "device")
 DENSE_WIDTH, NARROW = 0.5, (0.35, 0.25, 0.15)
 SPARSITIES = ("0.8", "0.9")
+# Milliseconds that benchmarks/browser.py measured, by runtime and network.
+LATENCIES = schemas.table(schemas.table(schemas.each(schemas.finite)))
 
 
 class Arm(NamedTuple):
@@ -40,9 +47,7 @@ def arms() -> dict[str, Arm]:
     def pruned(method: str) -> None:
         for sparsity in SPARSITIES:
             about = f"{method}, {float(sparsity):.0%} of the weights of 1x1 convolutions are zero"
-            found[f"{method} {sparsity}"] = Arm(
-                about, ["--method", method, "--sparsity", sparsity]
-            )
+            found[f"{method} {sparsity}"] = Arm(about, ["--method", method, "--sparsity", sparsity])
 
     pruned("agip")
     for multiplier in NARROW:
@@ -61,9 +66,7 @@ def main(args: Sequence[str]) -> None:
             command.check_results(write_results(options.workdir), options.workdir)
             return
         words = ["python", "scripts/study.py", "phone", *args]
-        command.record_command(
-            options.workdir / "study.json", {"options": options.training}, words
-        )
+        command.record_command(options.workdir / "study.json", {"options": options.training}, words)
         study(options)
 
 
@@ -107,8 +110,11 @@ def study(options: argparse.Namespace) -> None:
         waiting, workdir, 1, done=total - len(waiting), total=total, finished=finished,
         engine=jobs.run,
     )  # fmt: skip
+    if runs := read_runs(workdir):
+        own = {run["folder"]: (workdir / run["folder"], run["arm"]) for run in runs}
+        save_runs(workdir / "networks", own)
     if write_results(workdir):
-        print(f"results: {workdir / 'results.md'}")
+        print(f"results: {workdir / 'results.md'}; networks: {workdir / 'networks'}")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the same command tries them again")
 
@@ -117,7 +123,8 @@ def study(options: argparse.Namespace) -> None:
 
 NOTE = """Accuracy: on the test images; ±: sample standard deviation over seeds, in points. Every
 arm trained for the same number of steps. MMACs count zeros as well. CPU time: of whole runs,
-relative to the dense run of the same seed."""
+relative to the dense run of the same seed. ms: LiteRT.js in headless Chromium, one thread, minimum
+of rounds in turns, mean over seeds; speed-up: over the dense network of the same seed."""
 
 
 def read_runs(workdir: Path) -> list[dict[str, Any]]:
@@ -137,6 +144,12 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
     if not runs:
         return []
     dense = {run["seed"]: run for run in runs if run["arm"] == "dense"}
+    latency = read_latencies(workdir)
+
+    def speedup(run: Mapping[str, Any]) -> float | None:
+        first, own = (latency.get(r["folder"]) for r in (dense.get(run["seed"], run), run))
+        return first / own if first and own and run["seed"] in dense else None
+
     columns: dict[str, tables.Column] = {
         "accuracy": lambda run: run["test_accuracy"],
         "relative": lambda run: tables.ratio(
@@ -149,7 +162,9 @@ def write_results(workdir: Path) -> list[dict[str, Any]]:
             run["cpu_seconds"], dense.get(run["seed"], {}).get("cpu_seconds")
         ),
     }
+    columns |= {"ms": lambda run: latency.get(run["folder"]), "speedup": speedup}
     rows = tables.aggregate(runs, ["arm"], columns)
+    plot(rows, workdir / "results.png")
     table = [shown(row) for row in rows]
     facts = [f"{row['arm']}: {arms()[row['arm']].about}" for row in rows]
     facts.append(f"steps: {', '.join(sorted({str(run['steps']) for run in runs}))}")
@@ -171,4 +186,36 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "non-zeros": f"{row['nonzeros']:,.0f}",
         "MMACs": f"{row['macs'] / 1e6:.1f}",
         "CPU time": "" if row["time"] is None else f"{row['time']:.2f}",
+        "ms": "" if row["ms"] is None else f"{row['ms']:.3f}",
+        "speed-up": "" if row["speedup"] is None else f"{row['speedup']:.2f}",
     }
+
+
+def read_latencies(workdir: Path) -> dict[str, float]:
+    """Returns folder of a run -> milliseconds in a browser, of what was measured."""
+    path = workdir / "networks" / "latency.json"
+    content = checkpoints.read_json(path)
+    if content is None:
+        return {}
+    LATENCIES(content, str(path))
+    times = content.get("browser", {})
+    return {name: row["min"] for name, row in browser.summary(times).items()} if times else {}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws accuracy against latency and size, where all of it is known."""
+    dense = next((row for row in rows if row["arm"] == "dense"), None)
+    if dense is None or any(row["speedup"] is None or row["relative"] is None for row in rows):
+        return
+    drawn = [
+        {
+            "arm": row["arm"],
+            "accuracy": row["relative"],
+            "accuracy SD": row["relative SD"],
+            "latency": 1 / row["speedup"],
+            "nonzeros": row["nonzeros"] / dense["nonzeros"],
+        }
+        for row in rows
+    ]
+    labels = {"latency": "Latency in a browser", "nonzeros": "Non-zero parameters"}
+    reports.plot_tradeoffs(drawn, path, labels=labels)
