@@ -5,10 +5,11 @@
 
 Without `--networks` the networks are MobileNetV1 with random weights, pruned by magnitude in their
 1x1 convolutions; otherwise those that `study.py phone` or the demo saved. Every network is run with
-LiteRT and compared with JAX first. Networks run in turns, one inference each in every round, with one
-thread: LiteRT.js in headless Chromium, LiteRT and XLA in this process. The fastest round counts, as
-other programs only add time. Measurements are kept in latency.json of the folder; `--runtimes onnx`
-adds onnxruntime where that is installed. Needs the extra litert, Chromium and @litertjs/core.
+LiteRT and compared with JAX first. Networks run in turns, one inference each in every round, with
+one thread: LiteRT.js in headless Chromium, LiteRT and XLA in this process. The fastest round
+counts, as other programs only add time. Measurements are kept in latency.json of the folder;
+`--runtimes onnx` adds onnxruntime where that is installed. Needs the extra litert, Chromium and
+@litertjs/core.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python scripts/study.py phone --seeds 0 1 --workdir runs/phone
 
-Every arm trains MobileNetV1 for the same number of steps on Fashion-MNIST, enlarged to 96 pixels in
-three channels (48 for the first 70 % of the steps). Pruned arms lose 80 or 90 % of the weights of
-their 1x1 convolutions, which is what browsers and phones run faster; the narrow networks are dense.
+Every arm trains MobileNetV1 for the same number of steps on Fashion-MNIST, enlarged to 56 pixels in
+three channels. Pruned arms lose 80 or 90 % of the weights of their 1x1 convolutions, which is what
+browsers and phones run faster; the narrow networks are dense.
 At the end the networks are saved for a browser. benchmarks/browser.py measures them there, and
 
     python scripts/study.py phone --report-only --workdir runs/phone
