@@ -28,6 +28,7 @@ Make the network smaller:
     structure (lazy)      remove channels for real, after training or while it runs
     storage               sparse files
     export (lazy)         files for phones, browsers and servers
+    browser (lazy)        a page that runs and measures networks
     rewinding (lazy)      prune, go back, train again
     search (lazy)         how much each layer keeps: AMC and simpler searches
 
@@ -94,6 +95,7 @@ from jaxprune.transforms import (
 
 if typing.TYPE_CHECKING:
     from jaxprune import (
+        browser,
         checkpoints,
         data,
         experiments,
@@ -117,6 +119,7 @@ __all__ = [
     "agip_transform",
     "apply_masks",
     "at_init",
+    "browser",
     "budgets",
     "chain",
     "check",
@@ -166,8 +169,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "checkpoints", "data", "experiments", "export", "logs", "models", "processes", "programs",
-    "rewinding", "search", "sharding", "structure", "training",
+    "browser", "checkpoints", "data", "experiments", "export", "logs", "models", "processes",
+    "programs", "rewinding", "search", "sharding", "structure", "training",
 }  # fmt: skip
 
 

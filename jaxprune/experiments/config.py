@@ -156,6 +156,8 @@ class Config:
             bad.append(f"`pattern` {self.pattern} needs `granularity` weights and `method` {names}")
         if self.padding != "SAME" and not self.model.startswith("mobilenet"):
             bad.append(f"`padding` {self.padding} needs a mobilenet; got `model` {self.model!r}")
+        if self.enlarge and self.dataset in ("imagenet2012", "text", "synthetic"):
+            bad.append(f"`enlarge` is for digits and fashion_mnist; got `dataset` {self.dataset}")
         if self.prunable == "pointwise" and self.granularity == "channels":
             bad.append("`prunable` pointwise needs `granularity` weights")
         if self.compact and (self.granularity != "channels" or self.method == "none"):

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "at_init": {"trees"},
     "storage": {"files", "trees"},
     "export": {"files", "masks", "trees"},
+    "browser": {"export", "files", "models", "storage", "structure"},
     "models": {"trees"},
     "sharding": {"trees"},
     "selection": {"counting", "meshes", "trees"},
@@ -86,6 +87,7 @@ MAY_IMPORT = {
 
 # Those that `import jaxprune` leaves alone, and what they load that takes long.
 LAZY = {
+    "jaxprune.browser",
     "jaxprune.checkpoints",
     "jaxprune.data",
     "jaxprune.experiments",
