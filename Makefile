@@ -33,15 +33,24 @@ QUICK := test_trees test_stats test_scores test_budgets test_schedules test_sele
 X64 := test_selection test_timetables test_patterns test_scores test_stats test_budgets \
 	transforms/test_contract transforms/test_resume transforms/test_agip
 
+# LiteRT.js comes from npm; pages load it from this machine.
+LITERT_JS := @litertjs/core@2.5.3
+MODULES := $(VENV)/browser/node_modules
+
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-faults test-newest test-quickly test-x64 coverage lint wheel \
-	format bench tpu-check cuda-check clean
+.PHONY: help demo demo-browser bench-browser browser-check test test-fast test-faults test-newest test-quickly test-x64 coverage lint wheel \
+	format bench tpu-check cuda-check litert-check onnx-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 demo: $(VENV)/.train  ## train a small ResNet on real images, dense and pruned, and compare them
 	$(PYTHON) scripts/demo.py
+
+# The conversion has an environment of its own, as in litert-check.
+demo-browser: $(VENV)/.train $(VENV)/.browser  ## train sparse MobileNets and time them in your browser
+	@$(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert
+	$(PYTHON) scripts/demo_browser.py --python $(VENV)/litert/bin/python --modules $(MODULES) $(ARGS)
 
 test: $(VENV)/.test  ## run all tests but test-faults, README snippets and docstring examples
 	$(PYTEST) -m "not faults" $(ARGS)
@@ -115,6 +124,24 @@ bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, an
 	$(PYTHON) benchmarks/blocks.py
 	$(PYTHON) benchmarks/loop.py
 
+bench-browser: $(VENV)/.browser  ## time sparse networks in headless Chromium, LiteRT and XLA
+	@$(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert
+	$(VENV)/litert/bin/python benchmarks/browser.py --modules $(MODULES) $(ARGS)
+
+# On a machine of continuous integration Chromium is installed; elsewhere that is up to its owner.
+browser-check:  ## test the page in headless Chromium, where npm and Chromium are
+	@[ -z "$(CI)" ] || command -v chromium >/dev/null || \
+	  { apt-get update -q && apt-get install -y -q chromium npm; } >/dev/null 2>&1 || true
+	@if command -v npm >/dev/null && command -v chromium >/dev/null; then \
+	  $(MAKE) --no-print-directory $(VENV)/.browser && \
+	  $(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert && \
+	  JAXPRUNE_MODULES=$(abspath $(MODULES)) $(VENV)/litert/bin/python -m pytest \
+	    -p no:cacheprovider -rs tests/browser $(ARGS); \
+	else \
+	  echo "make browser-check: skipped, as npm or Chromium is missing:"; \
+	  echo "  apt-get install npm chromium"; \
+	fi
+
 # Its own environment: with libtpu installed, every other use of JAX would look for a TPU first.
 tpu-check:  ## compile the training step for TPUs that are not there, and check it
 	@$(MAKE) --no-print-directory VENV=$(VENV)/tpu $(VENV)/tpu/.tpu
@@ -124,6 +151,13 @@ tpu-check:  ## compile the training step for TPUs that are not there, and check 
 cuda-check:  ## compile the training step for GPUs that are not there, and check it
 	@$(MAKE) --no-print-directory VENV=$(VENV)/cuda $(VENV)/cuda/.cuda
 	$(VENV)/cuda/bin/python scripts/compile_for_tpu.py --platform cuda $(ARGS)
+
+# Each target of jaxprune.export with its real runtime, in an environment of its own: both need older
+# versions of packages than the other tests.
+litert-check onnx-check: %-check:
+	@$(MAKE) --no-print-directory VENV=$(VENV)/$* $(VENV)/$*/.$*
+	$(VENV)/$*/bin/python -m pytest -p no:cacheprovider -m "not faults" -rs \
+	  tests/export jaxprune/export $(ARGS)
 
 clean:  ## remove the virtual environment, caches and build products
 	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
@@ -148,4 +182,19 @@ $(VENV)/.python:
 $(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.tpu $(VENV)/.cuda: $(VENV)/.%: pyproject.toml | $(VENV)/.python
 	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# Only the tests of jaxprune.export run there.
+$(VENV)/.litert $(VENV)/.onnx: $(VENV)/.%: pyproject.toml | $(VENV)/.python
+	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*,export]" \
+	  hypothesis pytest
+	@touch $@
+
+$(VENV)/.browser: Makefile | $(VENV)/.python
+	@command -v npm >/dev/null || \
+	  { echo "LiteRT.js needs npm (Debian, Ubuntu: apt-get install npm)." >&2; exit 1; }
+	@echo "Installing $(LITERT_JS) into $(VENV)/browser"
+	@npm install --prefix $(VENV)/browser --no-save --ignore-scripts --no-audit --no-fund \
+	  --silent $(LITERT_JS)
 	@touch $@

@@ -1,6 +1,14 @@
-"""What the docstring examples of jaxprune.rewinding and jaxprune.search train, in milliseconds."""
+"""What docstring examples need: small trainings, and packages that may not be installed."""
 
 import pytest
+
+# Files of jaxprune/export/ -> the package that their examples need.
+_EXPORT = {
+    "_tflite": "litert_converter",
+    "_litert": "litert_converter",
+    "_conditions": "litert_converter",
+    "_onnx": "jax2onnx",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +87,12 @@ def search_example(request):
     )
     names = request.getfixturevalue("doctest_namespace")
     names.update(problem=problem, evaluate=evaluate, within=search.within)
+
+
+@pytest.fixture(autouse=True)
+def export_example(request):
+    """Skips the examples of targets that are not installed; `make litert-check` has one."""
+    module, _, name = request.node.nodeid.partition("::")
+    needed = _EXPORT.get(module.removeprefix("jaxprune/export/").removesuffix(".py"))
+    if module.startswith("jaxprune/export/") and needed and not name.endswith("Report"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed; see the Makefile")

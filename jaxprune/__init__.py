@@ -27,6 +27,8 @@ Say what is pruned, how much, when, and by what:
 Make the network smaller:
     structure (lazy)      remove channels for real, after training or while it runs
     storage               sparse files
+    export (lazy)         files for phones, browsers and servers
+    browser (lazy)        a page that runs and measures networks
     rewinding (lazy)      prune, go back, train again
     search (lazy)         how much each layer keeps: AMC and simpler searches
     elastic (lazy)        one network whose smaller parts all work: Once-for-all
@@ -95,10 +97,12 @@ from jaxprune.transforms import (
 
 if typing.TYPE_CHECKING:
     from jaxprune import (
+        browser,
         checkpoints,
         data,
         elastic,
         experiments,
+        export,
         logs,
         models,
         processes,
@@ -119,6 +123,7 @@ __all__ = [
     "agip_transform",
     "apply_masks",
     "at_init",
+    "browser",
     "budgets",
     "chain",
     "check",
@@ -127,6 +132,7 @@ __all__ = [
     "data",
     "elastic",
     "experiments",
+    "export",
     "fixed_mask_transform",
     "get_masks",
     "layouts",
@@ -169,8 +175,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "checkpoints", "data", "elastic", "experiments", "logs", "models", "processes", "programs",
-    "rewinding", "search", "sharding", "structure", "testing", "training",
+    "browser", "checkpoints", "data", "elastic", "experiments", "export", "logs", "models",
+    "processes", "programs", "rewinding", "search", "sharding", "structure", "testing", "training",
 }  # fmt: skip
 
 

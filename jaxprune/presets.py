@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxprune import trees
 
-__all__ = ["transformer"]
+__all__ = ["pointwise", "transformer"]
 
 # Words in a key of the path, and beginnings of such words.
 _OUTSIDE = {"head", "heads", "classifier", "pooler", "predictions", "readout", "router", "stem"}
@@ -68,6 +68,33 @@ def transformer(path: str, leaf: Any) -> bool:
         return True
     in_block = any(map(_is_mlp, keys)) or any(map(_is_block, keys, [*keys[1:], ""]))
     return in_block and len(leaf.shape) <= 3
+
+
+def pointwise(path: str, leaf: Any) -> bool:
+    """Chooses the kernels of 1x1 convolutions: what runtimes of phones and browsers run sparse.
+
+    Networks of depthwise convolutions have nearly all their weights and arithmetic there.
+
+    Args:
+        path: the path of the leaf, such as `"blocks/0/project/conv/kernel"`.
+        leaf: anything; arrays may be `jax.ShapeDtypeStruct`.
+
+    Returns:
+        Whether the leaf is a floating kernel of shape [1, 1, inputs, outputs].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pointwise("project/kernel", jnp.ones((1, 1, 8, 16)))
+        True
+        >>> pointwise("depthwise/kernel", jnp.ones((3, 3, 1, 8)))
+        False
+
+    References:
+        Elsen, Dukhan, Gale, Simonyan. Fast Sparse ConvNets. arXiv:1911.09723.
+    """
+    if trees.why_not_pruned(path, leaf) is not None:
+        return False
+    return len(leaf.shape) == 4 and tuple(leaf.shape[:2]) == (1, 1)
 
 
 def _words(key: str) -> list[str]:

@@ -308,3 +308,20 @@ def test_everything_that_takes_prunable_takes_it():
         assert np.ndim(own["layers"]["query"]["kernel"]) == 3 and np.all(own["head"]["kernel"])
     rows = jaxprune.summarize(params, **options).rows
     assert {row.path.split("[")[0] for row in rows if row.reason is None} == chosen(params)
+
+
+def test_pointwise_chooses_the_1x1_convolutions_of_a_mobilenet():
+    widths = models.default_widths("mobilenet_v2", 0.25)
+    model = nnx.eval_shape(lambda: models.mobilenet_v2(widths=widths, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    chosen = {
+        path for path, leaf in trees.leaf_by_path(params).items() if presets.pointwise(path, leaf)
+    }
+    blocks = range(len(widths.blocks))
+    wanted = {f"blocks/{index}/project/conv/kernel" for index in blocks}
+    wanted |= {f"blocks/{index}/expand/conv/kernel" for index in blocks if index}
+    assert chosen == wanted | {"last/conv/kernel"}
+
+
+def test_pointwise_leaves_integers_alone():
+    assert not presets.pointwise("kernel", jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.int32))

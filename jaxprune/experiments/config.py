@@ -18,6 +18,7 @@ Method = Literal[
 _OF_CHANNELS = ("none", "agip", "magnitude", "random")
 Pattern = Literal["weights", "2:4", "1:4", "4x4", "8x8", "filters"]
 _PATTERNED = ("none", "agip", "gradient", "magnitude", "saliency", "random")
+Prunable = Literal["default", "pointwise"]
 Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
 
 
@@ -35,7 +36,7 @@ def _ranges() -> dict[str, Range]:
         at_least_0: (
             "steps", "pad", "warmup_steps", "weight_decay", "chunk", "seed", "switches",
             "switch_steps", "multiple", "rewarm_steps", "validation", "process", "workers",
-            "threads", "clip",
+            "threads", "clip", "enlarge",
         ),
         at_least_1: (
             "batch_size", "eval_batch_size", "image_size", "prune_every", "eval_every",
@@ -63,10 +64,12 @@ class Config:
     source_dir: str = ""  # folder with the data set's original files; empty = download them
     length: int = 256  # text: bytes of an example
     image_size: int = 224  # height and width of synthetic images and of ImageNet crops, in pixels
+    enlarge: int = 0  # enlarge small images to this side in pixels, in three channels; 0 = off
     workers: int = 0  # imagenet2012: processes that decode images; 0 = decode in threads
     threads: int = 0  # imagenet2012: threads per such process; 0 = 1 with workers, 4 without
     model: ModelName = "resnet8"  # resnet18 to 101 and mobilenets: large images; decoders: text
     widths: str = ""  # widths of all layers as JSON, as in summary.json; empty = the published ones
+    padding: Literal["SAME", "SYMMETRIC"] = "SAME"  # mobilenets: SYMMETRIC for sparse inference
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
     scan: bool = False  # decoders: stack the layers and run them in a loop, which compiles faster
     remat: bool = False  # less memory: recompute cheap operations, of decoders all; not on CPU
@@ -98,6 +101,7 @@ class Config:
     prune_start: float = 0.1  # fraction of all steps at which sparsity starts to rise
     prune_stop: float = 0.6  # fraction of all steps at which sparsity is reached
     prune_every: int = 100  # steps between two mask updates
+    prunable: Prunable = "default"  # the usual kernels, or those of 1x1 convolutions
     budget: Budget = "default"  # sparsity per layer: the method's rule, one global ranking, ...
     decay: float | None = 0.99  # agip: decay of the gradient average; None = use the momentum
     regrow: float = 0.0  # agip: fraction of kept weights that moves at the first mask update
@@ -150,6 +154,12 @@ class Config:
         ):
             names = " or ".join(_PATTERNED)
             bad.append(f"`pattern` {self.pattern} needs `granularity` weights and `method` {names}")
+        if self.padding != "SAME" and not self.model.startswith("mobilenet"):
+            bad.append(f"`padding` {self.padding} needs a mobilenet; got `model` {self.model!r}")
+        if self.enlarge and self.dataset in ("imagenet2012", "text", "synthetic"):
+            bad.append(f"`enlarge` is for digits and fashion_mnist; got `dataset` {self.dataset}")
+        if self.prunable == "pointwise" and self.granularity == "channels":
+            bad.append("`prunable` pointwise needs `granularity` weights")
         if self.compact and (self.granularity != "channels" or self.method == "none"):
             bad.append("`compact` needs a method that prunes, and `granularity` channels")
         if self.process >= self.processes:
@@ -225,6 +235,12 @@ _TEXT = Config(
     eval_every=500,
 )
 
+# As `models.default_widths("mobilenet_v1", 0.5)`; a test compares.
+_HALF_MOBILENET = (
+    '{"stem": 16, "blocks": [[32], [64], [64], [128], [128], [256], [256], [256], [256], [256],'
+    " [256], [512], [512]]}"
+)
+
 CONFIGS = {
     "digits_resnet8": (
         "ResNet-8 on scikit-learn's 8x8 digits: seconds on a CPU, no download.",
@@ -244,6 +260,25 @@ CONFIGS = {
     "fashion_resnet20": (
         "ResNet-20 on Fashion-MNIST: for an accelerator.",
         Config(dataset="fashion_mnist", model="resnet20", pad=2, flip=True, eval_every=500),
+    ),
+    "fashion_mobilenet": (
+        "MobileNetV1 of half width on enlarged Fashion-MNIST, pruned for browsers and phones.",
+        Config(
+            dataset="fashion_mnist",
+            enlarge=56,
+            model="mobilenet_v1",
+            widths=_HALF_MOBILENET,
+            padding="SYMMETRIC",
+            prunable="pointwise",
+            steps=800,
+            batch_size=32,
+            warmup_steps=50,
+            weight_decay=1e-4,
+            sparsity=0.9,
+            prune_every=20,
+            eval_every=800,
+            eval_batch_size=500,
+        ),
     ),
     "synthetic_resnet50": (
         "ResNet-50 on synthetic ImageNet-sized images: a benchmark.",

@@ -38,12 +38,27 @@ def make_network(config: Config, source: Source) -> Network:
         groups = find_groups(functions, source.example)
         macs = structure.mac_cost(groups, functions.evaluate, functions.variables, image)
         return Network(model, functions, groups, macs)
-    count = structure.count_macs(functions.evaluate, functions.variables, image)
+    counted = functions
+    if getattr(model, "shifted", False):  # sums of shifted images are no convolutions to count
+        counted = pure_functions(
+            nnx.eval_shape(lambda: make_model(config, source, config.seed, shifted=False))
+        )
+    count = structure.count_macs(counted.evaluate, counted.variables, image)
     return Network(model, functions, no_groups(functions), lambda _: count)
 
 
-def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
-    """Returns a new model of the configuration."""
+def make_model(
+    config: Config, source: Source, seed: int, shifted: bool | None = None
+) -> nnx.Module:
+    """Returns a new model of the configuration.
+
+    Args:
+        config: the configuration.
+        source: the data.
+        seed: of the initial parameters.
+        shifted: of mobilenets, how depthwise convolutions are computed; None: fast on CPU, unless
+            channels are removed.
+    """
     if is_decoder(config.model):
         return getattr(models, config.model)(
             source.num_classes,
@@ -53,12 +68,18 @@ def make_model(config: Config, source: Source, seed: int) -> nnx.Module:
             dtype=config.dtype,
             rngs=nnx.Rngs(seed),
         )
+    options: dict[str, Any] = {}
+    if config.model.startswith("mobilenet"):
+        if shifted is None:
+            shifted = jax.default_backend() == "cpu" and config.granularity == "weights"
+        options = {"padding": config.padding, "shifted": shifted}
     model = getattr(models, config.model)(
         num_classes=source.num_classes,
         in_channels=source.shape[-1],
         widths=read_widths(config.widths) if config.widths else None,
         dtype=config.dtype,
         rngs=nnx.Rngs(seed),
+        **options,
     )
     model.train()
     return model

@@ -95,6 +95,8 @@ def pruning_while_training(
 
 def prunable_of(config: Config) -> trees.Prunable | None:
     """Returns what loses weights: of decoders the layers, not the embedding and the head."""
+    if config.prunable == "pointwise":
+        return presets.pointwise
     return presets.transformer if config.dataset == "text" else None
 
 

@@ -69,9 +69,11 @@ def resident(config: Config, mesh: Mesh) -> Source:
     dataset = held_out(load_data(config), config.validation)
     few = dataset.train.images[:8]
     train, test, few = sharding.replicate((dataset.train, dataset.test, few), mesh)
+    side = config.enlarge
 
     def prepare(images: jax.Array) -> jax.Array:
-        return data.normalize(images, dataset.mean, dataset.std, config.dtype)
+        images = data.normalize(images, dataset.mean, dataset.std, config.dtype)
+        return enlarged(images, side) if side else images
 
     size = len(dataset.train.labels)
 
@@ -90,7 +92,7 @@ def resident(config: Config, mesh: Mesh) -> Source:
 
     return Source(
         size=size,
-        shape=dataset.train.images.shape[1:],
+        shape=(side, side, 3) if side else dataset.train.images.shape[1:],
         num_classes=dataset.num_classes,
         train=train,
         test=test,
@@ -101,6 +103,14 @@ def resident(config: Config, mesh: Mesh) -> Source:
         fingerprint=fingerprint,
         example=prepare(few),
     )
+
+
+def enlarged(images: jax.Array, side: int) -> jax.Array:
+    """Resizes images [B, H, W, 1 or 3] to [B, side, side, 3]; grey is copied to all channels."""
+    if images.shape[-1] not in (1, 3):
+        raise ValueError(f"`enlarge` needs images of 1 or 3 channels; got {images.shape[-1]}")
+    shape = (len(images), side, side, images.shape[-1])
+    return jnp.broadcast_to(jax.image.resize(images, shape, "linear"), (*shape[:3], 3))
 
 
 def files(config: Config, mesh: Mesh) -> Source:

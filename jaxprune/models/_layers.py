@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-__all__ = ["ConvNorm", "Layers", "check_arguments", "check_images", "make_layers"]
+__all__ = [
+    "ConvNorm", "Layers", "check_arguments", "check_images", "make_layers", "shifted_depthwise",
+]  # fmt: skip
 
 _Arrays = TypeVar("_Arrays", bound=tuple)
 
@@ -20,11 +22,13 @@ class Layers(NamedTuple):
 
     conv: Callable[..., nnx.Conv]
     norm: Callable[..., nnx.BatchNorm]
+    shifted: bool = False  # whether depthwise convolutions are sums of shifted images
 
 
 def make_layers(
     *,
     padding: str | None = None,
+    shifted: bool = False,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
     dtype: DTypeLike,
@@ -36,6 +40,7 @@ def make_layers(
     Args:
         padding: None pads both sides of an image by half a window, so that its centre stays in
             place; "SAME" is TensorFlow's, which pads the end more than the start at stride 2.
+        shifted: whether depthwise convolutions are computed by `shifted_depthwise`.
         momentum: how much of the running statistics a training step keeps.
         epsilon: what is added to a variance.
         dtype: dtype of the computation.
@@ -52,6 +57,7 @@ def make_layers(
             axis_name=axis_name,
             rngs=rngs,
         ),
+        shifted,
     )
 
 
@@ -69,9 +75,54 @@ class ConvNorm(nnx.Module):
     ):
         self.conv = layers.conv(in_width, out_width, size, stride, groups)
         self.norm = layers.norm(out_width)
+        self.shifted = layers.shifted and groups == in_width == out_width
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.shifted:
+            kernel = self.conv.kernel[...].astype(x.dtype)
+            return self.norm(shifted_depthwise(x, kernel, self.conv.strides, self.conv.padding))
         return self.norm(self.conv(x))
+
+
+def shifted_depthwise(
+    images: jax.Array, kernel: jax.Array, strides: Any, padding: Any
+) -> jax.Array:
+    """Computes a depthwise convolution as a sum of shifted images, each times a row of weights.
+
+    XLA:CPU has no fast depthwise convolution: a training step of MobileNetV1 of half width, with
+    64 images of 64 x 64 pixels, takes a third of the time like this (0.25 s instead of 0.74).
+
+    Args:
+        images: [B, H, W, C].
+        kernel: [height, width, 1, C].
+        strides: an integer or one for each of the two axes.
+        padding: "SAME", an integer, or pairs, as in `nnx.Conv`.
+
+    Returns:
+        What the convolution with `feature_group_count=C` does, up to rounding.
+    """
+    window = kernel.shape[:2]
+    strides = (strides, strides) if isinstance(strides, int) else tuple(strides)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(images.shape[1:3], window, strides, padding)
+    elif isinstance(padding, int):
+        padding = [(padding, padding)] * 2
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    sizes = [
+        (full - size) // stride + 1
+        for full, size, stride in zip(images.shape[1:3], window, strides, strict=True)
+    ]
+    terms = [
+        kernel[row, column, 0]
+        * images[
+            :,
+            row : row + (sizes[0] - 1) * strides[0] + 1 : strides[0],
+            column : column + (sizes[1] - 1) * strides[1] + 1 : strides[1],
+        ]
+        for row in range(window[0])
+        for column in range(window[1])
+    ]
+    return sum(terms[1:], start=terms[0])
 
 
 def check_arguments(num_classes: int, in_channels: int, dtype: DTypeLike) -> Any:

@@ -58,8 +58,10 @@ class MobileNet(nnx.Module):
     """A network for phones by name; `mobilenet_v2(...)` is `MobileNet("mobilenet_v2", ...)`.
 
     A 3x3 stem of stride 2, blocks around depthwise convolutions, a wide 1x1 convolution (not in
-    V1), the global average and a linear classifier. Windows are padded as in TensorFlow ("SAME"),
-    where the published weights come from. There is no dropout.
+    V1), the global average and a linear classifier. There is no dropout.
+
+    With `padding="SYMMETRIC"` and three input channels, runtimes of phones and browsers can skip
+    the zeros of pruned 1x1 kernels, see docs/deploy.md.
 
     Modes, dtypes and sharding are those of `ResNet`. Parameters are at paths such as
     `stem/conv/kernel`, `blocks/3/expand/conv/kernel`, `blocks/3/depthwise/norm/scale`,
@@ -70,13 +72,18 @@ class MobileNet(nnx.Module):
         num_classes: number of logits.
         in_channels: channels of the images.
         widths: channels of each layer; None for `default_widths(name)`.
+        padding: "SAME" pads as TensorFlow does, where the published weights come from: at stride 2
+            the end more than the start. "SYMMETRIC" pads both sides by half a window.
+        shifted: whether depthwise convolutions are computed as sums of shifted images: on CPU that
+            is much faster and equal up to rounding. Leave it False for what counts, analyses or
+            exports convolutions.
         dtype: dtype of the computation; parameters, statistics and logits remain float32.
         axis_name: mapped axis over which to average batch statistics, only inside `jax.shard_map`.
         rngs: source of the initial parameters (stream `params`).
 
     Raises:
-        ValueError: if `name` is unknown, a number is not positive, or `widths` does not fit the
-            network; it lists every wrong block.
+        ValueError: if `name` or `padding` is unknown, a number is not positive, or `widths` does
+            not fit the network; it lists every wrong block.
         TypeError: if `dtype` is not floating.
 
     Example:
@@ -101,22 +108,28 @@ class MobileNet(nnx.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         widths: Widths | None = None,
+        padding: str = "SAME",
+        shifted: bool = False,
         dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
+        if padding not in ("SAME", "SYMMETRIC"):
+            raise ValueError(f'`padding` must be "SAME" or "SYMMETRIC"; got {padding!r}.')
         places = mobile_places(name)
         architecture = MOBILE[name]
         dtype = check_arguments(num_classes, in_channels, dtype)
         layers = make_layers(
-            padding="SAME",
+            padding="SAME" if padding == "SAME" else None,
+            shifted=shifted,
             momentum=architecture.momentum,
             epsilon=architecture.epsilon,
             dtype=dtype,
             axis_name=axis_name,
             rngs=rngs,
         )
-        self.name, self.in_channels = name, in_channels
+        self.name, self.in_channels, self.num_classes = name, in_channels, num_classes
+        self.padding, self.shifted = padding, shifted
         self.widths = checked_mobile_widths(
             name, default_widths(name) if widths is None else widths
         )

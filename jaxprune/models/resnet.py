@@ -93,7 +93,7 @@ class ResNet(nnx.Module):
         name: name of the network, such as "resnet20".
         num_classes: number of logits; None for 10 (small images) or 1000 (large images).
         in_channels: channels of the images.
-        widths: channels of each layer; None for `default_widths(name, depths)`.
+        widths: channels of each layer; None for `default_widths(name, depths=depths)`.
         depths: number of blocks in each stage, at least 1; None for those of the name.
         dtype: dtype of the computation; with bfloat16, parameters, statistics and logits remain
             float32.
@@ -142,7 +142,7 @@ class ResNet(nnx.Module):
         self.name = name
         self.in_channels = in_channels
         self.large_images = architecture.large_images
-        widths = default_widths(name, depths) if widths is None else widths
+        widths = default_widths(name, depths=depths) if widths is None else widths
         self.widths = checked_widths(name, widths, depths)
 
         stem = self.widths.stem

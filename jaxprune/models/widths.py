@@ -174,18 +174,23 @@ def positions(architecture: Architecture) -> Iterator[tuple[int, int, bool]]:
             yield stage, 2 if first and stage > 0 else 1, first and stage >= first_projection
 
 
-def default_widths(name: str, depths: Sequence[int] | None = None) -> Widths:
+def default_widths(
+    name: str, multiplier: float = 1.0, *, depths: Sequence[int] | None = None
+) -> Widths:
     """Returns the published widths of a network, as a start for different ones.
 
     Args:
         name: a network of `models`, such as "resnet20" or "mobilenet_v2".
+        multiplier: factor of the widths of MobileNet V1 and V2, which are then rounded to multiples
+            of 8 as their authors do; below 1 the last 1x1 convolution of V2 keeps its width.
         depths: number of blocks in each stage of a `ResNet`; None for the published ones.
 
     Returns:
         Its `Widths`.
 
     Raises:
-        ValueError: if `name` is unknown, or `depths` are not those of a ResNet.
+        ValueError: if `name` is unknown, `depths` are not those of a ResNet, or `multiplier` is not
+            positive or does not apply.
 
     Example:
         >>> default_widths("resnet8").blocks
@@ -194,10 +199,19 @@ def default_widths(name: str, depths: Sequence[int] | None = None) -> Widths:
         (64, 64, 256)
         >>> default_widths("mobilenet_v2").blocks[:3]
         ((16,), (96, 24), (144, 24))
+        >>> default_widths("mobilenet_v2", 0.5).blocks[:3]
+        ((8,), (48, 16), (96, 16))
     """
+    scales = name in ("mobilenet_v1", "mobilenet_v2")
+    if not 0 < multiplier < np.inf or (multiplier != 1 and not scales):
+        raise ValueError(
+            "`multiplier` must be positive, and 1 for networks other than mobilenet_v1 and "
+            f"mobilenet_v2; got {multiplier} for {name}: give `Widths(...)` instead."
+        )
     if name in MOBILE:
         blocks = tuple(place.widths for place in mobile_places(name))
-        return Widths(_MOBILE_STEM, blocks, MOBILE[name].head)
+        published = Widths(_MOBILE_STEM, blocks, MOBILE[name].head)
+        return published if multiplier == 1 else _mobile_widths(name, multiplier)
     architecture = architecture_of(name, depths)
     base = architecture.base
 
@@ -206,6 +220,29 @@ def default_widths(name: str, depths: Sequence[int] | None = None) -> Widths:
         return (width, width, 4 * width) if bottleneck else (width, width)
 
     return Widths(base, tuple(block(base * 2**s) for s, _, _ in positions(architecture)))
+
+
+def _mobile_widths(name: str, multiplier: float) -> Widths:
+    """Scales the published widths of a network for phones."""
+
+    def scaled(width: int) -> int:
+        """Returns the nearest multiple of 8 that is not more than a tenth less."""
+        found = max(8, int(width * multiplier + 4) // 8 * 8)
+        return found + 8 if found < 0.9 * width * multiplier else found
+
+    published, stream, blocks = _MOBILE_STEM, scaled(_MOBILE_STEM), []
+    for place in mobile_places(name):
+        *expanded, out = place.widths
+        # A block expands its input, which is rounded already.
+        mid = [width // published * stream for width in expanded]
+        published, stream = out, scaled(out)
+        blocks.append((*mid, stream))
+    head = MOBILE[name].head
+    return Widths(
+        scaled(_MOBILE_STEM),
+        tuple(blocks),
+        None if head is None else max(head, scaled(head)),
+    )
 
 
 def widths_of(params: Any) -> Widths:

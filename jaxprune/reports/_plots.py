@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours without yellow: readers with any colour vision can tell them apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_COSTS = {"seconds": "Training time", "parameters": "Parameters"}
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
 
@@ -261,8 +262,13 @@ def plot_compaction(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     _save(figure, path)
 
 
-def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws accuracy against training time and against size, side by side.
+def plot_tradeoffs(
+    rows: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    labels: Mapping[str, str] = _COSTS,
+) -> None:
+    """Draws accuracy against two costs side by side, such as training time and size.
 
     A line joins the rows that no other row beats in both (the Pareto front). Up and to the left is
     better.
@@ -272,9 +278,10 @@ def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
             and `parameters` are relative to the dense network, `accuracy SD` and `seconds SD`
             standard deviations of these, or None.
         path: the PNG file to write, atomically. Its folder is created.
+        labels: key of a cost in the rows -> its name, for other costs than these two.
 
     Raises:
-        ValueError: if `rows` is empty.
+        ValueError: if `rows` is empty, or `labels` does not have two entries.
 
     Example:
         >>> import pathlib, tempfile
@@ -287,9 +294,10 @@ def plot_tradeoffs(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     """
     if not rows:
         raise ValueError("`rows` must have one row for each way to train, but is empty.")
+    if len(labels) != 2:
+        raise ValueError(f"`labels` must name two costs, but names {len(labels)}.")
     figure = _figure(11.0, 4.8)
     panels = figure.subplots(1, 2, sharey=True)
-    labels = {"seconds": "Training time", "parameters": "Parameters"}
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for index, row in enumerate(rows):
             axes.errorbar(

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxprune import models, structure, trees
 from jaxprune.models import MobileNet, Widths, default_widths
+from jaxprune.models._layers import shifted_depthwise
 
 NAMES = ["mobilenet_v1", "mobilenet_v2", "efficientnet_lite0"]
 
@@ -214,3 +215,102 @@ def test_bad_options_are_named(options, text):
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="one of mobilenet_v1, mobilenet_v2, efficientnet_lite0"):
         MobileNet("mobilenet_v3", rngs=nnx.Rngs(0))
+
+
+# ---- phones: multipliers, symmetric padding, depthwise convolutions as sums
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplier", "parameters"),
+    [
+        ("mobilenet_v1", 0.25, 470_072),
+        ("mobilenet_v1", 0.5, 1_331_592),
+        ("mobilenet_v1", 0.75, 2_585_560),
+        ("mobilenet_v2", 0.5, 1_968_680),
+        ("mobilenet_v2", 0.75, 2_636_424),
+        ("mobilenet_v2", 1.4, 6_108_776),
+    ],
+)
+def test_scaled_networks_have_the_published_sizes(name, multiplier, parameters):
+    widths = default_widths(name, multiplier)
+    model = nnx.eval_shape(lambda: MobileNet(name, widths=widths, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplier"), [("resnet8", 0.5), ("mobilenet_v1", 0), ("mobilenet_v2", np.inf)]
+)
+def test_multipliers_that_do_not_apply_are_refused(name, multiplier):
+    with pytest.raises(ValueError, match="`multiplier` must be positive"):
+        default_widths(name, multiplier)
+
+
+def test_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match='`padding` must be "SAME" or "SYMMETRIC"; got .VALID.'):
+        MobileNet("mobilenet_v1", padding="VALID", rngs=nnx.Rngs(0))
+
+
+def test_symmetric_padding_is_the_same_on_both_sides():
+    """Sparse inference needs it: at stride 2, SAME pads even images at the end only."""
+    model = nnx.eval_shape(lambda: MobileNet("mobilenet_v1", padding="SYMMETRIC", rngs=nnx.Rngs(0)))
+    model.eval()
+    functions = structure.from_nnx(model)
+    traced = jax.make_jaxpr(functions.evaluate)(
+        functions.variables, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    )
+    paddings = {
+        (equation.params["padding"], equation.params["rhs_dilation"])
+        for equation in traced.eqns
+        if equation.primitive.name == "conv_general_dilated"
+        and equation.invars[1].aval.shape[0] == 3
+    }
+    assert paddings == {(((1, 1), (1, 1)), (1, 1))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize(
+    ("height", "width", "strides", "padding"),
+    [
+        (6, 5, 1, "SAME"),
+        (6, 5, 2, "SAME"),
+        (7, 7, (2, 1), 1),
+        (6, 8, 2, 2),
+        (5, 6, 2, [(1, 0)] * 2),
+    ],
+)
+def test_shifted_images_are_a_depthwise_convolution(height, width, strides, padding, size):
+    x = images(2, height, width, 4)
+    kernel = np.random.default_rng(2).normal(size=(size, size, 1, 4)).astype(np.float32)
+    both = (strides, strides) if isinstance(strides, int) else strides
+    pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
+
+    def convolution(x, kernel):
+        form = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, both, pads, dimension_numbers=form, feature_group_count=4
+        )
+
+    def shifted(x, kernel):
+        return shifted_depthwise(x, kernel, strides, padding)
+
+    wanted, pull = jax.vjp(convolution, x, kernel)
+    actual, own_pull = jax.vjp(shifted, x, kernel)
+    np.testing.assert_allclose(actual, wanted, atol=1e-5)
+    cotangent = images(*wanted.shape)
+    for own, right in zip(own_pull(cotangent), pull(cotangent), strict=True):
+        np.testing.assert_allclose(own, right, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["SAME", "SYMMETRIC"])
+def test_network_of_shifted_images_equals_the_network(padding):
+    own = {"widths": narrow("mobilenet_v2"), "num_classes": 7, "padding": padding}
+    x = images(2, 24, 30, 3)
+    plain, shifted = (filled("mobilenet_v2", shifted=flag, **own) for flag in (False, True))
+    wanted = nnx.jit(MobileNet.__call__)(plain, x)
+    actual = nnx.jit(MobileNet.__call__)(shifted, x)
+    np.testing.assert_allclose(actual, wanted, atol=1e-4 * np.abs(wanted).max())
+    text = str(jax.make_jaxpr(structure.from_nnx(shifted).evaluate)(
+        structure.from_nnx(shifted).variables, x))  # fmt: skip
+    assert "feature_group_count=1\n" in text and "feature_group_count=12" not in text

@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "masks": {"counting", "meshes", "stacks", "trees"},
     "at_init": {"trees"},
     "storage": {"files", "trees"},
+    "export": {"files", "masks", "trees"},
+    "browser": {"export", "files", "models", "storage", "structure"},
     "models": {"trees"},
     "sharding": {"trees"},
     "selection": {"counting", "meshes", "trees"},
@@ -108,10 +110,12 @@ MAY_IMPORT = {
 
 # Those that `import jaxprune` leaves alone, and what they load that takes long.
 LAZY = {
+    "jaxprune.browser",
     "jaxprune.checkpoints",
     "jaxprune.data",
     "jaxprune.elastic",
     "jaxprune.experiments",
+    "jaxprune.export",
     "jaxprune.models",
     "jaxprune.rewinding",
     "jaxprune.search",
@@ -124,11 +128,16 @@ LAZY = {
 # Import names of what only the extras `train` and `test` install.
 OPTIONAL = {
     "PIL",
+    "ai_edge_litert",
     "chex",
     "grain",
     "hypothesis",
     "importlib_resources",
+    "jax2onnx",
+    "litert_converter",
     "matplotlib",
+    "onnx",
+    "onnxruntime",
     "orbax",
     "pytest",
     "ray",

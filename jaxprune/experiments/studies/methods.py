@@ -3,8 +3,9 @@
     python scripts/study.py digits_resnet8 --methods agip random --sparsities 0.72 0.95 \\
         --seeds 0 1 2 --workdir runs/study --jobs 2 -- --steps 600 --batch-size 64
 
-Two studies differ: `study.py headline` compares networks that shrink while they train with
-controls, `study.py text` decoders of text at equal time (`--help` says more).
+Three studies differ: `study.py headline` compares networks that shrink while they train with
+controls, `study.py text` decoders of text at equal time, `study.py phone` sparse MobileNets with
+narrow ones (`--help` says more).
 
 Options after `--` go to every run. Each seed begins with its dense run, so that a part of a study
 is already a comparison. To resume after a stop or a failure, run the same command again: it skips
@@ -21,7 +22,7 @@ from typing import Any, get_args
 from jaxprune import checkpoints, reports
 from jaxprune.experiments import command
 from jaxprune.experiments.config import Method
-from jaxprune.experiments.studies import headline, jobs, ray_jobs, tables, text
+from jaxprune.experiments.studies import headline, jobs, phone, ray_jobs, tables, text
 from jaxprune.files import schemas
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
@@ -44,9 +45,9 @@ Relative: to the dense run (method none) of the same seed. Bytes: of a file with
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line, or that of `study.py headline` or `text`."""
+    """Runs the command line, or that of `study.py headline`, `text` or `phone`."""
     args = sys.argv[1:] if args is None else list(args)
-    others = {"headline": headline.main, "text": text.main}
+    others = {"headline": headline.main, "text": text.main, "phone": phone.main}
     if args and args[0] in others:
         others[args[0]](args[1:])
         return
