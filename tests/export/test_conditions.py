@@ -74,7 +74,7 @@ BAD = {
             apply=lambda w, x: phones.network()(w | {"stem": jnp.ones((5, 5, 3, 16)) / 75}, x),
             size=18,
         ),
-        "0 CONV_2D",
+        "CONV_2D",
         "its window is 5x5, not 3x3",
         "a 3x3 convolution of stride 2",
     ),
