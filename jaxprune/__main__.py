@@ -12,6 +12,7 @@ COMMANDS = {
     "compact": ("studies.compaction", "remove channels of trained networks, by several scores"),
     "search": ("studies.search", "search how much each layer of trained networks keeps"),
     "elastic": ("studies.elastic", "train one elastic network, and cut it to any budget"),
+    "export": ("export", "write a finished run as files for phones, browsers and servers"),
     "compile_for_tpu": ("ahead.compile", "compile the step for TPUs or GPUs that are not here"),
 }
 
