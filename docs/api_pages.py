@@ -149,7 +149,7 @@ def module_page(module_name: str) -> str:
         if entry.page != module_name:
             continue
         if entry.kind == "data":
-            page += [f".. py:data:: {entry.path}", "", f"   {entry.summary}", ""]
+            page += [f".. py:data:: {entry.name}", "", f"   {entry.summary}", ""]
         else:
             page += [f".. auto{entry.kind}:: {entry.path}", ""]
     return "\n".join(page)
@@ -178,7 +178,13 @@ def index_page() -> str:
             for name, module in modules.items()
         ]
         page += [title, "-" * len(title), "", _table(rows)]
-        page += [".. toctree::", "   :hidden:", "", *(f"   jaxprune.{name}" for name in names), ""]
+        page += [
+            ".. toctree::",
+            "   :hidden:",
+            "",
+            *(f"   {name} <jaxprune.{name}>" for name in names),
+            "",
+        ]
     return "\n".join(page)
 
 

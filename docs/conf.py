@@ -20,8 +20,8 @@ CONTENTS = {
     "Start": ["start", "choose", "loops", "coming", "jaxpruner"],
     "Prune while training": ["methods", "optimizers"],
     "Remove channels": ["structure", "shrinking"],
-    "How much each layer keeps": ["searching", "elastic"],
-    "Train again": ["rewinding"],
+    "Search": ["searching", "elastic"],
+    "Rewind": ["rewinding"],
     "After training": ["transformers", "pretrained", "deploy", "kernels"],
     "Devices": ["devices", "tpu"],
     "Look up": ["faq", "glossary", "api/index"],
@@ -39,6 +39,7 @@ myst_heading_anchors = 3  # headings have the anchors that a forge gives them
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docstrings say more: shapes, dtypes, units
 napoleon_custom_sections = [("Fields", "params_style")]
 maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
@@ -68,10 +69,9 @@ def add_fields(app, what, name, value, options, lines):
     """Describes the fields of a class by the comments beside them."""
     found = api_pages.fields(value) if what in ("class", "exception") else {}
     if found:
-        texts = {
-            field: re.sub(r"\*(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"\*", found[field]) for field in found
-        }
-        section = ["Fields:", *(f"    {field}: {text}" for field, text in texts.items()), ""]
+        star = re.compile(r"\*(?=[^`]*(?:`[^`]*`[^`]*)*$)")  # outside of backquotes
+        rows = ["    " + field + ": " + star.sub(r"\\*", text) for field, text in found.items()]
+        section = ["Fields:", *rows, ""]
         at = lines.index("Example:") if "Example:" in lines else len(lines)
         lines[at:at] = section if not at or not lines[at - 1] else ["", *section]
 
@@ -108,6 +108,7 @@ PATHS = {
 
 
 def setup(app):
+    """Writes the pages of the API, and tells Sphinx of the functions above."""
     api_pages.write(DOCS / "api")
     app.add_role("name", name_role)
     app.connect("source-read", add_contents)

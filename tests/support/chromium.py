@@ -19,8 +19,8 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
     "--enable-logging=stderr",
 )  # fmt: skip
-# The browser refuses whatever a page wants from elsewhere, and says so on the console. A proxy would
-# also see what Chromium itself asks its maker for.
+# The browser refuses whatever a page wants from elsewhere, and says so on the console. A proxy
+# would also see what Chromium itself asks its maker for.
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
