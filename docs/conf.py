@@ -20,8 +20,7 @@ CONTENTS = {
     "Start": ["start", "choose", "loops", "coming", "jaxpruner"],
     "Prune while training": ["methods", "optimizers"],
     "Remove channels": ["structure", "shrinking"],
-    "Search": ["searching", "elastic"],
-    "Rewind": ["rewinding"],
+    "Search and rewind": ["searching", "elastic", "rewinding"],
     "After training": ["transformers", "pretrained", "deploy", "kernels"],
     "Devices": ["devices", "tpu"],
     "Look up": ["faq", "glossary", "api/index"],
@@ -41,7 +40,6 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # docstrings say more: shapes, dtypes, units
 napoleon_custom_sections = [("Fields", "params_style")]
-maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
@@ -58,9 +56,7 @@ def add_contents(app, docname, source):
     if docname != "index":
         return
     for caption, pages in CONTENTS.items():
-        there = [
-            page for page in pages if page.startswith("api/") or (DOCS / f"{page}.md").exists()
-        ]
+        there = [page for page in pages if "/" in page or (DOCS / f"{page}.md").exists()]
         lines = ["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *there, "```", ""]
         source[0] += "\n".join(lines)
 
