@@ -146,6 +146,7 @@ def test_the_site_in_a_browser(site):
             assert found.console == []
 
 
+@pytest.mark.slow
 def test_chromium_reports_what_a_page_wants_from_elsewhere(tmp_path):
     (tmp_path / "page.html").write_text(
         '<img src="http://example.org/a.png"><link rel="stylesheet" href="//example.org/b.css">'
