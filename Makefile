@@ -12,7 +12,7 @@ PYTHON3 ?=
 CANDIDATES := $(PYTHON3) python3.11 python3.12 python3.13 python3.14 python3 python
 # Those of pyenv need not be on the path.
 NEWER := $(CANDIDATES) $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python3)
-SOURCES := jaxprune tests scripts conftest.py .ci $(wildcard benchmarks examples)
+SOURCES := jaxprune tests scripts docs conftest.py .ci $(wildcard benchmarks examples)
 
 # Pytest keeps its rewritten tests; without them each process would need five seconds more.
 export PYTHONDONTWRITEBYTECODE :=
@@ -39,7 +39,7 @@ MODULES := $(VENV)/browser/node_modules
 
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-browser bench-browser browser-check test test-fast test-faults test-newest \
-	test-quickly test-x64 coverage lint wheel format bench tpu-check cuda-check litert-check \
+	test-quickly test-x64 coverage lint wheel format bench docs tpu-check cuda-check litert-check \
 	onnx-check export-check clean
 
 help:  ## list the targets
@@ -125,6 +125,11 @@ bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, an
 	$(PYTHON) benchmarks/blocks.py
 	$(PYTHON) benchmarks/loop.py
 
+# Sphinx has its own environment. It reads what has changed only; warnings are errors.
+docs:  ## build the site from docs/ and the docstrings into docs/_build/html
+	@$(MAKE) --no-print-directory VENV=$(VENV)/docs $(VENV)/docs/.docs
+	$(VENV)/docs/bin/python -m sphinx -q -W --keep-going docs docs/_build/html $(ARGS)
+	@echo "The site is docs/_build/html/index.html"
 bench-browser: $(VENV)/.browser  ## time sparse networks in headless Chromium, LiteRT and XLA
 	@$(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert
 	$(VENV)/litert/bin/python benchmarks/browser.py --modules $(MODULES) $(ARGS)
@@ -170,7 +175,8 @@ export-check:
 	fi
 
 clean:  ## remove the virtual environment, caches and build products
-	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info \
+	  docs/_build docs/api
 
 # The first interpreter that is new enough and has venv makes the environment.
 $(VENV)/.python:
@@ -189,7 +195,7 @@ $(VENV)/.python:
 	exit 1
 
 # One stamp an extra: pip runs again only when pyproject.toml has changed.
-$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.tpu $(VENV)/.cuda: $(VENV)/.%: pyproject.toml | $(VENV)/.python
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $(VENV)/.tpu $(VENV)/.cuda: $(VENV)/.%: pyproject.toml | $(VENV)/.python
 	@echo "Installing jaxprune and what '$*' needs into $(VENV) (about a minute the first time)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@

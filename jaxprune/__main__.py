@@ -6,6 +6,7 @@ import sys
 # Command -> module of jaxprune.experiments, and what it does
 COMMANDS = {
     "demo": ("demo", "train a small network twice, dense and pruned, and compare them"),
+    "demo_browser": ("browser_demo", "run sparse networks in your browser and measure them"),
     "train": ("train", "train a network and prune it while it learns"),
     "study": ("studies.methods", "compare methods, sparsities and seeds at equal steps or time"),
     "rewind": ("studies.rewinding", "prune and train again in rounds, with controls"),

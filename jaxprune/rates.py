@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 __all__ = ["RateRule", "by_density", "by_statistic"]
 
+# (statistics of a leaf, their mean, its density) -> factors of the learning rate
 RateRule = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "taylor",
 ]
 
+# (params, statistics) -> scores, a tree like `params`; the largest are kept
 Score = Callable[[Any, Any], Any]
 
 _WORD = np.uint32  # the part of an index that is hashed at once

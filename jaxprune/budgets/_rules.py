@@ -42,6 +42,7 @@ class Budget(NamedTuple):
     floors: tuple[int, ...]
 
 
+# (shapes of the prunable leaves by path, sparsity) -> how much each leaf keeps
 BudgetRule = Callable[[Mapping[str, Shape], float], Budget]
 
 

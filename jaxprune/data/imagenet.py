@@ -39,8 +39,9 @@ __all__ = [
     "train_batches",
 ]
 
-# Statistics of the training images / 255, per channel, as in common use.
+# The mean of the training images / 255, per channel, as in common use.
 MEAN = (0.485, 0.456, 0.406)
+# Their standard deviation, likewise.
 STD = (0.229, 0.224, 0.225)
 
 _HOLD_OUT_KEY = 20240  # a different key holds out different images

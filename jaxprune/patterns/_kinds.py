@@ -77,7 +77,9 @@ class Channels(NamedTuple):
     pool: str
 
 
+# What is pruned together; None is single weights.
 Pattern = NM | Blocks | Channels | None
+# A pattern for all leaves, or a function (path, leaf) -> pattern.
 PatternRule = Pattern | Callable[[str, Any], Pattern]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.experimental import topologies
 
+# A GPU and how many of them, as a command takes it.
 GPU_EXAMPLE = "h100:8"
 FRACTION = 0.75  # of memory that JAX allocates at its start, see XLA_CLIENT_MEM_FRACTION
 
@@ -32,6 +33,7 @@ SHARED = {
     "registers_per_block_limit": 65536,
     "shared_memory_per_block": 49152,
 }
+# What the compiler is told of each kind of GPU.
 GPUS = {
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB",

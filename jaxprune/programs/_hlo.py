@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+# Collective operations: what devices exchange.
 KINDS = (
     "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",

@@ -16,6 +16,7 @@ class Family(NamedTuple):
     options: dict[str, Any]  # options of `get_topology_desc`
 
 
+# Kinds of TPUs, each with a slice as an example and the options that describe it.
 TPUS = {
     # The two cores of a chip are one device, as on a TPU VM.
     "v4": Family("2x2x1", "v4-8", {"chip_config_name": "megacore"}),

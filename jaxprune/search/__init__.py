@@ -1,10 +1,10 @@
 """Searches for how much each layer keeps: AMC, and simpler searches that cost the same.
 
-layers = search.find_layers(apply, variables, images[:1])         # from the jaxpr
-cost = structure.mac_cost(groups, apply, variables, images[:1])
-problem = search.channels(groups, variables, layers, cost=cost, budget=0.5)
-found = search.cross_entropy(problem, evaluate, evaluations=200, seed=0)
-small = found.plan.compact(variables)
+    layers = search.find_layers(apply, variables, images[:1])         # from the jaxpr
+    cost = structure.mac_cost(groups, apply, variables, images[:1])
+    problem = search.channels(groups, variables, layers, cost=cost, budget=0.5)
+    found = search.cross_entropy(problem, evaluate, evaluations=200, seed=0)
+    small = found.plan.compact(variables)
 
 A problem (`_problems`) has one decision for each group of channels, or for each leaf: how many
 units it keeps. Which ones follows from their scores. A candidate is a tuple of counts, from which

@@ -125,8 +125,8 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
 
     Returns:
         Parameters and masks, with the dtypes that were saved, on the default device unless `like`
-            says where. Dense leaves
-        have the scalar mask True. A 64-bit leaf is a NumPy array unless `jax_enable_x64` is set.
+        says where. Dense leaves have the scalar mask True. A 64-bit leaf is a NumPy array unless
+        `jax_enable_x64` is set.
 
     Raises:
         ValueError: if the file is damaged or has a different format or version; if its leaves

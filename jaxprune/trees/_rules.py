@@ -27,6 +27,7 @@ _STACKED = (
     "`stacked=lambda path, leaf: 0`."
 )
 
+# Which leaves are pruned: (path, leaf) -> bool, names, a tree of bools, or None for the default.
 Prunable = Callable[[str, Any], bool] | Any | None
 # (path, leaf) -> the axes that number independent copies of a layer, or None
 Stacked = Callable[[str, Any], int | tuple[int, ...] | None] | None

@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 # Languages of fenced blocks: run, read as commands, or only shown.
-SHOWN = {"", "text", "bibtex", "json", "toml"}
+SHOWN = {"", "text", "bibtex", "json", "py", "toml"}
 MAX_PROSE = 120  # columns of a line
 MAX_CELL = 160  # characters of a table cell
 # Commands that we do not check further: they are not ours.
-FOREIGN = {"apt-get", "cd", "dpkg", "git", "pip", "sudo", "tensorboard"}
+FOREIGN = {"apt-get", "cd", "dpkg", "git", "pip", "source", "sudo", "tensorboard"}
 
 
 class Block(NamedTuple):
