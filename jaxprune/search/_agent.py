@@ -1,5 +1,6 @@
 """The agent of AMC: deep deterministic policy gradients (DDPG), as pure functions on one state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,8 +119,9 @@ class Ddpg(NamedTuple):
     update: Callable[[Agent, Transitions], Agent]  # one update for each batch [updates, batch, ...]
 
 
+@functools.cache
 def make_ddpg(settings: Settings) -> Ddpg:
-    """Makes the functions of an agent; each compiles once.
+    """Makes the functions of an agent; each compiles once for the same settings.
 
     An update of a batch of transitions (s, a, r, s'), with b the moving average of mean rewards:
 

@@ -204,11 +204,13 @@ def test_the_baseline_starts_at_the_first_mean():
     assert float(new.baseline) == 1.5  # 1, then halfway to 2
 
 
-def test_updates_compile_once():
-    ddpg = make_ddpg(SMALL)
-    agent = ddpg.init(0)
+def test_updates_compile_once_for_all_searches_of_a_process():
+    settings = SMALL._replace(hidden=(5, 3))  # of no other test
+    agent = make_ddpg(settings).init(0)
     for seed in range(3):
+        ddpg = make_ddpg(settings)
         agent = ddpg.update(agent, jax.tree.map(lambda x: x[None], batch_of(seed)))
+        assert ddpg is make_ddpg(settings)
     assert ddpg.update._cache_size() == 1
 
 
