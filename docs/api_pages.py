@@ -141,7 +141,11 @@ def module_page(module_name: str) -> str:
     found = entries(module_name)
     doc = inspect.getdoc(importlib.import_module(module_name)) or ""
     below = [other for other in public_modules() if other.startswith(f"{module_name}.")]
-    page = [module_name, "=" * len(module_name), "", f".. py:module:: {module_name}", ""]
+    # `models.mbconv` is a function; the module of the same path must not be described twice.
+    parent, _, name = module_name.rpartition(".")
+    is_shadowed = not inspect.ismodule(getattr(importlib.import_module(parent), name))
+    directive = "currentmodule" if is_shadowed else "module"
+    page = [module_name, "=" * len(module_name), "", f".. py:{directive}:: {module_name}", ""]
     page += [_literal_blocks(doc), "", _links(found)]
     if below:
         page += [".. toctree::", "", *(f"   {other}" for other in below), ""]
