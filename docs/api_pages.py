@@ -92,14 +92,16 @@ def _kind(value: typing.Any) -> str:
 
 
 def _doc(module: typing.Any, name: str, value: typing.Any) -> str:
-    """The docstring of a function or a class, or the comment above a constant."""
+    """The docstring of a function or a class, or the comment at a constant."""
     if _kind(value) != "data":
         return inspect.getdoc(value) or ""
     files = [Path(module.__file__)]
     if files[0].name == "__init__.py":
         files = sorted(files[0].parent.glob("*.py"))
+    above, beside = rf"((?:^#.*\n)+){name}(?:: .*)? = ", rf"^{name}(?:: .*)? = .*  (# .*)"
     for path in files:
-        if found := re.search(rf"((?:^#.*\n)+){name}(?:: .*)? = ", path.read_text(), re.M):
+        text = path.read_text()
+        if found := re.search(above, text, re.M) or re.search(beside, text, re.M):
             return re.sub(r"^# ?", "", found.group(1), flags=re.M).strip()
     return ""
 
