@@ -92,14 +92,16 @@ def _kind(value: typing.Any) -> str:
 
 
 def _doc(module: typing.Any, name: str, value: typing.Any) -> str:
-    """The docstring of a function or a class, or the comment above a constant."""
+    """The docstring of a function or a class, or the comment at a constant."""
     if _kind(value) != "data":
         return inspect.getdoc(value) or ""
     files = [Path(module.__file__)]
     if files[0].name == "__init__.py":
         files = sorted(files[0].parent.glob("*.py"))
+    above, beside = rf"((?:^#.*\n)+){name}(?:: .*)? = ", rf"^{name}(?:: .*)? = .*  (# .*)"
     for path in files:
-        if found := re.search(rf"((?:^#.*\n)+){name}(?:: .*)? = ", path.read_text(), re.M):
+        text = path.read_text()
+        if found := re.search(above, text, re.M) or re.search(beside, text, re.M):
             return re.sub(r"^# ?", "", found.group(1), flags=re.M).strip()
     return ""
 
@@ -141,7 +143,11 @@ def module_page(module_name: str) -> str:
     found = entries(module_name)
     doc = inspect.getdoc(importlib.import_module(module_name)) or ""
     below = [other for other in public_modules() if other.startswith(f"{module_name}.")]
-    page = [module_name, "=" * len(module_name), "", f".. py:module:: {module_name}", ""]
+    # `models.mbconv` is a function; the module of the same path must not be described twice.
+    parent, _, name = module_name.rpartition(".")
+    is_shadowed = not inspect.ismodule(getattr(importlib.import_module(parent), name))
+    directive = "currentmodule" if is_shadowed else "module"
+    page = [module_name, "=" * len(module_name), "", f".. py:{directive}:: {module_name}", ""]
     page += [_literal_blocks(doc), "", _links(found)]
     if below:
         page += [".. toctree::", "", *(f"   {other}" for other in below), ""]

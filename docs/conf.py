@@ -23,7 +23,7 @@ CONTENTS = {
     "Search and rewind": ["searching", "elastic", "rewinding"],
     "After training": ["transformers", "pretrained", "deploy", "kernels"],
     "Devices": ["devices", "tpu"],
-    "Look up": ["faq", "glossary", "api/index"],
+    "Look up": ["faq", "glossary", "testing", "api/index"],
     "Behind it": ["summary", "results", "architecture"],
 }
 
@@ -51,14 +51,20 @@ html_copy_source = html_show_sourcelink = False
 html_theme_options = {"top_of_page_buttons": []}
 
 
+def pages_there():
+    """CONTENTS without the pages that are not there."""
+    return {
+        caption: [page for page in pages if "/" in page or (DOCS / f"{page}.md").exists()]
+        for caption, pages in CONTENTS.items()
+    }
+
+
 def add_contents(app, docname, source):
     """Appends the side bar to the first page, where a forge would show its source."""
-    if docname != "index":
-        return
-    for caption, pages in CONTENTS.items():
-        there = [page for page in pages if "/" in page or (DOCS / f"{page}.md").exists()]
-        lines = ["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *there, "```", ""]
-        source[0] += "\n".join(lines)
+    if docname == "index":
+        for caption, pages in app.config.side_bar.items():
+            lines = ["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
+            source[0] += "\n".join(lines)
 
 
 def add_fields(app, what, name, value, options, lines):
@@ -106,6 +112,7 @@ PATHS = {
 def setup(app):
     """Writes the pages of the API, and tells Sphinx of the functions above."""
     api_pages.write(DOCS / "api")
+    app.add_config_value("side_bar", pages_there(), "env")  # pages come and go: read all again
     app.add_role("name", name_role)
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-docstring", add_fields, priority=400)  # before napoleon

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-    "--enable-logging=stderr",
+    "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )  # fmt: skip
 # The browser refuses whatever a page wants from elsewhere, and says so on the console. A proxy
 # would also see what Chromium itself asks its maker for.
@@ -69,7 +69,7 @@ def load(url: str, *arguments: str, patience: int = 20_000) -> Page:
     still while requests are under way. 0 is real time, for pages that measure it.
     """
     budget = [f"--virtual-time-budget={patience}"] if patience else []
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         done = subprocess.run(
             [program(), *OPTIONS, f"--user-data-dir={profile}", *budget, "--dump-dom"]
             + [*arguments, url],
