@@ -291,6 +291,7 @@ def _devices(subject: Subject) -> str | None:
     return None
 
 
+# The laws by name: each takes a subject and returns why it was not checked, or None.
 LAWS: dict[str, Callable[[Subject], str | None]] = {
     "zero": _zero,
     "exact": _exact,
