@@ -128,6 +128,8 @@ def test_nothing_is_measured_for_a_budget_that_no_choice_meets():
 def test_errors():
     with pytest.raises(ValueError, match=r"(?s)`measured` must be.*`verified` must be.*`budgets`"):
         specialise([], measured=4, verified=0)
+    with pytest.raises(ValueError, match="`decisions` must allow at least 5 .* but allow 2"):
+        elastic.specialise(SPACE[3:], evaluate, sum, [9])
     with pytest.raises(ValueError, match="`evaluate` must return a finite number"):
         specialise(own=lambda choice: math.nan)
     with pytest.raises(ValueError, match="`evaluate` must return one number, but returned str"):
