@@ -2,7 +2,8 @@
 
     space = elastic.named("resnet20")                   # what may vary; or `make_space` for others
     trained = elastic.train(space, data, steps=5000, workdir="runs/elastic")
-    small = elastic.extract(space, trained.variables, choice)
+    front = elastic.specialise(space.decisions, evaluate, cost, budgets)  # the best choice of each
+    small = elastic.extract(space, trained.variables, front.points[0].choice)
     model = elastic.to_module(space, small)             # a plain network of `models`
 
 An elastic network is the user's own function. A choice masks its parameters, so one compiled

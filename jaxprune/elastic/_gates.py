@@ -241,10 +241,12 @@ def make_space(
 
 
 def _names(key: Any) -> tuple[str, ...]:
+    """Returns the groups that share a decision."""
     return (key,) if isinstance(key, str) else tuple(key)
 
 
 def _paths(unit: structure.Group) -> list[str]:
+    """Returns the leaves of a group or block, each once."""
     return list(dict.fromkeys(member.path for member in unit.members))
 
 
@@ -306,8 +308,7 @@ class _Rules(NamedTuple):
 
     # Path -> (dimension, decision, channel at each index or -1)
     widths: dict[str, list[tuple[int, str, np.ndarray]]]
-    # Path -> (decision, place, dimension and layer at each index: of a stack, or of all)
-    depths: dict[str, list[tuple[str, int]]]
+    depths: dict[str, list[tuple[str, int]]]  # path -> (decision, number of the block in it)
     kernels: dict[str, tuple[str, Kernel]]  # path -> decision and windows
 
 

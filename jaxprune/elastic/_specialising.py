@@ -190,7 +190,7 @@ def specialise(
     began = time.perf_counter()
     check_decisions(decisions)
     costs = remember(decisions, cost)
-    _check_numbers(budgets, measured, verified)
+    _check_numbers(decisions, budgets, measured, verified)
     _check_budgets(decisions, costs, budgets)
     with contextlib.ExitStack() as stack:
         header = _header(decisions, settings or {})
@@ -315,12 +315,19 @@ def _number(value: Any, choice: Choice) -> float:
     return number
 
 
-def _check_numbers(budgets: Sequence[float], measured: int, verified: int) -> None:
+def _check_numbers(
+    decisions: Sequence[Decision], budgets: Sequence[float], measured: int, verified: int
+) -> None:
     problems = [
         f"`{name}` must be an integer of at least {least}, but is {value!r}"
         for name, value, least in (("measured", measured, 5), ("verified", verified, 1))
         if type(value) is not int or value < least
     ]
+    if (number := count(decisions)) < 5:
+        problems.append(
+            f"`decisions` must allow at least 5 sub-networks, but allow {number}; evaluate all of "
+            "them instead"
+        )
     if not len(budgets):
         problems.append("`budgets` must hold at least one largest cost, but is empty")
     if problems:

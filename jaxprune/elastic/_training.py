@@ -115,7 +115,7 @@ def train(
         seed: of the initial parameters of a name, of the data and of all draws.
         mesh: devices; None for all of them.
         save_every: steps between two checkpoints; the end of a phase has one as well.
-        log_every: steps between two calls of `on_log`.
+        log_every: steps between two calls of `on_log`; it is called before each checkpoint as well.
         on_log: called with the step and {"phase", "learning_rate", "loss", "accuracy"}, means over
             the steps since the last call.
         should_stop: called after each step; True saves a checkpoint and raises `Stopped`. All

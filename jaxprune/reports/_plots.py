@@ -378,7 +378,7 @@ def plot_fronts(
     _finish(axes, title="Accuracy by cost", xlabel=cost, ylabel="Test accuracy")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.yaxis.set_major_formatter("{x:.1%}")
-    axes.get_legend().remove()
+    axes.legend().remove()  # it is beside the axes
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, path)
 

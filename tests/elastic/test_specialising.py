@@ -1,8 +1,10 @@
 """Specialisation: one sub-network for each budget, and a journal from which it resumes."""
 
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 
 from jaxprune import elastic
@@ -57,6 +59,22 @@ def test_points_fit_their_budgets_and_are_the_best_that_was_measured():
     assert len(set(choices)) == len(choices)
     ends = [elastic.canonical(SPACE, own(SPACE)) for own in (elastic.largest, elastic.smallest)]
     assert choices[:2] == ends and front.sample == 12
+
+
+def test_the_best_predictions_within_each_budget_are_measured():
+    decisions = [Decision(name, "width", (1, 2, 3)) for name in "abcde"]
+    effects = (5, 1, 4, 2, 3)
+    front = elastic.specialise(
+        decisions, lambda own: sum(e * i for e, i in zip(effects, own, strict=True)), sum, [3, 6],
+        measured=30, verified=2, predictor=Fit(hidden=(16,), steps=300),
+        evolution=Evolution(30, 15),
+    )  # fmt: skip
+    assert front.sample == 30 < len(front.measured) <= 34
+    measured = {own.choice for own in front.measured}
+    for budget in (3, 6):
+        choices = [own for own in itertools.product(range(3), repeat=5) if sum(own) <= budget]
+        order = np.argsort(-front.predictor(choices))
+        assert {choices[i] for i in order[:2]} <= measured
 
 
 def test_the_front_has_no_dominated_choice():
@@ -128,6 +146,8 @@ def test_nothing_is_measured_for_a_budget_that_no_choice_meets():
 def test_errors():
     with pytest.raises(ValueError, match=r"(?s)`measured` must be.*`verified` must be.*`budgets`"):
         specialise([], measured=4, verified=0)
+    with pytest.raises(ValueError, match="`decisions` must allow at least 5 .* but allow 2"):
+        elastic.specialise(SPACE[3:], evaluate, sum, [9])
     with pytest.raises(ValueError, match="`evaluate` must return a finite number"):
         specialise(own=lambda choice: math.nan)
     with pytest.raises(ValueError, match="`evaluate` must return one number, but returned str"):
