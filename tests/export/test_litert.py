@@ -10,6 +10,7 @@ import pytest
 
 import jaxprune
 from jaxprune import export
+from jaxprune.export import _tflite
 from tests.support import exported, phones
 
 pytest.importorskip(
@@ -54,6 +55,16 @@ def test_int8_makes_files_a_quarter(tmp_path):
         for values in ("float32", "int8")
     ]
     assert sizes[1] < 0.4 * sizes[0]
+
+
+def test_equal_vectors_are_written_once(tmp_path, monkeypatch):
+    """The zero points of int8 filters, all 0, and shapes are shared; the network is the same."""
+    given = (phones.network(), phones.weights(width=16), phones.images(), tmp_path / "net.tflite")
+    options = dict(values="int8", check=phones.images(), overwrite=True)
+    shared = export.litert(*given, **options)
+    monkeypatch.setattr(_tflite, "_sharing", lambda builder: builder)
+    apart = export.litert(*given, **options)
+    assert shared.bytes < apart.bytes - 8 * 64 and shared.error == apart.error
 
 
 def test_int8_error_is_that_of_rounded_weights(tmp_path):
