@@ -30,7 +30,7 @@ def visit(server: Server, query: str = "", *, seconds: float = 300.0, screenshot
         server: from `serve`.
         query: of the address, such as "rounds=200".
         seconds: how long to wait.
-        screenshot: a PNG file of the page, taken in a second visit of ten seconds; "": none.
+        screenshot: a PNG file of the page, taken in a second visit after it has measured; "": none.
 
     Returns:
         The message of the page: `{"networks": [{"name": ..., "ms": [...], ...}], ...}`.
@@ -54,9 +54,9 @@ def visit(server: Server, query: str = "", *, seconds: float = 300.0, screenshot
         raise RuntimeError(f"the page failed: {result['error']}")
     if screenshot:
         with tempfile.TemporaryDirectory() as profile:
-            words = [f"--screenshot={screenshot}", "--window-size=1180,940", "--timeout=10000"]
-            words = [program, *_flags(profile), *words, server.url]
-            subprocess.run(words, capture_output=True, timeout=120)
+            words = [f"--screenshot={screenshot}", "--window-size=1180,940"]
+            words = [program, *_flags(profile), *words, f"{server.url}?picture"]
+            subprocess.run(words, capture_output=True, timeout=180)
     return result
 
 

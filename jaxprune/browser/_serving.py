@@ -29,6 +29,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 LARGEST_RESULT = 1 << 24  # bytes that the page may send
+HOLD = 100.0  # seconds after which a picture is taken anyway
 
 
 class Server(NamedTuple):
@@ -76,7 +77,8 @@ def serve(
             f"{PACKAGE}/core`, as `make demo-browser` does"
         )
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    handler = type("Handler", (_Handler,), {"roots": roots, "results": results})
+    own = {"roots": roots, "results": results, "shown": threading.Event()}
+    handler = type("Handler", (_Handler,), own)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -93,10 +95,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     roots: Mapping[str, Path]
     results: "queue.SimpleQueue[Any]"
+    shown: threading.Event  # that a page with "?picture" has measured
 
     def do_GET(self) -> None:
         """Sends a file."""
         path = self.path.partition("?")[0].strip("/") or "page.html"
+        if path == "hold":  # headless Chromium takes its picture when all of a page is there
+            self.shown.wait(HOLD)
+            self.send_error(404)
+            return
         first, _, rest = path.partition("/")
         root, rest = (self.roots[first], rest) if first in self.roots and rest else ("", path)
         root = (self.roots[""] if root == "" else root).resolve()
@@ -109,6 +116,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Takes the result of a page."""
+        if self.path == "/shown":
+            self.shown.set()
+            self._answer(200, "text/plain", b"")
+            return
         size = int(self.headers.get("Content-Length") or 0)
         if self.path != "/result" or not 0 < size <= LARGEST_RESULT:
             self.send_error(404)

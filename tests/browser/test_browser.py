@@ -184,7 +184,7 @@ def test_server_takes_results_only(served):
 def test_folders_without_the_files_are_refused(tmp_path):
     (tmp_path / "networks.json").write_text("{}")
     with (
-        pytest.raises(ValueError, match="`modules` .* npm install @litertjs/core"),
+        pytest.raises(ValueError, match="`modules` .*`npm install @litertjs/core`"),
         browser.serve(tmp_path, tmp_path),
     ):
         pass

@@ -74,7 +74,7 @@ def write_run(root, arm, seed, accuracy, nonzeros):
 
 def table_of(root):
     lines = [line for line in (root / "results.md").read_text().splitlines() if "|" in line]
-    heading, _, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    heading, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {row[0]: dict(zip(heading, row, strict=True)) for row in rows}
 
 
