@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune import elastic, sharding
-from jaxprune.elastic import Recipe
+from jaxprune.elastic import Recipe, _training
 from tests.support import elastic as support
 
 RECIPE = Recipe(batch_size=16, learning_rate=0.3, pad=0, flip=False, weight_decay=0.0)
@@ -111,23 +111,27 @@ def test_a_finished_run_is_read(tmp_path, whole):
     assert not logged
 
 
-def test_the_teacher_is_never_changed():
-    """The teacher's logits of one batch are the same at every step after the first phase."""
-    seen = []
+def test_the_teacher_is_never_changed(monkeypatch, whole):
+    """It is the network at the end of the first phase, in all later steps."""
+    seen, make = [], _training.make_programs
 
-    def spied(variables, x):
-        jax.debug.callback(lambda own: seen.append(np.asarray(own)), variables["params"]["head"])
-        return support.train(variables, x)
+    def spied(*args):
+        programs = make(*args)
 
-    space = support.make_space(train=spied)
-    phases = elastic.phases(space.decisions, STEPS, networks=1)
-    trained = train(space, steps=0, phases=phases)
-    jax.effects_barrier()
-    first = phases[0].steps
-    # In each later step the teacher is called first, then one sub-network.
-    teachers = [own for own in seen if np.array_equal(own, seen[first])]
-    assert not np.array_equal(seen[first], trained.variables["params"]["head"])
-    assert len(teachers) >= STEPS - first
+        def teach(params, *rest):
+            seen.append(np.asarray(params["params"]["head"]))
+            return programs.teach(params, *rest)
+
+        return programs._replace(teach=teach)
+
+    phases = elastic.phases(whole.space.decisions, STEPS, networks=1)
+    first = train(steps=0, phases=phases[:1]).variables["params"]["head"]
+    monkeypatch.setattr(_training, "make_programs", spied)
+    last = train(steps=0, phases=phases).variables["params"]["head"]
+    assert len(seen) == STEPS - phases[0].steps
+    for head in seen:
+        np.testing.assert_array_equal(head, first)
+    assert not np.array_equal(last, first)
 
 
 def test_several_devices_train_the_same(whole):
