@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import checkpoints, export, files, masks, training
@@ -169,7 +170,7 @@ def read_run(path: Path, count: int) -> Trained:
     if config.method != "none":
         kept = {name: True for name in variables} | {"params": masks.get_masks(state.opt_state)}
     apply = stages.stage.wrap(experiment.functions.evaluate)
-    images = experiment.source.first(count).images
+    images = jnp.asarray(experiment.source.first(count).images)
     variables, examples = jax.device_get((variables, experiment.source.prepare(images)))
     return Trained(apply, variables, jax.device_get(kept), np.asarray(examples))
 
