@@ -8,6 +8,8 @@ _EXPORT = {
     "_litert": "litert_converter",
     "_conditions": "litert_converter",
     "_onnx": "jax2onnx",
+    "_jax": "flatbuffers",
+    "_safetensors": "safetensors",
 }
 
 

@@ -6,6 +6,7 @@ condition fails it runs everything dense and says nothing. The conditions here a
 `xnn_subgraph_rewrite_for_nchw` in its src/subgraph.c.
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,7 @@ class _Walk:
         self.sparse = sum(tensor.sparsity is not None for tensor in network.graph.tensors)
         self.inside: set[int] = set()  # tensors in the layout of planes
         self.ends: set[int] = set()  # those that may leave it
-        self.counted: dict[int, np.ndarray] = {}  # operation -> weights that are counted
+        self.counted: dict[int, tuple[int, int]] = {}  # operation -> weights, and those not 0
 
     def report(self) -> SparseReport:
         """Walks, and reports the first obstacle."""
@@ -162,9 +163,8 @@ class _Walk:
 
     def _count(self) -> SparseReport:
         """Reports whether more than two thirds of the weights are 0."""
-        sizes = {index: own.size for index, own in self.counted.items()}
-        kept = {index: int(np.count_nonzero(own)) for index, own in self.counted.items()}
-        total = sum(sizes.values())
+        kept = {index: own for index, (_, own) in self.counted.items()}
+        total = sum(size for size, _ in self.counted.values())
         if (total - sum(kept.values())) * 3 > total * 2:
             return SparseReport(
                 True, "", "", "", 1 - sum(kept.values()) / total, total, self.sparse
@@ -211,18 +211,15 @@ class _Walk:
                 found[int(op.outputs[0])] = found[int(op.inputs[0])]
         return found
 
-    def _weights(self, index: int) -> np.ndarray:
-        """Returns flat weights in which the right number is not 0, as int8 or as stored."""
-        shape, stored = self.network.shape(index), self.static.get(index)
-        size = int(np.prod(shape))
+    def _weights(self, index: int) -> tuple[int, int]:
+        """Returns how many weights a filter has and how many are not 0."""
+        size, stored = math.prod(self.network.shape(index)), self.static.get(index)
         if stored is None:
-            return np.ones(size, bool)
-        tensor = self.network.graph.tensors[stored]
-        if tensor.sparsity is None:
-            values = self.network.values(stored)
-            return np.ones(size, bool) if values is None else values.reshape(-1)
-        kept = int(np.count_nonzero(self.network.entries(stored)))
-        return np.arange(size) < kept
+            return size, size
+        if self.network.graph.tensors[stored].sparsity is not None:
+            return size, int(np.count_nonzero(self.network.entries(stored)))
+        values = self.network.values(stored)
+        return size, size if values is None else int(np.count_nonzero(values))
 
     def _visit(self, index: int, is_stem: bool) -> _Obstacle | None:
         """Takes one operation into the layout of planes, or says why that is impossible."""

@@ -90,6 +90,41 @@ def inputs_of(example: Any) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 
+def batches(bound: Bound, check: Any) -> list[tuple[np.ndarray, ...]]:
+    """Splits the arrays of `check` into batches with the shapes of the inputs.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    given = [np.asarray(leaf) for leaf in inputs_of(check)]
+    wanted = [f"{spec.dtype}{list(spec.shape)}" for spec in bound.inputs]
+    counts = {
+        len(own) // spec.shape[0]
+        for own, spec in zip(given, bound.inputs)
+        if own.ndim and own.ndim == len(spec.shape) and spec.shape[0]
+    }
+    count = counts.pop() if len(counts) == 1 else 1
+    fits = len(given) == len(wanted) and all(
+        own.dtype == spec.dtype
+        and own.shape == (spec.shape and (spec.shape[0] * count, *spec.shape[1:]))
+        for own, spec in zip(given, bound.inputs)
+    )
+    if not fits or not count:
+        found = ", ".join(f"{own.dtype}{list(own.shape)}" for own in given)
+        raise ValueError(
+            f"`check` must have the shapes of `example`, {', '.join(wanted)}, or multiples of them "
+            f"along axis 0, but is {found}"
+        )
+    parts = [np.split(own, count) if own.ndim else [own] * count for own in given]
+    return list(zip(*parts))
+
+
+def outputs_of(bound: Bound, checks: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """Returns what JAX computes from the batches of `batches`."""
+    run = jax.jit(bound.function)
+    return [np.asarray(out) for batch in checks for out in run(*batch)]
+
+
 def free_path(path: Path_, overwrite: bool) -> Path:
     """Returns a path that may be written.
 

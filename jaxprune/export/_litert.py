@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import numpy as np
 
 from jaxprune import files
 from jaxprune.export._conditions import SparseReport, report_of
-from jaxprune.export._functions import Bound, bind, free_path, inputs_of, largest_gap
+from jaxprune.export._functions import Bound, batches, bind, free_path, largest_gap, outputs_of
 from jaxprune.export._packages import load
 from jaxprune.export._rewriting import cut_head, pad_explicitly, store_weights
 from jaxprune.export._tflite import Network
@@ -114,7 +115,7 @@ def litert(
         raise ValueError(f"`values` must be 'float32' or 'int8', but is {values!r:.40}")
     path = free_path(path, overwrite)
     bound = bind(apply, variables, example, masks)
-    checks = None if check is None else _batches(bound, check)
+    checks = None if check is None else batches(bound, check)
     network = Network(_convert(bound), _USER)
     if store_weights(network, sparse, values == "int8"):
         cut_head(network)
@@ -122,7 +123,7 @@ def litert(
     content = network.write()
     error = scale = None
     if checks is not None:
-        wanted = _outputs_of_jax(bound, checks)
+        wanted = outputs_of(bound, checks)
         error = largest_gap(_outputs_of_runtime(content, checks), wanted)
         scale = largest_gap(wanted, [np.zeros_like(own) for own in wanted])
     with files.replacing(path, "wb") as file:
@@ -162,44 +163,14 @@ def _convert(bound: Bound) -> bytes:
         ) from error
 
 
-def _batches(bound: Bound, check: Any) -> list[tuple[np.ndarray, ...]]:
-    """Splits the arrays of `check` into batches with the shapes of the inputs."""
-    given = [np.asarray(leaf) for leaf in inputs_of(check)]
-    wanted = [f"{spec.dtype}{list(spec.shape)}" for spec in bound.inputs]
-    counts = {
-        len(own) // spec.shape[0]
-        for own, spec in zip(given, bound.inputs)
-        if own.ndim and own.ndim == len(spec.shape) and spec.shape[0]
-    }
-    count = counts.pop() if len(counts) == 1 else 1
-    fits = len(given) == len(wanted) and all(
-        own.dtype == spec.dtype
-        and own.shape == (spec.shape and (spec.shape[0] * count, *spec.shape[1:]))
-        for own, spec in zip(given, bound.inputs)
-    )
-    if not fits or not count:
-        found = ", ".join(f"{own.dtype}{list(own.shape)}" for own in given)
-        raise ValueError(
-            f"`check` must have the shapes of `example`, {', '.join(wanted)}, or multiples of them "
-            f"along axis 0, but is {found}"
-        )
-    parts = [np.split(own, count) if own.ndim else [own] * count for own in given]
-    return list(zip(*parts))
-
-
-def _outputs_of_jax(bound: Bound, batches: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
-    run = jax.jit(bound.function)
-    return [np.asarray(out) for batch in batches for out in run(*batch)]
-
-
-def _outputs_of_runtime(content: bytes, batches: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+def _outputs_of_runtime(content: bytes, checks: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     """Runs a .tflite with the runtime of LiteRT."""
     interpreter = load("ai_edge_litert.interpreter", "litert", _USER)
     found = []
     runner = interpreter.Interpreter(model_content=content, num_threads=1)
     runner.allocate_tensors()
     run = runner.get_signature_runner("serving_default")
-    for batch in batches:
+    for batch in checks:
         outputs = run(**{f"input_{index}": own for index, own in enumerate(batch)})
         found += [outputs[f"output_{index}"].copy() for index in range(len(outputs))]
     return found

@@ -158,12 +158,15 @@ def _store(
     tensors, schema = network.graph.tensors, network.schema
     whole = network.add_tensor(source, "filter/")
     values = weights if coded is None else coded.values
+    dense = whole
     if coded is not None:
+        tensors[source].type = schema.TensorType.INT8
+        dense = network.add_tensor(source, "dense/") if is_sparse else source
+        # Only what DEQUANTIZE reads has scales: 12 bytes for each output are not written twice.
         scale = schema.QuantizationParametersT()
         scale.scale, scale.zeroPoint = coded.scale, np.zeros(coded.scale.size, np.int64)
         scale.quantizedDimension = coded.axis
-        tensors[source].type, tensors[source].quantization = schema.TensorType.INT8, scale
-    dense = network.add_tensor(source, "dense/") if is_sparse and coded is not None else whole
+        tensors[dense].quantization = scale
     if is_sparse:
         tensors[source].sparsity = _sparsity(schema, values)
         unpack = network.operation("DENSIFY", [source], [dense])
@@ -173,7 +176,7 @@ def _store(
     else:
         network.store(source, values)
     if coded is not None:
-        scaled = network.operation("DEQUANTIZE", [dense if is_sparse else source], [whole], 5)
+        scaled = network.operation("DEQUANTIZE", [dense], [whole], 5)
         network.set_options(scaled, "DequantizeOptions")
         operations.append(scaled)
     return whole

@@ -30,7 +30,7 @@ class Network:
 
     def __init__(self, content: bytes, user: str):
         self.schema = load("ai_edge_litert.schema_py_generated", "litert", user)
-        self._builder = load("flatbuffers", "litert", user).Builder
+        self._builder = _sharing(load("flatbuffers", "litert", user).Builder)
         if content[4:8] != _IDENTIFIER:
             raise ValueError("it is no .tflite file: it lacks the identifier TFL3")
         try:
@@ -190,6 +190,37 @@ class Network:
         for index, buffer in enumerate(model.buffers):
             if index not in used:
                 buffer.data = None
+        ends = {int(index) for index in (*graph.inputs, *graph.outputs)}
+        for index, tensor in enumerate(graph.tensors):
+            if index not in ends and tensor.name:  # names of operations that were fused are long
+                tensor.name = tensor.name.split(b";")[0].replace(b"jit(function)/", b"")
         builder = self._builder(1024)
         builder.Finish(model.Pack(builder), _IDENTIFIER)
         return bytes(builder.Output())
+
+
+def _sharing(builder: Any) -> Any:
+    """Returns a builder of flatbuffers that writes equal vectors and texts once.
+
+    The format lets several tables refer to one vector. Each filter with scales for n outputs has n
+    zero points of 8 bytes, all 0: they are a tenth of a MobileNet with 90 % zeros in int8.
+    """
+
+    class Sharing(builder):
+        def __init__(self, size: int):
+            super().__init__(size)
+            self._written: dict[tuple[str, bytes], int] = {}
+
+        def CreateNumpyVector(self, x: np.ndarray) -> int:
+            key = (x.dtype.str, x.tobytes())
+            if key not in self._written:
+                self._written[key] = super().CreateNumpyVector(x)
+            return self._written[key]
+
+        def CreateString(self, s: Any, *args: Any) -> int:
+            key = ("text", bytes(s, "utf-8") if isinstance(s, str) else bytes(s))
+            if key not in self._written:
+                self._written[key] = super().CreateString(s, *args)
+            return self._written[key]
+
+    return Sharing

@@ -242,7 +242,7 @@ def _check_known(params: Any, masks: Any, caller: str) -> None:
 def _file_bytes(params: Any, masks: Any) -> int:
     """Returns the length of a file with these parameters and masks."""
     file = io.BytesIO()
-    storage.save(file, params, masks)
+    storage.save(file, params, masks, compression=None)
     return file.tell()
 
 

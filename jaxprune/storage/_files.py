@@ -1,66 +1,44 @@
-"""Writes and reads one small file for parameters and masks.
-
-A file is an uncompressed NumPy archive (`.npz`) of two arrays of bytes. `manifest` is JSON: the
-format, its version and, for each leaf, path, dtype, shape, the number of weights that its mask
-keeps (null for the scalar mask True) and a CRC-32. `data` holds the bytes of the leaves one after
-another: the mask, one bit per weight (left out if it keeps all), then the kept values in row-major
-order, little-endian. A separate array for each leaf would cost some 250 bytes more.
-
-A mask that keeps nothing has its bits, too: so the weights of a leaf are at most eight times the
-bytes of the file, and no small file makes `load` take much memory. (Version 1 left them out.)
-"""
+"""Writes and reads one small file for parameters and masks; `_format` says what is in it."""
 
 import contextlib
-import json
-import math
 import os
-import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import files, trees
-from jaxprune.files import schemas
-from jaxprune.storage._leaves import (
-    is_stored,
-    jax_array,
-    masked_leaves,
-    pack_mask,
-    placed_like,
-    unpack_mask,
+from jaxprune.storage import _coding, _packing
+from jaxprune.storage._format import (
+    Row,
+    Saved,
+    check_length,
+    decode,
+    encode,
+    encode_packed,
+    read,
 )
-
-_FORMAT = "jaxprune.storage"
-_VERSION = 2
-_ARRAYS = {"manifest": ("uint8", ("bytes of the manifest",)), "data": ("uint8", ("bytes",))}
-_SIZE = schemas.whole()
-_ROW = {
-    "path": schemas.text,
-    "dtype": schemas.text,
-    "shape": schemas.each(_SIZE),
-    "kept": schemas.maybe(_SIZE),
-    "crc32": schemas.whole(high=2**32 - 1),
-}
-_MANIFEST = schemas.record(
-    {
-        "format": schemas.one_of(_FORMAT),
-        "version": schemas.one_of(_VERSION),
-        "leaves": schemas.each(schemas.record(_ROW)),
-    }
-)
+from jaxprune.storage._leaves import is_stored, jax_array, placed_like
 
 File = str | os.PathLike[str] | BinaryIO
 
 
-def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False) -> None:
-    """Writes parameters and masks, without the masked weights.
+def save(
+    path: File,
+    params: Any,
+    masks: Any = None,
+    *,
+    values: str = "exact",
+    compression: str | None = "auto",
+    overwrite: bool = False,
+) -> Saved:
+    """Writes parameters and masks, without the masked weights, compressed.
 
-    A leaf of n weights of b bytes, of which k are kept, takes n/8 + k b bytes and about 100 in the
-    manifest; with float32 at sparsity s that is 1.03 - s of the dense leaf. The values are stored
-    bit for bit, -0.0 and NaN included; only a masked -0.0 is read back as 0.0.
+    Before compression a leaf of n weights of b bytes, of which k are kept, takes n/8 + k b bytes
+    and about 100 in the manifest; with float32 at sparsity s that is 1.03 - s of the dense leaf.
+    With "exact" the values are stored bit for bit, -0.0 and NaN included; only a masked -0.0 is
+    read back as 0.0.
 
     The file is complete or does not exist: it is written under a temporary name and then renamed.
 
@@ -72,31 +50,66 @@ def save(path: File, params: Any, masks: Any = None, *, overwrite: bool = False)
             its leaf or is a scalar, also for a whole branch; True stands for a dense leaf and False
             for a mask full of False. None: in floating-point leaves of two or more dimensions zeros
             count as masked if that makes the file smaller; all other leaves are dense.
+        values: "exact"; "bfloat16" for the floats of more than two bytes; or "int8" for the floats
+            of two or more dimensions: round(w / scale), where the scale of each index of the last
+            axis maps the largest weight to 127. Other wide floats are then bfloat16. `load` returns
+            the dtypes of `params` in any case.
+        compression: "zstd" (Python 3.14 or the package zstandard), "zlib", "auto" for the first of
+            them that is here, or None for a file that NumPy alone can read; it is "exact".
         overwrite: whether to replace an existing file.
+
+    Returns:
+        A `Saved`: the length, and the error that `values` makes.
 
     Raises:
         FileExistsError: if the file exists and `overwrite` is False.
-        ValueError: if a leaf cannot be stored, `masks` does not match, or a masked weight is not 0;
-            it lists every leaf.
+        ValueError: if a leaf cannot be stored, `masks` does not match, a masked weight is not 0, or
+            a weight that becomes int8 is not finite; it lists every leaf.
+        ModuleNotFoundError: if `compression` is "zstd" and nothing here has it.
 
     Example:
         >>> import tempfile
         >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp() + "/pruned.npz"
-        >>> save(path, {"w": jnp.array([3.0, 0.0, 2.0])}, {"w": jnp.array([True, False, True])})
+        >>> params, masks = {"w": jnp.array([3.0, 0.0, 2.0])}, {"w": jnp.array([True, False, True])}
+        >>> save(path, params, masks).values
+        'exact'
         >>> params, masks = load(path)
         >>> params["w"].tolist(), masks["w"].tolist()
         ([3.0, 0.0, 2.0], [True, False, True])
     """
-    if not isinstance(path, str | os.PathLike):
-        np.savez(path, allow_pickle=False, **_encode(params, masks))
-        return
-    path = Path(path)
-    if path.exists() and not overwrite:
+    _check_options(values, compression)
+    is_path = isinstance(path, str | os.PathLike)
+    if is_path and Path(path).exists() and not overwrite:
         raise FileExistsError(f"`path` {path} exists; take another name or `overwrite=True`.")
-    arrays = _encode(params, masks)
+    if compression is None:
+        arrays, saved = encode(params, masks)
+    else:
+        codec = _packing.best() if compression == "auto" else compression
+        arrays, saved = encode_packed(params, masks, values, codec)
+    if not is_path:
+        np.savez(path, allow_pickle=False, **arrays)
+        return saved
     with files.replacing(path, "wb") as handle:
         np.savez(handle, allow_pickle=False, **arrays)
+    return saved
+
+
+def _check_options(values: str, compression: str | None) -> None:
+    """Raises unless values and compression are known and fit together."""
+    if values not in _coding.VALUES:
+        raise ValueError(
+            f"`values` must be {', '.join(map(repr, _coding.VALUES))}, but is {values!r:.40}"
+        )
+    if compression not in ("auto", "zstd", "zlib", None):
+        raise ValueError(
+            f"`compression` must be 'auto', 'zstd', 'zlib' or None, but is {compression!r:.40}"
+        )
+    if compression is None and values != "exact":
+        raise ValueError(
+            f"`values` must be 'exact' in a file without compression, but is {values!r}; "
+            "leave out `compression=None`"
+        )
 
 
 def load(path: File, like: Any = None) -> tuple[Any, Any]:
@@ -118,13 +131,15 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
     Raises:
         ValueError: if the file is damaged or has a different format or version; if its leaves
             are not those of `like` (it lists all that are missing, unknown, or of a different shape
-            or dtype); or if, without `like`, a path is a leaf and a dict at once.
+            or dtype); or if, without `like`, a path is a leaf and a dict at once, or the leaves are
+            more than 1024 times as long as the file and longer than 64 MiB.
+        ModuleNotFoundError: if the file is compressed with Zstandard and nothing here has it.
 
     Example:
         >>> import io
         >>> import jax.numpy as jnp
         >>> params, file = [jnp.eye(2, dtype=jnp.bfloat16), jnp.ones(2)], io.BytesIO()
-        >>> save(file, params)
+        >>> _ = save(file, params)
         >>> restored, masks = load(file, like=params)
         >>> restored[0].dtype.name, [leaf.tolist() for leaf in masks]
         ('bfloat16', [[[True, False], [False, True]], True])
@@ -133,13 +148,15 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
     name = str(path) if is_path else repr(path)
     with open(path, "rb") if is_path else contextlib.nullcontext(path) as stream:
         try:
-            rows, data = _read(stream)
+            stored = read(stream)
         except ValueError as error:
             raise ValueError(f"`path` {name} cannot be read: {error}") from error
     if like is not None:
-        _check_like(rows, like, name)
+        _check_like(stored.rows, like, name)
     try:
-        leaves = _decode(rows, data)
+        if like is None:
+            check_length(stored)
+        leaves = decode(stored)
     except ValueError as error:
         raise ValueError(f"`path` {name} cannot be read: {error}") from error
     if like is not None:
@@ -150,124 +167,6 @@ def load(path: File, like: Any = None) -> tuple[Any, Any]:
         _nested({key: jax_array(values) for key, (values, _) in leaves.items()}, name),
         _nested({key: jax_array(mask) for key, (_, mask) in leaves.items()}, name),
     )
-
-
-def _encode(params: Any, masks: Any) -> dict[str, np.ndarray]:
-    """Encodes parameters and masks as the two arrays of a file."""
-    rows, pieces = [], []
-    for path, (values, mask) in masked_leaves(params, masks).items():
-        dense = mask.ndim < values.ndim or (masks is None and not _pays(values, mask))
-        kept = values.size if dense else int(np.count_nonzero(mask))
-        bits = pack_mask(mask if kept < values.size else np.ones(0, bool))
-        # Boolean indexing copies; avoid that for a dense leaf.
-        raw = (values if kept == values.size else values[mask]).reshape(-1).view(np.uint8)
-        rows.append(
-            {
-                "path": path,
-                "dtype": values.dtype.name,
-                "shape": values.shape,
-                "kept": None if dense else kept,
-                "crc32": zlib.crc32(raw.data, zlib.crc32(bits.data)),
-            }
-        )
-        pieces += [bits, raw]
-    manifest = {"format": _FORMAT, "version": _VERSION, "leaves": rows}
-    text = json.dumps(manifest, separators=(",", ":"))
-    data = np.concatenate([np.empty(0, np.uint8), *pieces])
-    return {"manifest": np.frombuffer(text.encode(), np.uint8), "data": data}
-
-
-class _Row(NamedTuple):
-    """What the manifest says of a leaf, and where its bytes lie."""
-
-    path: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    kept: int | None
-    crc32: int
-    start: int  # of the bits of the mask
-    middle: int  # of the values
-    stop: int
-
-    def kind(self) -> str:
-        """Returns dtype and shape, as errors show them."""
-        return f"{self.dtype.name}{list(self.shape)}"
-
-
-def _read(stream: Any) -> tuple[dict[str, _Row], np.ndarray]:
-    """Reads a file: the rows of its manifest by path, held against the bytes that are there."""
-    arrays = files.read_arrays(stream, _ARRAYS)
-    manifest, data = files.parse_json(arrays["manifest"].tobytes()), arrays["data"]
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != _VERSION and isinstance(version, int) and manifest.get("format") == _FORMAT:
-        newer = "update jaxprune" if version > _VERSION else "save it again with this jaxprune"
-        raise ValueError(f"its version is {version}, but this jaxprune reads {_VERSION}: {newer}")
-    _MANIFEST(manifest, "its manifest")
-    rows: dict[str, _Row] = {}
-    start = 0
-    for row in manifest["leaves"]:
-        path, shape, kept = row["path"], tuple(row["shape"]), row["kept"]
-        dtype, size = _dtype(row["dtype"], path), math.prod(shape)
-        count = size if kept is None else kept
-        if count > size or path in rows:
-            what = "occurs twice" if path in rows else f"keeps {count} of {size} weights"
-            raise ValueError(f"its leaf {ascii(path)} {what}")
-        middle = start + (-(-size // 8) if count < size else 0)
-        stop = middle + count * dtype.itemsize
-        rows[path] = _Row(path, dtype, shape, kept, row["crc32"], start, middle, stop)
-        start = stop
-    if start != data.size:
-        raise ValueError(f"it holds {data.size} bytes of data, but its leaves take {start}")
-    return rows, data
-
-
-def _dtype(name: str, path: str) -> np.dtype:
-    """Returns the dtype of numbers or bools with a name; `np.dtype` knows many other kinds."""
-    try:
-        dtype = np.dtype(name)
-    except Exception as error:  # TypeError, SyntaxError and others
-        raise ValueError(f"its leaf {ascii(path)} has the dtype {ascii(name)[:60]}") from error
-    is_known = dtype.kind == "b" or jnp.issubdtype(dtype, jnp.number)
-    if not is_known or dtype.name != name or dtype.char in "gG":
-        raise ValueError(f"its leaf {ascii(path)} has the dtype {ascii(name)[:60]}")
-    return dtype
-
-
-def _decode(rows: dict[str, _Row], data: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Maps paths to values and masks."""
-    trees.raise_for(
-        [
-            row.path
-            for row in rows.values()
-            if zlib.crc32(data[row.start : row.stop].data) != row.crc32
-        ],
-        "the checksums of these leaves differ from when they were saved:",
-    )
-    return {path: _leaf(row, data) for path, row in rows.items()}
-
-
-def _leaf(row: _Row, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns values and mask of a leaf."""
-    # A copy is aligned, a slice may not be.
-    values = data[row.middle : row.stop].copy().view(row.dtype)
-    if row.dtype.kind == "b" and values.view(np.uint8).max(initial=0) > 1:
-        raise ValueError(f"its leaf {ascii(row.path)} has bools that are neither 0 nor 1")
-    if row.kept is None:
-        return values.reshape(row.shape), np.array(True)
-    if row.start == row.middle:
-        return values.reshape(row.shape), np.ones(row.shape, bool)
-    mask = unpack_mask(data[row.start : row.middle], row.shape)
-    if np.count_nonzero(mask) != row.kept:
-        raise ValueError(f"its leaf {ascii(row.path)} has another number of weights than its mask")
-    whole = np.zeros(row.shape, row.dtype)
-    whole[mask] = values
-    return whole, mask
-
-
-def _pays(values: np.ndarray, mask: np.ndarray) -> bool:
-    """Tells whether the mask and the kept values are smaller than the leaf."""
-    lost = values.size - int(np.count_nonzero(mask))
-    return lost * values.itemsize > -(-values.size // 8)
 
 
 def _restored(saved: tuple[np.ndarray, np.ndarray] | None, like: Any) -> tuple[Any, Any]:
@@ -281,7 +180,7 @@ def _restored(saved: tuple[np.ndarray, np.ndarray] | None, like: Any) -> tuple[A
     return placed_like(values, like), placed_like(mask, like)
 
 
-def _check_like(rows: dict[str, _Row], like: Any, name: str) -> None:
+def _check_like(rows: dict[str, Row], like: Any, name: str) -> None:
     """Raises unless the leaves are those of `like`."""
 
     def kind(leaf: Any) -> str:

@@ -69,6 +69,15 @@ BAD = {
         "its stride is 1, not 2",
         "a 3x3 convolution of stride 2",
     ),
+    "stem of 5x5": (
+        dict(
+            apply=lambda w, x: phones.network()(w | {"stem": jnp.ones((5, 5, 3, 16)) / 75}, x),
+            size=18,
+        ),
+        "CONV_2D",
+        "its window is 5x5, not 3x3",
+        "a 3x3 convolution of stride 2",
+    ),
     "squeeze and excite": (
         dict(options={"middle": phones.squeeze_and_excite}),
         "MUL",

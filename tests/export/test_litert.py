@@ -7,70 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jaxprune
-from jaxprune import export, models, structure
-from tests.support import phones
-from tests.support.zoo import filled
+from jaxprune import export
+from jaxprune.export import _tflite
+from tests.support import exported, phones
 
 pytest.importorskip(
     "litert_converter", reason="LiteRT is not installed; `make litert-check` has it"
 )
 
 
-def module_of(build):
-    """A module whose norms are not trivial, as a function and variables."""
-    module = build(rngs=nnx.Rngs(0))
-    graph, state = nnx.split(module)
-    module = nnx.merge(graph, filled(state))
-    module.eval()
-    own = structure.from_nnx(module)
-    return own.evaluate, own.variables
-
-
-def thin_mobilenet(name):
-    def build(rngs):
-        widths = models.widths.default_widths(name)
-        blocks = tuple(tuple(max(4, own // 16) for own in block) for block in widths.blocks)
-        head = None if widths.head is None else 64
-        widths = widths._replace(stem=8, blocks=blocks, head=head)
-        return models.MobileNet(name, num_classes=10, widths=widths, rngs=rngs)
-
-    return build
-
-
-NETWORKS = {
-    "resnet20": (lambda rngs: models.resnet20(num_classes=10, in_channels=1, rngs=rngs), (28, 1)),
-    "mobilenet_v1": (thin_mobilenet("mobilenet_v1"), (32, 3)),
-    "mobilenet_v2": (thin_mobilenet("mobilenet_v2"), (32, 3)),
-    "vit": (
-        lambda rngs: models.ViT(
-            16, [(2, 32)], head_dim=8, patch=4, image_size=8, num_classes=10, rngs=rngs
-        ),
-        (8, 3),
-    ),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("form", ["dense", "masked", "compacted"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("form", exported.FORMS)
+@pytest.mark.parametrize("name", exported.NETWORKS)
 def test_network_equals_jax(name, form, batch, tmp_path):
-    build, (size, channels) = NETWORKS[name]
-    apply, variables = module_of(build)
-    x = phones.images(batch, size, channels)
-    masks = None
-    if form == "masked":
-        params, own = jaxprune.prune(variables["params"], 0.9)
-        del params
-        masks = {name: own if name == "params" else True for name in variables}
-    if form == "compacted":
-        groups = structure.find_groups(apply, variables, x)
-        scores = structure.filter_norms(groups, variables, order=2)
-        plan = groups.plan(structure.keep_global(groups, scores, 0.5))
-        apply, variables = plan.wrap(apply), plan.compact(variables)
+    apply, variables, masks, x = exported.network(name, form, batch)
     path = tmp_path / "net.tflite"
     report = export.litert(apply, variables, x, path, masks=masks, check=x)
     assert report.scale > 1e-3
@@ -102,6 +55,16 @@ def test_int8_makes_files_a_quarter(tmp_path):
         for values in ("float32", "int8")
     ]
     assert sizes[1] < 0.4 * sizes[0]
+
+
+def test_equal_vectors_are_written_once(tmp_path, monkeypatch):
+    """The zero points of int8 filters, all 0, and shapes are shared; the network is the same."""
+    given = (phones.network(), phones.weights(width=16), phones.images(), tmp_path / "net.tflite")
+    options = dict(values="int8", check=phones.images(), overwrite=True)
+    shared = export.litert(*given, **options)
+    monkeypatch.setattr(_tflite, "_sharing", lambda builder: builder)
+    apart = export.litert(*given, **options)
+    assert shared.bytes < apart.bytes - 8 * 64 and shared.error == apart.error
 
 
 def test_int8_error_is_that_of_rounded_weights(tmp_path):

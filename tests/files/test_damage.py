@@ -181,6 +181,10 @@ KINDS = {
     "storage": Kind(
         lambda path: storage.save(path, PARAMS, MASKS), lambda path: bits(storage.load(path))
     ),
+    "plain storage": Kind(
+        lambda path: storage.save(path, PARAMS, MASKS, compression=None),
+        lambda path: bits(storage.load(path)),
+    ),
     "metrics": Kind(write_log, logs.read_records, lenient=True),
     "tars": Kind(write_tars, read_tars, lenient=True),
     "index": Kind(write_index, read_index),
@@ -306,7 +310,7 @@ def test_many_changed_values(name, tmp_path):
 def check_manifests(count):
     """Parameters whose manifest was changed: every leaf is whole, or there is an error."""
     file = io.BytesIO()
-    storage.save(file, PARAMS, MASKS)
+    storage.save(file, PARAMS, MASKS, compression=None)
     arrays = dict(np.load(io.BytesIO(file.getvalue())))
     manifest = json.loads(arrays["manifest"].tobytes())
     for seed in range(count):

@@ -309,8 +309,8 @@ def test_bytes_are_those_of_the_files(masks, tmp_path_factory):
     params = [rng.normal(size=mask.shape).astype(np.float32) for mask in masks]
     folder = tmp_path_factory.mktemp("files")
     pruned = [np.where(mask, leaf, np.float32(0)) for leaf, mask in zip(params, masks, strict=True)]
-    storage.save(folder / "dense", params, [True] * len(masks))
-    storage.save(folder / "sparse", pruned, masks)
+    storage.save(folder / "dense", params, [True] * len(masks), compression=None)
+    storage.save(folder / "sparse", pruned, masks, compression=None)
     sizes = tuple((folder / name).stat().st_size for name in ("dense", "sparse"))
     assert reports.checkpoint_bytes(params, masks) == sizes
     assert reports.checkpoint_bytes(pruned, masks)[1] == sizes[1]
