@@ -113,7 +113,7 @@ def shifted_depthwise(
         for full, size, stride in zip(images.shape[1:3], window, strides, strict=True)
     ]
     terms = [
-        kernel[row, column, 0]
+        kernel[row : row + 1, column : column + 1]
         * images[
             :,
             row : row + (sizes[0] - 1) * strides[0] + 1 : strides[0],
