@@ -79,6 +79,7 @@ def litert_sizes() -> None:
                 )
                 dense = dense or report.bytes
                 sizes.append(report.bytes / dense)
+                assert report.error is not None and report.scale is not None  # `check` was given
                 errors.append(report.error / report.scale)
             if values == "float32":
                 print(f"MobileNet V1: {dense:,} bytes dense")

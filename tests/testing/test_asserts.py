@@ -99,7 +99,8 @@ def test_nested_and_same_masks() -> None:
 )
 def test_a_second_trace_says_what_changed(second: object, seen: str) -> None:
     step = jax.jit(testing.traced_once(lambda x: jax.tree.map(jnp.sin, x)))
-    step(jnp.ones(3)), step(jnp.zeros(3))
+    step(jnp.ones(3))
+    step(jnp.zeros(3))
     with pytest.raises(AssertionError, match=seen):
         step(second)
 

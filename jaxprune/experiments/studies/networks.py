@@ -132,10 +132,10 @@ def compacted(dense: Dense, plan: structure.Plan) -> Small:
     """Returns the dense network without the channels that a plan removes."""
     experiment, variables = dense.experiment, variables_of(dense.state)
     evaluate, train = experiment.functions.evaluate, experiment.functions.train
-    own = {"tolerance": _TOLERANCE}
+    images, tolerance = experiment.example, _TOLERANCE
     difference = max(
-        plan.verify(evaluate, variables, experiment.example, **own),
-        plan.verify(train, variables, experiment.example, updates=lambda out: out[1], **own),
+        plan.verify(evaluate, variables, images, tolerance=tolerance),
+        plan.verify(train, variables, images, updates=lambda out: out[1], tolerance=tolerance),
     )
     step, params, _, opt_state = dense.state
     opt_state, restarted = structure.compact_state(
