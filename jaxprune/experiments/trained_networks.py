@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import browser, checkpoints, models
@@ -73,7 +74,7 @@ def save_images(folder: Path, experiment: Experiment) -> None:
     """Saves the first test images of each class."""
     images, labels = (np.asarray(part) for part in experiment.source.test)
     chosen = first_of_each(labels, PER_CLASS)
-    inputs = experiment.source.prepare(images[chosen])
+    inputs = experiment.source.prepare(jnp.asarray(images[chosen]))
     browser.write_images(folder, images[chosen], np.asarray(inputs, np.float32), labels[chosen])
 
 
