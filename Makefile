@@ -138,14 +138,14 @@ bench-browser: $(VENV)/.browser  ## time sparse networks in headless Chromium, L
 browser-check:  ## test the page in headless Chromium, where npm and Chromium are
 	@[ -z "$(CI)" ] || command -v chromium >/dev/null || \
 	  { apt-get update -q && apt-get install -y -q chromium npm; } >/dev/null 2>&1 || true
-	@if command -v npm >/dev/null && command -v chromium >/dev/null; then \
-	  $(MAKE) --no-print-directory $(VENV)/.browser && \
-	  $(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert && \
+	@if command -v npm >/dev/null && command -v chromium >/dev/null && \
+	    $(MAKE) --no-print-directory $(VENV)/.browser && \
+	    $(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert; then \
 	  JAXPRUNE_MODULES=$(abspath $(MODULES)) $(VENV)/litert/bin/python -m pytest \
 	    -p no:cacheprovider -rs tests/browser $(ARGS); \
 	else \
-	  echo "make browser-check: skipped, as npm or Chromium is missing:"; \
-	  echo "  apt-get install npm chromium"; \
+	  echo "make browser-check: skipped, as npm, Chromium or a package is missing here"; \
+	  echo "(Debian, Ubuntu: apt-get install npm chromium)."; \
 	fi
 
 # Its own environment: with libtpu installed, every other use of JAX would look for a TPU first.
