@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Those with published weights take minutes; docs/results.md has their figures.
 WITH_WEIGHTS = {"phone_network", "sentence_encoder"}
-NEEDS = {"equinox_model": "equinox", "haiku_model": "haiku"}
+NEEDS = {"equinox_model": "equinox", "haiku_model": "haiku", "export_and_serve": "flatbuffers"}
 
 
 def load(name: str) -> types.ModuleType:
@@ -63,6 +63,16 @@ def own_method(found):
     assert found["accuracy"] > 0.9
 
 
+def elastic_network(found):
+    costs, accuracies = zip(*found, strict=True)
+    assert all(cost <= budget for cost, budget in zip(costs, (0.1, 0.3, 1.0), strict=True))
+    assert accuracies[0] > 0.7 and accuracies[-1] > 0.9
+
+
+def export_and_serve(found):
+    assert found["accuracy"] > 0.93 and found["bytes"] < 0.5
+
+
 CHECKS = {
     "optax_loop": optax_loop,
     "linen_train_state": zeros_and_accuracy(0.8, 0.9),
@@ -74,6 +84,8 @@ CHECKS = {
     "rewind_your_loop": rewind_your_loop,
     "search_widths": search_widths,
     "own_method": own_method,
+    "elastic_network": elastic_network,
+    "export_and_serve": export_and_serve,
 }
 
 
