@@ -3,8 +3,9 @@
     python examples/elastic_network.py
 
 One training of 800 steps makes all 27 sub-networks work; a predictor and an evolution choose one
-for each budget, and it is cut out as an ordinary smaller tree, without training it again. Expected:
-about 96 % of the test images at the full size, 95 % at a quarter of its arithmetic, and 79 % at 6 %.
+for each budget, and it is cut out as an ordinary smaller tree, without training it again.
+Expected: about 96 % of the test images at the full size, 95 % at a quarter of its arithmetic, and
+79 % at 6 %.
 """
 
 from typing import Any
