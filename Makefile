@@ -169,7 +169,8 @@ onnx-check:  ## run exported .onnx files in onnxruntime, about two minutes
 export-check:
 	@if $(MAKE) --no-print-directory VENV=$(VENV)/$(TARGET) $(VENV)/$(TARGET)/.$(TARGET); then \
 	  $(VENV)/$(TARGET)/bin/python -m pytest -p no:cacheprovider -m "not faults" -rs \
-	    tests/export jaxprune/export tests/test_storage_packed.py $(ARGS); \
+	    tests/export jaxprune/export tests/test_storage_packed.py \
+	    "tests/project/test_readme.py::test_python_blocks_run[deploy.md]" $(ARGS); \
 	else \
 	  echo "make $(TARGET)-check: skipped, as its packages cannot be installed here."; \
 	fi
