@@ -18,7 +18,7 @@ import jaxprune  # noqa: E402
 # The side bar. A page that is not there (yet) is left out, and one that is not here is a warning.
 CONTENTS = {
     "Start": ["start", "choose", "loops", "coming", "jaxpruner"],
-    "Prune while training": ["methods", "optimizers", "testing"],
+    "Prune while training": ["methods", "optimizers"],
     "Remove channels": ["structure", "shrinking"],
     "Search and rewind": ["searching", "elastic", "rewinding"],
     "After training": ["transformers", "pretrained", "deploy", "kernels"],
