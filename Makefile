@@ -130,6 +130,7 @@ docs:  ## build the site from docs/ and the docstrings into docs/_build/html
 	@$(MAKE) --no-print-directory VENV=$(VENV)/docs $(VENV)/docs/.docs
 	$(VENV)/docs/bin/python -m sphinx -q -W --keep-going docs docs/_build/html $(ARGS)
 	@echo "The site is docs/_build/html/index.html"
+
 bench-browser: $(VENV)/.browser  ## time sparse networks in headless Chromium, LiteRT and XLA
 	@$(MAKE) --no-print-directory VENV=$(VENV)/litert $(VENV)/litert/.litert
 	$(VENV)/litert/bin/python benchmarks/browser.py --modules $(MODULES) $(ARGS)
