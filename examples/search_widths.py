@@ -4,8 +4,8 @@
 
 Uniform widths, random ones under the same budget, and the cross-entropy method, without training in
 between; then the found network is cut out. Expected on handwritten digits, at 0.33 of the
-multiply-accumulates and before any fine-tuning: the cross-entropy method is ahead of uniform widths
-by several points.
+multiply-accumulates and before any fine-tuning: about 96 % of the test images. The layers of this
+network need their channels alike: the cross-entropy method finds the uniform widths.
 """
 
 from typing import Any

@@ -17,6 +17,7 @@ from jaxprune.export._rewriting import cut_head, pad_explicitly, store_weights
 from jaxprune.export._tflite import Network
 
 _USER = "export.litert"
+# How `litert` may store filters
 VALUES = ("float32", "int8")
 
 
