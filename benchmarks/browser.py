@@ -69,6 +69,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--folder", type=Path, default=Path("runs/bench-browser"), help="for random weights")
     add("--multiplier", type=float, default=1.0, help="width of the random networks; default: 1")
     add("--size", type=int, default=96, help="pixels of their images; default: 96")
+    add("--classes", type=int, default=1000, help="of the random networks; default: 1000")
     add("--rounds", type=int, default=200, help="default: 200")
     add("--runtimes", nargs="+", default=["browser", "litert", "xla"], choices=RUNTIMES)
     add("--modules", type=Path, default=Path("node_modules"), help="folder with @litertjs/core")
@@ -98,7 +99,9 @@ def build(options: argparse.Namespace) -> list[str]:
         browser.save(options.folder, name, model, variables, {"title": name})
         names.append(name)
 
-    model, variables = network(models.default_widths("mobilenet_v1", options.multiplier))
+    model, variables = network(
+        models.default_widths("mobilenet_v1", options.multiplier), options.classes
+    )
     keep("dense", model, variables)
     for sparsity in SPARSITIES:
         params, _ = jaxprune.prune(variables["params"], sparsity, prunable=presets.pointwise)
@@ -108,16 +111,18 @@ def build(options: argparse.Namespace) -> list[str]:
     scores = structure.filter_norms(groups, variables, order=2)
     plan = groups.plan(structure.keep_global(groups, scores, 0.5), multiple=8)
     small = plan.compact(variables)
-    keep("compacted-50", network(models.widths_of(small["params"]))[0], small)
+    keep("compacted-50", network(models.widths_of(small["params"]), options.classes)[0], small)
     for part in (0.5, 0.25):
         widths = models.default_widths("mobilenet_v1", options.multiplier * part)
-        keep(f"narrow-{options.multiplier * part:g}", *network(widths))
+        keep(f"narrow-{options.multiplier * part:g}", *network(widths, options.classes))
     return names
 
 
-def network(widths: models.Widths) -> tuple[models.MobileNet, Any]:
+def network(widths: models.Widths, classes: int) -> tuple[models.MobileNet, Any]:
     """Returns a MobileNetV1 for sparse inference, and its variables."""
-    model = models.mobilenet_v1(widths=widths, padding="SYMMETRIC", rngs=nnx.Rngs(0))
+    model = models.mobilenet_v1(
+        num_classes=classes, widths=widths, padding="SYMMETRIC", rngs=nnx.Rngs(0)
+    )
     model.eval()
     return model, structure.from_nnx(model, state="model_state").variables
 
