@@ -343,6 +343,9 @@ def _steps(
         rate = phase.rate(step - start)
         state, sums = programs.update(state, sums, np.float32(rate))
         step += 1
+        # Several devices on one CPU cannot meet if too many programs wait for their threads.
+        if jax.default_backend() == "cpu" and run.mesh.size > 1:
+            jax.block_until_ready(state.params)
         if step % run.log_every == 0 or step == stop:
             _log(run, phase, step, rate, pending)
             pending = []
