@@ -119,7 +119,6 @@ class Ddpg(NamedTuple):
     update: Callable[[Agent, Transitions], Agent]  # one update for each batch [updates, batch, ...]
 
 
-@functools.cache
 def make_ddpg(settings: Settings) -> Ddpg:
     """Makes the functions of an agent; each compiles once for the same settings.
 
@@ -145,6 +144,12 @@ def make_ddpg(settings: Settings) -> Ddpg:
         >>> 0 < float(ddpg.act(agent, jnp.ones(11))) < 1
         True
     """
+    return _made(settings._replace(hidden=tuple(settings.hidden)))
+
+
+@functools.cache
+def _made(settings: Settings) -> Ddpg:
+    """Makes the functions once for the same settings, which must be hashable."""
     actor_def, _ = nnx.split(Actor(settings, nnx.Rngs(0)))
     critic_def, _ = nnx.split(Critic(settings, nnx.Rngs(0)))
     actor_tx, critic_tx = optax.adam(settings.actor_rate), optax.adam(settings.critic_rate)

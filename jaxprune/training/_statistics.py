@@ -40,8 +40,8 @@ def measure_statistics(
     Args:
         train: `(variables, batch) -> (output, updates)` in training mode, where `updates` has the
             new values of some entries of `variables`; such as `structure.from_nnx(model).train`, or
-            `lambda v, x: model.apply(v, x, train=True, mutable="batch_stats")` in Linen. It is
-            compiled once for each function object.
+            `lambda v, x: model.apply(v, x, train=True, mutable="batch_stats")` in Linen. Calls with
+            the same function object compile once; a module that holds arrays compiles each time.
         variables: dict of trees, such as `{"params": ..., "batch_stats": ...}`.
         batches: inputs of `train`; at least one. Ten batches of training data are usually enough.
         mean_of: function from the path of a statistic to the path of its mean if it is a variance,
@@ -70,17 +70,17 @@ def measure_statistics(
     References:
         Wu, Johnson. Rethinking "Batch" in BatchNorm. arXiv:2105.07576, section 3.
     """
-    old = _statistics(variables)
+    old, program = _statistics(variables), _program_of(train)
     means: dict[str, str] = {}
     averages: dict[str, Any] = {}
     total = 0.0
     for batch in batches:
         if decays is None:
-            decays = find_decays(train, variables, batch)
+            decays = _decays(program, variables, batch)
         if not total:
             means = _means(decays, mean_of)
         zeros = {path: jnp.zeros_like(x) if path in decays else x for path, x in old.items()}
-        new = _updates(train, variables, batch, zeros)
+        new = program(variables, batch, zeros)
         own = {path: new[path] / (1 - decay) for path, decay in decays.items()}
         size = 1.0 if mean_of is None else (weight or _size)(batch)
         total += size
@@ -117,11 +117,18 @@ def find_decays(
         >>> find_decays(train, {"stats": {"mean": jnp.array(0.0)}}, jnp.ones(2))
         {'stats/mean': 0.75}
     """
+    return _decays(_program_of(train), variables, batch)
+
+
+def _decays(
+    program: Callable[..., dict[str, Any]], variables: PyTree, batch: Any
+) -> dict[str, float]:
+    """Finds decays with a compiled program."""
     old = _statistics(variables)
 
     def updates_from(value: float, paths: Collection[str]) -> dict[str, Any]:
         own = {path: jnp.full_like(x, value) if path in paths else x for path, x in old.items()}
-        return _updates(train, variables, batch, own)
+        return program(variables, batch, own)
 
     def decays_of(paths: Collection[str]) -> dict[str, float]:
         zero, one = (updates_from(value, paths) for value in (0.0, 1.0))
@@ -159,11 +166,27 @@ def mean_beside(path: str) -> str | None:
     return f"{parent}{slash}mean" if name == "var" else None
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _updates(train: Any, variables: PyTree, batch: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """Returns the statistics after a batch, by path, where they were `own` before it."""
-    new = trees.leaf_by_path(train(_replaced(variables, own), batch)[1])
-    return {path: new[path] for path in own if path in new}
+def _program(train: Callable[..., tuple[Any, PyTree]]) -> Callable[..., dict[str, Any]]:
+    """Compiles `(variables, batch, own) -> statistics after a batch where they were own before`."""
+
+    def updates(variables: PyTree, batch: Any, own: dict[str, Any]) -> dict[str, Any]:
+        new = trees.leaf_by_path(train(_replaced(variables, own), batch)[1])
+        return {path: new[path] for path in own if path in new}
+
+    return jax.jit(updates)
+
+
+# A few, as programs hold their functions and what these refer to.
+_remembered = functools.lru_cache(maxsize=8)(_program)
+
+
+def _program_of(train: Callable[..., tuple[Any, PyTree]]) -> Callable[..., dict[str, Any]]:
+    """Returns the program of a function, the same one for the same function where it can."""
+    try:
+        hash(train)
+    except TypeError:  # a module that holds arrays, such as those of Equinox
+        return _program(train)
+    return _remembered(train)
 
 
 def _means(

@@ -214,6 +214,10 @@ def test_updates_compile_once_for_all_searches_of_a_process():
     assert ddpg.update._cache_size() == 1
 
 
+def test_widths_may_be_a_list():
+    assert make_ddpg(SMALL._replace(hidden=[4, 4])) is make_ddpg(SMALL._replace(hidden=(4, 4)))
+
+
 def test_the_actor_learns_what_pays():
     settings = Settings(hidden=(16, 16), actor_rate=1e-3, critic_rate=3e-3)
     ddpg = make_ddpg(settings)

@@ -1,5 +1,9 @@
 """Running statistics measured again: by hand, in NNX and Linen, and what is no statistic."""
 
+import dataclasses
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,3 +214,41 @@ def test_errors(batches):
         training.measure_statistics(lambda v, x: (x, {}), variables, batches)
     with pytest.raises(ValueError, match="`train` updates no running statistics"):
         training.measure_statistics(lambda v, x: (x, {"stats": v["stats"]}), variables, batches)
+
+
+def test_a_module_that_cannot_be_hashed_is_a_function_too(batches):
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass  # compares its arrays, so it has no hash
+    class Module:
+        decay: jax.Array
+
+        def __call__(self, variables, x):
+            moved = self.decay * variables["stats"]["mean"] + (1 - self.decay) * x.mean()
+            return x, {"stats": {"mean": moved}}
+
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Module(jnp.float32(0.9)))
+    found = training.measure_statistics(
+        Module(jnp.float32(0.9)), {"stats": {"mean": jnp.float32(0)}}, batches
+    )
+    expected = np.mean([x.mean() for x in batches])
+    np.testing.assert_allclose(found["stats"]["mean"], expected, rtol=1e-4)
+
+
+def test_functions_of_earlier_calls_are_let_go(batches):
+    class Large:
+        """What a function may hold, such as the arrays of a network."""
+
+    def call():
+        held = Large()
+
+        def train(variables, x):
+            assert held is not None
+            return x, {"stats": {"mean": 0.9 * variables["stats"]["mean"] + 0.1 * x.mean()}}
+
+        training.measure_statistics(train, {"stats": {"mean": jnp.float32(0)}}, batches[:1])
+        return weakref.ref(held)
+
+    kept = [call() for _ in range(12)]
+    gc.collect()
+    assert sum(own() is not None for own in kept) <= 8
