@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import reports
+from jaxprune import reports, stacks
 
 PARAMS = {"a": {"kernel": jnp.array([[3.0, 0.0, 1.0], [4.0, 0.0, 0.0]])}, "bias": jnp.ones(3)}
 MASK = {"a": {"kernel": np.array([[1, 0, 1], [1, 0, 0]], bool)}, "bias": np.bool_(True)}
@@ -50,6 +50,30 @@ def test_a_state_gives_the_metrics_of_its_masks_at_every_moment() -> None:
         before = jaxprune.get_masks(state)
         assert found["sparsity/kernel"] == 0.5
     assert found["churn/kernel"] == found["regrown/kernel"] > 0  # RigL moves as many as it removes
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_each_copy_in_a_stack_has_the_numbers_of_a_layer(axis: int) -> None:
+    random = np.random.default_rng(0)
+    values, masks, earlier = random.normal(size=(3, 4, 5)), *(random.random((2, 3, 4, 5)) < 0.4)
+    masks[1] = False  # a layer without a weight, between two that have some
+
+    def stack(own: np.ndarray) -> dict[str, np.ndarray]:
+        return {"layers": np.moveaxis(own, 0, axis)}
+
+    def alone(own: np.ndarray) -> dict[str, np.ndarray]:
+        return {f"layers[{i}]": layer for i, layer in enumerate(own)}
+
+    found = reports.pruning_metrics(
+        stack(values),
+        stack(masks),
+        before=stack(earlier),
+        stacked=stacks.under("layers", axis=axis),
+    )
+    assert found == reports.pruning_metrics(alone(values), alone(masks), before=alone(earlier))
+    assert found["dead/layers[1]"] == found["sparsity/layers[1]"] == 1
+    with pytest.raises(ValueError, match="`stacked` matches no leaf"):
+        reports.pruning_metrics(PARAMS, MASK, stacked=stacks.under("layers"))
 
 
 def test_nothing_pruned_and_wrong_arguments() -> None:
