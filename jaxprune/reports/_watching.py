@@ -71,7 +71,7 @@ def pruning_metrics(
         own = [np.asarray(flags[path], bool), np.asarray(leaf, np.float64)]
         if earlier is not None:
             own.append(np.broadcast_to(np.asarray(earlier[path], bool), shape))
-        copies = [_copies(array, axes[path]) for array in own]
+        copies = [trees.copies_of(array, axes[path]) for array in own]
         names = trees.copy_paths(path, shape, axes[path])
         layers += [_layer(*row, axis=axis) for row in zip(names, *copies, strict=True)]
     results = {name: value for layer in layers for name, value in layer.numbers.items()}
@@ -79,12 +79,6 @@ def pruning_metrics(
         part, whole = (sum(own.counts[name][end] for own in layers) for end in (0, 1))
         results[f"{name}/{_TOTAL}"] = part / max(1, whole)
     return results
-
-
-def _copies(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Returns the copies in a leaf along one first axis."""
-    first = np.moveaxis(array, axes, range(len(axes)))
-    return first.reshape(-1, *first.shape[len(axes) :])
 
 
 class _Layer(NamedTuple):

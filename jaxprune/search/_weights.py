@@ -1,6 +1,5 @@
 """The problem of single weights: which density each leaf has."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,20 +79,19 @@ def weights(
         if not flags[layer.path]:
             continue
         own = np.asarray(worth[layer.path], np.float64)
-        rows = _rows(np.abs(own) if scores is None else own, axes[layer.path])
+        rows = trees.copies_of(np.abs(own) if scores is None else own, axes[layer.path])
+        rows = rows.reshape(len(rows), -1)
         copies, size = rows.shape
         order = np.argsort(-rows, axis=1, kind="stable")
         spaced = np.linspace(max(1, round(floor * size)), size, choices)
         widths = np.unique(np.round(spaced).astype(int))
-        shape = tuple(own.shape[axis] for axis in axes[layer.path])
         rank = np.empty(rows.shape, np.int32)
         np.put_along_axis(rank, order, np.arange(size, dtype=np.int32)[None], axis=1)
         rank = _unrows(rank, own.shape, axes[layer.path])
         parts[layer.path] = _Part(len(decisions), copies, axes[layer.path], rank)
         single = layer._replace(weights=layer.weights // copies, macs=layer.macs // copies)
-        for index in range(copies):
-            place = ", ".join(map(str, np.unravel_index(index, shape)))
-            name = f"{layer.path}[{place}]" if shape else layer.path
+        names = trees.copy_paths(layer.path, own.shape, axes[layer.path])
+        for index, name in enumerate(names):
             ordered = rows[index][order[index]]
             decisions.append(Decision(name, size, widths, order[index], ordered, (single,)))
     if not decisions:
@@ -165,14 +163,8 @@ class _Part(NamedTuple):
         return self.rank < (np.array(own) if isinstance(own, tuple) else own).reshape(shape)
 
 
-def _rows(leaf: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Returns the weights of each copy as a row."""
-    first = np.moveaxis(leaf, axes, range(len(axes)))
-    return first.reshape(math.prod(first.shape[: len(axes)]), -1)
-
-
 def _unrows(rows: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
-    """Undoes `_rows`."""
+    """Returns a leaf from the rows of its copies."""
     rest = [own for axis, own in enumerate(shape) if axis not in axes]
     first = rows.reshape(*(shape[axis] for axis in axes), *rest)
     return np.moveaxis(first, range(len(axes)), axes)

@@ -13,6 +13,7 @@ from jaxprune.trees._names import (
 )
 from jaxprune.trees._paths import (
     check_same_structure,
+    copies_of,
     copy_paths,
     holds_masks,
     is_absent,
@@ -50,6 +51,7 @@ __all__ = [
     "check_known",
     "check_same_structure",
     "check_stacked",
+    "copies_of",
     "copy_paths",
     "holds_masks",
     "is_absent",

@@ -122,6 +122,24 @@ def copy_paths(path: str, shape: Sequence[int], stacked: tuple[int, ...]) -> lis
     return [f"{path}[{','.join(map(str, number))}]" for number in numbers]
 
 
+def copies_of(array: np.ndarray, stacked: tuple[int, ...]) -> np.ndarray:
+    """Returns the copies of a stacked leaf along one first axis, in the order of `copy_paths`.
+
+    Args:
+        array: the values of the leaf.
+        stacked: axes that number copies, ascending; empty for a single layer.
+
+    Returns:
+        Array [copies, shape of a layer]; without stacked axes there is one copy.
+
+    Example:
+        >>> copies_of(np.ones((4, 3, 5)), (1,)).shape, copies_of(np.ones((4, 5)), ()).shape
+        ((3, 4, 5), (1, 4, 5))
+    """
+    first = np.moveaxis(array, stacked, range(len(stacked)))
+    return first.reshape(-1, *first.shape[len(stacked) :])
+
+
 def is_placeholder(params: Any) -> bool:
     """Whether `init` was called with a tree without leaves, as `optax.tree_map_params` does.
 

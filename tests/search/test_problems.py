@@ -123,7 +123,7 @@ def test_copies_along_two_axes_and_the_cost_of_a_stack():
     cost = search.weight_macs(layers)
     problem = search.weights(experts, layers, budget=0.5, cost=cost, stacked=stacked, floor=0.1)
     assert [own.name for own in problem.decisions] == [
-        f"w[{i}, {j}]" for i in (0, 1) for j in range(3)
+        f"w[{i},{j}]" for i in (0, 1) for j in range(3)
     ]
     masks = np.asarray(problem.outcome((2, 4, 6, 8, 10, 12))["w"])
     assert masks.sum((1, 3)).tolist() == [[2, 4, 6], [8, 10, 12]]
