@@ -125,6 +125,28 @@ def outputs_of(bound: Bound, checks: list[tuple[np.ndarray, ...]]) -> list[np.nd
     return [np.asarray(out) for batch in checks for out in run(*batch)]
 
 
+def compared(found: list[Any], wanted: list[Any]) -> tuple[float, float]:
+    """Returns the largest absolute difference between two lists of arrays, and the largest entry.
+
+    Example:
+        >>> compared([jnp.array([1.0, 2.5])], [jnp.array([1.0, -2.0])])
+        (4.5, 2.0)
+    """
+    return largest_gap(found, wanted), largest_gap(wanted, [np.zeros(own.shape) for own in wanted])
+
+
+def error_line(error: float | None, scale: float | None, other: str) -> str:
+    """Says how large the error of a file is, where it was run.
+
+    Example:
+        >>> error_line(0.125, 2.0, "JAX")
+        'Largest error against JAX: 0.12, of outputs up to 2.'
+    """
+    if error is None:
+        return f"Not run: give `check=` to compare it with {other}."
+    return f"Largest error against {other}: {error:.2g}, of outputs up to {scale:.2g}."
+
+
 def free_path(path: Path_, overwrite: bool) -> Path:
     """Returns a path that may be written.
 

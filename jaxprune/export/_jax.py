@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-import numpy as np
 
 from jaxprune import files
-from jaxprune.export._functions import bind, free_path, inputs_of, largest_gap
+from jaxprune.export._functions import bind, compared, error_line, free_path, inputs_of
 from jaxprune.export._packages import load
 
 _USER = "export.jax"
@@ -34,9 +33,7 @@ class JaxReport(NamedTuple):
 
     def __str__(self) -> str:
         """Shows the size, the inputs and the error."""
-        error = "Not run: give `check=` to compare it with the function."
-        if self.error is not None:
-            error = f"Largest error: {self.error:.2g}, of outputs up to {self.scale:.2g}."
+        error = error_line(self.error, self.scale, "the function")
         return (
             f"{self.path}: {self.bytes:,} bytes for {', '.join(self.platforms)}; inputs "
             f"{', '.join(self.inputs)}\n{error}"
@@ -120,8 +117,7 @@ def jax_file(
         inputs = inputs_of(check)
         wanted = jax.tree.leaves(jax.jit(function)(*inputs))
         found = jax.tree.leaves(jax.export.deserialize(bytearray(content)).call(*inputs))
-        gap = largest_gap(found, wanted)
-        scale = largest_gap(wanted, [np.zeros(own.shape) for own in wanted])
+        gap, scale = compared(found, wanted)
     with files.replacing(path, "wb") as file:
         file.write(content)
     inputs = tuple(f"{own.dtype}[{','.join(map(str, own.shape))}]" for own in bound.inputs)

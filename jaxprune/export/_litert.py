@@ -11,7 +11,15 @@ import numpy as np
 
 from jaxprune import files
 from jaxprune.export._conditions import SparseReport, report_of
-from jaxprune.export._functions import Bound, batches, bind, free_path, largest_gap, outputs_of
+from jaxprune.export._functions import (
+    Bound,
+    batches,
+    bind,
+    compared,
+    error_line,
+    free_path,
+    outputs_of,
+)
 from jaxprune.export._packages import load
 from jaxprune.export._rewriting import cut_head, pad_explicitly, store_weights
 from jaxprune.export._tflite import Network
@@ -28,7 +36,7 @@ class LitertReport(NamedTuple):
         >>> sparse = SparseReport(False, "", "no filter is sparse", "prune", 0.0, 0, 0)
         >>> print(LitertReport("a.tflite", 1024, {"CONV_2D": 1}, None, None, sparse))
         a.tflite: 1,024 bytes; 1 CONV_2D; sparse filters: 0
-        Not run: give `check=` to compare the runtime with JAX.
+        Not run: give `check=` to compare it with JAX.
         Sparse inference: no; no filter is sparse.
         Cure: prune.
     """
@@ -43,11 +51,7 @@ class LitertReport(NamedTuple):
     def __str__(self) -> str:
         """Shows the size, the operations, the error and whether sparse inference runs."""
         ops = ", ".join(f"{count} {kind}" for kind, count in self.operations.items())
-        error = "Not run: give `check=` to compare the runtime with JAX."
-        if self.error is not None:
-            error = (
-                f"Largest error against JAX: {self.error:.2g}, of outputs up to {self.scale:.2g}."
-            )
+        error = error_line(self.error, self.scale, "JAX")
         return (
             f"{self.path}: {self.bytes:,} bytes; {ops}; sparse filters: "
             f"{self.sparse.sparse_tensors}\n{error}\n{self.sparse}"
@@ -125,8 +129,7 @@ def litert(
     error = scale = None
     if checks is not None:
         wanted = outputs_of(bound, checks)
-        error = largest_gap(_outputs_of_runtime(content, checks), wanted)
-        scale = largest_gap(wanted, [np.zeros_like(own) for own in wanted])
+        error, scale = compared(_outputs_of_runtime(content, checks), wanted)
     with files.replacing(path, "wb") as file:
         file.write(content)
     kinds = Counter(map(network.kind, network.graph.operators))

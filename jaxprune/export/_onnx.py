@@ -10,7 +10,15 @@ import jax.extend.core
 import numpy as np
 
 from jaxprune import files
-from jaxprune.export._functions import Bound, batches, bind, free_path, largest_gap, outputs_of
+from jaxprune.export._functions import (
+    Bound,
+    batches,
+    bind,
+    compared,
+    error_line,
+    free_path,
+    outputs_of,
+)
 from jaxprune.export._packages import load
 
 _USER = "export.onnx"
@@ -34,11 +42,7 @@ class OnnxReport(NamedTuple):
     def __str__(self) -> str:
         """Shows the size, the operations and the error."""
         ops = ", ".join(f"{count} {kind}" for kind, count in self.operations.items())
-        error = "Not run: give `check=` to compare onnxruntime with JAX."
-        if self.error is not None:
-            error = (
-                f"Largest error against JAX: {self.error:.2g}, of outputs up to {self.scale:.2g}."
-            )
+        error = error_line(self.error, self.scale, "JAX")
         return f"{self.path}: {self.bytes:,} bytes; {ops}\n{error}"
 
 
@@ -96,8 +100,7 @@ def onnx_file(
     error = scale = None
     if checks is not None:
         wanted = outputs_of(bound, checks)
-        error = largest_gap(_outputs_of_runtime(content, checks), wanted)
-        scale = largest_gap(wanted, [np.zeros_like(own) for own in wanted])
+        error, scale = compared(_outputs_of_runtime(content, checks), wanted)
     with files.replacing(path, "wb") as file:
         file.write(content)
     kinds = Counter(node.op_type for node in model.graph.node)

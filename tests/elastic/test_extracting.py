@@ -34,7 +34,7 @@ def test_two_hundred_choices_equal_their_masked_networks(space, variables):
     masked = jax.jit(space.masked(space.evaluate)), jax.jit(space.masked(space.train))
     rng = np.random.default_rng(0)
     seen = set()
-    for _ in range(200):
+    for _ in range(250):  # some differ only in blocks that are skipped
         choice = elastic.draw(space.decisions, rng)
         gates = space.gates(choice)
         small = elastic.extract(space, variables, choice)
@@ -48,7 +48,7 @@ def test_two_hundred_choices_equal_their_masked_networks(space, variables):
             wide = small.plan.take(path, updates[path])
             np.testing.assert_allclose(leaf, wide, rtol=1e-5, atol=1e-5)
         seen.add(small.choice)
-    assert len(seen) > 70
+    assert len(seen) > 80
     assert masked[0]._cache_size() == masked[1]._cache_size() == 1
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune import checkpoints, files
+from jaxprune.experiments import command
 
 # Yields name and exit code of each command that ended; closing it stops the others.
 Ends = Generator[tuple[str, int], None, None]
@@ -67,6 +68,42 @@ def follow(
     return failed
 
 
+def train_in_turn(
+    commands: Mapping[str, Sequence[str]],
+    workdir: Path,
+    needs: Sequence[str],
+    *,
+    show: Callable[[Mapping[str, Any]], str],
+    finished: Callable[[Path], Any],
+) -> dict[str, str]:
+    """Runs commands of train.py one after the other, but for those that are finished already.
+
+    Args:
+        commands: see `run`.
+        workdir: see `run`.
+        needs: what summary.json of a finished run has.
+        show: function from it to what to print.
+        finished: called with `workdir` after each run, such as to write results.
+
+    Returns:
+        Name -> message of each command that failed.
+    """
+    waiting = {
+        name: words
+        for name, words in commands.items()
+        if command.read_summary(workdir / name, needs) is None
+    }
+
+    def text_of(name: str) -> str | None:
+        finished(workdir)
+        summary = command.read_summary(workdir / name, needs)
+        return None if summary is None else show(summary)
+
+    done, total = len(commands) - len(waiting), len(commands)
+    print(f"{done} of {total} runs are finished already", flush=True)
+    return follow(waiting, workdir, 1, done=done, total=total, finished=text_of, engine=run)
+
+
 def run(
     commands: Mapping[str, Sequence[str]],
     workdir: Path,
@@ -104,7 +141,7 @@ def run(
 
 
 def start(
-    command: Sequence[str], workdir: Path, name: str, *, cached: bool = True
+    words: Sequence[str], workdir: Path, name: str, *, cached: bool = True
 ) -> subprocess.Popen[bytes]:
     """Starts a command; raises if a child that outlived its parent is still running it.
 
@@ -123,7 +160,7 @@ def start(
         except BlockingIOError:
             raise ValueError(f"another process is training {folder}; wait or end it") from None
         return subprocess.Popen(
-            command,
+            words,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

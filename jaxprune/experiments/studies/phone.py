@@ -92,24 +92,19 @@ def study(options: argparse.Namespace) -> None:
     """Trains what is not finished; exits with 1 if something failed."""
     workdir = options.workdir
     chosen = {name: arm for name, arm in arms().items() if name in (options.arms or arms())}
-    waiting, total = {}, len(options.seeds) * len(chosen)
+    commands = {}
     for seed in options.seeds:
         for name, arm in chosen.items():
             folder = f"{name.replace(' ', '-')}-seed{seed}"
-            if command.read_summary(workdir / folder, NEEDS) is None:
-                own = ["--seed", str(seed), "--workdir", str(workdir / folder)]
-                waiting[folder] = [*TRAIN, *arm.options, *options.training, *own]
-
-    def finished(name: str) -> str | None:
-        write_results(workdir)
-        summary = command.read_summary(workdir / name, NEEDS)
-        return None if summary is None else f"test accuracy {summary['test_accuracy']:.2%}"
-
-    print(f"{total - len(waiting)} of {total} runs are finished already", flush=True)
-    failed = jobs.follow(
-        waiting, workdir, 1, done=total - len(waiting), total=total, finished=finished,
-        engine=jobs.run,
-    )  # fmt: skip
+            own = ["--seed", str(seed), "--workdir", str(workdir / folder)]
+            commands[folder] = [*TRAIN, *arm.options, *options.training, *own]
+    failed = jobs.train_in_turn(
+        commands,
+        workdir,
+        NEEDS,
+        show=lambda summary: f"test accuracy {summary['test_accuracy']:.2%}",
+        finished=write_results,
+    )
     if runs := read_runs(workdir):
         own = {run["folder"]: (workdir / run["folder"], run["arm"]) for run in runs}
         save_runs(workdir / "networks", own)

@@ -110,26 +110,21 @@ def study(options: argparse.Namespace) -> None:
     workdir = options.workdir
     chosen = {name: arm for name, arm in arms().items() if name in (options.arms or arms())}
     seconds = step_times(options)
-    waiting, total = {}, len(options.seeds) * len(chosen)
+    commands = {}
     for seed in options.seeds:
         for name, arm in chosen.items():
             folder = f"{name.replace(' ', '-')}-seed{seed}"
-            if command.read_summary(workdir / folder, NEEDS) is None:
-                steps = steps_in_time(options.steps, arm, seconds)
-                own = ["--steps", str(steps), "--seed", str(seed), "--workdir"]
-                words = [*TRAIN, "--source-dir", options.folder, *arm.options]
-                waiting[folder] = [*words, *options.training, *own, str(workdir / folder)]
-
-    def finished(name: str) -> str | None:
-        write_results(workdir)
-        summary = command.read_summary(workdir / name, NEEDS)
-        return None if summary is None else f"{bits(summary):.3f} bits per byte"
-
-    print(f"{total - len(waiting)} of {total} runs are finished already", flush=True)
-    failed = jobs.follow(
-        waiting, workdir, 1, done=total - len(waiting), total=total, finished=finished,
-        engine=jobs.run,
-    )  # fmt: skip
+            steps = steps_in_time(options.steps, arm, seconds)
+            own = ["--steps", str(steps), "--seed", str(seed), "--workdir", str(workdir / folder)]
+            words = [*TRAIN, "--source-dir", options.folder, *arm.options]
+            commands[folder] = [*words, *options.training, *own]
+    failed = jobs.train_in_turn(
+        commands,
+        workdir,
+        NEEDS,
+        show=lambda summary: f"{bits(summary):.3f} bits per byte",
+        finished=write_results,
+    )
     if write_results(workdir):
         print(f"results: {workdir / 'results.md'}")
     if failed:
