@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -13,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+from jaxprune.browser._chromium import find_chromium
+
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
@@ -42,10 +42,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 def program() -> str:
     """The path of Chromium; where it is missing, the test is skipped."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("Chromium is missing (Debian, Ubuntu: apt-get install chromium)")
-    return found
+    try:
+        return find_chromium()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @contextmanager
