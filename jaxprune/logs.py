@@ -20,6 +20,7 @@ _SHOWN = {
     "loss": ("train_loss", "{:.4f}"),
     "accuracy": ("train_accuracy", "{:.1%}"),
     "test": ("test_accuracy", "{:.2%}"),
+    "pixels": ("image_height", "{:.0f}"),  # of an image's side, where it grows during the run
     "sparsity": ("sparsity", "{:.1%}"),
     "images/s": ("images_per_second", "{:,.0f}"),
 }

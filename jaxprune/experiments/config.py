@@ -44,8 +44,11 @@ def _ranges() -> dict[str, Range]:
             "switch_delay", "length",
         ),
         above_0: ("epochs", "learning_rate"),
-        below_1: ("sparsity", "momentum", "label_smoothing", "ema", "regrow", "drop", "saving"),
-        fraction: ("prune_start", "prune_stop", "phase", "small_until"),
+        below_1: (
+            "sparsity", "momentum", "label_smoothing", "ema", "regrow", "drop", "saving",
+            "fine_sparsity",
+        ),
+        fraction: ("prune_start", "prune_stop", "phase", "small_until", "fine_start", "fine_stop"),
         ("in (0, 1]", lambda x: 0 < x <= 1): ("small_images",),
         ("in [0, 1)", lambda x: x is None or 0 <= x < 1): ("decay",),
     }  # fmt: skip
@@ -117,6 +120,9 @@ class Config:
     switch_delay: int = 10  # compact: steps in which the next network compiles in the background
     rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
     multiple: int = 0  # compact: round widths up to this multiple; 0 = 8, but heads are not rounded
+    fine_sparsity: float = 0.0  # channels: fraction of what is left that is pruned as weights
+    fine_start: float = 0.6  # fraction of all steps at which single weights start to go
+    fine_stop: float = 0.85  # fraction of all steps at which `fine_sparsity` is reached
     init_images: int = 1024  # snip, grasp: training images to score with, as one batch
 
     mesh: str = ""  # device mesh such as data=4,fsdp=2; fsdp also splits parameters; empty = data
@@ -162,6 +168,13 @@ class Config:
             bad.append("`prunable` pointwise needs `granularity` weights")
         if self.compact and (self.granularity != "channels" or self.method == "none"):
             bad.append("`compact` needs a method that prunes, and `granularity` channels")
+        if self.fine_sparsity and (self.granularity != "channels" or self.method == "none"):
+            bad.append("`fine_sparsity` needs a method that prunes, and `granularity` channels")
+        if self.fine_sparsity and not self.prune_stop <= self.fine_start <= self.fine_stop:
+            bad.append(
+                f"`fine_start` must lie between `prune_stop` ({self.prune_stop}) and `fine_stop` "
+                f"({self.fine_stop}), so that channels go first; got {self.fine_start}"
+            )
         if self.process >= self.processes:
             bad.append(
                 f"`process` must be less than `processes` ({self.processes}); got {self.process}"

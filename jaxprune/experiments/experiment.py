@@ -102,7 +102,10 @@ class Experiment:
         def apply(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
             return evaluate(as_variables(params, model_state), images)
 
-        test = training.make_evaluate(apply, self.source.prepare, self.mesh)
+        def prepare(images: jax.Array) -> jax.Array:
+            return resized(self.source.prepare(images), stage.phase)  # as they are trained on
+
+        test = training.make_evaluate(apply, prepare, self.mesh)
 
         def evaluate_averages(state: training.TrainState) -> dict[str, float]:
             averages = training.with_averages(state.params, state.opt_state)

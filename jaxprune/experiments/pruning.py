@@ -75,7 +75,8 @@ def pruning_while_training(
         ranked = {"magnitude": scores.magnitude, "random": scores.random(config.seed)}
         options |= {"groups": groups, "score": ranked.get(method), "budget": budget_of(config)}
         options |= {"decay": config.decay, "regrow": config.regrow}
-        return jaxprune.agip_transform(config.sparsity, **options)
+        channels = jaxprune.agip_transform(config.sparsity, **options)
+        return _with_single_weights(channels, config, steps)
     options |= choice_of(config)
     if config.pattern != "weights":
         options |= {"pattern": pattern_of(config)}
@@ -91,6 +92,20 @@ def pruning_while_training(
     elif method == "acdc":
         options |= {"every": max(1, round(steps * config.phase))}
     return getattr(jaxprune, f"{method}_transform")(config.sparsity, **options)
+
+
+def _with_single_weights(
+    channels: optax.GradientTransformation, config: Config, steps: int
+) -> optax.GradientTransformation:
+    """Adds what prunes single weights by magnitude, once channels have gone."""
+    if not config.fine_sparsity:
+        return channels
+    parts = config.fine_start, config.fine_stop
+    start, stop = (min(round(steps * part), steps - 1) for part in parts)
+    weights = jaxprune.magnitude_transform(
+        config.fine_sparsity, start=start, stop=stop, every=config.prune_every
+    )
+    return jaxprune.chain(channels, weights)
 
 
 def prunable_of(config: Config) -> trees.Prunable | None:

@@ -1,5 +1,6 @@
 """What scripts/train.py leaves of a finished run: summary, table, plots and a page."""
 
+import io
 import resource
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import jax
 import optax
 
 import jaxprune
-from jaxprune import checkpoints, processes, reports, structure, training
+from jaxprune import checkpoints, processes, reports, storage, structure, training
 from jaxprune.experiments.network import widths_of
 from jaxprune.experiments.optimizer import make_optimizer
 from jaxprune.logs import MetricsLog
@@ -71,10 +72,20 @@ def sizes(
         "nonzeros": total.nonzeros,
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse_bytes,
+        "file_bytes": file_bytes(state.params, masks),
         "state_bytes": state_bytes,
         "pruning_state_bytes": state_bytes - nbytes(jax.eval_shape(dense.init, state.params)),
         "steps": int(state.step),
     }
+
+
+def file_bytes(params: Any, masks: Any) -> dict[str, int]:
+    """Returns the length of a file of `storage.save`, compressed, for each way to store values."""
+    pruned, found = jaxprune.apply_masks(params, masks), {}
+    for values in ("exact", "bfloat16", "int8"):
+        options: dict[str, Any] = {"values": values, "compression": "zlib"}
+        found[values] = storage.save(io.BytesIO(), pruned, masks, **options).bytes
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -94,11 +94,14 @@ class Stages:
         known: dict[str, float] = {"peak_bytes": self.peak_bytes, "macs": self.shrinking.cost}
         if self.stage.groups:
             known["parameters"] = structure.count_parameters(self.stage.network.plan)
-        if len(self.experiment.phases) > 1:
-            known["image_height"] = self.stage.phase[0]
+        known |= self.size()
         if self.experiment.config.parts > 1:
             known["parts"] = self.experiment.parts(self.stage)
         return known
+
+    def size(self) -> dict[str, float]:
+        """Returns the size of the images now, if it changes during the run."""
+        return {"image_height": self.stage.phase[0]} if len(self.experiment.phases) > 1 else {}
 
     def sparsity(self, state: training.TrainState) -> float:
         """Returns the fraction of the dense parameters that is removed, or only masked so far."""

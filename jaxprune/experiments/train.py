@@ -296,7 +296,7 @@ class Run:
         """Evaluates on the test images."""
         values = self.spent()
         with timed(self.aside):
-            values |= self.stages.steps.evaluate(state)
+            values |= self.stages.steps.evaluate(state) | self.stages.size()
         self.show(step, values)
         self.metrics.write(step, values)
 

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,7 +15,7 @@ import pytest
 import jaxprune
 from jaxprune import data, models, patterns, structure, training
 from jaxprune.experiments import experiment, network, optimizer, pruning, sources
-from jaxprune.experiments.config import CONFIGS
+from jaxprune.experiments.config import CONFIGS, Config
 
 
 @pytest.fixture
@@ -50,6 +52,68 @@ def test_small_size(config, share, until, expected):
     own = dataclasses.replace(config, small_images=share, small_until=until)
     sizes = {0: (8, 12)} if expected is None else {0: expected, 31: (8, 12)}
     assert experiment.image_sizes(own, (8, 12), 100) == sizes
+
+
+@pytest.mark.slow
+def test_while_images_are_small_they_are_small_in_tests_as_well(config):
+    """A network that has seen small images only is no judge of large ones."""
+    own = dataclasses.replace(config, small_images=0.5, small_until=0.4, method="none", steps=20)
+    made = experiment.Experiment(own)
+    state, small = (
+        made.create(0),
+        made.at(structure.Stage(structure.dense_network(made.groups), (4, 4))),
+    )
+    apply, variables = (
+        made.functions.evaluate,
+        network.as_variables(state.params, state.model_state),
+    )
+    images, labels = made.source.test
+    prepared = made.source.prepare(jnp.asarray(images))
+    for steps, size in ((small, (4, 4)), (made.dense, (8, 8))):
+        logits = apply(variables, experiment.resized(prepared, size))
+        expected = float(jnp.mean(training.cross_entropy(logits, jnp.asarray(labels))))
+        assert steps.evaluate(state)["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_single_weights_go_after_channels():
+    """Half of the channels are masked by step 2, then half of all weights by step 7."""
+    w = {"in": jnp.ones((3, 8)), "out": jnp.ones((8, 4))}
+    groups = structure.find_groups(
+        lambda w, x: jnp.tanh(x @ w["in"]) @ w["out"], w, jnp.ones((1, 3))
+    )
+    own = Config(
+        method="agip", granularity="channels", sparsity=0.5, prune_start=0.2, prune_stop=0.2,
+        prune_every=1, fine_sparsity=0.5, fine_start=0.5, fine_stop=0.7,
+    )  # fmt: skip
+    tx = jaxprune.chain(optax.sgd(0.1), pruning.pruning_while_training(own, 10, groups))
+    draws = np.random.default_rng(0)
+    params = {name: jnp.asarray(draws.normal(size=x.shape), jnp.float32) for name, x in w.items()}
+    state, kept = tx.init(params), []
+    for _ in range(10):
+        grads = {name: jnp.asarray(draws.normal(size=x.shape), x.dtype) for name, x in w.items()}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        kept.append(sum(int(jnp.count_nonzero(leaf)) for leaf in params.values()))
+    channels = structure.masked_channels(groups, state)["in:1"]
+    assert channels.sum() == 4
+    assert kept[1] == 56 and kept[2:5] == [56 - 12] * 3, "the inputs of four channels are 0"
+    assert kept[-1] == 28, "half of 56, the zeros of channels first"
+    assert sum(int(mask.sum()) for mask in jaxprune.get_masks(state).values()) == 28
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"granularity": "weights"}, "`fine_sparsity` needs a method that prunes"),
+        ({"prune_stop": 0.9}, "`fine_start` must lie between `prune_stop` (0.9)"),
+        ({"fine_stop": 0.5}, "and `fine_stop` (0.5)"),
+    ],
+)
+def test_single_weights_go_last_or_not_at_all(changes, message):
+    options = {"method": "agip", "granularity": "channels", "fine_sparsity": 0.5} | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(**options)
 
 
 @pytest.mark.parametrize(

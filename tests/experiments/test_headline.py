@@ -17,7 +17,9 @@ FAKE = """
 import argparse, json, os, pathlib, sys
 parser = argparse.ArgumentParser()
 parser.add_argument("config")
-for name in "method granularity widths seed steps workdir sparsity learning-rate parts".split():
+names = "method granularity widths seed steps workdir sparsity learning-rate parts warmup-steps"
+names += " log-every eval-every save-every budget multiple regrow prune-start prune-stop"
+for name in (names + " fine-sparsity").split():
     parser.add_argument("--" + name)
 parser.add_argument("--compact", action="store_true")
 args = parser.parse_args()
@@ -29,9 +31,11 @@ with open(folder.parent / "calls.jsonl", "a") as file:
 if folder.name in faults:
     sys.exit(3)
 seed, steps = int(args.seed), int(args.steps)
-names = ("sparsity", "parts", "learning_rate")
+names = ("sparsity", "parts", "learning_rate", "multiple", "regrow", "prune_start", "prune_stop")
+names += ("fine_sparsity", "warmup_steps", "log_every", "eval_every", "save_every")
 numbers = {name: json.loads(getattr(args, name) or "null") for name in names}
 config = vars(args) | {"seed": seed, "steps": steps} | numbers
+config = {name: value for name, value in config.items() if value is not None}
 (folder / "config.json").write_text(json.dumps(config))
 small = args.compact or bool(args.widths)
 accuracy = 0.9 + 0.01 * seed - 0.02 * small - 0.001 * (100 - steps) * (args.method == "none")
@@ -39,15 +43,20 @@ cost = 0.5 if small else 1.0 + seed
 summary = {
     "test_accuracy": accuracy, "parameters": 25 if small else 100, "macs": 30 if small else 100,
     "seconds": 7.0 + steps * cost, "cpu_seconds": 3.0 + steps * cost, "steps": steps,
+    "nonzeros": 24 if small else 100, "dense_bytes": 400,
+    "file_bytes": {"exact": 100, "bfloat16": 50, "int8": 20},
     "step_peak_bytes": 40 if args.parts else 100, "process_peak_bytes": 1000,
     "widths": {"stem": 4, "blocks": [[2, 3]]}, "device": "1 x cpu",
-    "versions": {"jax": "9.9"}, "switches": [], "records": 5,
+    "versions": {"jax": "9.9"}, "switches": [], "records": 7,
 }
 tests = [(0.5, 0.9), (0.9, 0.995), (1.0, 1.0)]  # part of the run, part of the accuracy
 records = [
-    {"step": step, "train_loss": 2.0, "cpu_seconds": 3.0 + step * cost} for step in (5, 10)
+    {"step": step, "train_loss": 2.0, "cpu_seconds": 3.0 + step * cost, "macs": summary["macs"],
+     "parameters": 25 if args.widths or small and step > 10 else 100}
+    for step in (5, 10, 15, 20)
 ] + [
-    {"step": 2, "seconds": part * summary["seconds"], "test_accuracy": share * accuracy}
+    {"step": 2, "test_accuracy": share * accuracy}
+    | {clock: part * summary[clock] for clock in ("seconds", "cpu_seconds")}
     for part, share in tests
 ]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in records))
@@ -134,7 +143,7 @@ def test_numbers(headline):
     assert rows["dense"]["close (runs)"] == "141 (2)"  # after 9 tenths
     text = (headline.root / "results.md").read_text()
     # On CPU goals go by the time of the process: 53 / 103 and 53 / 203.
-    assert "| agip | yes: 0.250 of 0.28 | no: 0.978 of 0.992 | no: 0.388 of 0.32 |" in text
+    assert "| agip | yes: 0.240 of 0.28 | no: 0.978 of 0.992 | no: 0.388 of 0.32 |" in text
     assert "device: 1 x cpu" in text and "study.py headline fashion" in text
     assert len((headline.root / "results.jsonl").read_text().splitlines()) == 14
 
@@ -162,7 +171,7 @@ def test_a_log_that_lost_lines_gives_no_times(headline, size):
     if size == -1:
         assert code == 0
     else:
-        lost = {0: 5, 20: 5, -3: 1}[size]
+        lost = {0: 7, 20: 7, -3: 1}[size]
         assert "has lost lines" in code and f"dense-seed0: {lost} records" in code
         assert "has lost lines" in headline.go("--report-only")
 
@@ -181,6 +190,41 @@ def test_a_run_for_another_run_than_is_there_is_refused(headline):
         assert part in code
     path.write_text(json.dumps(summary))
     assert headline.go("fashion", "--seeds", "0", *TRAINING) == 0
+
+
+def test_equal_time(headline):
+    """Dense costs 3 s and 1 s a step, so a half is 51.5 s; narrow ones take half a second."""
+    names = ["dense", "dense, same time", "agip", "narrow", "agip early"]
+    options = ["--time", "0.5", "--seeds", "0", "--arms", *names, "--probe-steps", "20"]
+    assert headline.go("fashion", *options, *TRAINING) == 0
+    calls = {call["run"]: call for call in _calls(headline)}
+    plain = {"dense-seed0", "dense-same-time-seed0", "agip-seed0", "narrow-seed0"}
+    probes = {"probe-dense", "probe-agip", "probe-narrow", "probe-agip-early"}
+    assert set(calls) == plain | probes | {"agip-early-seed0"}
+    steps = json.loads((headline.root / "steps.json").read_text())
+    # 3 + n <= 51.5, and 3 + n / 2 <= 51.5, as all steps of the stand-in of agip cost the same.
+    assert steps == {
+        "dense": 100, "dense, same time": 48, "agip": 97, "narrow": 97, "agip early": 97,
+    }  # fmt: skip
+    for arm, count in steps.items():
+        words = calls[headline.folder_of(arm, 0)]["args"]
+        assert [words[i + 1] for i, w in enumerate(words) if w == "--steps"][-1] == str(count)
+    assert all(_option(calls[name], "--log-every") == "5" for name in probes)
+    rows = _rows(headline)
+    assert rows["narrow"]["steps"] == "97" and rows["narrow"]["training MACs"] == "0.300"
+    assert rows["narrow"]["CPU time"] == f"{(3 + 97 * 0.5) / 103:.3f}"
+    # What was chosen is kept, whatever a later measurement would say.
+    (headline.root / "steps.json").write_text(json.dumps(steps | {"narrow": 50}))
+    assert headline.go("fashion", *options, *TRAINING) == 0
+    assert not (headline.root / "calls.jsonl").exists(), "nothing is trained again"
+
+
+def test_equal_work_does_not_depend_on_the_clock(headline):
+    options = ["--time", "0.5", "--clock", "macs", "--arms", "dense", "narrow", "--seeds", "0"]
+    options += ["--probe-steps", "20"]
+    assert headline.go("fashion", *options, *TRAINING) == 0
+    steps = json.loads((headline.root / "steps.json").read_text())
+    assert steps["narrow"] == 166  # 30 n <= half of 100 * 100
 
 
 def test_chosen_arms_bring_what_they_need(headline):
@@ -202,6 +246,13 @@ def test_chosen_arms_bring_what_they_need(headline):
         (["fashion", "--levers", "--widths 3"], "--widths may not be given"),
         (["fashion", "--jobs", "0"], "--jobs must be at least 1"),
         (["--jobs=1"], "CONFIG is missing"),
+        (["fashion", "--time", "0", *TRAINING], "--time must lie in (0, 1]"),
+        (["fashion", "--time", "0.3"], "--time needs the steps of the dense network"),
+        (["fashion", "--time", "0.3", "--probe-steps", "9", *TRAINING], "--probe-steps at least"),
+        (
+            ["fashion", "--time", "0.01", "--probe-steps", "20", "--seeds", "0", *TRAINING],
+            "a run of one step costs 3.5",
+        ),
     ],
 )
 def test_refusals(headline, options, message, capsys):

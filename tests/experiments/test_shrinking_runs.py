@@ -76,12 +76,17 @@ def test_the_network_gets_smaller_in_steps(finished):
     assert parameters == sorted(parameters, reverse=True)
     assert summary["parameters"] == parameters[-1]
     assert summary["widths"] == {"stem": 4, "blocks": [[5, 4], [6, 7], [8, 9]], "head": None}
+    assert "pixels 4" in output and "pixels 8" in output
+    assert set(summary["file_bytes"]) == {"exact", "bfloat16", "int8"}
+    assert summary["file_bytes"]["int8"] < summary["file_bytes"]["bfloat16"]
     assert "parameters" in output and summary["sparsity"] > 0.7
     assert all(entry.get("difference", 0.0) < 1e-4 for entry in summary["switches"])
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     at = {r["step"]: r for r in records if "train_loss" in r}
     assert [at[step]["parts"] for step in (2, 20, 24, 36)] == [1, 1, 2, 1]
     assert [at[step]["image_height"] for step in (2, 20, 24)] == [4, 4, 8]
+    tests = {r["step"]: r["image_height"] for r in records if "test_accuracy" in r}
+    assert tests == {18: 4, 36: 8}, "tests take images of the size of training"
     assert at[26]["macs"] < at[24]["macs"] == at[20]["macs"] < at[16]["macs"] == at[2]["macs"]
     assert at[24]["peak_bytes"] != at[20]["peak_bytes"]
     # The rate after the switches at 17 and 25 rises from a third to the whole of the cosine.
