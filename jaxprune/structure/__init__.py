@@ -37,6 +37,7 @@ from jaxprune.structure._costs import byte_cost, cache_cost, count_macs, latency
 from jaxprune.structure._finding import find_groups
 from jaxprune.structure._fitting import Fit
 from jaxprune.structure._groups import Frozen, Group, Groups, Member
+from jaxprune.structure._growing import expand, expand_state
 from jaxprune.structure._nnx import FromNNX, from_nnx
 from jaxprune.structure._optimizer import CompactedState, compact_state
 from jaxprune.structure._plan_files import load_plan, plan_of
@@ -81,6 +82,8 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "dense_network",
+    "expand",
+    "expand_state",
     "filter_norms",
     "find_groups",
     "fpgm",

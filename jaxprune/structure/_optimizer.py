@@ -121,14 +121,14 @@ def sliced_state(
     problems = [
         f"{path}: only in `state`"
         for path, leaf in held.items()
-        if path not in fresh and _owner(path, jnp.shape(leaf), gone) is None
+        if path not in fresh and owner_of(path, jnp.shape(leaf), gone) is None
     ]
     problems += [f"{path}: missing in `state`" for path in fresh if path not in held]
     trees.raise_for(problems, "`state` must be a state of `optimizer` for these parameters:")
     results, restarted = [], []
     for path, start in fresh.items():
         leaf = held[path]
-        owner = _owner(path, jnp.shape(leaf), dense)
+        owner = owner_of(path, jnp.shape(leaf), dense)
         # Take the longest name: a path that ends with `a/kernel:1` also ends with `kernel:1`.
         ends = [name for name in channels if f"/{path}".endswith(f"/{name}")]
         group = max(ends, key=len, default=None)
@@ -144,7 +144,7 @@ def sliced_state(
     return CompactedState(jax.tree.unflatten(jax.tree.structure(new), results), tuple(restarted))
 
 
-def _owner(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:
+def owner_of(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:
     """Finds the parameter that a state's leaf mirrors: the longest path that `path` ends with."""
     parts = path.split("/")
     for start in range(len(parts)):

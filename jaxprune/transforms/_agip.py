@@ -100,6 +100,10 @@ def agip_transform(
     so gradients of 1e-18 are ranked as gradients of 1 are. Everything else is as above; the state
     contains vectors only, and a step costs next to nothing.
 
+    A masked channel right before a ReLU gets no gradient, because the slope of `jax.nn.relu` at 0
+    is 0. It is ranked by what its average, or the momentum, remembers from before it was masked, so
+    that of equal channels the one masked last comes back first.
+
     If all kept channels of a group have the score 0, their gates have not moved from 0 (AdaLN-zero)
     or no gradient reaches them; it does not mean that the channels are worthless. They are ranked
     by the gradients at the gates, or by the norms if these gradients are 0, scaled to the mean

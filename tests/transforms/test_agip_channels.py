@@ -523,3 +523,14 @@ def test_optax_finds_the_masks_of_channels(decay):
     )
     assert not turned.masks["norm"]["scale"].any() and state.masks["norm"]["scale"].all()
     assert turned.prune_step == "other" and turned.channels[NORMED] == "other"
+
+
+def test_behind_a_relu_a_masked_channel_lives_on_its_memory():
+    """The slope of relu at 0 is 0, so its average only decays from what it was."""
+    decay, growth, kept = 0.8, [], []
+    for _, state in trained(jaxprune.chain(optax.sgd(0.05), agip(0.5, regrow=0.2, decay=decay))):
+        growth.append(np.asarray(state[-1].channel_growth[PLAIN]))
+        kept.append(np.asarray(state[-1].channels[PLAIN]))
+    stays_off = ~kept[7] & ~kept[8] & ~kept[11]
+    assert stays_off.any()
+    np.testing.assert_allclose(growth[11][stays_off], growth[8][stays_off] * decay**1.5, rtol=1e-5)
