@@ -18,10 +18,16 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *NOTEBOOKS,
+]
 
 # Languages of fenced blocks: run, read as commands, or only shown.
 SHOWN = {"", "text", "bibtex", "json", "py", "toml"}
+LANGUAGES = {"{code-cell} ipython3": "python"}  # the cells of notebooks
 MAX_PROSE = 120  # columns of a line
 MAX_CELL = 160  # characters of a table cell
 # Commands that we do not check further: they are not ours.
@@ -53,6 +59,7 @@ def fenced_blocks(markdown: str) -> list[Block]:
         if start is None:
             start = number
             language, _, needs = fence.group(1).strip().partition(" needs=")
+            language = LANGUAGES.get(language, language)
         else:
             text = "\n".join(lines[start : number - 1])
             blocks.append(Block(language, start + 1, text, needs))
