@@ -31,7 +31,8 @@ QUICK := test_trees test_stats test_scores test_budgets test_schedules test_sele
 	structure/test_shrinking training/test_training
 # With 64-bit numbers on: what holds for 32 bits must hold for float64 leaves and wider defaults.
 X64 := test_selection test_timetables test_patterns test_scores test_stats test_budgets \
-	transforms/test_contract transforms/test_resume transforms/test_agip
+	transforms/test_contract transforms/test_resume transforms/test_agip testing/test_asserts \
+	elastic/test_clients search/test_problems reports/test_watching training/test_statistics
 
 # LiteRT.js comes from npm; pages load it from this machine.
 LITERT_JS := @litertjs/core@2.5.3
@@ -101,9 +102,10 @@ lint: $(VENV)/.dev  ## check style, formatting and types
 OUTSIDE := $(VENV)/outside
 PACKAGES := import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 
-wheel: $(VENV)/.train  ## build the wheel, install it elsewhere and use it outside of the checkout
+# The wheel is built from the source distribution, so that one is whole, too.
+wheel: $(VENV)/.dev  ## build sdist and wheel, install the wheel elsewhere and use it outside of the checkout
 	rm -rf build dist $(OUTSIDE)
-	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m build --outdir dist . >/dev/null
 	rm -rf build
 	$(PYTHON) -m venv --without-pip $(OUTSIDE)
 	$(PYTHON) -m pip --python $(OUTSIDE)/bin/python install --quiet --disable-pip-version-check \
@@ -111,7 +113,7 @@ wheel: $(VENV)/.train  ## build the wheel, install it elsewhere and use it outsi
 	$(PYTHON) -c '$(PACKAGES)' >"$$($(OUTSIDE)/bin/python -c '$(PACKAGES)')/shared.pth"
 	cd $(OUTSIDE) && env -u PYTHONPATH bin/python "$(CURDIR)/.ci/outside.py"
 	cd $(OUTSIDE) && env -u PYTHONPATH bin/python -m jaxprune train --help >/dev/null
-	@echo "The wheel works outside of the checkout: $$(ls dist/*.whl)"
+	@echo "The wheel works outside of the checkout: $$(ls dist/*.whl), from $$(ls dist/*.tar.gz)"
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(PYTHON) -m ruff check --fix $(SOURCES)

@@ -1,4 +1,7 @@
-"""The site: docs/*.md through MyST, and all public names from their docstrings (`make docs`)."""
+"""The site: docs/*.md through MyST, and all public names from their docstrings (`make docs`).
+
+The notebooks of docs/notebooks/ are text; they run whenever Sphinx reads them.
+"""
 
 import inspect
 import re
@@ -18,6 +21,7 @@ import jaxprune  # noqa: E402
 # The side bar. A page that is not there (yet) is left out, and one that is not here is a warning.
 CONTENTS = {
     "Start": ["start", "choose", "loops", "coming", "jaxpruner"],
+    "Notebooks": ["notebooks/pruning", "notebooks/channels", "notebooks/elastic"],
     "Prune while training": ["methods", "optimizers"],
     "Remove channels": ["structure", "shrinking"],
     "Search and rewind": ["searching", "elastic", "rewinding"],
@@ -31,10 +35,15 @@ project = "jaxprune"
 author = copyright = "The jaxprune authors"
 release = version = jaxprune.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 default_role = "name"
 myst_heading_anchors = 3  # headings have the anchors that a forge gives them
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900  # seconds for a cell
+nb_execution_in_temp = True
+nb_execution_show_tb = True
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -54,7 +63,7 @@ html_theme_options = {"top_of_page_buttons": []}
 def pages_there():
     """CONTENTS without the pages that are not there."""
     return {
-        caption: [page for page in pages if "/" in page or (DOCS / f"{page}.md").exists()]
+        caption: [page for page in pages if page == "api/index" or (DOCS / f"{page}.md").exists()]
         for caption, pages in CONTENTS.items()
     }
 

@@ -5,15 +5,14 @@
 
 The network is EfficientNet-Lite0 with its published weights; the pictures are those that
 scikit-image and scikit-learn carry. Crops of their left halves calibrate, crops of their right
-halves are held out. A row says what is left of the agreement with the dense network: as the
-channels go; with the running statistics of the norm layers measured again; with the kernels behind
-removed channels fitted to what the dense ones computed; and, with --steps, after a little teaching.
-Channels chosen at random are the control. With --unseen, other pictures are held out instead.
+halves are held out, or with --unseen other pictures. A row compares with the dense network: right
+after removal; with norm statistics measured again; with kernels fitted to the dense outputs; and,
+with --steps, after a little teaching. Expected at 0.9 of the MACs: the same first class for 0.7 of
+the crops, for 0.05 with channels at random; at 0.75 for 0.2, and with fitted kernels for 0.45.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import jax
@@ -50,24 +49,20 @@ def crops(images: list[np.ndarray], count: int, rng: np.random.Generator) -> jax
 
 
 def agreement(logits: np.ndarray, dense: np.ndarray) -> dict[str, float]:
-    """How often the first class is the same, and the mean cosine of centred logits."""
+    """Returns how often the first class is the same, and the mean cosine of centred logits."""
     a, b = (x - x.mean(1, keepdims=True) for x in (logits, dense))
-    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return {
-        "same class": float((a.argmax(1) == b.argmax(1)).mean()),
-        "cosine": float(cosine.mean()),
-    }
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    same, cosine = (a.argmax(1) == b.argmax(1)).mean(), (a * b).sum(1).mean()
+    return {"same class": float(same), "cosine": float(cosine)}
 
 
-def evaluated(function: Callable[..., Any], variables: Any, batches: list[Any]) -> np.ndarray:
+def evaluated(function: Any, variables: Any, batches: list[Any]) -> np.ndarray:
     """Logits of all batches."""
     run = jax.jit(function)
     return np.concatenate([run(variables, batch) for batch in batches])
 
 
-def taught(
-    train: Callable[..., Any], variables: Any, batches: list[Any], wanted: list[Any], steps: int
-) -> Any:
+def taught(train: Any, variables: Any, batches: list[Any], wanted: list[Any], steps: int) -> Any:
     """The variables after some steps towards the logits of the dense network."""
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
 
@@ -83,10 +78,9 @@ def taught(
 
     params = variables["params"]
     state = {name: tree for name, tree in variables.items() if name != "params"}
-    opt_state = optimizer.init(params)
-    for i in range(steps):
-        at = i % len(batches)
-        params, state, opt_state = step(params, state, opt_state, batches[at], wanted[at])
+    opt_state, pairs = optimizer.init(params), itertools.cycle(zip(batches, wanted))
+    for x, logits in itertools.islice(pairs, steps):
+        params, state, opt_state = step(params, state, opt_state, x, logits)
     return {"params": params} | state
 
 
@@ -94,8 +88,8 @@ def compare(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each budget and each choice of channels."""
     rng, images = np.random.default_rng(seed), pictures()
     if options.unseen:
-        order = rng.permutation(len(images))
-        seen, unseen = ([images[i] for i in part] for part in (order[:5], order[5:]))
+        order = [images[i] for i in rng.permutation(len(images))]
+        seen, unseen = order[:5], order[5:]
     else:
         halves = [(image, image.shape[1] // 2) for image in images]
         seen, unseen = [x[:, :half] for x, half in halves], [x[:, half:] for x, half in halves]
@@ -105,8 +99,7 @@ def compare(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     functions = structure.from_nnx(pretrained.efficientnet_lite0())
     variables, evaluate, train = functions.variables, functions.evaluate, functions.train
     groups = structure.find_groups(functions.traces(calibration[0]), variables)
-    one = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    cost = structure.mac_cost(groups, evaluate, variables, one)
+    cost = structure.mac_cost(groups, evaluate, variables, calibration[0][:1])
     scores = post_training.channel_scores(evaluate, variables, calibration, groups)
     choices = {
         "by what they contribute": structure.normalized(scores),
@@ -118,23 +111,20 @@ def compare(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     whole, rows = cost(groups.plan({})), []
     for budget in options.budgets:
         for choice, own in choices.items():
-            keep = structure.keep_within(groups, own, budget * whole, cost, floor=0.1)
-            plan = groups.plan(keep)
+            plan = groups.plan(structure.keep_within(groups, own, budget * whole, cost, floor=0.1))
             small, row = plan.compact(variables), {"MACs": budget, "channels": choice}
             test, learn = plan.wrap(evaluate), plan.wrap(train)
             # Calibration data are few, so the fit is damped.
             fitted = plan.compact(search.reconstruct(variables, plan, inputs, damping=1e-2))
-            stages = {"removed": small}
-            stages["measured again"] = training.measure_statistics(learn, small, calibration)
-            stages["fitted"] = fitted
+            measured = training.measure_statistics(learn, small, calibration)
+            stages = {"removed": small, "measured again": measured, "fitted": fitted}
             if options.steps:
                 stages["taught"] = taught(learn, fitted, calibration, wanted, options.steps)
             for stage, tree in stages.items():
                 found = agreement(evaluated(test, tree, held_out), dense)
                 row |= {f"{stage}, {name}": value for name, value in found.items()}
-            row["parameters"] = structure.count_parameters(plan)
-            rows.append(row)
-            print(jaxprune.reports.table([row], list(row)), flush=True)
+            rows.append(row | {"parameters": structure.count_parameters(plan)})
+            print(jaxprune.reports.table(rows[-1:], list(rows[-1])), flush=True)
     return rows
 
 
@@ -151,10 +141,8 @@ def main() -> None:
     means = []
     for same in zip(*runs, strict=True):
         row = {name: same[0][name] for name in ("MACs", "channels", "parameters")}
-        for name in same[0]:
-            if name not in row:
-                row[name] = f"{statistics.mean(own[name] for own in same):.3f}"
-        means.append(row)
+        measured = [name for name in same[0] if name not in row]
+        means.append(row | {name: f"{np.mean([r[name] for r in same]):.3f}" for name in measured})
     print(jaxprune.reports.table(means, list(means[0])))
 
 

@@ -4,17 +4,15 @@
     python examples/sentence_encoder.py
 
 The encoder is all-MiniLM-L6-v2 with its published weights. The sentences are those of Python's own
-documentation, which every installation carries: some calibrate, others are held out. For each way a
-row says what is left, and how far the vectors of held-out sentences have moved: mean and deviation
-over several draws of the sentences.
+documentation: some calibrate, others are held out. A row says what is left, and how far the vectors
+of held-out sentences have moved, over several draws. Expected cosines to the dense vectors: 0.94
+with SparseGPT, 0.90 in 2:4, 0.86 with Wanda, 0.73 by magnitude, 0.66 with half of heads and MLPs.
 """
 
 import argparse
 import re
-import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 import jaxprune
-from jaxprune import post_training, storage, structure
+from jaxprune import budgets, post_training, storage, structure
 from jaxprune.models import pretrained
 
 
@@ -56,17 +54,14 @@ def in_layers(path: str, leaf: Any) -> bool:
 
 def ways(apply: Any, variables: Any, calibration: list[Any]) -> dict[str, Any]:
     """Name -> (function, variables, fraction of the layers' weights that is left)."""
-    options: dict[str, Any] = {"prunable": in_layers}
-    half: dict[str, Any] = options | {"sparsity": 0.5}
+    half: dict[str, Any] = {"prunable": in_layers, "sparsity": 0.5}
     shot = (apply, variables, calibration)
     sparse = {
         "magnitude": jaxprune.prune(variables, **half)[0],
-        "magnitude, each layer": jaxprune.prune(variables, **half, budget=jaxprune.budgets.uniform)[
-            0
-        ],
+        "magnitude, each layer": jaxprune.prune(variables, **half, budget=budgets.uniform)[0],
         "Wanda": post_training.wanda(*shot, **half)[0],
         "SparseGPT": post_training.sparsegpt(*shot, **half)[0],
-        "SparseGPT, 2:4": post_training.sparsegpt(*shot, n_m=(2, 4), **options)[0],
+        "SparseGPT, 2:4": post_training.sparsegpt(*shot, n_m=(2, 4), prunable=in_layers)[0],
     }
     groups = structure.find_groups(apply, variables, calibration[0])
     scores = post_training.channel_scores(apply, variables, calibration, groups)
@@ -75,18 +70,17 @@ def ways(apply: Any, variables: Any, calibration: list[Any]) -> dict[str, Any]:
     return results | {"heads and MLP": (plan.wrap(apply), plan.compact(variables))}
 
 
-def kept(variables: Any, dense: int) -> float:
-    """The fraction of the layers' weights that is neither zero nor removed."""
-    leaves = jaxprune.trees.leaf_by_path(variables)
-    return sum(int(jnp.sum(x != 0)) for p, x in leaves.items() if in_layers(p, x)) / dense
+def kept(variables: Any) -> int:
+    """The number of the layers' weights that are neither zero nor removed."""
+    paths = jax.tree_util.tree_leaves_with_path(variables)
+    leaves = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in paths]
+    return sum(int(jnp.sum(x != 0)) for path, x in leaves if in_layers(path, x))
 
 
 def file_size(variables: Any) -> int:
     """Bytes of the file that holds the variables, zeros as bits."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "variables.npz"
-        storage.save(path, variables)
-        return path.stat().st_size
+        return storage.save(f"{folder}/variables.npz", variables).bytes
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -106,8 +100,6 @@ def compare(seed: int, calibrating: int, held_out: int) -> dict[str, dict[str, f
     texts = sentences(seed)
     calibration = batches_of(texts[:calibrating])
     batches = batches_of(texts[calibrating : calibrating + held_out])
-    leaves = jaxprune.trees.leaf_by_path(variables)
-    dense = sum(x.size for path, x in leaves.items() if in_layers(path, x))
 
     arms = {"dense": (apply, variables)} | ways(apply, variables, calibration)
     steps = {name: jax.jit(function) for name, (function, _) in arms.items()}
@@ -126,13 +118,11 @@ def compare(seed: int, calibrating: int, held_out: int) -> dict[str, dict[str, f
     similar = {name: (own @ own.T)[above] for name, own in vectors.items()}
     return {
         name: {
-            "kept": kept(tree, dense),
+            "kept": kept(tree) / kept(variables),
             "file, MB": file_size(tree) / 1e6,
             "cosine": float(np.mean(np.sum(vectors[name] * vectors["dense"], axis=1))),
             "rank correlation": rank_correlation(similar[name], similar["dense"]),
-            "time / dense": statistics.median(
-                a / b for a, b in zip(seconds[name], seconds["dense"], strict=True)
-            ),
+            "time / dense": float(np.median(np.divide(seconds[name], seconds["dense"]))),
         }
         for name, (_, tree) in arms.items()
     }
@@ -149,7 +139,7 @@ def main() -> None:
     rows = []
     for name in runs[0]:
         values = {key: [run[name][key] for run in runs] for key in runs[0][name]}
-        row = {key: f"{statistics.mean(own):.3f}" for key, own in values.items()}
+        row = {key: f"{np.mean(own):.3f}" for key, own in values.items()}
         for key in ("cosine", "rank correlation"):
             row[key] += f" +- {np.std(values[key], ddof=min(1, len(runs) - 1)):.3f}"
         rows.append({"way": name} | row)

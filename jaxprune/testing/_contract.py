@@ -264,7 +264,7 @@ def _modules(subject: Subject) -> None:
     state = optimizer.init(params)
     for batch in subject.batches():
         params, state = step(params, state, batch)
-    assert_same_masks(masks.get_masks(state).inner, subject.trained[1][-1])
+    assert_same_masks(masks.get_masks(state), subject.trained[1][-1])
 
 
 def _devices(subject: Subject) -> str | None:
@@ -306,13 +306,28 @@ LAWS: dict[str, Callable[[Subject], str | None]] = {
 }
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class _Module:
+    """Parameters as a module whose leaves have the same paths, so that masks by path fit it."""
+
     inner: Any
 
     def __call__(self) -> None:
         raise AssertionError("parameters were called as a function")
+
+
+def _children(module: _Module) -> tuple[list[tuple[Any, Any]], Any]:
+    """Returns what lies right below, with its keys, and what makes a module of it again."""
+    below, treedef = jax.tree_util.tree_flatten_with_path(
+        module.inner, is_leaf=lambda node: node is not module.inner
+    )
+    alone = jax.tree_util.GetAttrKey("inner")  # parameters that are one array have no key
+    return [(path[0] if path else alone, child) for path, child in below], treedef
+
+
+jax.tree_util.register_pytree_with_keys(
+    _Module, _children, lambda treedef, children: _Module(treedef.unflatten(children))
+)
 
 
 def two_layers() -> Example:

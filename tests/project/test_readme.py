@@ -18,10 +18,16 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *NOTEBOOKS,
+]
 
 # Languages of fenced blocks: run, read as commands, or only shown.
 SHOWN = {"", "text", "bibtex", "json", "py", "toml"}
+LANGUAGES = {"{code-cell} ipython3": "python"}  # the cells of notebooks
 MAX_PROSE = 120  # columns of a line
 MAX_CELL = 160  # characters of a table cell
 # Commands that we do not check further: they are not ours.
@@ -42,6 +48,11 @@ class Block(NamedTuple):
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
 
+def name_of(page: Path) -> str:
+    """The name of a page in tests, such as elastic.md and notebooks/elastic.md."""
+    return page.relative_to(ROOT / "docs" if ROOT / "docs" in page.parents else ROOT).as_posix()
+
+
 def fenced_blocks(markdown: str) -> list[Block]:
     """All fenced blocks of a page; an unclosed one is an error."""
     blocks, start = [], None
@@ -53,6 +64,7 @@ def fenced_blocks(markdown: str) -> list[Block]:
         if start is None:
             start = number
             language, _, needs = fence.group(1).strip().partition(" needs=")
+            language = LANGUAGES.get(language, language)
         else:
             text = "\n".join(lines[start : number - 1])
             blocks.append(Block(language, start + 1, text, needs))
@@ -193,7 +205,7 @@ def problem(words: list[str]) -> str | None:
 def _cases(language: str):
     pages = [(page, fenced_blocks(page.read_text())) for page in PAGES if page.exists()]
     return [
-        pytest.param(page, [b for b in blocks if b.language == language], id=page.name)
+        pytest.param(page, [b for b in blocks if b.language == language], id=name_of(page))
         for page, blocks in pages
         if any(b.language == language for b in blocks)
     ]
@@ -204,7 +216,7 @@ def test_readme_exists_with_both_kinds_of_blocks():
     assert {"python", "bash"} <= languages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_block_escapes(page):
     unknown = [
         (block.line, block.language)
@@ -214,12 +226,12 @@ def test_no_block_escapes(page):
     assert unknown == [], "write ```python or ```bash, or add the language to SHOWN"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lines_are_short(page):
     assert too_long(page.read_text()) == [], f"break {page.name} at these lines"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     assert broken_links(page) == []
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.support import chromium
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+NOTEBOOKS = sorted(DOCS.glob("notebooks/*.md"))
 PYTHON = ROOT / ".venv" / "docs" / "bin" / "python"
 # What a browser fetches without being asked; a link is followed by a person.
 FETCHED = {"script", "img", "iframe", "source", "link"}
@@ -89,6 +91,11 @@ def faults(folder: Path) -> Faults:
     return Faults(broken, elsewhere)
 
 
+def plots(notebook: Path) -> int:
+    """How many figures a notebook draws."""
+    return notebook.read_text().count("plt.subplots(")
+
+
 def names_of(inventory: bytes) -> set[str]:
     """The Python names in an objects.inv of Sphinx."""
     text = zlib.decompress(inventory.split(b"\n", 4)[4]).decode()
@@ -102,7 +109,9 @@ def site(tmp_path_factory) -> Path:
         pytest.skip("the environment of Sphinx is missing (`make docs` makes it)")
     folder = tmp_path_factory.mktemp("site")
     command = [str(PYTHON), "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(folder)]
-    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    # Not with the flags of tests: notebooks train on one device, with optimized programs.
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    build = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=1800)
     assert build.returncode == 0, build.stdout + build.stderr
     return folder
 
@@ -144,6 +153,18 @@ def test_the_site_in_a_browser(site):
             found = chromium.load(f"{address}/search.html?q={words.replace(' ', '+')}")
             assert f'href="{target}' in found.html, words
             assert found.console == []
+
+
+@pytest.mark.slow
+@pytest.mark.scripts
+def test_notebooks_have_their_plots_in_a_browser(site):
+    with chromium.serve(site) as address:
+        for notebook in NOTEBOOKS:
+            page = chromium.load(f"{address}/notebooks/{notebook.stem}.html")
+            assert page.html.count('<img alt="../_images/') == plots(notebook), notebook.name
+            assert page.html.count('class="output ') >= 5, "the cells were not run"
+            # A picture whose file is missing is a broken link, see above.
+            assert page.console == [], notebook.name
 
 
 @pytest.mark.slow
@@ -195,8 +216,23 @@ def test_fields_are_described_by_the_comments_beside_them():
 def test_every_page_is_in_the_side_bar():
     listed = [page for pages in _contents().values() for page in pages]
     assert len(listed) == len(set(listed))
-    pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    found = [*DOCS.glob("*.md"), *DOCS.glob("notebooks/*.md")]
+    pages = {path.relative_to(DOCS).with_suffix("").as_posix() for path in found} - {"index"}
     assert pages - set(listed) == set(), "add these to CONTENTS of docs/conf.py"
+
+
+def test_notebooks_are_short_text_with_plots_and_public_names():
+    assert len(NOTEBOOKS) >= 3
+    for notebook in NOTEBOOKS:
+        text = notebook.read_text()
+        assert "format_name: myst" in text.split("---")[1], "jupytext cannot open it"
+        assert plots(notebook) and len(text.splitlines()) <= 260
+        cells = re.findall(r"^```{code-cell} ipython3\n(.*?)^```$", text, re.S | re.M)
+        for line in "".join(cells).splitlines():
+            assert len(line) <= 92, f"{notebook.name} is wider than its page: {line}"
+            assert not re.match(r"\s*(from|import) jaxprune\S*\._|[%!]", line), line
+            private = re.match(r"from jaxprune\S* import (.*)", line)
+            assert not private or not re.search(r"\b_", private.group(1)), line
 
 
 def test_the_summary_has_the_figures_of_the_lab_book():

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 
-import jaxprune
 from jaxprune import budgets, testing, trees
 
 
@@ -29,6 +29,7 @@ def simple(
     more_steps: Any = 1,
     seed: int = 0,
     change: Any = lambda params, updates: updates,
+    ranks: Any = None,
 ) -> optax.GradientTransformation:
     """Random masks of each kernel from the first step on, with a place for each fault."""
 
@@ -45,7 +46,8 @@ def simple(
             if leaf.ndim > 1:
                 keep = budgets.keep_count(leaf.size, sparsity) + more
                 order = jax.random.permutation(jax.random.key(seed + index), leaf.size)
-                masks[path] = (order < keep).reshape(leaf.shape)
+                order = order.reshape(leaf.shape) if ranks is None else ranks(leaf)
+                masks[path] = order < keep
         masks = jax.tree.unflatten(jax.tree.structure(params), [*masks.values()])
 
         def masked(mask: Any, update: Any, param: Any) -> Any:
@@ -92,6 +94,17 @@ def flat_masks(sparsity: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, inner.update)
 
 
+@custom_partitioning
+def local_ranks(x: jax.Array) -> jax.Array:
+    """Ranks of all entries, but of sharded arrays each device ranks its own part."""
+    return jnp.argsort(jnp.argsort(x.ravel())).reshape(x.shape)
+
+
+local_ranks.def_partition(
+    partition=lambda mesh, own, _: (mesh, local_ranks.fun, own[0].sharding, (own[0].sharding,)),
+    sharding_rule="i j -> i j",
+)
+
 SEEDS = itertools.count()
 BROKEN = {
     "zero": (lambda s: simple(s, applies=False), "masked weights must be exactly 0"),
@@ -103,7 +116,12 @@ BROKEN = {
     "tools": (flat_masks, "0"),
     "half": (lambda s: simple(s, change=fails_on(lambda x: x.dtype != np.float32)), "refused"),
     "modules": (lambda s: simple(s, change=calls), "parameters were called as a function"),
+    "devices": (lambda s: simple(s, ranks=local_ranks), "masks must be the same, but differ"),
 }
+
+
+def test_every_law_has_a_fault() -> None:
+    assert [*BROKEN] == [*testing.LAWS]
 
 
 @pytest.mark.parametrize("law", BROKEN)
@@ -146,16 +164,3 @@ def test_an_example_of_ones_own() -> None:
     )
     make = lambda s: simple(s)  # noqa: E731
     assert testing.check_transform(make, example=example, laws=["zero", "exact"], steps=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda s: jaxprune.agip_transform(s, every=2, start=1, stop=6, regrow=0.3),
-        lambda s: jaxprune.rigl_transform(s, every=2, start=1, stop=6),
-    ],
-    ids=["agip", "rigl"],
-)
-def test_the_librarys_own_methods_keep_all_laws(make: Any) -> None:
-    assert testing.check_transform(make) == dict.fromkeys(testing.LAWS, "holds")
