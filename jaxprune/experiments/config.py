@@ -17,6 +17,11 @@ Method = Literal[
 ]  # fmt: skip
 _OF_CHANNELS = ("none", "agip", "magnitude", "random")
 Pattern = Literal["weights", "2:4", "1:4", "4x4", "8x8", "filters"]
+# Methods that need the gradients of removed weights at mask updates only, and no dense weights.
+_WITH_KERNELS = (
+    "agip", "gradient", "magnitude", "saliency", "random", "set", "rigl", "snip", "grasp",
+    "synflow",
+)  # fmt: skip
 _PATTERNED = ("none", "agip", "gradient", "magnitude", "saliency", "random")
 Prunable = Literal["default", "pointwise"]
 Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
@@ -117,6 +122,7 @@ class Config:
     switch_delay: int = 10  # compact: steps in which the next network compiles in the background
     rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
     multiple: int = 0  # compact: round widths up to this multiple; 0 = 8, but heads are not rounded
+    kernels: Literal["off", "auto"] = "off"  # train.py on a CPU: sparse kernels where they pay
     init_images: int = 1024  # snip, grasp: training images to score with, as one batch
 
     mesh: str = ""  # device mesh such as data=4,fsdp=2; fsdp also splits parameters; empty = data
@@ -162,6 +168,7 @@ class Config:
             bad.append("`prunable` pointwise needs `granularity` weights")
         if self.compact and (self.granularity != "channels" or self.method == "none"):
             bad.append("`compact` needs a method that prunes, and `granularity` channels")
+        bad += self._bad_for_kernels() if self.kernels != "off" else []
         if self.process >= self.processes:
             bad.append(
                 f"`process` must be less than `processes` ({self.processes}); got {self.process}"
@@ -194,6 +201,20 @@ class Config:
             )
         if bad:
             raise ValueError("\n".join(bad))
+
+    def _bad_for_kernels(self) -> list[str]:
+        """Lists what does not go with sparse kernels."""
+        rules = {
+            f"`method` {', '.join(_WITH_KERNELS)}; got {self.method!r}": (
+                self.method in _WITH_KERNELS
+            ),
+            "`granularity` weights; `compact` makes channels fast": self.granularity == "weights",
+            f"`chunk` 0 or 1; got {self.chunk}": self.chunk <= 1,
+            f"`small_images` 1; got {self.small_images}": self.small_images == 1,
+            f"one process; got `processes` {self.processes}": self.processes == 1,
+        }
+        needs = [own for own, holds in rules.items() if not holds]
+        return [f"`kernels` {self.kernels} needs {own}" for own in needs]
 
 
 # He et al. with the changes of Goyal et al.: 90 epochs, batch 1024, linear scaling, 5 epochs of

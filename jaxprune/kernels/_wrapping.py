@@ -109,6 +109,13 @@ class Wrapped:
     table: Table
     gradients: bool
 
+    # `export.jax` and its like refuse a function that has this, and say it.
+    no_export = (
+        "sparse kernels are custom calls, built for the machine they run on, and do not travel in "
+        "a file; export the function itself (`wrapped.function`) with `masks=`, or serve it in "
+        "this process with `kernels.serve`"
+    )
+
     def __call__(
         self, params: Any, *args: Any, indices: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> Any:

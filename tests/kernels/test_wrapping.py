@@ -1,4 +1,4 @@
-"""`kernels.wrap`: values and gradients of the masked dense function, whatever surrounds a kernel."""
+"""`kernels.wrap`: values and gradients of the masked dense function, whatever surrounds it."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -490,7 +490,7 @@ def test_vmap_over_a_batch_and_over_networks():
     assert gap(jax.tree.map(lambda x: x[1], found), one) < 1e-5
 
 
-def test_forward_and_second_derivatives():
+def test_gradients_inside_of_nonlinear_losses():
     params = jaxprune.apply_masks({"w": W}, {"w": MASK})
 
     def function(params, x):
