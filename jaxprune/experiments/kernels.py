@@ -77,10 +77,10 @@ class SparseSteps:
     def run(self, run: Callable[..., tuple], *args: Any) -> tuple[training.TrainState, Any]:
         """Runs one step, `run(*args, indices=...)`."""
         state, metrics = run(*args, indices=self._following.indices(self._step))
-        before = self._following.wrapped.choice
+        before = self._following.wrapped.capacities
         self._following.after(self._step, state.opt_state)
         self._step += 1
-        if self._following.wrapped.choice != before:
+        if self._following.wrapped.capacities != before:
             self._say()
         return state, metrics
 

@@ -3,7 +3,7 @@
 `wrap` replaces them in any function where they pay.
 """
 
-from jaxprune.kernels._capacities import Choice
+from jaxprune.kernels._capacities import Capacities
 from jaxprune.kernels._following import Following
 from jaxprune.kernels._operations import (
     ConvolutionIndices,
@@ -21,8 +21,8 @@ from jaxprune.kernels._table import Case, Ratio, Table, expected_ratio, measure_
 from jaxprune.kernels._wrapping import Wrapped, wrap
 
 __all__ = [
+    "Capacities",
     "Case",
-    "Choice",
     "ConvolutionIndices",
     "Following",
     "ProductIndices",

@@ -4,23 +4,23 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["Choice", "capacity_of", "still_fits"]
+__all__ = ["Capacities", "capacity_of", "still_fit"]
 
 _STEPS = 8  # capacities are powers of 2 ** (1 / _STEPS)
 _SPARE = 1.05  # room for layers that gain weights from others
-_FEWER = 1.5  # the layers are chosen again when this factor fewer or more weights are kept
+_FACTOR = 1.5  # all layers are chosen again when this factor fewer or more weights are kept
 
 
-class Choice(NamedTuple):
+class Capacities(NamedTuple):
     """The layers that have a sparse kernel, and how many kept weights each has room for.
 
     Example:
-        >>> Choice({"hidden/kernel": 256}, 900).capacities
+        >>> Capacities({"hidden/kernel": 256}, kept=900).by_layer
         {'hidden/kernel': 256}
     """
 
-    capacities: dict[str, int]  # by layer
-    kept: int  # weights of all layers that were kept when this was chosen
+    by_layer: dict[str, int]
+    kept: int  # weights of all layers, with a kernel or not, that were kept at this choice
 
 
 def capacity_of(count: int, size: int) -> int:
@@ -41,25 +41,26 @@ def capacity_of(count: int, size: int) -> int:
     return max(1, count, min(size, math.ceil(2 ** (steps / _STEPS))))
 
 
-def still_fits(choice: Choice, counts: Mapping[str, int]) -> bool:
-    """Tells whether new masks can use the program of a choice, and whether they should.
+def still_fit(capacities: Capacities, counts: Mapping[str, int]) -> bool:
+    """Tells whether new masks can use the program of these capacities, and whether they should.
 
-    A different choice is a different program. Layers cross their steps at different times during a
-    gradual ramp; therefore they are all chosen again together, once the number of kept weights has
-    changed by half: six times on the way to a density of 0.1.
+    Different capacities are a different program. Layers cross their steps at different times during
+    a gradual ramp; therefore they are all chosen again together, once the number of kept weights
+    has changed by half: six times on the way to a density of 0.1.
 
     Args:
-        choice: the present choice.
+        capacities: the present ones.
         counts: kept weights of every layer that could have a sparse kernel.
 
     Returns:
         A bool.
 
     Example:
-        >>> choice = Choice({"w": 100}, 90)
-        >>> [still_fits(choice, {"w": count}) for count in (90, 101, 70, 50)]
+        >>> capacities = Capacities({"w": 100}, 90)
+        >>> [still_fit(capacities, {"w": count}) for count in (90, 101, 70, 50)]
         [True, False, True, False]
     """
     total = sum(counts.values())
-    has_room = all(counts.get(name, 0) <= room for name, room in choice.capacities.items())
-    return has_room and choice.kept <= _FEWER * total and total <= _FEWER * max(1, choice.kept)
+    has_room = all(counts.get(name, 0) <= room for name, room in capacities.by_layer.items())
+    close = capacities.kept <= _FACTOR * total and total <= _FACTOR * max(1, capacities.kept)
+    return has_room and close

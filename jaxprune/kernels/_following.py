@@ -7,7 +7,7 @@ import jax
 
 from jaxprune import masks, trees
 from jaxprune.files import schemas
-from jaxprune.kernels._capacities import Choice
+from jaxprune.kernels._capacities import Capacities
 from jaxprune.kernels._wrapping import Wrapped
 
 __all__ = ["Following"]
@@ -67,11 +67,11 @@ class Following:
         self.wrapped, self.updates = wrapped, frozenset(updates)
         self._under, self._refused = under, 0
         self._is_due = False  # whether the last mask update was refused, so that it is due again
-        self._choice: Choice | None = None  # that of the record, until a state is read
+        self._capacities: Capacities | None = None  # that of the record, until a state is read
         if record is not None:
             RECORD(record, "`record`")
             self._is_due = record["is_due"]
-            self._choice = Choice(dict(record["capacities"]), record["kept"])
+            self._capacities = Capacities(dict(record["capacities"]), record["kept"])
 
     def is_dense(self, step: int) -> bool:
         """Tells whether a step, counted from 0, must compute the function itself."""
@@ -106,14 +106,14 @@ class Following:
         """
         self._refused = _refused(opt_state)
         own = self._under(jax.device_get(masks.get_masks(opt_state)))
-        self.wrapped = self.wrapped.update(own, choice=self._choice)
-        self._choice = None
+        self.wrapped = self.wrapped.update(own, capacities=self._capacities)
+        self._capacities = None
 
     def to_record(self) -> dict[str, Any]:
         """Returns what a checkpoint needs for the same programs, ready for JSON."""
-        choice = self.wrapped.choice
-        capacities = dict(choice.capacities)
-        return {"capacities": capacities, "kept": choice.kept, "is_due": self._is_due}
+        own = self.wrapped.capacities
+        capacities = dict(own.by_layer)
+        return {"capacities": capacities, "kept": own.kept, "is_due": self._is_due}
 
 
 def _refused(opt_state: Any) -> int:

@@ -14,7 +14,7 @@ from jaxprune import reports, trees
 from jaxprune.jaxprs import abstract, on_arrays
 from jaxprune.kernels import _operations as operations
 from jaxprune.kernels import _table
-from jaxprune.kernels._capacities import Choice, capacity_of, still_fits
+from jaxprune.kernels._capacities import Capacities, capacity_of, still_fit
 from jaxprune.kernels._rewriting import evaluate
 from jaxprune.kernels._sites import Key, Site, arranged, compute
 
@@ -83,7 +83,7 @@ class Wrapped:
         reasons: why other uses of masked leaves are left as they are, by path.
         densities: the fraction of weights that is kept, by path of a masked leaf.
         expected: the expected ratio of the times of the dense and the sparse kernel, by name.
-        choice: the layers with a sparse kernel.
+        capacities: the layers with a sparse kernel, and their room.
         indices: the indices of their masks, by name: a tree of arrays.
         unavailable: why no kernel can run here; None where they can.
 
@@ -102,7 +102,7 @@ class Wrapped:
     reasons: Mapping[str, tuple[str, ...]]
     densities: Mapping[str, float]
     expected: Mapping[str, float]
-    choice: Choice
+    capacities: Capacities
     indices: dict[str, Any]
     unavailable: str | None
     shapes: Mapping[str, tuple[int, ...]]  # of all masked leaves, by path
@@ -148,7 +148,7 @@ class Wrapped:
         paths = {self.layers[name].key.path for name in indices}
         return evaluate(self.function, paths, replace, _ignore, params, *args, **kwargs)
 
-    def update(self, masks: Any, *, choice: Choice | None = None) -> "Wrapped":
+    def update(self, masks: Any, *, capacities: Capacities | None = None) -> "Wrapped":
         """Returns the same function for new masks.
 
         Layers and capacities stay as they are, and so does a compiled step that takes `indices` as
@@ -157,20 +157,20 @@ class Wrapped:
 
         Args:
             masks: tree of bools like the parameters, True where a weight is kept.
-            choice: a choice to use instead, such as that of a run that is resumed.
+            capacities: what to use instead, such as the capacities of a run that is resumed.
 
         Returns:
             A `Wrapped`.
 
         Raises:
-            ValueError: if the masks do not fit, or a layer of `choice` has no room for them.
+            ValueError: if the masks do not fit, or a layer of `capacities` has no room for them.
 
         Example:
             >>> masks = {"w": jnp.eye(4, dtype=bool)}
             >>> params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4))
             >>> wrapped = wrap(lambda params, x: x @ params["w"], masks, params, x, table="always")
             >>> others = {"w": jnp.eye(4, dtype=bool)[::-1]}
-            >>> wrapped.update(others).choice == wrapped.choice
+            >>> wrapped.update(others).capacities == wrapped.capacities
             True
         """
         by_path = self._masks(masks)
@@ -182,28 +182,28 @@ class Wrapped:
             name: self._expected(layer, counts[name] / layer.size)
             for name, layer in self.layers.items()
         }
-        if choice is None:
-            fits = still_fits(self.choice, counts)
-            choice = self.choice if fits else self._chosen(counts, expected)
+        if capacities is None:
+            fits = still_fit(self.capacities, counts)
+            capacities = self.capacities if fits else self._chosen(counts, expected)
         trees.raise_for(
             [
                 f"{name}: not a layer of the function"
                 if name not in counts
                 else f"{name}: room for {room} weights, but {counts[name]} are kept"
-                for name, room in choice.capacities.items()
+                for name, room in capacities.by_layer.items()
                 if counts.get(name, room + 1) > room
             ],
-            "`choice` must name layers of the function with room for the weights that the masks "
-            "keep; omit it to choose again:",
+            "`capacities` must name layers of the function, with room for the weights that the "
+            "masks keep; omit it to choose again:",
         )
         indices = {}
-        for name, room in choice.capacities.items():
+        for name, room in capacities.by_layer.items():
             key = self.layers[name].key
             of = "product_indices" if key.kind == "product" else "convolution_indices"
             indices[name] = getattr(operations, of)(arranged(by_path[key.path], key), capacity=room)
         densities = {path: float(np.mean(mask)) for path, mask in by_path.items()}
         return dataclasses.replace(
-            self, densities=densities, expected=expected, choice=choice, indices=indices
+            self, densities=densities, expected=expected, capacities=capacities, indices=indices
         )
 
     def __str__(self) -> str:
@@ -284,17 +284,17 @@ class Wrapped:
         ratio = _table.expected_ratio(self.table, layer.case, density)
         return ratio.training if self.gradients else ratio.forward
 
-    def _chosen(self, counts: Mapping[str, int], expected: Mapping[str, float]) -> Choice:
+    def _chosen(self, counts: Mapping[str, int], expected: Mapping[str, float]) -> Capacities:
         """Chooses the layers that pay, with room for their weights."""
         always = self.table == "always"
         if self.unavailable is not None and not always:
-            return Choice({}, sum(counts.values()))
-        capacities = {
+            return Capacities({}, sum(counts.values()))
+        rooms = {
             name: capacity_of(counts[name], layer.size)
             for name, layer in self.layers.items()
             if always or expected[name] >= _LEAST
         }
-        return Choice(capacities, sum(counts.values()))
+        return Capacities(rooms, sum(counts.values()))
 
     def _check(self, params: Any, indices: Mapping[str, Any]) -> None:
         """Raises if parameters or indices belong to something else."""
@@ -324,7 +324,7 @@ def wrap(
     *args: Any,
     table: Table = None,
     gradients: bool = True,
-    choice: Choice | None = None,
+    capacities: Capacities | None = None,
     **kwargs: Any,
 ) -> Wrapped:
     """Makes a function use sparse kernels where they pay: `x @ (mask * w)` without the zeros.
@@ -353,8 +353,8 @@ def wrap(
             use. "always": each layer that has a kernel uses it, paying or not.
         gradients: whether forward and backward pass together must pay (training), or the forward
             pass alone.
-        choice: the layers with kernels and their capacities, `wrapped.choice` of an earlier call,
-            to get the same program as there.
+        capacities: `wrapped.capacities` of an earlier call, to get the same program as there: the
+            layers with kernels, and the room for their weights.
         **kwargs: keyword arguments of the function.
 
     Returns:
@@ -433,14 +433,14 @@ def wrap(
         {path: tuple(own) for path, own in reasons.items()},
         densities={},
         expected={},
-        choice=Choice({}, sys.maxsize),  # more than any masks keep, so layers are chosen now
+        capacities=Capacities({}, sys.maxsize),  # more than any masks keep: chosen again now
         indices={},
         unavailable=unavailable,
         shapes=shapes,
         table=table,
         gradients=gradients,
     )
-    return empty.update(by_path, choice=choice)
+    return empty.update(by_path, capacities=capacities)
 
 
 def _ignore(path: str, reason: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import jaxprune
 from jaxprune import kernels, schedules, trees
-from jaxprune.kernels._capacities import capacity_of, still_fits
+from jaxprune.kernels._capacities import capacity_of, still_fit
 from tests.support.sparse import drawn_masks, gap, inverse
 
 TABLE = kernels.measure_table(clock=inverse)
@@ -56,16 +56,16 @@ def test_capacities_come_in_steps():
 def test_a_ramp_chooses_a_handful_of_times():
     """Ten layers of different speeds, 100 mask updates from dense to a density of 0.1."""
     sizes = {f"layer{i}": 1000 * (i + 1) for i in range(10)}
-    choice, chosen = kernels.Choice({}, sum(sizes.values())), 0
+    choice, chosen = kernels.Capacities({}, sum(sizes.values())), 0
     for step in range(100):
         counts = {
             name: round(size * (0.1 + 0.9 * (1 - step / 99) ** (1 + i / 4)))
             for i, (name, size) in enumerate(sizes.items())
         }
-        if not still_fits(choice, counts):
+        if not still_fit(choice, counts):
             rooms = {name: capacity_of(count, sizes[name]) for name, count in counts.items()}
-            choice, chosen = kernels.Choice(rooms, sum(counts.values())), chosen + 1
-        assert all(counts[name] <= room for name, room in choice.capacities.items())
+            choice, chosen = kernels.Capacities(rooms, sum(counts.values())), chosen + 1
+        assert all(counts[name] <= room for name, room in choice.by_layer.items())
     assert 3 <= chosen <= 8
 
 
@@ -97,10 +97,10 @@ def test_new_masks_do_not_compile_while_there_is_room():
 
 def test_a_layer_without_room_is_chosen_again():
     wrapped = kernels.wrap(apply, masks_of(0.2), make_params(), X, table="always")
-    before = wrapped.choice.capacities
+    before = wrapped.capacities.by_layer
     masks = masks_of(0.2)
     masks["first"] = np.random.default_rng(3).random((12, 32)) < 0.3
-    after = wrapped.update(masks).choice.capacities
+    after = wrapped.update(masks).capacities.by_layer
     assert after["first"] > before["first"] and after["second"] == before["second"]
 
 
@@ -117,11 +117,11 @@ def test_layers_are_chosen_by_the_table_and_join_when_they_pay():
     assert not forward.indices and both.indices
 
 
-def test_a_choice_can_be_given_and_is_kept():
+def test_capacities_can_be_given_and_are_kept():
     wrapped = kernels.wrap(apply, masks_of(0.2), make_params(), X, table=TABLE)
-    chosen = kernels.Choice({"second": 90}, wrapped.choice.kept)
-    again = kernels.wrap(apply, masks_of(0.2), make_params(), X, table=TABLE, choice=chosen)
-    assert list(again.indices) == ["second"] and again.choice == chosen
+    chosen = kernels.Capacities({"second": 90}, wrapped.capacities.kept)
+    again = kernels.wrap(apply, masks_of(0.2), make_params(), X, table=TABLE, capacities=chosen)
+    assert list(again.indices) == ["second"] and again.capacities == chosen
     assert "begins to pay; it is added when the layers are chosen again" in str(again)
 
 

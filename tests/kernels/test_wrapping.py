@@ -570,7 +570,7 @@ def test_new_masks_that_do_not_fit_are_listed():
         first = {"kernel": True, "bias": np.arange(20) > 3}
         wrapped.update({**MASKS, "first": first})
     with pytest.raises(ValueError, match="head/kernel: room for 1 weights, but"):
-        wrapped.update(MASKS, choice=kernels.Choice({"head/kernel": 1}, 1))
+        wrapped.update(MASKS, capacities=kernels.Capacities({"head/kernel": 1}, 1))
 
 
 def test_paths_are_those_of_trees():
