@@ -55,7 +55,7 @@ class Experiment:
         if config.kernels != "off" and self.mesh.size > 1:
             raise ValueError(
                 f"`kernels` {config.kernels} needs one device, but the mesh has {self.mesh.size}; "
-                "give `--mesh data=1`"
+                "omit it"
             )
         for batch_size in (config.batch_size, config.eval_batch_size):
             sharding.check_batch(batch_size, self.mesh)

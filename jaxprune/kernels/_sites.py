@@ -74,6 +74,8 @@ def site_of(equation: Any, view: View, side: int) -> Site | str:
     shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
     if any(map(has_symbols, shapes)):
         return "its sizes are symbols"
+    if not math.prod(shapes[-1]):
+        return "its result is empty"
     dtypes = {variable.aval.dtype for variable in (*equation.invars, *equation.outvars)}
     if not dtypes <= _DTYPES:
         return f"computed in {', '.join(sorted(map(str, dtypes - _DTYPES)))}"

@@ -338,13 +338,28 @@ def load_table(path: str | Path) -> Table:
     return Table(content["machine"], tuple(entries))
 
 
+def cache_folder() -> Path:
+    """Returns `$JAXPRUNE_CACHE`, or `$XDG_CACHE_HOME/jaxprune`, or `~/.cache/jaxprune`.
+
+    Returns:
+        A path; the folder may not exist.
+
+    Example:
+        >>> cache_folder().is_absolute()
+        True
+    """
+    given = os.environ.get("JAXPRUNE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(given) if given else Path(base) / "jaxprune").expanduser().absolute()
+
+
 def saved_table(folder: str | Path | None = None, *, clock: Clock | None = None) -> Table:
     """Returns the table of this machine: the saved one, or one that is measured and saved.
 
     A file that is damaged, or of a different machine or other versions, is measured again.
 
     Args:
-        folder: where the file is; None: `$JAXPRUNE_CACHE_DIR`, or else `~/.cache/jaxprune`.
+        folder: where the file is; None: see `cache_folder`.
         clock: see `measure_table`.
 
     Returns:
@@ -357,8 +372,7 @@ def saved_table(folder: str | Path | None = None, *, clock: Clock | None = None)
         >>> saved_table(folder) == table
         True
     """
-    default = os.environ.get("JAXPRUNE_CACHE_DIR") or "~/.cache/jaxprune"
-    path = Path(default if folder is None else folder).expanduser() / "kernels.json"
+    path = Path(cache_folder() if folder is None else folder) / "kernels.json"
     try:
         return load_table(path)
     except (OSError, ValueError):

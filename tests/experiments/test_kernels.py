@@ -1,11 +1,14 @@
 """`scripts/train.py --kernels auto`: the same training as without, resumed to the bit, and said."""
 
+import functools
 import json
 import signal
 
+import jax
 import pytest
 
-from jaxprune.experiments import train
+from jaxprune import sharding
+from jaxprune.experiments import experiment, train
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.kernels import _table
 from tests.support.sparse import always
@@ -24,15 +27,21 @@ OPTIONS = {
     "sparsity": 0.8,
     "method": "magnitude",
     "budget": "uniform",
-    "mesh": "data=1",
 }
 
 
 @pytest.fixture(autouse=True)
 def table(tmp_path_factory, monkeypatch):
     """A table by which every kernel pays, as that of this machine."""
-    monkeypatch.setenv("JAXPRUNE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(_table, "cache_folder", lambda: tmp_path_factory.getbasetemp())
     _table.saved_table(clock=always)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The first of the eight devices of the tests."""
+    first = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(experiment.sharding, "make_mesh", first)
 
 
 def run(workdir, **options):
@@ -53,7 +62,7 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_with_kernels(tmp_path, capsys, monkeypatch):
+def test_a_run_with_kernels(one_device, tmp_path, capsys, monkeypatch):
     whole = run(tmp_path / "whole", kernels="auto")
     printed = capsys.readouterr().out
     assert "step 0: 0 of" not in printed and "masked leaves have sparse kernels" in printed
@@ -103,6 +112,6 @@ def test_what_does_not_go_with_kernels_is_said(message):
 
 def test_several_devices_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, kernels="auto", mesh="data=2")
+        run(tmp_path, kernels="auto")
     text = f"{stopped.value.code} {capsys.readouterr().err}"
-    assert "`kernels` auto needs one device, but the mesh has 2" in text
+    assert "`kernels` auto needs one device, but the mesh has 8" in text

@@ -64,7 +64,7 @@ def test_bad_arguments():
 def test_a_table_is_measured_once_and_saved(tmp_path, monkeypatch):
     calls = []
     clock = counted(inverse, calls)
-    monkeypatch.setenv("JAXPRUNE_CACHE_DIR", str(tmp_path / "new"))
+    monkeypatch.setenv("JAXPRUNE_CACHE", str(tmp_path / "new"))
     first = _table.saved_table(clock=clock)
     count = len(calls)
     assert _table.saved_table(clock=clock) == first and len(calls) == count
