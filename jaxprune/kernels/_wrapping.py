@@ -86,6 +86,9 @@ class Wrapped:
         capacities: the layers with a sparse kernel, and their room.
         indices: the indices of their masks, by name: a tree of arrays.
         unavailable: why no kernel can run here; None where they can.
+        shapes: the shapes of all masked leaves, by path.
+        table: what the layers are chosen by.
+        gradients: whether forward and backward pass together must pay.
 
     Example:
         >>> import jax
@@ -105,7 +108,7 @@ class Wrapped:
     capacities: Capacities
     indices: dict[str, Any]
     unavailable: str | None
-    shapes: Mapping[str, tuple[int, ...]]  # of all masked leaves, by path
+    shapes: Mapping[str, tuple[int, ...]]
     table: Table
     gradients: bool
 

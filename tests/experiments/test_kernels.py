@@ -53,7 +53,7 @@ def run(workdir, **options):
 def leaves(workdir):
     path = workdir / "checkpoints" / str(STEPS) / "record" / "metadata"
     record = json.loads(path.read_text())
-    return record["leaves"], record["record"]["kernels"]
+    return record["leaves"], record["record"]["sparse"]
 
 
 def losses(workdir):

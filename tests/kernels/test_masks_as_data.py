@@ -165,6 +165,7 @@ def trained(make_tx, steps, follow=None, state=None, start=0):
     params = make_params()
     params, opt_state = (params, tx.init(params)) if state is None else state
     masks = jaxprune.get_masks(opt_state)
+    params = jaxprune.apply_masks(params, masks)  # RigL is sparse from the start
     wrapped = kernels.wrap(apply, masks, params, X, table="always" if follow else TABLE)
     following = kernels.Following(wrapped, follow or ())
     choices = []
@@ -211,6 +212,19 @@ def test_a_resumed_training_has_the_same_bits():
     rest, rest_state, _ = trained(magnitude, 40, follow=UPDATES, state=half, start=50)
     pairs = zip(jax.tree.leaves((whole, whole_state)), jax.tree.leaves((rest, rest_state)))
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_record_leads_to_the_same_layers_and_is_checked():
+    state = magnitude().init(make_params())
+    wrapped = kernels.wrap(apply, masks_of(0.2), make_params(), X, table=TABLE)
+    record = kernels.Following(wrapped, UPDATES).to_record()
+    assert record["capacities"].keys() == {"first", "second"}
+    dense = kernels.wrap(apply, jaxprune.get_masks(state), make_params(), X, table=TABLE)
+    following = kernels.Following(dense, UPDATES, record=record)
+    following.read(jaxprune.set_masks(state, masks_of(0.2)))
+    assert following.to_record() == record and list(following.indices(1)) == ["first", "second"]
+    with pytest.raises(ValueError, match="`record`"):
+        kernels.Following(dense, UPDATES, record=record | {"kept": -1})
 
 
 def test_masks_change_at_the_steps_that_are_followed():
