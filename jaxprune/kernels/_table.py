@@ -246,18 +246,18 @@ def time_case(case: Case, density: float) -> Ratio:
     kernel = jnp.asarray(rng.normal(size=shape) * mask, jnp.float32)
     make = operations.product_indices if case.kind == "product" else operations.convolution_indices
     indices = make(mask)
-    options = {"strides": (case.stride,) * 2, "padding": ((1, 1), (1, 1))}
+    strides, padding = (case.stride,) * 2, ((1, 1), (1, 1))
 
     def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if case.kind == "product":
             return x @ kernel
         numbers = "NHWC", "HWIO", "NHWC"
-        return jax.lax.conv_general_dilated(x, kernel, **options, dimension_numbers=numbers)
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
     def sparse(x: jax.Array, kernel: jax.Array) -> jax.Array:
         if case.kind == "product":
             return operations.sparse_product(x, kernel, indices)
-        return operations.sparse_convolution(x, kernel, indices, **options)
+        return operations.sparse_convolution(x, kernel, indices, strides=strides, padding=padding)
 
     def training(run: Callable[..., jax.Array]) -> Callable[..., Any]:
         return jax.grad(lambda x, kernel: jnp.sum(jnp.sin(run(x, kernel))), argnums=(0, 1))

@@ -223,7 +223,7 @@ def test_a_record_leads_to_the_same_layers_and_is_checked():
     following = kernels.Following(dense, UPDATES, record=record)
     following.read(jaxprune.set_masks(state, masks_of(0.2)))
     assert following.to_record() == record and list(following.indices(1)) == ["first", "second"]
-    with pytest.raises(ValueError, match="`record`"):
+    with pytest.raises(ValueError, match="`record/kept` must be a whole number"):
         kernels.Following(dense, UPDATES, record=record | {"kept": -1})
 
 
