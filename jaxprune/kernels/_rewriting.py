@@ -66,11 +66,11 @@ def evaluate(
     closed = jax.make_jaxpr(call)(list(map(jaxprs.abstract, arrays)))
     leaves = trees.leaves_with_paths(params)
     names = [path for path, leaf in leaves if jaxprs.is_array(leaf)]
-    names += [None] * (len(arrays) - len(names))
     values = [
         Value(array, layouts.view_of(path, array.shape) if path in paths else None)
-        for array, path in zip(arrays, names, strict=True)
+        for array, path in zip(arrays, names)
     ]
+    values += map(Value, arrays[len(names) :])  # the other arguments
     found = layouts.Found(None, None, {}, {}, [], {}, {}, _rule_of(replace, note))
     outputs = layouts.walk(closed.jaxpr, closed.consts, values, found)
     for path, reason in found.problems:  # of scans
@@ -138,8 +138,10 @@ def _is_zero(value: Value) -> bool:
     """Tells whether a value is known to be 0 everywhere."""
     if value.zero:
         return True
-    is_number = not isinstance(value.array, Tracer) and np.ndim(value.array) == 0
-    return is_number and np.asarray(value.array).dtype.kind in "fiub" and not value.array
+    if isinstance(value.array, Tracer) or np.ndim(value.array):
+        return False
+    number = np.asarray(value.array)
+    return number.dtype.kind in "fiub" and not number.item()
 
 
 def _followed(equation: Any, operands: list[Value]) -> layouts.View | None:

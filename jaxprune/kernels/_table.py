@@ -245,8 +245,10 @@ def time_case(case: Case, density: float) -> Ratio:
     mask = rng.random(shape) < density
     x = jnp.asarray(rng.normal(size=image), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=shape) * mask, jnp.float32)
-    make = operations.product_indices if case.kind == "product" else operations.convolution_indices
-    indices = make(mask)
+    make: Any = (
+        operations.product_indices if case.kind == "product" else operations.convolution_indices
+    )
+    indices: Any = make(mask)
     strides, padding = (case.stride,) * 2, ((1, 1), (1, 1))
 
     def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
