@@ -1,12 +1,15 @@
-"""Reads the equations of a jaxpr in the same way for every supported version of JAX."""
+"""Reads the equations of a jaxpr in the same way for every supported version of JAX.
+
+It also makes functions of arrays alone, which is what can be traced to a jaxpr.
+"""
 
 import contextlib
 import functools
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -15,7 +18,103 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.sharding import AxisType, NamedSharding
 
-__all__ = ["abstract", "bind", "context", "has_symbols", "line", "scan_counts", "sizes"]
+__all__ = [
+    "Parts",
+    "abstract",
+    "bind",
+    "context",
+    "has_symbols",
+    "is_array",
+    "line",
+    "on_arrays",
+    "scan_counts",
+    "sizes",
+    "split",
+]
+
+
+class Parts(NamedTuple):
+    """A tree as its arrays and the way back.
+
+    Example:
+        >>> parts = split({"act": jax.nn.relu, "rate": 0.5, "w": jnp.ones(2)})
+        >>> len(parts.arrays), parts.tree([3])["w"], parts.tree([3])["rate"]
+        (1, 3, 0.5)
+    """
+
+    arrays: list[Any]
+    # As many leaves -> the tree with these in place of the arrays. With a second argument False,
+    # None takes the place of everything else, so that nothing else is a leaf.
+    tree: Callable[..., Any]
+
+
+def is_array(leaf: Any) -> bool:
+    """Tells whether a leaf is traced: arrays are, dtypes and numbers of Python are not.
+
+    Args:
+        leaf: a leaf of a tree.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_array(jnp.ones(2)), is_array(0.5), is_array(jnp.float32)
+        (True, False, False)
+    """
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+
+
+def split(tree: Any) -> Parts:
+    """Splits a tree into its arrays and everything else.
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        Its `Parts`.
+
+    Example:
+        >>> split([jnp.ones(2), "same"]).tree(["an array"])
+        ['an array', 'same']
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    traced = list(map(is_array, leaves))
+
+    def joined(arrays: Iterable[Any], others: bool = True) -> Any:
+        own, rest = iter(arrays), leaves if others else [None] * len(leaves)
+        pairs = zip(rest, traced, strict=True)
+        return structure.unflatten([next(own) if flag else leaf for leaf, flag in pairs])
+
+    return Parts([leaf for leaf, flag in zip(leaves, traced, strict=True) if flag], joined)
+
+
+def on_arrays(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list, list]:
+    """Makes a function of the arrays among the arguments alone, which can be traced and compiled.
+
+    Args:
+        function: any function.
+        *args: its arguments. Leaves that are not arrays are passed as they are.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        That function, which takes and returns a list of arrays; the arrays; and a list that holds
+        the function from arrays to the whole output, once the first has been called.
+
+    Example:
+        >>> call, arrays, box = on_arrays(lambda x, power: {"y": x**power}, jnp.ones(2), 3)
+        >>> outputs = call(arrays)
+        >>> len(arrays), box[0](outputs)["y"].tolist()
+        (1, [1.0, 1.0])
+    """
+    given, box = split((args, dict(kwargs))), []
+
+    def call(arrays: Sequence[Any]) -> list[Any]:
+        args, kwargs = given.tree(arrays)
+        output = split(function(*args, **kwargs))
+        box[:] = [output.tree]
+        return output.arrays
+
+    return call, given.arrays, box
 
 
 def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:

@@ -17,6 +17,11 @@ Method = Literal[
 ]  # fmt: skip
 _OF_CHANNELS = ("none", "agip", "magnitude", "random")
 Pattern = Literal["weights", "2:4", "1:4", "4x4", "8x8", "filters"]
+# Methods that need the gradients of removed weights at mask updates only, and no dense weights.
+_WITH_KERNELS = (
+    "agip", "gradient", "magnitude", "saliency", "random", "set", "rigl", "snip", "grasp",
+    "synflow",
+)  # fmt: skip
 _PATTERNED = ("none", "agip", "gradient", "magnitude", "saliency", "random")
 Prunable = Literal["default", "pointwise"]
 Budget = Literal["default", "global", "uniform", "erdos_renyi_kernel"]
@@ -123,6 +128,7 @@ class Config:
     fine_sparsity: float = 0.0  # channels: fraction of what is left that is pruned as weights
     fine_start: float = 0.6  # fraction of all steps at which single weights start to go
     fine_stop: float = 0.85  # fraction of all steps at which `fine_sparsity` is reached
+    kernels: Literal["off", "auto"] = "off"  # train.py on a CPU: sparse kernels where they pay
     init_images: int = 1024  # snip, grasp: training images to score with, as one batch
 
     mesh: str = ""  # device mesh such as data=4,fsdp=2; fsdp also splits parameters; empty = data
@@ -175,6 +181,7 @@ class Config:
                 f"`fine_start` must lie between `prune_stop` ({self.prune_stop}) and `fine_stop` "
                 f"({self.fine_stop}), so that channels go first; got {self.fine_start}"
             )
+        bad += self._bad_for_kernels() if self.kernels != "off" else []
         if self.process >= self.processes:
             bad.append(
                 f"`process` must be less than `processes` ({self.processes}); got {self.process}"
@@ -207,6 +214,20 @@ class Config:
             )
         if bad:
             raise ValueError("\n".join(bad))
+
+    def _bad_for_kernels(self) -> list[str]:
+        """Lists what does not go with sparse kernels."""
+        rules = {
+            f"`method` {', '.join(_WITH_KERNELS)}; got {self.method!r}": (
+                self.method in _WITH_KERNELS
+            ),
+            "`granularity` weights; `compact` makes channels fast": self.granularity == "weights",
+            f"`chunk` 0 or 1; got {self.chunk}": self.chunk <= 1,
+            f"`small_images` 1; got {self.small_images}": self.small_images == 1,
+            f"one process; got `processes` {self.processes}": self.processes == 1,
+        }
+        needs = [own for own, holds in rules.items() if not holds]
+        return [f"`kernels` {self.kernels} needs {own}" for own in needs]
 
 
 # He et al. with the changes of Goyal et al.: 90 epochs, batch 1024, linear scaling, 5 epochs of

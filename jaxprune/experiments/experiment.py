@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxprune import sharding, structure, training
+from jaxprune import kernels, sharding, structure, training
 from jaxprune.experiments.config import Config
+from jaxprune.experiments.kernels import wrap_network
 from jaxprune.experiments.network import as_variables, is_decoder, make_model, make_network
 from jaxprune.experiments.optimizer import learning_rate, make_optimizer, rewarmed
 from jaxprune.experiments.pruning import window_of
@@ -24,6 +25,8 @@ class Steps(NamedTuple):
     run: Callable[..., tuple]  # see training.make_chunk_step
     like: training.TrainState  # shapes of the state, and where its arrays lie
     evaluate: Callable[[training.TrainState], dict[str, float]]  # on the test images
+    # The network with sparse kernels, whose indices are the argument `indices` of `run`; or None.
+    wrapped: kernels.Wrapped | None = None
 
 
 MakePruning = Callable[["Experiment", structure.Stage], optax.GradientTransformation | None]
@@ -49,6 +52,11 @@ class Experiment:
         self.config, self._make_pruning = config, make_pruning
         axes = sharding.parse_mesh(config.mesh) if config.mesh else None
         self.mesh: Mesh = sharding.make_mesh(axes)
+        if config.kernels != "off" and self.mesh.size > 1:
+            raise ValueError(
+                f"`kernels` {config.kernels} needs one device, but the mesh has {self.mesh.size}; "
+                "omit it"
+            )
         for batch_size in (config.batch_size, config.eval_batch_size):
             sharding.check_batch(batch_size, self.mesh)
         self.source: Source = open_source(config, self.mesh)
@@ -115,11 +123,16 @@ class Experiment:
                 found["bits_per_byte"] = found["test_loss"] / math.log(2)
             return found
 
-        step = make_step(self.config, self.source, train, tx, stage.phase, self.parts(stage))
+        wrapped, parts = None, self.parts(stage)
+        if self.config.kernels != "off":
+            shape = self.config.batch_size // parts, *self.example.shape[1:]
+            inputs = jax.ShapeDtypeStruct(shape, self.example.dtype)
+            train = wrapped = wrap_network(train, variables, tx, inputs)
+        step = make_step(self.config, self.source, train, tx, stage.phase, parts)
         like = shapes_of_state(variables, tx, self.mesh)
         places = jax.tree.map(lambda x: x.sharding, like)
         run = training.make_chunk_step(step, self.mesh, places)
-        return Steps(tx, run, like, evaluate_averages)
+        return Steps(tx, run, like, evaluate_averages, wrapped)
 
     def parts(self, stage: structure.Stage) -> int:
         """Returns in how many micro-batches the network of a stage takes a batch."""
@@ -158,8 +171,10 @@ def make_step(
     def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
         return resized(source.prepare(source.augment(key, images)), size)
 
-    def apply(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-        logits, updates = train(as_variables(params, model_state), images)
+    def apply(
+        params: Any, model_state: Any, images: jax.Array, **given: Any
+    ) -> tuple[jax.Array, Any]:
+        logits, updates = train(as_variables(params, model_state), images, **given)
         return logits, updates.get("model_state", {})
 
     options: dict[str, Any] = {"label_smoothing": config.label_smoothing}

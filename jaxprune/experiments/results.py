@@ -44,6 +44,8 @@ def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
     summary |= {"switches": list(run.stages.shrinking.history)}
     summary |= {"widths": widths_of(run.experiment.model, state.params)}
     summary |= {"macs": run.stages.shrinking.cost}
+    if run.stages.sparse is not None:
+        summary |= {"kernels": run.stages.sparse.to_dict()}
     if not processes.is_first():
         return summary
     reports.plot_training({run.config.method: log.records}, workdir / "training.png")

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import reports, sharding, structure, training, trees
 from jaxprune.experiments.experiment import Experiment, Steps
+from jaxprune.experiments.kernels import SparseSteps
 from jaxprune.experiments.network import variables_of
 
 
@@ -28,10 +29,18 @@ class Stages:
     Args:
         experiment: all parts of the run.
         record: from `to_record`, to resume.
+        kernels: from `SparseSteps.to_record`, to resume a run with sparse kernels.
     """
 
-    def __init__(self, experiment: Experiment, record: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        record: Mapping[str, Any] | None = None,
+        kernels: Mapping[str, Any] | None = None,
+    ) -> None:
         """Finds the stage to begin with; compiles nothing."""
+        self.sparse: SparseSteps | None = None  # after `begin`, with sparse kernels
+        self._record = kernels
         self.experiment, config = experiment, experiment.config
         self.shrinking = structure.Shrinking(
             experiment.groups,
@@ -75,6 +84,9 @@ class Stages:
     def begin(self, state: training.TrainState) -> None:
         """Compiles the present stage and, in a resumed run, the one that was decided on."""
         self.shrinking.begin(int(state.step), state.opt_state)
+        if self.steps.wrapped is not None:
+            self.sparse = SparseSteps(self.experiment, self.steps.wrapped, self._record)
+            self.sparse.begin(state)
 
     def advance(self, state: training.TrainState) -> training.TrainState:
         """Decides or switches, if it is time for that."""
@@ -150,12 +162,16 @@ class Stages:
                 for shape, dtype in zip((source.shape, source.label), source.dtypes, strict=True)
             )
         key = sharding.replicate(jax.random.key(0), mesh)
-        compiled = steps.run.lower(steps.like, data, rows, key).compile()  # pyright: ignore
+        given = {} if steps.wrapped is None else {"indices": {}}  # of the dense steps
+        compiled = steps.run.lower(steps.like, data, rows, key, **given).compile()  # pyright: ignore
         data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
 
         def run(state: Any, data: Any, indices: Any, key: Any) -> tuple:
             own = compiled if jax.tree.leaves(indices)[0].shape[:2] == size else steps.run
-            return own(state, data, indices, key)
+            if self.sparse is None:
+                return own(state, data, indices, key)
+            own = own if self.sparse.is_dense() else steps.run
+            return self.sparse.run(own, state, data, indices, key)
 
         peak = reports.measure_memory(compiled).peak - data_bytes
         return Compiled(steps._replace(run=run), peak)

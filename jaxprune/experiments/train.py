@@ -70,7 +70,7 @@ RECORD = schemas.record(
         "seconds": schemas.finite,
         "cpu_seconds": schemas.finite,
     },
-    optional={"peaks": _NUMBERS, "records": schemas.whole()},
+    optional={"peaks": _NUMBERS, "records": schemas.whole(), "sparse": schemas.anything},
     more=True,
 )
 
@@ -180,7 +180,7 @@ class Run:
         RECORD(record, f"{where}: its record")
         saved = self.images | record["config"] | record
         check_same_run(saved, self.options | self.images, self.workdir)
-        self.stages = Stages(self.experiment, record["stage"])
+        self.stages = Stages(self.experiment, record["stage"], record.get("sparse"))
         state, _ = checkpoints.restore(self.manager, self.stages.like(), step)
         self.earlier = np.array([record[name] for name in SECONDS])
         self.peaks, self.expected = record.get("peaks", {}), record.get("records", 0)
@@ -307,6 +307,8 @@ class Run:
         record |= self.images | self.spent()
         record |= {"stage": self.stages.to_record(), "peaks": self.peaks}
         record |= {"records": self.metrics.count}
+        if self.stages.sparse is not None:
+            record |= {"sparse": self.stages.sparse.to_record()}
         with timed(self.aside), plain_errors():
             processes.on_first(self.check_folder)
             self.metrics.sync()  # a resumed run needs the records that this checkpoint counts

@@ -57,6 +57,8 @@ def bind(
             f"`apply` must be a function `apply(variables, *inputs)`, but is {apply!r:.80}; for a "
             "module of Flax NNX give `evaluate` and `variables` of `structure.from_nnx(module)`"
         )
+    if reason := getattr(apply, "no_export", None):  # as `kernels.wrap` has
+        raise ValueError(f"`apply` cannot be exported: {reason}")
     if masks is not None:
         variables = masks_of.apply_masks(variables, masks)
     inputs = [_spec(leaf, index) for index, leaf in enumerate(inputs_of(example))]

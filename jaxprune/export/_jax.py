@@ -107,9 +107,16 @@ def jax_file(
     try:
         exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(*bound.inputs)
     except Exception as error:
+        hint = ""
+        if "custom call" in str(error):
+            hint = (
+                " A custom call, such as a sparse kernel of `kernels.wrap`, is built for the "
+                "machine it runs on and does not travel in a file: export the function without it, "
+                "or serve it in this process with `kernels.serve`."
+            )
         raise ValueError(
             f"`apply` must compile for `platforms` {tuple(platforms)}, but JAX says: "
-            f"{str(error)[:1000]}"
+            f"{str(error)[:1000]}{hint}"
         ) from error
     content = bytes(exported.serialize())
     gap = scale = None

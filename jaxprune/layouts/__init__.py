@@ -8,6 +8,22 @@ the parameters. `patterns.n_m`, `patterns.channels` and `budgets.by_layout` acce
 
 from jaxprune.layouts._finding import Layouts, capture, find
 from jaxprune.layouts._kernels import Arrangement, Layout
-from jaxprune.layouts._walk import Found, Scan, Use
+from jaxprune.layouts._views import Atom, View, same_values, view_of
+from jaxprune.layouts._walk import Found, Scan, Use, Value, walk
 
-__all__ = ["Arrangement", "Found", "Layout", "Layouts", "Scan", "Use", "capture", "find"]
+__all__ = [
+    "Arrangement",
+    "Atom",
+    "Found",
+    "Layout",
+    "Layouts",
+    "Scan",
+    "Use",
+    "Value",
+    "View",
+    "capture",
+    "find",
+    "same_values",
+    "view_of",
+    "walk",
+]

@@ -30,7 +30,12 @@ _ELEMENTWISE = {
 
 
 class Atom(NamedTuple):
-    """A factor of an axis: `index // stride % size` for the indices of the axis."""
+    """A factor of an axis: `index // stride % size` for the indices of the axis.
+
+    Example:
+        >>> Atom(axis=0, stride=4, size=2)  # the first of the factors 2 x 4 of an axis of size 8
+        Atom(axis=0, stride=4, size=2)
+    """
 
     axis: int
     stride: int
@@ -49,7 +54,12 @@ PICKS = -1  # in place of an axis of the leaf: a dimension that runs over the pi
 
 
 class View(NamedTuple):
-    """An array that holds the values of a leaf: the leaf, and the atoms of each dimension."""
+    """An array that holds the values of a leaf: the leaf, and the atoms of each dimension.
+
+    Example:
+        >>> [[atom.axis for atom in dim] for dim in view_of("kernel", (3, 4)).dims]
+        [[0], [1]]
+    """
 
     path: str
     shape: Shape  # of the leaf
@@ -96,7 +106,19 @@ class View(NamedTuple):
 
 
 def view_of(path: str, shape: Shape) -> View:
-    """Returns the view of the leaf itself."""
+    """Returns the view of the leaf itself.
+
+    Args:
+        path: the path of the leaf.
+        shape: its shape.
+
+    Returns:
+        A `View` with one atom for each axis.
+
+    Example:
+        >>> view_of("kernel", (3, 4)).dims[1]
+        (Atom(axis=1, stride=1, size=4),)
+    """
     return View(path, shape, tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape)))
 
 
@@ -130,7 +152,20 @@ def reshaped(dims: tuple[tuple[Atom, ...], ...], shape: Shape) -> tuple | None:
 
 
 def same_values(equation: Any, view: View) -> View | None:
-    """Returns the result of a cast, transposition or reshape of a view; None for all others."""
+    """Returns the result of a cast, transposition or reshape of a view; None for all others.
+
+    Args:
+        equation: an equation whose operand is the view.
+        view: the view.
+
+    Returns:
+        The view that the result is, or None.
+
+    Example:
+        >>> (equation,) = jax.make_jaxpr(jnp.transpose)(jnp.ones((3, 4))).eqns
+        >>> same_values(equation, view_of("kernel", (3, 4))).dims[0]
+        (Atom(axis=1, stride=1, size=4),)
+    """
     if len(equation.invars) != 1 or len(equation.outvars) != 1:
         return None
     name, parameters = equation.primitive.name, equation.params

@@ -21,6 +21,9 @@ of the leaf number copies.
 Without `take`, only the role of each axis is needed. Then a view may also be sliced, or pass
 through elementwise functions.
 
+With a `rule`, the interpreter runs the function with some equations replaced: the rule is asked
+before every equation, and returns its results or leaves the equation to the interpreter.
+
 All of this is decided while tracing, from shapes alone.
 """
 
@@ -74,11 +77,17 @@ Take = Callable[[Use], tuple[jax.Array, int]]
 
 
 class Value(NamedTuple):
-    """The value of a variable, and what the interpreter knows about it."""
+    """The value of a variable, and what the interpreter knows about it.
+
+    Example:
+        >>> Value(jnp.ones(2)).view is None
+        True
+    """
 
     array: Any
     view: View | None = None  # None: not a view of a followed leaf
     data: bool = False  # whether it may depend on the input of the model
+    zero: bool = False  # whether it is known to be 0 everywhere; only rules tell
 
 
 class Scan(NamedTuple):
@@ -114,10 +123,28 @@ class Found(NamedTuple):
     problems: list[tuple[str, str]]  # path and reason
     copies: dict[str, frozenset[int]]  # axes of a leaf that number copies in each of its uses
     scans: dict[str, Scan | None]  # the first scan over a leaf; None if it has other uses as well
+    # (equation, operands, what is found) -> the results; None leaves the equation to the walk.
+    rule: Callable[[Any, list[Value], "Found"], list[Value] | None] | None = None
 
 
 def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -> list[Value]:
-    """Evaluates a jaxpr and records every product with a view."""
+    """Evaluates a jaxpr and records every product with a view.
+
+    Args:
+        jaxpr: the jaxpr, not closed.
+        consts: its constants.
+        inputs: a `Value` for each of its inputs.
+        found: what is asked, and where the answers go.
+
+    Returns:
+        A `Value` for each output.
+
+    Example:
+        >>> closed = jax.make_jaxpr(lambda x: x + 1)(1.0)
+        >>> found = Found(None, None, {}, {}, [], {}, {})
+        >>> float(walk(closed.jaxpr, closed.consts, [Value(2.0)], found)[0].array)
+        3.0
+    """
     values = dict(zip(jaxpr.constvars, map(Value, consts), strict=True))
     values.update(zip(jaxpr.invars, inputs, strict=True))
 
@@ -134,6 +161,10 @@ def walk(jaxpr: Any, consts: Sequence[Any], inputs: list[Value], found: Found) -
 
 def _evaluate(equation: Any, operands: list[Value], found: Found) -> list[Value]:
     """Evaluates one equation."""
+    if found.rule is not None:
+        replaced = found.rule(equation, operands, found)
+        if replaced is not None:
+            return replaced
     name, touches = equation.primitive.name, any(operand.view for operand in operands)
     if touches and name in _CALLS:
         return walk(*_body(equation.params), operands, found)
@@ -282,12 +313,12 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
             over[i] = value._replace(view=None)
     members = [value.view and value.view.one_of_stack() for value in over]
     mapped = {value.view.path: len(value.view.copies) for value in over if value.view}
-    inner = Found(found.take, None if mapped else found.step, {}, {}, [], {}, {})
+    inner = Found(found.take, None if mapped else found.step, {}, {}, [], {}, {}, found.rule)
     of_one_step = found.step is not None and bool(mapped)
     ends_views: list[View | None] = []
 
     def step(carry: Any, slices: Any) -> Any:
-        for part in inner[2:]:  # JAX may trace this function more than once
+        for part in inner[2:7]:  # JAX may trace this function more than once
             part.clear()
         number, slices = slices
         carries = [value._replace(array=x) for value, x in zip(starts, carry, strict=True)]

@@ -10,12 +10,13 @@ import numpy as np
 from jax.extend import core
 
 from jaxprune import trees
+from jaxprune.jaxprs import on_arrays, split
 from jaxprune.structure._analysis import CALLING, INLINED, live_equations
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._rules.scans import segments
-from jaxprune.structure._traces import Trace, analyze, on_arrays, split, to_jaxpr, trace_function
+from jaxprune.structure._traces import Trace, analyze, to_jaxpr, trace_function
 from jaxprune.structure._values import Graph, Op
 from jaxprune.structure._zeros import CALLS, PRESENT, follow
 

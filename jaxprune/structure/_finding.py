@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import jaxprs, trees
+from jaxprune.jaxprs import is_array
 from jaxprune.structure._blocks import Pass, find_blocks
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._joining import join
@@ -17,7 +18,6 @@ from jaxprune.structure._traces import (
     Traced,
     analyze,
     broken_caches,
-    is_array,
     trace_function,
 )
 from jaxprune.structure._values import Split

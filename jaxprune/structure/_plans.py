@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import files, jaxprs, trees
-from jaxprune.jaxprs import abstract
+from jaxprune.jaxprs import abstract, split
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._execution import Execution
 from jaxprune.structure._fitting import Fit, compare, relative_gap
@@ -24,7 +24,6 @@ from jaxprune.structure._traces import (
     Traced,
     analyze,
     run,
-    split,
     trace_function,
 )
 from jaxprune.structure._values import Graph

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 
 from jaxprune import trees
+from jaxprune.jaxprs import split
 from jaxprune.structure._groups import Groups, Multiple
 from jaxprune.structure._optimizer import compact_state
 from jaxprune.structure._plans import Plan
-from jaxprune.structure._traces import run, split
+from jaxprune.structure._traces import run
 
 
 class Policy(NamedTuple):

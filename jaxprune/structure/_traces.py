@@ -1,13 +1,13 @@
 """Traces a function of variables to a jaxpr and analyses that."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxprune import trees
-from jaxprune.jaxprs import abstract
+from jaxprune.jaxprs import abstract, on_arrays, split
 from jaxprune.structure._analysis import Analysis
 from jaxprune.structure._values import UNGATED, ZERO_GATE, Graph, Split
 
@@ -66,58 +66,6 @@ class Traced(NamedTuple):
     output: Callable[..., Any]  # arrays that the jaxpr returns -> the whole output, see `Parts`
     updated: dict[int, str]  # index of an output -> path of the variable whose new value it is
     shrinking: frozenset[int]  # indices of the other outputs that may lose channels
-
-
-class Parts(NamedTuple):
-    """A tree as its arrays and the way back.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> parts = split({"act": jax.nn.relu, "rate": 0.5, "w": jnp.ones(2)})
-        >>> len(parts.arrays), parts.tree([3])["w"], parts.tree([3])["rate"]
-        (1, 3, 0.5)
-    """
-
-    arrays: list[Any]
-    # As many leaves -> the tree with these in place of the arrays. With a second argument False,
-    # None takes the place of everything else, so that nothing else is a leaf.
-    tree: Callable[..., Any]
-
-
-def is_array(leaf: Any) -> bool:
-    """Tells whether a leaf is traced: arrays are, dtypes and numbers of Python are not."""
-    return trees.is_array(leaf) and not isinstance(leaf, type)  # `np.float32` has a `shape`
-
-
-def split(tree: Any) -> Parts:
-    """Splits a tree into its arrays and everything else."""
-    leaves, structure = jax.tree.flatten(tree)
-    traced = list(map(is_array, leaves))
-
-    def joined(arrays: Iterable[Any], others: bool = True) -> Any:
-        own, rest = iter(arrays), leaves if others else [None] * len(leaves)
-        pairs = zip(rest, traced, strict=True)
-        return structure.unflatten([next(own) if flag else leaf for leaf, flag in pairs])
-
-    return Parts([leaf for leaf, flag in zip(leaves, traced, strict=True) if flag], joined)
-
-
-def on_arrays(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list, list]:
-    """Makes a function of the arrays among the arguments alone, which can be traced and compiled.
-
-    Returns:
-        That function, which takes and returns a list of arrays; the arrays; and a list that holds
-        the function from arrays to the whole output, once the first has been called.
-    """
-    given, box = split((args, dict(kwargs))), []
-
-    def call(arrays: Sequence[Any]) -> list[Any]:
-        args, kwargs = given.tree(arrays)
-        output = split(function(*args, **kwargs))
-        box[:] = [output.tree]
-        return output.arrays
-
-    return call, given.arrays, box
 
 
 def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxprune import jaxprs, trees
-from jaxprune.jaxprs import abstract
-from jaxprune.structure._traces import is_array, on_arrays
+from jaxprune.jaxprs import abstract, is_array, on_arrays
 
 _INLINED = frozenset("jit pjit closed_call core_call xla_call".split())
 _REMAT = frozenset("remat2 checkpoint remat".split())

@@ -112,10 +112,11 @@ def make_train_step(
             pass. This takes less memory and a little more time. XLA:CPU undoes it.
 
     Returns:
-        `step(state, images, labels, key) -> (state, {"train_loss", "train_accuracy"})`, float32
-        scalars. There may be a label for each token: [B, T] for logits [B, T, C]. `key` is the
-        run's key; the step folds its number into it. It raises ValueError if `parts` does not
-        divide the batch.
+        `step(state, images, labels, key, **given) -> (state, {"train_loss", "train_accuracy"})`,
+        float32 scalars. There may be a label for each token: [B, T] for logits [B, T, C]. `key` is
+        the run's key; the step folds its number into it. `given` are keyword arguments of a
+        function in place of `graphdef`, such as the `indices` of `kernels.wrap`. It raises
+        ValueError if `parts` does not divide the batch.
 
     Example:
         >>> tx = optax.sgd(0.1)
@@ -132,16 +133,16 @@ def make_train_step(
     if remat:
         apply = jax.checkpoint(apply, policy=accumulation.is_product)
 
-    def loss_fn(params: PyTree, model_state: PyTree, inputs: jax.Array, labels: jax.Array):
-        logits, model_state = apply(params, model_state, inputs)
+    def loss_fn(given: PyTree, params: PyTree, model_state: PyTree, inputs: Any, labels: Any):
+        logits, model_state = apply(params, model_state, inputs, **given)
         loss = cross_entropy(logits, labels, label_smoothing).mean()
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         return loss, ({"train_loss": loss, "train_accuracy": accuracy}, model_state)
 
-    grad_fn = accumulation.over_parts(jax.grad(loss_fn, has_aux=True), parts)
-
-    def step(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+    def step(state: TrainState, images: Any, labels: Any, key: jax.Array, **given: Any):
         inputs = prepare(jax.random.fold_in(key, state.step), images)
+        grad = jax.grad(partial(loss_fn, given), has_aux=True)
+        grad_fn = accumulation.over_parts(grad, parts)
         grads, (metrics, model_state) = grad_fn(state.params, state.model_state, inputs, labels)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, grad=grads)
         params = optax.apply_updates(state.params, updates)
@@ -161,7 +162,8 @@ def make_chunk_step(
         places: shardings of the state, from `sharding.shardings_for`; None replicates all of it.
 
     Returns:
-        `run(state, data, rows, key) -> (state, metrics)`. `data` has `images` [N, H, W, C] and
+        `run(state, data, rows, key, **given) -> (state, metrics)`. `given` are passed to the step.
+        `data` has `images` [N, H, W, C] and
         `labels` [N] on the devices, and `rows` is int32 [steps, batch]; or `data` is None, and
         `rows` has images [steps, batch, ...] and labels. Each metric is float32 [steps]. `state` is
         donated. One row runs without `lax.scan`: on CPU a convolution in a loop is 12 times slower.
@@ -180,15 +182,15 @@ def make_chunk_step(
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def one(state: TrainState, data: Any, row: Any, key: jax.Array):
-        return step(state, *_batch(data, row, mesh), key)
+    def one(state: TrainState, data: Any, row: Any, key: jax.Array, given: Any):
+        return step(state, *_batch(data, row, mesh), key, **given)
 
-    def run(state: TrainState, data: Any, rows: Any, key: jax.Array):
+    def run(state: TrainState, data: Any, rows: Any, key: jax.Array, **given: Any):
         first = jax.tree.map(lambda x: x[0], rows)
         if len(jax.tree.leaves(rows)[0]) == 1:
-            state, metrics = one(state, data, first, key)
+            state, metrics = one(state, data, first, key, given)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(lambda state, row: one(state, data, row, key), state, rows)
+        return jax.lax.scan(lambda state, row: one(state, data, row, key, given), state, rows)
 
     out = everywhere if places is None else places, everywhere
     return jax.jit(run, donate_argnums=0, out_shardings=out)

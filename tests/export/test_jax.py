@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import export
+from jaxprune import export, kernels
 from tests.support import exported, phones
 
 pytest.importorskip("flatbuffers", reason="flatbuffers: `pip install 'jaxprune[export]'`")
@@ -74,6 +74,14 @@ def test_bad_input(tmp_path):
         export.jax(lambda w, x: float(x), *given[1:], path)
     with pytest.raises(ValueError, match="`masks` must have the paths"):
         export.jax(*given, path, masks={"a": True})
+    kernel = jax.ffi.ffi_call("a_sparse_kernel", jax.ShapeDtypeStruct((1, 3), jnp.float32))
+    with pytest.raises(ValueError, match="custom call.* `kernels.serve`"):
+        export.jax(lambda w, x: kernel(x) * w, *given[1:], path, **CPU)
+    wrapped = kernels.wrap(
+        lambda w, x: x @ w, np.eye(3, dtype=bool), jnp.eye(3), given[2], table="always"
+    )
+    with pytest.raises(ValueError, match="`apply` cannot be exported: sparse kernels are custom"):
+        export.jax(wrapped, jnp.eye(3), given[2], path)
     assert not path.exists()
     path.write_bytes(b"old")
     with pytest.raises(FileExistsError, match="overwrite=True"):
