@@ -27,6 +27,7 @@ Say what is pruned, how much, when, and by what:
 Make the network smaller:
     structure (lazy)      remove channels for real, after training or while it runs
     storage               sparse files
+    kernels (lazy)        CPU kernels that compute kept weights only
     export (lazy)         files for phones, browsers and servers
     browser (lazy)        a page that runs and measures networks
     rewinding (lazy)      prune, go back, train again
@@ -103,6 +104,7 @@ if typing.TYPE_CHECKING:
         elastic,
         experiments,
         export,
+        kernels,
         logs,
         models,
         processes,
@@ -135,6 +137,7 @@ __all__ = [
     "export",
     "fixed_mask_transform",
     "get_masks",
+    "kernels",
     "layouts",
     "logs",
     "magnitude_transform",
@@ -175,8 +178,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "browser", "checkpoints", "data", "elastic", "experiments", "export", "logs", "models",
-    "processes", "programs", "rewinding", "search", "sharding", "structure", "testing", "training",
+    "browser", "checkpoints", "data", "elastic", "experiments", "export", "kernels", "logs",
+    "models", "processes", "programs", "rewinding", "search", "sharding", "structure", "testing",
+    "training",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Products and convolutions that compute kept weights only, on CPUs, in time that falls with density.
+"""Products and convolutions on CPUs that compute kept weights only, forward and backward.
 
 `sparse_product` and `sparse_convolution` take the dense kernel and the indices of its mask, and are
 differentiable functions of both `x` and the kernel. Their C++ sources are part of the package and
@@ -6,17 +6,19 @@ are compiled once for this machine; on other devices, and where there is no comp
 functions are masked dense operations.
 """
 
-from jaxprune.kernels._building import available
-from jaxprune.kernels._convolutions import sparse_convolution, sparse_convolution_values
-from jaxprune.kernels._indices import (
+from jaxprune.kernels._operations import (
     ConvolutionIndices,
     ProductIndices,
+    available,
     convolution_indices,
     pack,
     product_indices,
+    sparse_convolution,
+    sparse_convolution_values,
+    sparse_product,
+    sparse_product_values,
     unpack,
 )
-from jaxprune.kernels._products import sparse_product, sparse_product_values
 
 __all__ = [
     "ConvolutionIndices",

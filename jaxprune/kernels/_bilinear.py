@@ -1,4 +1,4 @@
-"""One differentiable operation of two passes and a sampled one, each the derivative of the others."""
+"""Three passes of a layer, each the derivative of the others, as one differentiable function."""
 
 from collections.abc import Callable
 from typing import Any

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ NAMES = tuple(
     for kind in ("product", "convolution")
     for direction in ("forward", "backward", "sample")
 )
+_LOADING = threading.Lock()
 _PATIENCE = 300.0  # seconds to wait for another process that compiles the same sources
 
 
@@ -38,7 +40,7 @@ def available() -> str | None:
 
     Returns:
         None if kernels run, otherwise why not and what to do. The operations of this package are
-        masked dense ones then, and the first call has warned.
+        masked dense ones then; if the library cannot be built or loaded, the first call has warned.
 
     Example:
         >>> available() is None or print(available())
@@ -53,9 +55,15 @@ def target(name: str) -> str:
     return f"{name}_{_loaded()[0]}"
 
 
-@functools.cache
 def _loaded() -> tuple[str, str | None]:
-    """Builds, loads and registers the library, once; returns its key, and what prevents that."""
+    """Returns the key of the library, or "" and what prevents that."""
+    with _LOADING:  # `functools.cache` alone lets two threads register the same names
+        return _load()
+
+
+@functools.cache
+def _load() -> tuple[str, str | None]:
+    """Builds, loads and registers the library."""
     try:
         if not _has_cpu():
             return "", (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune import meshes
 from jaxprune.kernels import _bilinear, _indices
 from jaxprune.kernels._indices import ConvolutionIndices
 from jaxprune.kernels._products import dense_kernel, masked_gradient
@@ -112,6 +113,8 @@ def _convolution(
     apply = _operation(image, (height, width), own_strides, own_padding)
     if not _bilinear.is_supported(x, weights):
         return _convolve(x, dense_kernel(weights, indices), own_strides, own_padding)
+    # Inside `shard_map`, the gradient of weights that shards share is then summed over shards.
+    x, weights = meshes.varying_like((x, weights), x, weights)
     y = apply(x.astype(jnp.float32), weights.astype(jnp.float32), indices)
     return y.astype(jnp.result_type(x, weights))
 

@@ -10,23 +10,20 @@ LARGEST = 2**31 - 1  # positions are int32
 
 
 class ProductIndices(NamedTuple):
-    """The kept weights of a kernel [K, N], from `product_indices`; arrays only, so data under `jit`.
+    """The kept weights of a kernel [K, N], from `product_indices`; arrays only.
 
-    Kept weights are numbered by output, then by input. Entries from the number of kept weights to
-    the capacity are padding that nothing reads.
+    Kept weights are numbered in the order of the flattened kernel. Entries from the number of kept
+    weights, which is the last of `starts`, to the capacity are padding that nothing reads.
 
     Example:
-        >>> product_indices(np.array([[True, False], [True, True]])).inputs
-        Array([0, 1, 1], dtype=int32)
+        >>> product_indices(np.array([[True, False], [True, True]])).outputs
+        Array([0, 0, 1], dtype=int32)
     """
 
     mask: jax.Array  # bool [K, N]
     positions: jax.Array  # int32 [capacity]: place in the flattened kernel; padding: K * N
-    output_starts: jax.Array  # int32 [N + 1]: the first weight of each output
-    inputs: jax.Array  # int32 [capacity]: input of each weight
-    input_starts: jax.Array  # int32 [K + 1]: the first weight of each input, in the order by input
-    outputs: jax.Array  # int32 [capacity]: outputs in the order by input
-    order: jax.Array  # int32 [capacity]: numbers of the weights in the order by input
+    starts: jax.Array  # int32 [K + 1]: the first kept weight of each input
+    outputs: jax.Array  # int32 [capacity]: output of each weight
 
 
 class ConvolutionIndices(NamedTuple):
@@ -69,17 +66,13 @@ def product_indices(mask: Any, *, capacity: int | None = None) -> ProductIndices
         Array([0, 4, 8, 9], dtype=int32)
     """
     mask = _checked(mask, 2, "[K, N]")
-    outputs, inputs = np.nonzero(mask.T)
-    capacity = _capacity(capacity, len(inputs))
-    order = np.argsort(inputs, kind="stable")
+    positions = np.flatnonzero(mask)
+    capacity = _capacity(capacity, len(positions))
     return ProductIndices(
         jnp.asarray(mask),
-        _padded(inputs * mask.shape[1] + outputs, capacity, mask.size),
-        _starts(mask.sum(0)),
-        _padded(inputs, capacity),
-        _starts(mask.sum(1)),
-        _padded(outputs[order], capacity),
-        _padded(order, capacity),
+        _padded(positions, capacity, mask.size),
+        jnp.asarray(np.concatenate([[0], np.cumsum(mask.sum(1))]), jnp.int32),
+        _padded(positions % max(mask.shape[1], 1), capacity),
     )
 
 
@@ -219,8 +212,3 @@ def _padded(entries: np.ndarray, capacity: int, padding: int = 0) -> jax.Array:
     full = np.full(capacity, padding, np.int32)
     full[: len(entries)] = entries
     return jnp.asarray(full)
-
-
-def _starts(counts: np.ndarray) -> jax.Array:
-    """Returns where the entries of each list begin, and where the last ends."""
-    return jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)

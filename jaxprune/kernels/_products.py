@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune import meshes
 from jaxprune.kernels import _bilinear, _indices
 from jaxprune.kernels._indices import ProductIndices
 
@@ -80,6 +81,8 @@ def _product(x: Any, weights: Any, indices: ProductIndices) -> jax.Array:
             f"`x` must have the shape [..., {inputs}], because the kernel has {inputs} inputs, but "
             f"has {x.shape}"
         )
+    # Inside `shard_map`, the gradient of weights that shards share is then summed over shards.
+    x, weights = meshes.varying_like((x, weights), x, weights)
     rows = x.reshape(math.prod(x.shape[:-1]), inputs)
     dtype = jnp.result_type(x, weights)
     if _bilinear.is_supported(x, weights):
@@ -121,32 +124,18 @@ def _sample(packed: bool, x: Any, dy: Any, indices: ProductIndices) -> jax.Array
 # The same as kernels.
 
 
-def _forward_operands(x: Any, weights: Any, own: ProductIndices) -> Any:
-    return x, weights, own.positions, own.output_starts, own.inputs
-
-
-def _backward_operands(dy: Any, weights: Any, own: ProductIndices) -> Any:
-    return dy, weights, own.positions, own.input_starts, own.outputs, own.order
-
-
-def _sample_operands(x: Any, dy: Any, own: ProductIndices) -> Any:
-    return x, dy, own.positions, own.output_starts, own.inputs
+def _operands(first: Any, second: Any, indices: ProductIndices) -> Any:
+    return first, second, *indices[1:]
 
 
 _SAMPLES = {
     packed: _bilinear.separate(
-        _bilinear.native(
-            "jaxprune_product_sample", functools.partial(_sample, packed), _sample_operands
-        )
+        _bilinear.native("jaxprune_product_sample", functools.partial(_sample, packed), _operands)
     )
     for packed in (False, True)
 }
 _APPLY = _bilinear.bilinear(
-    _bilinear.folded(
-        _bilinear.native("jaxprune_product_forward", _forward, _forward_operands)
-    ),
-    _bilinear.folded(
-        _bilinear.native("jaxprune_product_backward", _backward, _backward_operands)
-    ),
+    _bilinear.folded(_bilinear.native("jaxprune_product_forward", _forward, _operands)),
+    _bilinear.folded(_bilinear.native("jaxprune_product_backward", _backward, _operands)),
     lambda x, dy, indices, packed: _SAMPLES[packed](x, dy, indices),
 )

@@ -131,13 +131,7 @@ inline void read_strips(const float* images, Pair shape, int64_t channels, const
       }
       for (int64_t channel = 0; channel < channels; channel += kLanes) {
         const int64_t width = std::min<int64_t>(kLanes, channels - channel);
-        Vec square[kLanes];
-        for (int i = 0; i < kLanes; i++) {
-          const float* own = lines[i] + pixel * channels + channel;
-          square[i] = !lines[i] ? Vec{} : width == kLanes ? load(own) : load_some(own, width);
-        }
-        transpose(square);
-        for (int64_t i = 0; i < width; i++) store(start + (channel + i) * plane, square[i]);
+        read_square(lines, pixel * channels + channel, width, start + channel * plane, plane);
       }
     }
   }
@@ -211,16 +205,8 @@ inline void write_tile(const float* from, const Walk& walk, const Lanes& lanes, 
     if (column < 0 || column >= walk.target.column) continue;
     for (int64_t channel = 0; channel < channels; channel += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, channels - channel);
-      Vec square[kLanes] = {};
-      for (int64_t i = 0; i < width; i++) {
-        square[i] = load(from + ((channel + i) * tile + pixel) * kLanes);
-      }
-      transpose(square);
-      for (int i = 0; i < kLanes; i++) {
-        if (!lines[i]) continue;
-        float* own = lines[i] + column * channels + channel;
-        width == kLanes ? store(own, square[i]) : store_some(own, square[i], width);
-      }
+      write_square(from + (channel * tile + pixel) * kLanes, tile * kLanes, width, lines,
+                   column * channels + channel);
     }
   }
 }

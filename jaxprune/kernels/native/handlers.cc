@@ -71,18 +71,17 @@ std::string into(Floats& gradient, Ints& positions, int64_t count, const Functio
 
 // Products.
 
-// The list of one direction, after its shapes and indices were checked.
-std::string list_of(const char* starts_name, const char* sources_name, Ints& starts, Ints& sources,
-                    Ints& positions, int64_t targets, int64_t source_count, List* list) {
-  if (!has_rank(starts, 1) || !has_rank(sources, 1) || !has_rank(positions, 1) ||
-      static_cast<int64_t>(starts.element_count()) != targets + 1 ||
-      sources.element_count() != positions.element_count()) {
-    return std::string("`") + starts_name + "` and `" + sources_name +
-           "` are of a kernel of another shape; make indices of a mask of this kernel";
+// The list of a kernel, after its shapes and indices were checked.
+std::string list_of(Ints& positions, Ints& starts, Ints& outputs, int64_t input_count,
+                    int64_t output_count, List* list) {
+  if (!has_rank(starts, 1) || !has_rank(outputs, 1) || !has_rank(positions, 1) ||
+      static_cast<int64_t>(starts.element_count()) != input_count + 1 ||
+      outputs.element_count() != positions.element_count()) {
+    return "the indices are those of a kernel of another shape; make them of a mask of this kernel";
   }
-  *list = {starts.typed_data(), targets, sources.typed_data(), source_count,
-           static_cast<int64_t>(sources.element_count())};
-  return check_list(starts_name, sources_name, *list);
+  *list = {starts.typed_data(), outputs.typed_data(), input_count, output_count,
+           static_cast<int64_t>(outputs.element_count())};
+  return check_list(*list);
 }
 
 // Whether weights are values, or a kernel [inputs, outputs].
@@ -92,64 +91,45 @@ bool is_kernel(const Floats& weights, int64_t inputs, int64_t outputs) {
          (shape.size() == 2 && shape[0] == inputs && shape[1] == outputs);
 }
 
+// Rows times the kernel, or times the transposed kernel if `back`.
+std::string product(ffi::ThreadPool pool, Floats& from, Floats& weights, Ints& positions,
+                    Ints& starts, Ints& outputs, Floats& to, bool back) {
+  const Floats &x = back ? to : from, &y = back ? from : to;
+  if (!has_rank(x, 2) || !has_rank(y, 2) || x.dimensions()[0] != y.dimensions()[0] ||
+      !is_kernel(weights, x.dimensions()[1], y.dimensions()[1])) {
+    return "rows and kernel do not fit together";
+  }
+  List list;
+  std::string wrong =
+      list_of(positions, starts, outputs, x.dimensions()[1], y.dimensions()[1], &list);
+  const Weights own = weights_of(weights, positions);
+  if (wrong.empty()) wrong = check_weights(own, list.size());
+  if (!wrong.empty()) return wrong;
+  return multiply(workers_of(pool), from.typed_data(), x.dimensions()[0], list, own, back,
+                  to.typed_data());
+}
+
 ffi::Error ProductForward(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
-                          Ints starts, Ints inputs, Result y) {
-  return guarded([&]() -> std::string {
-    if (!has_rank(x, 2) || !has_rank(*y, 2) || x.dimensions()[0] != y->dimensions()[0] ||
-        !is_kernel(weights, x.dimensions()[1], y->dimensions()[1])) {
-      return "`x` and the kernel do not fit together";
-    }
-    List list;
-    if (auto wrong = list_of("output_starts", "inputs", starts, inputs, positions,
-                             y->dimensions()[1], x.dimensions()[1], &list);
-        !wrong.empty()) {
-      return wrong;
-    }
-    const Weights own = weights_of(weights, positions);
-    if (auto wrong = check_weights(own, list.size()); !wrong.empty()) return wrong;
-    return multiply(workers_of(pool), x.typed_data(), x.dimensions()[0], list, own, nullptr,
-                    y->typed_data());
-  });
+                          Ints starts, Ints outputs, Result y) {
+  return guarded([&] { return product(pool, x, weights, positions, starts, outputs, *y, false); });
 }
 
 ffi::Error ProductBackward(ffi::ThreadPool pool, Floats dy, Floats weights, Ints positions,
-                           Ints starts, Ints outputs, Ints order, Result dx) {
-  return guarded([&]() -> std::string {
-    if (!has_rank(dy, 2) || !has_rank(*dx, 2) || dy.dimensions()[0] != dx->dimensions()[0] ||
-        !is_kernel(weights, dx->dimensions()[1], dy.dimensions()[1])) {
-      return "the cotangent and the kernel do not fit together";
-    }
-    List list;
-    if (auto wrong = list_of("input_starts", "outputs", starts, outputs, positions,
-                             dx->dimensions()[1], dy.dimensions()[1], &list);
-        !wrong.empty()) {
-      return wrong;
-    }
-    if (order.element_count() != positions.element_count()) return "`order` has another length";
-    const Weights own = weights_of(weights, positions);
-    if (auto wrong = check_weights(own, list.size()); !wrong.empty()) return wrong;
-    if (auto wrong = check_indices("order", order.typed_data(), list.size(), list.size());
-        !wrong.empty()) {
-      return wrong;
-    }
-    return multiply(workers_of(pool), dy.typed_data(), dy.dimensions()[0], list, own,
-                    order.typed_data(), dx->typed_data());
-  });
+                           Ints starts, Ints outputs, Result dx) {
+  return guarded([&] { return product(pool, dy, weights, positions, starts, outputs, *dx, true); });
 }
 
 ffi::Error ProductSample(ffi::ThreadPool pool, Floats x, Floats dy, Ints positions, Ints starts,
-                         Ints inputs, Result gradient) {
+                         Ints outputs, Result gradient) {
   return guarded([&]() -> std::string {
     if (!has_rank(x, 2) || !has_rank(dy, 2) || x.dimensions()[0] != dy.dimensions()[0] ||
         !is_kernel(*gradient, x.dimensions()[1], dy.dimensions()[1])) {
       return "`x`, the cotangent and the kernel do not fit together";
     }
     List list;
-    if (auto wrong = list_of("output_starts", "inputs", starts, inputs, positions,
-                             dy.dimensions()[1], x.dimensions()[1], &list);
-        !wrong.empty()) {
-      return wrong;
-    }
+    std::string wrong =
+        list_of(positions, starts, outputs, x.dimensions()[1], dy.dimensions()[1], &list);
+    if (!wrong.empty()) return wrong;
     return into(*gradient, positions, list.size(), [&](float* own) {
       return sample(workers_of(pool), x.typed_data(), dy.typed_data(), x.dimensions()[0], list,
                     own);
@@ -266,21 +246,18 @@ ffi::Error ConvolutionSample(ffi::ThreadPool pool, Floats x, Floats dy, Ints pos
 
 }  // namespace
 
-#define JAXPRUNE_PRODUCT ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxprune_product_forward, ProductForward,
-    JAXPRUNE_PRODUCT.Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_backward, ProductBackward,
-                              JAXPRUNE_PRODUCT.Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Arg<Ints>()
-                                  .Ret<Floats>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxprune_product_sample, ProductSample,
-    JAXPRUNE_PRODUCT.Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Ints>().Ret<Floats>());
+#define JAXPRUNE_PRODUCT      \
+  ffi::Ffi::Bind()            \
+      .Ctx<ffi::ThreadPool>() \
+      .Arg<Floats>()          \
+      .Arg<Floats>()          \
+      .Arg<Ints>()            \
+      .Arg<Ints>()            \
+      .Arg<Ints>()            \
+      .Ret<Floats>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_forward, ProductForward, JAXPRUNE_PRODUCT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_backward, ProductBackward, JAXPRUNE_PRODUCT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_sample, ProductSample, JAXPRUNE_PRODUCT);
 
 #define JAXPRUNE_CONVOLUTION   \
   ffi::Ffi::Bind()             \

@@ -2,6 +2,7 @@
 // memory is touched through them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -9,15 +10,15 @@
 
 namespace jaxprune {
 
-// For each target, the sources it is summed from: entries starts[target] to starts[target + 1].
+// The kept weights of a kernel [inputs, outputs] in its own order: those of an input are entries
+// starts[input] to starts[input + 1], and kept[i] is the output of an entry.
 struct List {
   const int32_t* starts;
-  int64_t targets;
-  const int32_t* sources;
-  int64_t source_count;  // each source is below this
-  int64_t capacity;      // entries that memory holds
+  const int32_t* kept;
+  int64_t inputs, outputs;
+  int64_t capacity;  // entries that memory holds
 
-  int64_t size() const { return starts[targets]; }
+  int64_t size() const { return starts[inputs]; }
 };
 
 // Values of kept weights: packed, or in their places in a dense kernel.
@@ -47,16 +48,20 @@ inline std::string check_indices(const char* name, const int32_t* values, int64_
          "), but some entries are not; make indices with product_indices or convolution_indices";
 }
 
-inline std::string check_list(const char* starts_name, const char* sources_name,
-                              const List& list) {
+inline std::string check_list(const List& list) {
   bool rises = list.starts[0] == 0;
-  for (int64_t i = 0; i < list.targets; i++) rises &= list.starts[i] <= list.starts[i + 1];
+  for (int64_t i = 0; i < list.inputs; i++) rises &= list.starts[i] <= list.starts[i + 1];
   if (!rises || list.size() > list.capacity) {
-    return std::string("`") + starts_name + "` must rise from 0 to at most " +
-           std::to_string(list.capacity) +
+    return "`starts` must rise from 0 to at most " + std::to_string(list.capacity) +
            ", but does not; make indices with product_indices";
   }
-  return check_indices(sources_name, list.sources, list.size(), list.source_count);
+  return check_indices("outputs", list.kept, list.size(), list.outputs);
+}
+
+// Offsets in a block of rows are 32-bit numbers.
+inline std::string check_size(const List& list) {
+  if (std::max(list.inputs, list.outputs) * 8 * kLanes <= INT32_MAX) return "";
+  return "the kernel has too many inputs or outputs for 32-bit offsets; split it";
 }
 
 inline std::string check_weights(const Weights& weights, int64_t count) {

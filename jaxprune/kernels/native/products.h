@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #include "cores.h"
 #include "lists.h"
@@ -15,19 +16,17 @@
 
 namespace jaxprune {
 
-// [rows, columns] -> [columns, block], in units of a vector of rows. Rows that are missing are 0.
+// Sources of a block of rows that are used together: so many bytes stay in the first-level cache.
+constexpr int64_t kSourceBytes = 32 << 10;
+
+// [rows, columns] -> [columns, block]. Rows that are missing are 0.
 inline void read_rows(const float* from, int64_t rows, int64_t columns, int64_t block, float* to) {
   for (int64_t row = 0; row < block; row += kLanes) {
-    const int64_t height = std::clamp<int64_t>(rows - row, 0, kLanes);
+    const float* lines[kLanes] = {};
+    for (int i = 0; i < kLanes && row + i < rows; i++) lines[i] = from + (row + i) * columns;
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, columns - column);
-      Vec square[kLanes];
-      for (int i = 0; i < kLanes; i++) {
-        const float* start = from + (row + i) * columns + column;
-        square[i] = i >= height ? Vec{} : width == kLanes ? load(start) : load_some(start, width);
-      }
-      transpose(square);
-      for (int64_t i = 0; i < width; i++) store(to + (column + i) * block + row, square[i]);
+      read_square(lines, column, width, to + column * block + row, block);
     }
   }
 }
@@ -35,67 +34,105 @@ inline void read_rows(const float* from, int64_t rows, int64_t columns, int64_t 
 // [columns, block] -> [rows, columns].
 inline void write_rows(const float* from, int64_t rows, int64_t columns, int64_t block, float* to) {
   for (int64_t row = 0; row < rows; row += kLanes) {
-    const int64_t height = std::min<int64_t>(kLanes, rows - row);
+    float* lines[kLanes] = {};
+    for (int i = 0; i < kLanes && row + i < rows; i++) lines[i] = to + (row + i) * columns;
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, columns - column);
-      Vec square[kLanes] = {};
-      for (int64_t i = 0; i < width; i++) square[i] = load(from + (column + i) * block + row);
-      transpose(square);
-      for (int64_t i = 0; i < height; i++) {
-        float* start = to + (row + i) * columns + column;
-        width == kLanes ? store(start, square[i]) : store_some(start, square[i], width);
-      }
+      write_square(from + column * block + row, block, width, lines, column);
     }
   }
 }
 
-// Entries of a list for blocks of rows. `order` says which weight an entry is; null: the same.
-inline const Entry* product_entries(const List& list, const Weights& weights, const int32_t* order,
-                                    int64_t block) {
-  Entry* entries = scratch<Entry>(kEntries, list.size());
-  for (int64_t i = 0; i < list.size(); i++) {
-    entries[i] = {static_cast<int32_t>(list.sources[i] * block), weights.at(order ? order[i] : i)};
-  }
-  return entries;
-}
-
-// The vectors of a block: more of them share the loads of a weight, fewer suit few rows.
+// Calls a function with a constant number of vectors in a block: more of them share the loads of a
+// weight, fewer suit few rows.
 template <class Function>
 void with_block(int64_t rows, const Function& function) {
   rows > 4 * kLanes ? function(std::integral_constant<int, 8>())
                     : function(std::integral_constant<int, 4>());
 }
 
-// target[rows, list.targets] = source[rows, list.source_count] times the kernel that a list holds.
+// Entries by group of sources, then by target.
+struct Sorted {
+  const int32_t* starts;  // [groups * targets + 1]
+  const Entry* entries;
+  int64_t groups;
+};
+
+// Sorts the weights of a kernel by what they are summed into: outputs, or inputs if `back`. The
+// kernel is read in its own order; reading it by columns would miss the cache at each weight.
+inline Sorted sorted(const List& list, const Weights& weights, bool back, int64_t block) {
+  const int64_t targets = back ? list.inputs : list.outputs;
+  const int64_t sources = back ? list.outputs : list.inputs;
+  int shift = 0;  // a power of two of sources in a group: divisions would take as long as the rest
+  while ((block * static_cast<int64_t>(sizeof(float)) << (shift + 1)) <= kSourceBytes) shift++;
+  const int64_t groups = std::max<int64_t>(1, ((sources - 1) >> shift) + 1);
+  int32_t* starts = scratch<int32_t>(kStarts, groups * targets + 2);
+  Entry* entries = scratch<Entry>(kEntries, list.size());
+  std::memset(starts, 0, sizeof(int32_t) * (groups * targets + 2));
+  int32_t* next = starts + 1;  // next[i + 1] counts; then next[i] is where the next entry goes
+  for (int64_t input = 0; input < list.inputs; input++) {
+    const int64_t first = list.starts[input], last = list.starts[input + 1];
+    if (back) {
+      for (int64_t i = first; i < last; i++) next[(list.kept[i] >> shift) * targets + input + 1]++;
+    } else {
+      int32_t* own = next + (input >> shift) * targets + 1;
+      for (int64_t i = first; i < last; i++) own[list.kept[i]]++;
+    }
+  }
+  for (int64_t i = 0; i < groups * targets; i++) next[i + 1] += next[i];
+  for (int64_t input = 0; input < list.inputs; input++) {
+    const int64_t first = list.starts[input], last = list.starts[input + 1];
+    if (back) {
+      for (int64_t i = first; i < last; i++) {
+        const int64_t output = list.kept[i];
+        entries[next[(output >> shift) * targets + input]++] = {
+            static_cast<int32_t>(output * block), weights.at(i)};
+      }
+    } else {
+      int32_t* own = next + (input >> shift) * targets;
+      const int32_t offset = static_cast<int32_t>(input * block);
+      for (int64_t i = first; i < last; i++) entries[own[list.kept[i]]++] = {offset, weights.at(i)};
+    }
+  }
+  return {starts, entries, groups};
+}
+
+// target[rows, outputs] = source[rows, inputs] times the kernel; or, if `back`, target[rows, inputs]
+// = source[rows, outputs] times the transposed kernel.
 inline std::string multiply(const Workers& workers, const float* source, int64_t rows,
-                            const List& list, const Weights& weights, const int32_t* order,
-                            float* target) {
-  if (list.source_count * 8 * kLanes > INT32_MAX) return "the kernel has too many rows or columns";
+                            const List& list, const Weights& weights, bool back, float* target) {
+  const int64_t targets = back ? list.inputs : list.outputs;
+  const int64_t sources = back ? list.outputs : list.inputs;
+  if (auto wrong = check_size(list); !wrong.empty()) return wrong;
   with_block(rows, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t block = V * kLanes;
-    const Entry* entries = product_entries(list, weights, order, block);
+    const Sorted own = sorted(list, weights, back, block);
     parallel(workers, (rows + block - 1) / block, [&](int64_t number) {
       const int64_t first = number * block, count = std::min(block, rows - first);
-      float* from = scratch<float>(kSource, list.source_count * block);
-      float* to = scratch<float>(kTarget, list.targets * block);
-      read_rows(source + first * list.source_count, count, list.source_count, block, from);
-      for (int64_t i = 0; i < list.targets; i++) {
-        Vec sums[V] = {};
-        accumulate<V, kLanes>(from, entries + list.starts[i], entries + list.starts[i + 1], sums);
-        JAXPRUNE_UNROLL for (int v = 0; v < V; v++) store(to + i * block + v * kLanes, sums[v]);
+      float* from = scratch<float>(kSource, sources * block);
+      float* to = scratch<float>(kTarget, targets * block);
+      read_rows(source + first * sources, count, sources, block, from);
+      for (int64_t group = 0; group < own.groups; group++) {
+        const int32_t* starts = own.starts + group * targets;
+        for (int64_t i = 0; i < targets; i++) {
+          Vec sums[V] = {};
+          if (group) JAXPRUNE_UNROLL for (int v = 0; v < V; v++) sums[v] = load(to + i * block + v * kLanes);
+          accumulate<V, kLanes>(from, own.entries + starts[i], own.entries + starts[i + 1], sums);
+          JAXPRUNE_UNROLL for (int v = 0; v < V; v++) store(to + i * block + v * kLanes, sums[v]);
+        }
       }
-      write_rows(to, count, list.targets, block, target + first * list.targets);
+      write_rows(to, count, targets, block, target + first * targets);
     });
   });
   return "";
 }
 
-// gradient[i] = sum over rows of source[row, source of i] * cotangent[row, target of i].
+// gradient[i] = sum over rows of source[row, input of i] * cotangent[row, output of i].
 // Blocks are divided into as many parts as there are threads, whose sums are added in order.
 inline std::string sample(const Workers& workers, const float* source, const float* cotangent,
                           int64_t rows, const List& list, float* gradient) {
-  if (list.source_count * 8 * kLanes > INT32_MAX) return "the kernel has too many rows or columns";
+  if (auto wrong = check_size(list); !wrong.empty()) return wrong;
   with_block(rows, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t block = V * kLanes;
@@ -103,22 +140,22 @@ inline std::string sample(const Workers& workers, const float* source, const flo
     const int64_t parts = std::clamp<int64_t>(workers.threads, 1, std::max<int64_t>(blocks, 1));
     Entry* entries = scratch<Entry>(kEntries, size);
     for (int64_t i = 0; i < size; i++) {
-      entries[i] = {static_cast<int32_t>(list.sources[i] * block), 0};
+      entries[i] = {static_cast<int32_t>(list.kept[i] * block), 0};
     }
     float* partial = scratch<float>(kPartial, parts * size);
     std::memset(partial, 0, sizeof(float) * parts * size);
     parallel(workers, parts, [&](int64_t part) {
-      float* from = scratch<float>(kSource, list.source_count * block);
-      float* by = scratch<float>(kCotangent, list.targets * block);
+      float* from = scratch<float>(kSource, list.inputs * block);
+      float* by = scratch<float>(kCotangent, list.outputs * block);
       for (int64_t number = blocks * part / parts; number < blocks * (part + 1) / parts; number++) {
         const int64_t first = number * block, count = std::min(block, rows - first);
-        read_rows(source + first * list.source_count, count, list.source_count, block, from);
-        read_rows(cotangent + first * list.targets, count, list.targets, block, by);
-        for (int64_t i = 0; i < list.targets; i++) {
+        read_rows(source + first * list.inputs, count, list.inputs, block, from);
+        read_rows(cotangent + first * list.outputs, count, list.outputs, block, by);
+        for (int64_t i = 0; i < list.inputs; i++) {
           Vec own[V];
-          JAXPRUNE_UNROLL for (int v = 0; v < V; v++) own[v] = load(by + i * block + v * kLanes);
+          JAXPRUNE_UNROLL for (int v = 0; v < V; v++) own[v] = load(from + i * block + v * kLanes);
           const int64_t start = list.starts[i];
-          correlate<V, kLanes>(from, entries + start, entries + list.starts[i + 1], own,
+          correlate<V, kLanes>(by, entries + start, entries + list.starts[i + 1], own,
                                partial + part * size + start);
         }
       }
