@@ -102,8 +102,8 @@ def measure(shape: tuple[int, ...], sparsities: Any, rounds: int, clock: Any) ->
         cotangent = jnp.cos(jnp.arange(dense(*args).size, dtype=jnp.float32))
         cotangent = cotangent.reshape(dense(*args).shape)
         references = passes(dense, args, cotangent)
-        arms[sparsity] = passes(sparse, args, cotangent)
         arms.setdefault("dense", references)
+        arms[sparsity] = passes(sparse, args, cotangent)
         for name, run in arms[sparsity].items():
             own, reference = np.asarray(run()), np.asarray(references[name]())
             if name == "kernel gradient":

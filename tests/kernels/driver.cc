@@ -41,7 +41,8 @@ struct Pool {
 };
 
 static void product() {
-  const int64_t rows = draw(0, 300), inputs = draw(1, 50), outputs = draw(1, 50);
+  const int64_t rows = draw(0, 2) ? draw(0, 150) : draw(400, 700);
+  const int64_t inputs = draw(1, 150), outputs = draw(1, 150);
   const double density = std::vector<double>{0, .1, .5, 1}[draw(0, 3)];
   std::vector<int32_t> starts{0}, kept, positions;
   for (int64_t k = 0; k < inputs; k++) {

@@ -6,7 +6,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
+import types
 from contextlib import ExitStack
 
 import jax
@@ -121,7 +123,8 @@ def test_waits_for_another_process(fresh, monkeypatch):
 
     held = ExitStack()
     held.enter_context(_building.files.locked(folder))
-    monkeypatch.setattr(_building.time, "sleep", sleep)
+    clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr(_building, "time", clock)
     assert _building.built(folder, "k").exists() and len(waited) == 3
     monkeypatch.setattr(_building, "_PATIENCE", -1.0)
     with (

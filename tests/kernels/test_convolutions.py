@@ -34,6 +34,7 @@ def case(seed, images, kernel, density):
 PADS = st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**31),
     batch=st.sampled_from([1, 2, 16, 17, 40]),

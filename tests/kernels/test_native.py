@@ -54,6 +54,7 @@ def test_sanitizers(flags, tmp_path):
 WILD = st.one_of(st.integers(-2, 9), st.sampled_from([-(2**31), 2**31 - 1, 10**6]))
 
 
+@pytest.mark.slow
 @given(
     starts=st.lists(WILD, min_size=4, max_size=4),
     outputs=st.lists(WILD, min_size=3, max_size=3),
@@ -73,6 +74,7 @@ def test_wild_lists_of_products_are_refused(starts, outputs, positions):
     check(_product, right, wild)
 
 
+@pytest.mark.slow
 @given(
     count=WILD,
     lists=st.tuples(*[st.lists(WILD, min_size=2, max_size=2)] * 4),
@@ -115,10 +117,12 @@ def check(run, right, indices):
     if right:
         jax.block_until_ready(run(indices))
         return
-    with pytest.raises(jax.errors.JaxRuntimeError, match="jaxprune: .*indices"):
+    errors = ValueError, jax.errors.JaxRuntimeError  # which of them depends on the version of JAX
+    with pytest.raises(errors, match="jaxprune: .*indices"):
         jax.block_until_ready(run(indices))
 
 
+@pytest.mark.slow
 def test_calls_at_the_same_time():
     """Calls of different layers in several threads of one process do not share memory."""
     draw = np.random.default_rng(0)

@@ -57,6 +57,7 @@ def assert_same_layer(sparse, dense, *args, tolerance=1e-5):
         assert_close(own, expected, tolerance)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**31),
     rows=st.sampled_from([0, 1, 5, 16, 64, 65, 130]),

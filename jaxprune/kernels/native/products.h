@@ -18,6 +18,8 @@ namespace jaxprune {
 
 // Sources of a block of rows that are used together: so many bytes stay in the first-level cache.
 constexpr int64_t kSourceBytes = 32 << 10;
+// With fewer blocks of rows, sorting the transposed kernel by groups takes longer than it saves.
+constexpr int64_t kFewBlocks = 4;
 
 // [rows, columns] -> [columns, block]. Rows that are missing are 0.
 inline void read_rows(const float* from, int64_t rows, int64_t columns, int64_t block, float* to) {
@@ -26,6 +28,8 @@ inline void read_rows(const float* from, int64_t rows, int64_t columns, int64_t 
     for (int i = 0; i < kLanes && row + i < rows; i++) lines[i] = from + (row + i) * columns;
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, columns - column);
+      // Rows are short runs of memory, which the hardware does not foresee.
+      prefetch(lines, kLanes * columns + column);
       read_square(lines, column, width, to + column * block + row, block);
     }
   }
@@ -60,11 +64,19 @@ struct Sorted {
 
 // Sorts the weights of a kernel by what they are summed into: outputs, or inputs if `back`. The
 // kernel is read in its own order; reading it by columns would miss the cache at each weight.
-inline Sorted sorted(const List& list, const Weights& weights, bool back, int64_t block) {
+inline Sorted sorted(const List& list, const Weights& weights, bool back, int64_t block,
+                     int64_t blocks) {
+  if (back && blocks < kFewBlocks) {  // the order that the list has
+    Entry* entries = scratch<Entry>(kEntries, list.size());
+    for (int64_t i = 0; i < list.size(); i++) {
+      entries[i] = {static_cast<int32_t>(list.kept[i] * block), weights.at(i)};
+    }
+    return {list.starts, entries, 1};
+  }
   const int64_t targets = back ? list.inputs : list.outputs;
   const int64_t sources = back ? list.outputs : list.inputs;
   int shift = 0;  // a power of two of sources in a group: divisions would take as long as the rest
-  while ((block * static_cast<int64_t>(sizeof(float)) << (shift + 1)) <= kSourceBytes) shift++;
+  while (block * static_cast<int64_t>(sizeof(float)) << (shift + 1) <= kSourceBytes) shift++;
   const int64_t groups = std::max<int64_t>(1, ((sources - 1) >> shift) + 1);
   int32_t* starts = scratch<int32_t>(kStarts, groups * targets + 2);
   Entry* entries = scratch<Entry>(kEntries, list.size());
@@ -107,8 +119,9 @@ inline std::string multiply(const Workers& workers, const float* source, int64_t
   with_block(rows, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t block = V * kLanes;
-    const Sorted own = sorted(list, weights, back, block);
-    parallel(workers, (rows + block - 1) / block, [&](int64_t number) {
+    const int64_t blocks = (rows + block - 1) / block;
+    const Sorted own = sorted(list, weights, back, block, blocks);
+    parallel(workers, blocks, [&](int64_t number) {
       const int64_t first = number * block, count = std::min(block, rows - first);
       float* from = scratch<float>(kSource, sources * block);
       float* to = scratch<float>(kTarget, targets * block);

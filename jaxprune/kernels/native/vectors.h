@@ -69,6 +69,14 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
+// Asks for memory that will be read soon. It may lie behind the array: nothing is accessed.
+inline void prefetch(const float* const (&lines)[kLanes], int64_t offset) {
+  JAXPRUNE_UNROLL for (int i = 0; i < kLanes; i++) {
+    const uintptr_t place = reinterpret_cast<uintptr_t>(lines[i]) + offset * sizeof(float);
+    __builtin_prefetch(reinterpret_cast<const void*>(place));
+  }
+}
+
 // Reads `width` floats at an offset from each line, transposes them, and stores vector i of the
 // result at to + i * stride. A line that is null counts as zeros. Full squares stay in registers.
 inline void read_square(const float* const (&lines)[kLanes], int64_t offset, int64_t width,
