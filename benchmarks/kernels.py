@@ -170,7 +170,7 @@ def run_here(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Runs one process for each number of threads, since XLA decides on them when it starts."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))

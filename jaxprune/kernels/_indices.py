@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 LARGEST = 2**31 - 1  # positions are int32
 
@@ -177,7 +178,7 @@ def check_values(values: Any, indices: ProductIndices | ConvolutionIndices) -> N
 
 def _checked(mask: Any, rank: int, shape: str) -> np.ndarray:
     """Returns a mask as a NumPy array, or raises."""
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         raise ValueError(
             "`mask` must be concrete, but is traced: the number of kept weights decides shapes. "
             "Make indices outside of jitted code and pass them as arguments."

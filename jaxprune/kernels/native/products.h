@@ -20,6 +20,29 @@ namespace jaxprune {
 constexpr int64_t kSourceBytes = 32 << 10;
 // With fewer blocks of rows, sorting the transposed kernel by groups takes longer than it saves.
 constexpr int64_t kFewBlocks = 4;
+// Blocks up to this size are fetched while the one before is computed.
+constexpr int64_t kAheadBytes = 128 << 10;
+
+// Asks for memory line by line while something else is computed.
+class Ahead {
+ public:
+  Ahead(const float* from, int64_t count, int64_t parts) {
+    if (count <= 0 || count * static_cast<int64_t>(sizeof(float)) > kAheadBytes) return;
+    next_ = reinterpret_cast<uintptr_t>(from);
+    end_ = next_ + count * sizeof(float);
+    lines_ = count * sizeof(float) / 64 / std::max<int64_t>(parts, 1) + 1;
+  }
+
+  void part() {
+    for (int64_t i = 0; i < lines_ && next_ < end_; i++, next_ += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next_));
+    }
+  }
+
+ private:
+  uintptr_t next_ = 0, end_ = 0;
+  int64_t lines_ = 0;
+};
 
 // [rows, columns] -> [columns, block]. Rows that are missing are 0.
 inline void read_rows(const float* from, int64_t rows, int64_t columns, int64_t block, float* to) {
@@ -126,9 +149,15 @@ inline std::string multiply(const Workers& workers, const float* source, int64_t
       float* from = scratch<float>(kSource, sources * block);
       float* to = scratch<float>(kTarget, targets * block);
       read_rows(source + first * sources, count, sources, block, from);
+      const int64_t after = first + block * std::max<int64_t>(1, workers.threads);
+      Ahead source_ahead(source + after * sources, std::min(block, rows - after) * sources,
+                         targets * own.groups);
+      Ahead target_ahead(target + first * targets, count * targets, targets * own.groups);
       for (int64_t group = 0; group < own.groups; group++) {
         const int32_t* starts = own.starts + group * targets;
         for (int64_t i = 0; i < targets; i++) {
+          source_ahead.part();
+          target_ahead.part();
           Vec sums[V] = {};
           if (group) JAXPRUNE_UNROLL for (int v = 0; v < V; v++) sums[v] = load(to + i * block + v * kLanes);
           accumulate<V, kLanes>(from, own.entries + starts[i], own.entries + starts[i + 1], sums);
