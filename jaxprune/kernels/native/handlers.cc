@@ -1,4 +1,5 @@
 // The kernels as calls of XLA: shapes and indices are checked here, before the kernels run.
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <string>
@@ -64,8 +65,17 @@ std::string into(Floats& gradient, Ints& positions, int64_t count, const Functio
     return "";
   }
   float* dense = gradient.typed_data();
-  std::memset(dense, 0, sizeof(float) * size);
-  for (int64_t i = 0; i < count; i++) dense[positions.typed_data()[i]] = own[i];
+  // Part by part, so that zeros are still in the cache when gradients follow. A position that is out
+  // of order waits for its part, and positions behind it for their turn; all are below `size`.
+  constexpr int64_t kPart = 4096;
+  int64_t next = 0;
+  for (int64_t start = 0; start < size; start += kPart) {
+    const int64_t end = std::min(size, start + kPart);
+    std::memset(dense + start, 0, sizeof(float) * (end - start));
+    for (; next < count && places.positions[next] < end; next++) {
+      dense[places.positions[next]] = own[next];
+    }
+  }
   return "";
 }
 
