@@ -43,6 +43,8 @@ os.environ["XLA_FLAGS"] = f"{ONE_DEVICE} {_DEVICES}=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are kept in the checkout; the next run and child processes find them there.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+# The C++ library of jaxprune.kernels is kept there, too.
+os.environ.setdefault("JAXPRUNE_CACHE", str(ROOT / ".cache" / "jaxprune"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -1,6 +1,10 @@
-"""Sparse kernels for CPUs: products and convolutions that skip masked weights.
+"""Products and convolutions on CPUs that compute kept weights only, forward and backward.
 
-`wrap` replaces them in any function where they pay.
+`wrap` puts them into any function, where they pay; `Following` keeps up with masks that change, and
+`serve` answers requests. Below it, `sparse_product` and `sparse_convolution` take the dense kernel
+and the indices of its mask, and are differentiable functions of both `x` and the kernel. Their C++
+sources are part of the package and are compiled once for this machine; on other devices, and where
+there is no compiler, the same functions are masked dense operations.
 """
 
 from jaxprune.kernels._capacities import Capacities
@@ -13,7 +17,9 @@ from jaxprune.kernels._operations import (
     pack,
     product_indices,
     sparse_convolution,
+    sparse_convolution_values,
     sparse_product,
+    sparse_product_values,
     unpack,
 )
 from jaxprune.kernels._serving import Server, serve
@@ -38,7 +44,9 @@ __all__ = [
     "product_indices",
     "serve",
     "sparse_convolution",
+    "sparse_convolution_values",
     "sparse_product",
+    "sparse_product_values",
     "unpack",
     "wrap",
 ]

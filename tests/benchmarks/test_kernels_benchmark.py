@@ -1,0 +1,25 @@
+"""The benchmark of sparse kernels: ratios of a clock that is known, and its table."""
+
+import itertools
+
+import pytest
+
+from jaxprune import kernels
+from tests.support import benchmarks
+
+bench = benchmarks.load("kernels")
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 7), (2, 5, 4, 3), (2, 5, 4, 3, 6, 2)])
+def test_ratios(shape):
+    if reason := kernels.available():
+        pytest.skip(reason)
+    # Starts and ends of calls in turn: dense ones take 3 seconds, sparse ones 1, 2 and 3.
+    seconds = [3, 3, 3, 1, 2, 3] * 2
+    ends = itertools.accumulate(second for own in seconds for second in (0, own))
+    (row,) = bench.measure(shape, [0.5], 2, ends.__next__)
+    assert [row[name] for name in bench.PASSES] == [3, 1.5, 1]
+    assert row["all three"] == [1.5, 1.5, 1.5] and row["dense ms"] == 9000
+    assert bench.show(row) == (
+        f"| {'x'.join(map(str, shape))} | 50% | 9000.00 | 3.00 | 1.50 | 1.00 | 1.50 (1.50-1.50) |"
+    )
