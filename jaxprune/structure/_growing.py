@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.structure._groups import Groups
@@ -113,9 +114,10 @@ def expand_state(plan: Plan, state: Any, base: Any, params: Any, *, under: str =
     for path in fresh.keys() & held.keys() if problems else fresh:
         start, leaf = fresh[path], held[path]
         owner = owner_of(path, jnp.shape(start), dense)
-        kept = plan.kept.get(prefix + owner) if owner is not None else None
-        if kept is not None and jnp.shape(leaf) == plan.shape(prefix + owner):
-            leaves.append(_put(leaf, start, kept))
+        path_in_plan = f"{prefix}{owner}"
+        is_mirror = owner is not None and path_in_plan in plan.kept
+        if is_mirror and jnp.shape(leaf) == plan.shape(path_in_plan):
+            leaves.append(_put(leaf, start, plan.kept[path_in_plan]))
         elif jnp.shape(leaf) == jnp.shape(start):
             leaves.append(leaf)
         else:
@@ -183,5 +185,5 @@ def _put(small: Any, base: Any, kept: Sequence[np.ndarray]) -> Any:
         return jax.device_put(host, base.sharding if base.committed else None)
     sharding = named_sharding(base)
     larger = jnp.asarray(base).at[places].set(small)
-    is_concrete = not isinstance(larger, jax.core.Tracer)
+    is_concrete = not isinstance(larger, Tracer)
     return jax.device_put(larger, sharding) if sharding is not None and is_concrete else larger
