@@ -105,7 +105,10 @@ def lines_of(
         )
         for name in SEARCHES
     }
+    # Several budgets may have found the same network: it is one point, at the smallest of them.
     cut = [record for record in elastic if record["kind"] == "cut"]
+    cut.sort(key=lambda record: -record["budget"])
+    cut = list({(record["seed"], record["macs"]): record for record in cut}.values())
     share = ("budget", lambda record: record["macs"] / full)
     found["once-for-all, as cut"] = points(cut, *share, lambda record: record["accuracy_before"])
     found["once-for-all, fine-tuned"] = points(cut, *share, lambda record: record["accuracy"])

@@ -14,10 +14,12 @@ SEARCHES = [
     {"search": "greedy", "budget": 0.5, "macs": 0.5, "accuracies": {"fine_tune": 0.5}},
 ]
 ELASTIC = [
-    {"kind": "cut", "budget": 0.4, "macs": 40, "full_macs": 100, "accuracy_before": 0.8,
-     "accuracy": 0.85},
-    {"kind": "short", "budget": 0.4, "macs": 40, "full_macs": 100, "accuracy_before": None,
-     "accuracy": 0.1},
+    {"kind": "cut", "budget": 0.4, "seed": 0, "macs": 40, "full_macs": 100,
+     "accuracy_before": 0.8, "accuracy": 0.85},
+    {"kind": "cut", "budget": 0.6, "seed": 0, "macs": 40, "full_macs": 100,
+     "accuracy_before": 0.8, "accuracy": 0.85},
+    {"kind": "short", "budget": 0.4, "seed": 0, "macs": 40, "full_macs": 100,
+     "accuracy_before": None, "accuracy": 0.1},
 ]  # fmt: skip
 # Leaves what train.py would leave.
 FAKE = """
