@@ -231,8 +231,13 @@ def line(equation: Any) -> str:
 
 
 _JAX = f"{Path(jax.__file__).parent}{os.sep}"
-_OWN = str(Path(__file__).parent / "structure")  # it calls the functions that it traces
-_LIBRARIES = tuple(f"{path}{os.sep}" for path in (sysconfig.get_path("stdlib"), _OWN))
+# These call the functions that they trace.
+_OWN = ("structure", "kernels", "layouts", "post_training", "search", "elastic", "export")
+_LIBRARIES = (
+    f"{sysconfig.get_path('stdlib')}{os.sep}",
+    *(f"{Path(__file__).parent / name}{os.sep}" for name in _OWN),
+    str(Path(__file__)),
+)
 
 
 @functools.cache
