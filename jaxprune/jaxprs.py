@@ -18,13 +18,14 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.sharding import AxisType, NamedSharding
 
+from jaxprune.trees import is_array
+
 __all__ = [
     "Parts",
     "abstract",
     "bind",
     "context",
     "has_symbols",
-    "is_array",
     "line",
     "on_arrays",
     "scan_counts",
@@ -46,22 +47,6 @@ class Parts(NamedTuple):
     # As many leaves -> the tree with these in place of the arrays. With a second argument False,
     # None takes the place of everything else, so that nothing else is a leaf.
     tree: Callable[..., Any]
-
-
-def is_array(leaf: Any) -> bool:
-    """Tells whether a leaf is traced: arrays are, dtypes and numbers of Python are not.
-
-    Args:
-        leaf: a leaf of a tree.
-
-    Returns:
-        A bool.
-
-    Example:
-        >>> is_array(jnp.ones(2)), is_array(0.5), is_array(jnp.float32)
-        (True, False, False)
-    """
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def split(tree: Any) -> Parts:

@@ -639,3 +639,11 @@ def test_names_reach_nnx_at_the_start_and_at_updates():
     plain = nnx.to_pure_dict(state)
     assert trees.prunable_flags(state, "blocks") == trees.prunable_flags(plain, "blocks")
     assert sum(trees.prunable_flags(state, ["blocks/0/kernel", "norm/scale"])) == 2
+
+
+def test_a_dtype_among_the_leaves_is_no_parameter():
+    """`np.float32` is a class that has a shape and a dtype, as modules may keep it."""
+    tree = {"act": jax.nn.relu, "dtype": np.float32, "w": jnp.arange(6.0).reshape(2, 3)}
+    pruned, masks = jaxprune.prune(tree, 0.5)
+    assert int(masks["w"].sum()) == 3 and masks["dtype"] in (True, None)
+    assert pruned["dtype"] is np.float32

@@ -65,7 +65,7 @@ def evaluate(
     call, arrays, box = jaxprs.on_arrays(function, params, *args, **kwargs)
     closed = jax.make_jaxpr(call)(list(map(jaxprs.abstract, arrays)))
     leaves = trees.leaves_with_paths(params)
-    names = [path for path, leaf in leaves if jaxprs.is_array(leaf)]
+    names = [path for path, leaf in leaves if trees.is_array(leaf)]
     values = [
         Value(array, layouts.view_of(path, array.shape) if path in paths else None)
         for array, path in zip(arrays, names)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import jaxprs, trees
-from jaxprune.jaxprs import is_array
 from jaxprune.structure._blocks import Pass, find_blocks
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._joining import join
@@ -21,6 +20,7 @@ from jaxprune.structure._traces import (
     trace_function,
 )
 from jaxprune.structure._values import Split
+from jaxprune.trees import is_array
 
 _CHOICES = 8  # number of passes that may still try a different factor of a split dimension
 

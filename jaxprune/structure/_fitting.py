@@ -10,8 +10,9 @@ from jax.core import Tracer
 from jax.extend import core
 
 from jaxprune import jaxprs, trees
-from jaxprune.jaxprs import is_array, split
+from jaxprune.jaxprs import split
 from jaxprune.structure._traces import run, to_jaxpr
+from jaxprune.trees import is_array
 
 _INLINED = frozenset(
     "jit pjit closed_call core_call xla_call custom_jvp_call custom_vjp_call remat2 checkpoint "

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import trees
-from jaxprune.jaxprs import is_array
 from jaxprune.structure._groups import Groups
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._slicing import take
+from jaxprune.trees import is_array
 
 
 class CompactedState(NamedTuple):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxprune import jaxprs, trees
-from jaxprune.jaxprs import abstract, is_array, on_arrays
+from jaxprune.jaxprs import abstract, on_arrays
+from jaxprune.trees import is_array
 
 _INLINED = frozenset("jit pjit closed_call core_call xla_call".split())
 _REMAT = frozenset("remat2 checkpoint remat".split())

@@ -235,8 +235,9 @@ def raise_for(problems: list[str], summary: str) -> None:
 def is_array(leaf: Any) -> bool:
     """Returns whether a leaf has a shape and a dtype, as arrays and their abstract values do.
 
-    Modules of some frameworks have functions, strings and settings such as a dropout rate among
-    their leaves. These are not parameters, and the library does not change them.
+    Modules of some frameworks have functions, strings, dtypes (`np.float32`, a class with both
+    attributes) and settings such as a dropout rate among their leaves. These are not parameters,
+    and the library does not change them.
 
     Args:
         leaf: a leaf of a tree.
@@ -246,10 +247,10 @@ def is_array(leaf: Any) -> bool:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> [is_array(leaf) for leaf in (jnp.zeros(2), np.True_, 0.5, "same", jax.nn.relu)]
+        >>> [is_array(leaf) for leaf in (jnp.zeros(2), np.True_, 0.5, "same", np.float32)]
         [True, True, False, False, False]
     """
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def is_numeric(leaf: Any) -> bool:
