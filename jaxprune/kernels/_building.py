@@ -92,9 +92,7 @@ def _has_cpu() -> bool:
 
 def cache_folder() -> Path:
     """Makes and returns the folder of the library; nobody else may write there."""
-    given = os.environ.get("JAXPRUNE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = (Path(given) if given else Path(base) / "jaxprune").expanduser() / "kernels"
+    folder = user_cache() / "kernels"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
@@ -104,6 +102,21 @@ def cache_folder() -> Path:
             "of your own"
         )
     return folder
+
+
+def user_cache() -> Path:
+    """Returns `$JAXPRUNE_CACHE`, or `$XDG_CACHE_HOME/jaxprune`, or `~/.cache/jaxprune`.
+
+    Returns:
+        A path; the folder may not exist.
+
+    Example:
+        >>> user_cache().is_absolute()
+        True
+    """
+    given = os.environ.get("JAXPRUNE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(given) if given else Path(base) / "jaxprune").expanduser().absolute()
 
 
 def compiler() -> str:

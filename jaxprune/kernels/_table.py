@@ -17,6 +17,7 @@ import numpy as np
 from jaxprune import files
 from jaxprune.files import schemas
 from jaxprune.kernels import _operations as operations
+from jaxprune.kernels._building import user_cache
 
 __all__ = ["Case", "Entry", "Ratio", "Table", "expected_ratio", "measure_table", "saved_table"]
 
@@ -354,28 +355,13 @@ def load_table(path: str | Path) -> Table:
     return Table(content["machine"], tuple(entries))
 
 
-def cache_folder() -> Path:
-    """Returns `$JAXPRUNE_CACHE`, or `$XDG_CACHE_HOME/jaxprune`, or `~/.cache/jaxprune`.
-
-    Returns:
-        A path; the folder may not exist.
-
-    Example:
-        >>> cache_folder().is_absolute()
-        True
-    """
-    given = os.environ.get("JAXPRUNE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(given) if given else Path(base) / "jaxprune").expanduser().absolute()
-
-
 def saved_table(folder: str | Path | None = None, *, clock: Clock | None = None) -> Table:
     """Returns the table of this machine: the saved one, or one that is measured and saved.
 
     A file that is damaged, or of a different machine or other versions, is measured again.
 
     Args:
-        folder: where the file is; None: see `cache_folder`.
+        folder: where the file is; None: see `user_cache`.
         clock: see `measure_table`.
 
     Returns:
@@ -388,7 +374,7 @@ def saved_table(folder: str | Path | None = None, *, clock: Clock | None = None)
         >>> saved_table(folder) == table
         True
     """
-    path = Path(cache_folder() if folder is None else folder) / "kernels.json"
+    path = Path(user_cache() if folder is None else folder) / "kernels.json"
     try:
         return load_table(path)
     except (OSError, ValueError):

@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def table(tmp_path_factory, monkeypatch):
     """A table by which every kernel pays, as that of this machine."""
-    monkeypatch.setattr(_table, "cache_folder", lambda: tmp_path_factory.getbasetemp())
+    monkeypatch.setattr(_table, "user_cache", lambda: tmp_path_factory.getbasetemp())
     _table.saved_table(clock=always)
 
 
