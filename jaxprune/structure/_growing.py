@@ -111,8 +111,10 @@ def expand_state(plan: Plan, state: Any, base: Any, params: Any, *, under: str =
     problems = [f"{path}: only in `state`" for path in held.keys() - fresh.keys()]
     problems += [f"{path}: missing in `state`" for path in fresh.keys() - held.keys()]
     leaves = []
-    for path in fresh.keys() & held.keys() if problems else fresh:
-        start, leaf = fresh[path], held[path]
+    for path, start in fresh.items():
+        if path not in held:
+            continue
+        leaf = held[path]
         owner = owner_of(path, jnp.shape(start), dense)
         path_in_plan = f"{prefix}{owner}"
         is_mirror = owner is not None and path_in_plan in plan.kept
