@@ -32,7 +32,7 @@ QUICK := test_trees test_stats test_scores test_budgets test_schedules test_sele
 # With 64-bit numbers on: what holds for 32 bits must hold for float64 leaves and wider defaults.
 X64 := test_selection test_timetables test_patterns test_scores test_stats test_budgets \
 	transforms/test_contract transforms/test_resume transforms/test_agip testing/test_asserts \
-	elastic/test_clients search/test_problems reports/test_watching training/test_statistics
+	elastic/test_clients search/test_problems reports/test_watching training/test_statistics structure/test_growing kernels/test_x64
 
 # LiteRT.js comes from npm; pages load it from this machine.
 LITERT_JS := @litertjs/core@2.5.3
