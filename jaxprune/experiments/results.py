@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
+import numpy as np
 import optax
 
 import jaxprune
@@ -48,6 +49,7 @@ def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
         summary |= {"kernels": run.stages.sparse.to_dict()}
     if not processes.is_first():
         return summary
+    summary |= {"file_bytes": file_bytes(state.params, masks)}
     reports.plot_training({run.config.method: log.records}, workdir / "training.png")
     reports.plot_densities(table, workdir / "densities.png")
     write_page(run, state, summary)
@@ -74,19 +76,24 @@ def sizes(
         "nonzeros": total.nonzeros,
         "dense_bytes": dense_bytes,
         "sparse_bytes": sparse_bytes,
-        "file_bytes": file_bytes(state.params, masks),
         "state_bytes": state_bytes,
         "pruning_state_bytes": state_bytes - nbytes(jax.eval_shape(dense.init, state.params)),
         "steps": int(state.step),
     }
 
 
-def file_bytes(params: Any, masks: Any) -> dict[str, int]:
-    """Returns the length of a file of `storage.save`, compressed, for each way to store values."""
+def file_bytes(params: Any, masks: Any) -> dict[str, int | None]:
+    """Returns the length of a file of `storage.save`, compressed, for each way to store values.
+
+    None stands for int8 where a weight is not finite, which has no scale.
+    """
     pruned, found = jaxprune.apply_masks(params, masks), {}
+    is_finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pruned))
     for values in ("exact", "bfloat16", "int8"):
-        options: dict[str, Any] = {"values": values, "compression": "zlib"}
-        found[values] = storage.save(io.BytesIO(), pruned, masks, **options).bytes
+        found[values] = None
+        if is_finite or values != "int8":
+            options: dict[str, Any] = {"values": values, "compression": "zlib"}
+            found[values] = storage.save(io.BytesIO(), pruned, masks, **options).bytes
     return found
 
 

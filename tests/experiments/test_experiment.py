@@ -14,7 +14,7 @@ import pytest
 
 import jaxprune
 from jaxprune import data, models, patterns, structure, training
-from jaxprune.experiments import experiment, network, optimizer, pruning, sources
+from jaxprune.experiments import experiment, network, optimizer, pruning, results, sources
 from jaxprune.experiments.config import CONFIGS, Config
 
 
@@ -100,6 +100,12 @@ def test_single_weights_go_after_channels():
     assert kept[1] == 56 and kept[2:5] == [56 - 12] * 3, "the inputs of four channels are 0"
     assert kept[-1] == 28, "half of 56, the zeros of channels first"
     assert sum(int(mask.sum()) for mask in jaxprune.get_masks(state).values()) == 28
+
+
+def test_a_run_that_ends_with_weights_that_are_not_finite_has_a_summary():
+    params, masks = {"w": jnp.array([[1.0, jnp.inf], [0.0, 2.0]])}, {"w": jnp.ones((2, 2), bool)}
+    found = results.file_bytes(params, masks)
+    assert found["int8"] is None and found["exact"] > 0 and found["bfloat16"] > 0
 
 
 @pytest.mark.parametrize(

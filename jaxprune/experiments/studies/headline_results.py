@@ -129,7 +129,10 @@ def measured(
     """Returns the figures by which a run is compared, also relative to the dense run."""
     limit = CLOSE * dense["test_accuracy"]
     close = [r["seconds"] for r in records if r.get("test_accuracy", 0.0) >= limit]
-    files = {name: summary["file_bytes"][name] / dense["dense_bytes"] for name in FILES}
+    sizes = summary["file_bytes"]
+    files = {
+        name: None if sizes[name] is None else sizes[name] / dense["dense_bytes"] for name in FILES
+    }
     return (
         {name: summary[key] for name, key in FIGURES.items()}
         | {"close": close[0] if close else None, "files": files}
@@ -217,7 +220,8 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def files_of(row: Mapping[str, Any]) -> dict[str, str]:
     """Returns what the saved network of an arm takes on disk."""
-    sizes = {f"file, {name}": f"{row[f'file {name}']:.3f}" for name in FILES}
+    shares = {name: row[f"file {name}"] for name in FILES}
+    sizes = {f"file, {name}": "-" if x is None else f"{x:.3f}" for name, x in shares.items()}
     return {"arm": row["arm"], "non-zero": f"{row['nonzeros']:.3f}"} | sizes
 
 
