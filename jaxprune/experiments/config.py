@@ -41,7 +41,7 @@ def _ranges() -> dict[str, Range]:
         at_least_0: (
             "steps", "pad", "warmup_steps", "weight_decay", "chunk", "seed", "switches",
             "switch_steps", "multiple", "rewarm_steps", "validation", "process", "workers",
-            "threads", "clip", "enlarge",
+            "threads", "clip", "enlarge", "train_images",
         ),
         at_least_1: (
             "batch_size", "eval_batch_size", "image_size", "prune_every", "eval_every",
@@ -92,6 +92,7 @@ class Config:
     small_images: float = 1.0  # size of the images at first, relative to the data set's; 1 = off
     small_until: float = 0.3  # fraction of all steps after which images have their full size
     validation: int = 0  # hold out the last N training images and evaluate on them instead
+    train_images: int = 0  # small data sets: train on the first N images; 0 = on all
 
     learning_rate: float = 0.1  # highest learning rate, reached after the warm-up
     schedule: Literal["cosine", "steps"] = "cosine"  # cosine to 0, or times 0.1 at 1/2 and 3/4
@@ -170,6 +171,8 @@ class Config:
             bad.append(f"`padding` {self.padding} needs a mobilenet; got `model` {self.model!r}")
         if self.enlarge and self.dataset in ("imagenet2012", "text", "synthetic"):
             bad.append(f"`enlarge` is for digits and fashion_mnist; got `dataset` {self.dataset}")
+        if self.train_images and self.dataset in ("imagenet2012", "text"):
+            bad.append(f"`train_images` is for small data sets; got `dataset` {self.dataset}")
         if self.prunable == "pointwise" and self.granularity == "channels":
             bad.append("`prunable` pointwise needs `granularity` weights")
         if self.compact and (self.granularity != "channels" or self.method == "none"):

@@ -24,7 +24,7 @@ class Steps(NamedTuple):
     tx: optax.GradientTransformation
     run: Callable[..., tuple]  # see training.make_chunk_step
     like: training.TrainState  # shapes of the state, and where its arrays lie
-    evaluate: Callable[[training.TrainState], dict[str, float]]  # on the test images
+    evaluate: Callable[..., dict[str, float]]  # (state[, images]), on the test images by default
     # The network with sparse kernels, whose indices are the argument `indices` of `run`; or None.
     wrapped: kernels.Wrapped | None = None
 
@@ -115,10 +115,11 @@ class Experiment:
 
         test = training.make_evaluate(apply, prepare, self.mesh)
 
-        def evaluate_averages(state: training.TrainState) -> dict[str, float]:
+        def evaluate_averages(state: training.TrainState, images: Any = None) -> dict[str, float]:
             averages = training.with_averages(state.params, state.opt_state)
             own = state._replace(params=averages)
-            found = test(own, self.source.test, self.config.eval_batch_size)
+            images = self.source.test if images is None else images
+            found = test(own, images, self.config.eval_batch_size)
             if self.config.dataset == "text":
                 found["bits_per_byte"] = found["test_loss"] / math.log(2)
             return found

@@ -35,7 +35,7 @@ def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
         The contents of summary.json.
     """
     workdir, log = run.workdir, run.metrics
-    measured = {"sparsity": run.sparsity(state)} | run.total | run.peaks
+    measured = {"sparsity": run.sparsity(state)} | run.total | run.peaks | on_unseen(run, state)
     dense = make_optimizer(run.config, optax.constant_schedule(0), None)
     state, masks = jax.tree.map(processes.on_host, (state, run.masks(state)))
     table = jaxprune.summarize(state.params, masks)
@@ -58,6 +58,14 @@ def write(run: "Run", state: training.TrainState) -> dict[str, Any]:
     checkpoints.write_json(workdir / "summary.json", summary)
     print(f"{text}\n\nwritten to {workdir}")
     return summary
+
+
+def on_unseen(run: "Run", state: training.TrainState) -> dict[str, float]:
+    """Returns the accuracy on the test images of a run that was evaluated on held-out ones."""
+    unseen = run.experiment.source.unseen
+    if unseen is None:
+        return {}
+    return {"unseen_accuracy": run.stages.steps.evaluate(state, unseen)["test_accuracy"]}
 
 
 def sizes(

@@ -36,6 +36,7 @@ class Source(NamedTuple):
     fingerprint: Callable[[], int]  # of the data; the same on all processes
     example: Any  # a few prepared examples on all devices, or their shapes
     label: tuple[int, ...] = ()  # shape of the labels of an example: one, or one for each byte
+    unseen: Any = None  # test images on the devices, where `test` holds training images
 
     @property
     def dtypes(self) -> tuple[Any, Any]:
@@ -66,9 +67,12 @@ def image_sizes(config: Config, full: Size, steps: int) -> Mapping[int, Size]:
 
 def resident(config: Config, mesh: Mesh) -> Source:
     """Puts a small data set on every device."""
-    dataset = held_out(load_data(config), config.validation)
+    whole = load_data(config)
+    dataset = held_out(whole, config.validation, config.train_images)
     few = dataset.train.images[:8]
-    train, test, few = sharding.replicate((dataset.train, dataset.test, few), mesh)
+    unseen = whole.test if config.validation else None
+    parts = dataset.train, dataset.test, few, unseen
+    train, test, few, unseen = sharding.replicate(parts, mesh)
     side = config.enlarge
 
     def prepare(images: jax.Array) -> jax.Array:
@@ -102,6 +106,7 @@ def resident(config: Config, mesh: Mesh) -> Source:
         prepare=prepare,
         fingerprint=fingerprint,
         example=prepare(few),
+        unseen=unseen,
     )
 
 
@@ -230,15 +235,20 @@ def load_data(config: Config) -> data.Dataset:
     return data.load("synthetic", image_shape=shape, num_classes=1000, **options)
 
 
-def held_out(dataset: data.Dataset, count: int) -> data.Dataset:
-    """Holds out the last training images and evaluates on them instead of the test images."""
+def held_out(dataset: data.Dataset, count: int, first: int = 0) -> data.Dataset:
+    """Holds out the last `count` training images, and evaluates on them instead of the test images.
+
+    Of those that are left, the `first` ones are trained on; 0 stands for all.
+    """
     size = len(dataset.train.labels)
-    if not count:
-        return dataset
     if count >= size:
         raise ValueError(f"`validation` must be less than the {size} training images; got {count}")
+    if first > size - count:
+        raise ValueError(
+            f"`train_images` must be at most the {size - count} training images; got {first}"
+        )
     train, test = (
         data.Split(dataset.train.images[part], dataset.train.labels[part])
-        for part in (slice(size - count), slice(size - count, size))
+        for part in (slice(first or size - count), slice(size - count, size))
     )
-    return dataset._replace(train=train, test=test)
+    return dataset._replace(train=train, test=test if count else dataset.test)

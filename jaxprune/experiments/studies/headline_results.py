@@ -31,7 +31,8 @@ def summaries(workdir: Path, seed: int) -> dict[str, Any]:
             if (lost := summary.get("records", 0) - len(records)) > 0:
                 problems.append(f"{folder}: {lost} records")
                 continue
-            found[name] = summary | {"startup": startup(records, clock_of(summary))}
+            own = summary.get("unseen_accuracy", summary["test_accuracy"])
+            found[name] = summary | {"startup": startup(records, clock_of(summary)), "final": own}
     if problems:
         text = "\n  ".join(problems)
         raise ValueError(
@@ -48,16 +49,17 @@ def startup(records: Sequence[Mapping[str, Any]], clock: str) -> float:
     return first[clock] - each * first["step"]
 
 
-NOTE = f"""Accuracy: on the test images; ±: sample standard deviation over seeds. Relative figures
-are relative to `dense` of the same seed. Seconds: of training, with all compilation and every
-switch, without evaluations and checkpoints. CPU time: the same of the process alone; on CPU the
-plots, the goals and the runs "time of ..." use it. Training MACs: of the forward passes of all
-steps, which no machine changes. MACs: of one image. Non-zero: parameters that are left, where masks
-do not remove them. Step bytes: the most that XLA plans for any training step of a run, without the
-data set. Process bytes: the most that the process held, with Python, the data set and the compiler.
-Files are relative to the dense parameters in float32: masks as bits and zlib, with the values as
-they are, as bfloat16, and as int8. Close: seconds until the test accuracy first reached {CLOSE} of
-that of `dense` at its end."""
+NOTE = f"""Accuracy: on the test images, also where held-out training images are evaluated on while
+networks train; those are the accuracies of the curves and of `held out`. ±: sample standard
+deviation over seeds. Relative figures are relative to `dense` of the same seed. Seconds: of
+training, with all compilation and every switch, without evaluations and checkpoints. CPU time: the
+same of the process alone; on CPU the plots, the goals and the runs "time of ..." use it. Training
+MACs: of the forward passes of all steps, which no machine changes. MACs: of one image. Non-zero:
+parameters that are left, where masks do not remove them. Step bytes: the most that XLA plans for
+any training step of a run, without the data set. Process bytes: the most that the process held,
+with Python, the data set and the compiler. Files are relative to the dense parameters in float32:
+masks as bits and zlib, with the values as they are, as bfloat16, and as int8. Close: seconds until
+the test accuracy first reached {CLOSE} of that of `dense` at its end."""
 
 
 def write_results(workdir: Path) -> list[dict[str, Any]]:
@@ -107,7 +109,7 @@ def finished_runs(workdir: Path) -> list[dict[str, Any]]:
 
 # Name of a figure in the results -> its name in summary.json.
 FIGURES = {
-    "accuracy": "test_accuracy",
+    "accuracy": "final",
     "parameters": "parameters",
     "nonzeros": "nonzeros",
     "macs": "macs",
@@ -117,7 +119,7 @@ FIGURES = {
     "process_bytes": "process_peak_bytes",
 }
 NEEDS = (
-    *FIGURES.values(), "device", "versions", "steps", "switches", "widths", "file_bytes",
+    *(name for name in FIGURES.values() if name != "final"), "test_accuracy", "device", "versions", "steps", "switches", "widths", "file_bytes",
     "dense_bytes",
 )  # fmt: skip
 FILES = ("exact", "bfloat16", "int8")
@@ -136,6 +138,7 @@ def measured(
     return (
         {name: summary[key] for name, key in FIGURES.items()}
         | {"close": close[0] if close else None, "files": files}
+        | {"held": summary["test_accuracy"] if "unseen_accuracy" in summary else None}
         | {"relative": {name: summary[key] / dense[key] for name, key in FIGURES.items()}}
         | {name: summary[name] for name in ("device", "versions", "steps", "switches")}
     )
@@ -178,6 +181,7 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns a row for each arm; `NAME` is relative to the dense run, `NAME itself` is not."""
     columns: dict[str, tables.Column] = {
         "close": lambda run: run["close"],
+        "held": lambda run: run["held"],
         "work": lambda run: run["work"],
         "steps": lambda run: run["steps"],
     }
@@ -205,6 +209,7 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
         "steps": f"{row['steps']:,.0f}",
         "accuracy": spread("accuracy itself", ".2%"),
         "relative": spread("accuracy", ".2%"),
+        "held out": None if row["held"] is None else spread("held", ".2%"),
         "parameters": f"{row['parameters']:.3f}",
         "non-zero": f"{row['nonzeros']:.3f}",
         "MACs": f"{row['macs']:.3f}",
