@@ -8,11 +8,13 @@ wall clock. Every result is compared with that of the dense function first.
 
     python benchmarks/kernels.py [--threads 1 2] [--rounds 15] [--only 64x14x14x64] [--json FILE]
 
-Shapes are ROWSxINPUTSxOUTPUTS of products and BATCHxROWSxCOLUMNSxINPUTS[xOUTPUTS[xSTRIDE]] of 3x3
-convolutions. Kernels are dense arguments, as in a training step, and masks are random.
+Shapes are ROWSxINPUTSxOUTPUTS of products, BATCHxROWSxCOLUMNSxINPUTS[xOUTPUTS[xSTRIDE]] of 3x3
+convolutions, and BATCHxROWSxCOLUMNSxCHANNELSxWINDOWxSTRIDE-depthwise, which are dense. Kernels are
+dense arguments, as in a training step, and masks are random.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -33,19 +35,36 @@ CONVOLUTIONS = (
     "64x28x28x16x32x2",
     "64x14x14x32x64x2",
 )
+DEPTHWISE = (
+    "64x14x14x128x3x1-depthwise",
+    "64x28x28x64x3x2-depthwise",
+    "32x14x14x144x7x1-depthwise",
+    "32x7x7x240x5x1-depthwise",
+)
 SPARSITIES = (0.72, 0.8, 0.9, 0.95)
 PASSES = ("forward", "input gradient", "kernel gradient")
 
 
-def functions(shape: tuple[int, ...], sparsity: float, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Returns dense and sparse layers as functions (x, kernel), and their arguments."""
-    import jax
+def functions(name: str, sparsity: float, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Returns dense and sparse layers of a shape as functions (x, kernel), and their arguments."""
     import jax.numpy as jnp
     import numpy as np
 
     from jaxprune import kernels
 
     draw = np.random.default_rng(seed)
+    sizes, _, is_depthwise = name.partition("-")
+    shape = tuple(map(int, sizes.split("x")))
+    if is_depthwise:
+        *images, window, stride = shape
+        x, kernel = draw.normal(size=images), draw.normal(size=(window, window, 1, images[-1]))
+        return (
+            functools.partial(convolve, stride=stride, padding=window // 2, groups=images[-1]),
+            functools.partial(
+                kernels.depthwise_convolution, strides=stride, padding=((window // 2,) * 2,) * 2
+            ),
+            (jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)),
+        )
     if len(shape) == 3:
         rows, inputs, outputs = shape
         x, kernel = draw.normal(size=(rows, inputs)), draw.normal(size=(inputs, outputs))
@@ -58,18 +77,27 @@ def functions(shape: tuple[int, ...], sparsity: float, seed: int = 0) -> tuple[A
     mask = draw.random(kernel.shape) >= sparsity
     indices = kernels.convolution_indices(mask)
     args = jnp.asarray(x, jnp.float32), jnp.asarray(kernel * mask, jnp.float32)
-    padding = ((1, 1), (1, 1))
-
-    def dense(x: Any, w: Any) -> Any:
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, w, (stride, stride), padding, dimension_numbers=dimensions
-        )
+    dense = functools.partial(convolve, stride=stride, padding=1)
 
     def sparse(x: Any, w: Any) -> Any:
+        padding = ((1, 1), (1, 1))
         return kernels.sparse_convolution(x, w, indices, strides=stride, padding=padding)
 
     return dense, sparse, args
+
+
+def convolve(x: Any, w: Any, stride: int, padding: int, groups: int = 1) -> Any:
+    """Computes a convolution with XLA."""
+    import jax
+
+    return jax.lax.conv_general_dilated(
+        x,
+        w,
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def passes(layer: Any, args: Any, cotangent: Any) -> dict[str, Any]:
@@ -91,7 +119,7 @@ def passes(layer: Any, args: Any, cotangent: Any) -> dict[str, Any]:
     return found
 
 
-def measure(shape: tuple[int, ...], sparsities: Any, rounds: int, clock: Any) -> list[Any]:
+def measure(shape: str, sparsities: Any, rounds: int, clock: Any) -> list[Any]:
     """Times the passes of one shape; one row for each sparsity."""
     import jax.numpy as jnp
     import numpy as np
@@ -125,7 +153,7 @@ def measure(shape: tuple[int, ...], sparsities: Any, rounds: int, clock: Any) ->
         low, middle, high = np.quantile(sums[0] / sums[1], [0.25, 0.5, 0.75])
         rows.append(
             {
-                "shape": "x".join(map(str, shape)),
+                "shape": shape,
                 "sparsity": sparsity,
                 "dense ms": 1e3 * float(np.median(sums[0])),
                 **{name: float(np.median(own)) for name, own in ratios.items()},
@@ -160,9 +188,9 @@ def run_here(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     print("|---|---|---|---|---|---|---|", flush=True)
     clock = time.process_time if threads == 1 else time.perf_counter
     rows = []
-    for shape in options.only or PRODUCTS + CONVOLUTIONS:
-        sizes = tuple(map(int, shape.split("x")))
-        for row in measure(sizes, options.sparsities, options.rounds, clock):
+    for shape in options.only or PRODUCTS + CONVOLUTIONS + DEPTHWISE:
+        sparsities = (0.0,) if shape in DEPTHWISE else options.sparsities
+        for row in measure(shape, sparsities, options.rounds, clock):
             rows.append({"threads": threads, **row})
             print(show(row), flush=True)
     return rows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune import data, sharding, training
+from jaxprune import data, kernels, sharding, training
 from jaxprune.elastic._gates import Space
 
 PyTree = Any
@@ -110,8 +110,8 @@ def make_programs(
         ),
         optax.trace(recipe.momentum, nesterov=True),
     )
-    train = space.masked(space.train)
-    evaluate = space.masked(space.evaluate)
+    train = kernels.replace_depthwise(space.masked(space.train), mesh)
+    evaluate = kernels.replace_depthwise(space.masked(space.evaluate), mesh)
 
     def make_state(params: PyTree, state: PyTree) -> State:
         params, state = jax.tree.map(jnp.copy, (params, state))

@@ -101,7 +101,8 @@ class Experiment:
 
     def at(self, stage: structure.Stage) -> Steps:
         """Returns how the network of a stage is trained and tested; compiles nothing."""
-        evaluate, train = stage.wrap(self.functions.evaluate), stage.wrap(self.functions.train)
+        evaluate = kernels.replace_depthwise(stage.wrap(self.functions.evaluate), self.mesh)
+        train = stage.wrap(self.functions.train)
         variables, tx = self.functions.variables, self._tx
         if stage.cut is not None:
             variables = jax.eval_shape(stage.network.plan.compact, variables)
@@ -129,6 +130,8 @@ class Experiment:
             shape = self.config.batch_size // parts, *self.example.shape[1:]
             inputs = jax.ShapeDtypeStruct(shape, self.example.dtype)
             train = wrapped = wrap_network(train, variables, tx, inputs)
+        else:
+            train = kernels.replace_depthwise(train, self.mesh)
         step = make_step(self.config, self.source, train, tx, stage.phase, parts)
         like = shapes_of_state(variables, tx, self.mesh)
         places = jax.tree.map(lambda x: x.sharding, like)

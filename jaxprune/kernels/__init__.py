@@ -14,6 +14,7 @@ from jaxprune.kernels._operations import (
     ProductIndices,
     available,
     convolution_indices,
+    depthwise_convolution,
     pack,
     product_indices,
     sparse_convolution,
@@ -22,6 +23,7 @@ from jaxprune.kernels._operations import (
     sparse_product_values,
     unpack,
 )
+from jaxprune.kernels._rewriting import replace_depthwise
 from jaxprune.kernels._serving import Server, serve
 from jaxprune.kernels._table import Case, Ratio, Table, expected_ratio, measure_table
 from jaxprune.kernels._wrapping import Wrapped, wrap
@@ -38,10 +40,12 @@ __all__ = [
     "Wrapped",
     "available",
     "convolution_indices",
+    "depthwise_convolution",
     "expected_ratio",
     "measure_table",
     "pack",
     "product_indices",
+    "replace_depthwise",
     "serve",
     "sparse_convolution",
     "sparse_convolution_values",

@@ -23,7 +23,7 @@ SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 NAMES = tuple(
     f"jaxprune_{kind}_{direction}"
-    for kind in ("product", "convolution")
+    for kind in ("product", "convolution", "depthwise")
     for direction in ("forward", "backward", "sample")
 )
 _LOADING = threading.Lock()

@@ -108,8 +108,8 @@ def _convolution(
             f"{inputs} input channels, but has {x.shape}; grouped convolutions are not supported"
         )
     image = x.shape[1:3]
-    own_strides = _pair_of_strides(strides)
-    own_padding = _explicit(padding, image, (height, width), own_strides)
+    own_strides = pair_of_strides(strides)
+    own_padding = explicit(padding, image, (height, width), own_strides)
     apply = _operation(image, (height, width), own_strides, own_padding)
     if not _bilinear.is_supported(x, weights):
         return _convolve(x, dense_kernel(weights, indices), own_strides, own_padding)
@@ -119,7 +119,7 @@ def _convolution(
     return y.astype(jnp.result_type(x, weights))
 
 
-def _pair_of_strides(strides: Any) -> Pair:
+def pair_of_strides(strides: Any) -> Pair:
     """Returns the strides of rows and columns, or raises."""
     found = (strides, strides) if isinstance(strides, int) else tuple(map(int, strides))
     if len(found) != 2 or not set(found) <= {1, 2}:
@@ -130,7 +130,7 @@ def _pair_of_strides(strides: Any) -> Pair:
     return found
 
 
-def _explicit(padding: Any, image: Pair, window: Pair, strides: Pair) -> Padding:
+def explicit(padding: Any, image: Pair, window: Pair, strides: Pair) -> Padding:
     """Returns the padding as numbers, or raises."""
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID"):

@@ -25,8 +25,8 @@ class Following:
     """The indices for each step of a training whose masks change while it runs.
 
     A transformation compares gradients of removed weights at a mask update, and through a sparse
-    kernel these are 0. So the step of a mask update computes the function itself (`indices={}`),
-    and all other steps the wrapped one. That is two programs, and one more for each new choice of
+    kernel these are 0. So the step of a mask update computes all products densely
+    (`indices={}`), and all other steps the kept weights. That is two programs, and one more for each new choice of
     layers, see `Wrapped.update`. A mask update that was refused, because a gradient was not finite,
     is due again at the next step, which is then dense as well.
 

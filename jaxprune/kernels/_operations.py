@@ -2,6 +2,7 @@
 
 from jaxprune.kernels._building import available
 from jaxprune.kernels._convolutions import sparse_convolution, sparse_convolution_values
+from jaxprune.kernels._depthwise import depthwise_convolution
 from jaxprune.kernels._indices import (
     ConvolutionIndices,
     ProductIndices,
@@ -17,6 +18,7 @@ __all__ = [
     "ProductIndices",
     "available",
     "convolution_indices",
+    "depthwise_convolution",
     "pack",
     "product_indices",
     "sparse_convolution",

@@ -4,9 +4,11 @@ The function is traced to a jaxpr, which the walk of `layouts` evaluates. It fol
 leaf through what keeps its zeros in place: casts, transpositions, reshapes, products with masks and
 scales, `jit`, scans, branches and rematerialisation. Where a leaf meets a product or a convolution,
 `replace` may compute it; everything else is bound as it was traced, so that derivative rules,
-sharding constraints and names of scopes remain.
+sharding constraints and names of scopes remain. Depthwise convolutions are computed by a kernel of
+their own, masked or not.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -16,17 +18,27 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune import jaxprs, layouts, trees
-from jaxprune.kernels._sites import PRODUCTS, Site, site_of
+from jaxprune.kernels import _operations as operations
+from jaxprune.kernels._sites import PRODUCTS, Site, compute_depthwise, is_depthwise, site_of
 from jaxprune.layouts import Value
 
-__all__ = ["Note", "Replace", "evaluate"]
+__all__ = ["Depthwise", "Note", "Replace", "evaluate", "replace_depthwise"]
 
 # (equation, operands, site) -> the result; None leaves the equation as it is
 Replace = Callable[[Any, list[jax.Array], Site], jax.Array | None]
 # (path, reason): why a use of a leaf is left as it is
 Note = Callable[[str, str], None]
+# (equation, operands) -> the result of a depthwise convolution
+Depthwise = Callable[[Any, list[jax.Array]], jax.Array]
 _ENTERED = {"jit", "closed_call", "call", "scan"}  # by the walk itself
+_CALLS = {"jit", "closed_call"}  # entered for depthwise convolutions, too
 _REMAT = {"remat2", "checkpoint", "remat"}
+# What `export.jax` and its like say to a function that has this as its attribute `no_export`.
+NO_EXPORT = (
+    "its kernels are custom calls, built for the machine they run on, and do not travel in a file; "
+    "export the function itself, with `masks=` if it is pruned, or serve it in this process with "
+    "`kernels.serve`"
+)
 # Norms and penalties of a leaf say nothing of its product.
 _UNNOTED = {"reduce_sum", "reduce_max", "integer_pow", "square", "abs", "sign"}
 
@@ -38,6 +50,7 @@ def evaluate(
     note: Note,
     params: Any,
     *args: Any,
+    depthwise: Depthwise = compute_depthwise,
     **kwargs: Any,
 ) -> Any:
     """Calls a function with some of its products replaced.
@@ -49,6 +62,7 @@ def evaluate(
         note: called for each other use of a masked leaf, and each product without a sparse kernel.
         params: tree of arrays.
         *args: the other arguments.
+        depthwise: called for each depthwise convolution that has a kernel.
         **kwargs: the keyword arguments.
 
     Returns:
@@ -71,7 +85,7 @@ def evaluate(
         for array, path in zip(arrays, names)
     ]
     values += map(Value, arrays[len(names) :])  # the other arguments
-    found = layouts.Found(None, None, {}, {}, [], {}, {}, _rule_of(replace, note))
+    found = layouts.Found(None, None, {}, {}, [], {}, {}, _rule_of(replace, note, depthwise))
     outputs = layouts.walk(closed.jaxpr, closed.consts, values, found)
     for path, reason in found.problems:  # of scans
         note(path, reason)
@@ -83,13 +97,85 @@ def evaluate(
     )
 
 
-def _rule_of(replace: Replace, note: Note) -> Callable[..., list[Value] | None]:
+def replace_depthwise(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., Any]:
+    """Makes a function compute its depthwise convolutions by `depthwise_convolution`.
+
+    XLA computes these on CPUs one channel after the other, many times slower. The function is
+    traced whenever it is called, so compile what calls it. Convolutions over two dimensions with
+    strides 1 and 2 are replaced, inside of `jit`, `jax.checkpoint` and branches; all else is left
+    as it is, and so is everything where kernels are not available. `wrap` does this as well.
+
+    Args:
+        function: `function(*args, **kwargs)`, such as a model or a loss.
+        mesh: the devices that it will run on. XLA cannot divide a kernel among several devices, so
+            with more than one, and on other devices than CPUs, the function itself is returned.
+
+    Returns:
+        A function with the same arguments and, to rounding, the same outputs and gradients. It
+        cannot be exported, and has no forward-mode derivatives where something was replaced.
+
+    Raises:
+        TypeError: if `function` cannot be called.
+
+    References:
+        Howard et al. MobileNets. arXiv:1704.04861.
+
+    Example:
+        >>> from flax import nnx
+        >>> from jaxprune import models
+        >>> widths = models.default_widths("mobilenet_v1", 0.25)
+        >>> model = models.mobilenet_v1(widths=widths, rngs=nnx.Rngs(0))
+        >>> model.eval()
+        >>> graph, state = nnx.split(model)
+        >>> def apply(state, images):
+        ...     return nnx.merge(graph, state)(images)
+        >>> fast, images = jax.jit(replace_depthwise(apply)), jnp.ones((1, 32, 32, 3))
+        >>> bool(jnp.allclose(fast(state, images), apply(state, images), atol=1e-4))
+        True
+    """
+    if not callable(function):
+        raise TypeError(f"`function` must be a function, but is {function!r:.80}")
+    if mesh is not None and (mesh.size > 1 or mesh.devices.flat[0].platform != "cpu"):
+        return function
+
+    @functools.wraps(function)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        if operations.available() is not None:
+            return function(*args, **kwargs)
+        call, arrays, _ = jaxprs.on_arrays(function, *args, **kwargs)
+        closed = jax.make_jaxpr(call)(list(map(jaxprs.abstract, arrays)))
+        if not _any_depthwise(closed.jaxpr):
+            return function(*args, **kwargs)
+        return evaluate(lambda _, *own, **more: function(*own, **more), (), _never, _never, (),
+                        *args, **kwargs)  # fmt: skip
+
+    replaced.no_export = NO_EXPORT  # pyright: ignore[reportFunctionMemberAccess]
+    return replaced
+
+
+def _never(*_: Any) -> None:
+    """Replaces and notes nothing."""
+
+
+def _rule_of(
+    replace: Replace, note: Note, depthwise: Depthwise
+) -> Callable[..., list[Value] | None]:
     """Makes the rule that the walk asks before each equation."""
 
     def rule(equation: Any, operands: list[Value], found: layouts.Found) -> list[Value] | None:
         name, views = equation.primitive.name, [operand.view for operand in operands]
+        if is_depthwise(equation):
+            for view in filter(None, views):
+                note(view.path, "a depthwise convolution, which has a dense kernel of its own")
+            return [Value(depthwise(equation, [operand.array for operand in operands]))]
         if not any(views):
-            return _zeros(equation, operands)
+            if not _has_depthwise(equation):
+                return _zeros(equation, operands)
+            if name in _CALLS:
+                closed = equation.params["jaxpr"]
+                return layouts.walk(closed.jaxpr, closed.consts, operands, found)
         if name in _ENTERED:
             return None
         if name in _REMAT:
@@ -121,6 +207,19 @@ def _rule_of(replace: Replace, note: Note) -> Callable[..., list[Value] | None]:
         return replace(equation, arrays, site)
 
     return rule
+
+
+def _has_depthwise(equation: Any) -> bool:
+    """Tells whether an equation that is entered holds a depthwise convolution with a kernel."""
+    if equation.primitive.name not in _CALLS | _REMAT | {"cond"}:
+        return False
+    inner = equation.params.get("branches") or [equation.params["jaxpr"]]
+    return any(_any_depthwise(getattr(own, "jaxpr", own)) for own in inner)
+
+
+def _any_depthwise(jaxpr: Any) -> bool:
+    """Tells whether equations of a jaxpr are, or hold, depthwise convolutions with a kernel."""
+    return any(is_depthwise(own) or _has_depthwise(own) for own in jaxpr.eqns)
 
 
 def _zeros(equation: Any, operands: list[Value]) -> list[Value] | None:

@@ -15,7 +15,7 @@ from jaxprune.jaxprs import has_symbols
 from jaxprune.kernels import _operations as operations
 from jaxprune.layouts import Atom, View
 
-__all__ = ["Key", "Site", "arranged", "compute", "site_of"]
+__all__ = ["Key", "Site", "arranged", "compute", "compute_depthwise", "is_depthwise", "site_of"]
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 _DTYPES = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
@@ -105,8 +105,7 @@ def _convolution(equation: Any, view: View, side: int) -> Site | str:
     if side == 0:
         return "the image of a convolution, not its kernel"
     if groups > 1:
-        channels = equation.invars[1].aval.shape[kernel[1]]
-        return "a depthwise convolution" if channels == 1 else f"a convolution of {groups} groups"
+        return f"a convolution of {groups} groups"
     if parameters["batch_group_count"] > 1:
         return "a convolution with `batch_group_count`"
     if set(parameters["rhs_dilation"]) != {1}:
@@ -128,6 +127,82 @@ def _convolution(equation: Any, view: View, side: int) -> Site | str:
         return f"a convolution with a window of {window[0]} x {window[1]}"
     dims = [*(view.dims[axis] for axis in kernel[2:]), *features]
     return Site(_key(view.path, "convolution", dims), rows, side, strides)
+
+
+def is_depthwise(equation: Any) -> bool:
+    """Tells whether an equation is a depthwise convolution that `compute_depthwise` computes.
+
+    Args:
+        equation: any equation.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> def convolve(x, kernel):
+        ...     return jax.lax.conv_general_dilated(
+        ...         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ...         feature_group_count=x.shape[-1])
+        >>> x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2))
+        >>> is_depthwise(jax.make_jaxpr(convolve)(x, kernel).eqns[0])
+        True
+    """
+    if equation.primitive.name != "conv_general_dilated":
+        return False
+    parameters, avals = equation.params, [v.aval for v in (*equation.invars, *equation.outvars)]
+    kernel = parameters["dimension_numbers"][1]
+    groups, shape = parameters["feature_group_count"], avals[1].shape
+    return (
+        len(shape) == 4
+        and not any(has_symbols(aval.shape) for aval in avals)
+        and math.prod(avals[2].shape) > 0
+        and {aval.dtype for aval in avals} <= _DTYPES
+        and groups > 1
+        and shape[kernel[1]] == 1
+        and shape[kernel[0]] == groups
+        and parameters["batch_group_count"] == 1
+        and {*parameters["rhs_dilation"], *parameters["lhs_dilation"]} == {1}
+        and set(parameters["window_strides"]) <= {1, 2}
+        and min(min(pair) for pair in parameters["padding"]) >= 0
+    )
+
+
+def compute_depthwise(equation: Any, operands: list[jax.Array]) -> jax.Array:
+    """Computes a depthwise convolution with a kernel of its own.
+
+    Args:
+        equation: an equation for which `is_depthwise` holds.
+        operands: images and windows.
+
+    Returns:
+        The result of the equation, in its dtype.
+
+    Example:
+        >>> def convolve(x, kernel):
+        ...     return jax.lax.conv_general_dilated(
+        ...         x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ...         feature_group_count=x.shape[-1])
+        >>> operands = [jnp.ones((1, 3, 3, 2)), jnp.ones((3, 3, 1, 2))]
+        >>> (equation,) = jax.make_jaxpr(convolve)(*operands).eqns
+        >>> compute_depthwise(equation, operands).ravel().tolist()
+        [9.0, 9.0]
+    """
+    parameters, result = equation.params, equation.outvars[0].aval
+    image, (n, c, *window), out = parameters["dimension_numbers"]
+    x, kernel = (operand.astype(result.dtype) for operand in operands)
+    y = operations.depthwise_convolution(
+        x.transpose(image[0], *image[2:], image[1]),
+        kernel.transpose(*window, c, n),
+        strides=parameters["window_strides"],
+        padding=parameters["padding"],
+    )
+    return y.transpose(_order(out))
+
+
+def _order(out: Any) -> list[int]:
+    """Returns where the axes of an output are in [batch, rows, columns, channels]."""
+    order = {out[0]: 0, out[1]: 3, out[2]: 1, out[3]: 2}
+    return [order[axis] for axis in range(4)]
 
 
 def _axes(rank: int, contracting: Any) -> tuple[list[int], list[int]]:
@@ -228,5 +303,4 @@ def _run_convolution(
             strides=site.strides,
             padding=parameters["padding"],
         )
-    order = {out[0]: 0, out[1]: 3, out[2]: 1, out[3]: 2}
-    return y.transpose([order[axis] for axis in range(4)])
+    return y.transpose(_order(out))

@@ -15,8 +15,8 @@ from jaxprune.jaxprs import abstract, on_arrays
 from jaxprune.kernels import _operations as operations
 from jaxprune.kernels import _table
 from jaxprune.kernels._capacities import Capacities, capacity_of, still_fit
-from jaxprune.kernels._rewriting import evaluate
-from jaxprune.kernels._sites import Key, Site, arranged, compute
+from jaxprune.kernels._rewriting import NO_EXPORT, evaluate
+from jaxprune.kernels._sites import Key, Site, arranged, compute, compute_depthwise
 
 __all__ = ["Layer", "Wrapped", "wrap"]
 
@@ -74,7 +74,7 @@ class Wrapped:
     compiled step takes it as an argument and passes it on, `wrapped(params, batch,
     indices=indices)`. Its structure says which layers have a kernel, and its shapes say for how
     many weights there is room, so new masks are a new program only where `update` says so.
-    `indices={}` computes the function itself. (An object that holds the masks and is closed over by
+    `indices={}` computes all products densely. (An object that holds the masks and is closed over by
     a compiled step would become constants of the program, and a step would not see new masks.)
 
     Args:
@@ -89,6 +89,7 @@ class Wrapped:
         shapes: the shapes of all masked leaves, by path.
         table: what the layers are chosen by.
         gradients: whether forward and backward pass together must pay.
+        depthwise: number of depthwise convolutions, which have dense kernels of their own.
 
     Example:
         >>> import jax
@@ -111,13 +112,9 @@ class Wrapped:
     shapes: Mapping[str, tuple[int, ...]]
     table: Table
     gradients: bool
+    depthwise: int
 
-    # `export.jax` and its like refuse a function that has this, and say it.
-    no_export = (
-        "sparse kernels are custom calls, built for the machine they run on, and do not travel in "
-        "a file; export the function itself (`wrapped.function`) with `masks=`, or serve it in "
-        "this process with `kernels.serve`"
-    )
+    no_export = NO_EXPORT
 
     def __call__(
         self, params: Any, *args: Any, indices: Mapping[str, Any] | None = None, **kwargs: Any
@@ -127,7 +124,7 @@ class Wrapped:
         Args:
             params: the parameters; masked entries must be 0.
             *args: the other arguments.
-            indices: of this object or of one that `update` returned; {}: the function itself.
+            indices: of this object or of one that `update` returned; {}: no sparse kernel.
                 Default: those of this object.
             **kwargs: keyword arguments of the function.
 
@@ -139,7 +136,7 @@ class Wrapped:
                 `indices` names layers that the function does not have.
         """
         indices = self.indices if indices is None else indices
-        if not indices:
+        if not indices and not self.depthwise:
             return self.function(params, *args, **kwargs)
         self._check(params, indices)
         names = {layer.key: name for name, layer in self.layers.items()}
@@ -225,6 +222,8 @@ class Wrapped:
             columns |= {"why": ""}
         count = len({self.layers[name].key.path for name in self.indices})
         head = f"{count} of {len(self.densities)} masked leaves have sparse kernels"
+        if self.depthwise:
+            head += f", {self.depthwise} depthwise convolutions have dense ones"
         if self.unavailable is not None:
             head += f": {self.unavailable}"
         return f"{head}\n{reports.table(rows, columns)}"
@@ -233,6 +232,7 @@ class Wrapped:
         """Returns what `print` shows, as plain Python values for JSON."""
         return {
             "unavailable": self.unavailable,
+            "depthwise": self.depthwise,
             "layers": {
                 name: {
                     "kernel": layer.kernel if name in self.indices else None,
@@ -337,7 +337,8 @@ def wrap(
     forward and backward; in between, the leaf may be cast, transposed, reshaped, and multiplied by
     masks and scales, inside of `jit`, `jax.checkpoint`, scans and branches. All else is left as it
     is, and `print(wrapped)` says why: grouped, dilated and transposed convolutions, layers that a
-    scan stacks, layers that are too dense to pay.
+    scan stacks, layers that are too dense to pay. Depthwise convolutions, masked or not, are
+    computed by `depthwise_convolution`, see `replace_depthwise`.
 
     Masked weights must be 0 in `params`, as they are in every training with a transformation of
     this library; then the result is that of the function to rounding. Where a kernel is used, the
@@ -408,6 +409,7 @@ def wrap(
         "the mask True:",
     )
     sites: dict[Key, dict[Any, Site]] = {}
+    depthwise: dict[Any, None] = {}
     reasons: dict[str, dict[str, None]] = {}
 
     def record(equation: Any, operands: list[jax.Array], site: Site) -> None:
@@ -417,8 +419,12 @@ def wrap(
     def note(path: str, reason: str) -> None:
         reasons.setdefault(path, {})[reason] = None
 
+    def count(equation: Any, operands: list[jax.Array]) -> jax.Array:
+        depthwise[equation.outvars[0]] = None
+        return compute_depthwise(equation, operands)
+
     def trace(params: Any, args: Any, kwargs: Any) -> None:
-        evaluate(function, shapes, record, note, params, *args, **kwargs)
+        evaluate(function, shapes, record, note, params, *args, depthwise=count, **kwargs)
 
     _trace(trace, params, args, kwargs)
     layers: dict[str, Layer] = {}
@@ -442,6 +448,7 @@ def wrap(
         shapes=shapes,
         table=table,
         gradients=gradients,
+        depthwise=0 if unavailable is not None else len(depthwise),
     )
     return empty.update(by_path, capacities=capacities)
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "convolutions.h"
+#include "depthwise.h"
 #include "products.h"
 
 using namespace jaxprune;
@@ -122,6 +123,44 @@ static void convolution() {
   compare("kernel gradient", own_dw, dw);
 }
 
+static void depthwise_layer() {
+  Convolution c;
+  c.batch = draw(1, 5), c.inputs = c.outputs = draw(0, 3) ? draw(1, 40) : draw(100, 150);
+  c.image = {draw(1, 12), draw(1, 20)}, c.window = {draw(1, 9), draw(1, 9)};
+  c.stride = {draw(1, 2), draw(1, 2)}, c.padding = {draw(0, 9), draw(0, 9)};
+  const Pair room = {c.image.row + c.padding.row + draw(0, 9) - c.window.row,
+                     c.image.column + c.padding.column + draw(0, 9) - c.window.column};
+  if (room.row < 0 || room.column < 0) return;
+  c.output = {room.row / c.stride.row + 1, room.column / c.stride.column + 1};
+  const int64_t size = c.window.row * c.window.column * c.inputs;
+  const auto x = floats(c.batch * c.image.row * c.image.column * c.inputs);
+  const auto dy = floats(c.batch * c.output.row * c.output.column * c.inputs);
+  const auto kernel = floats(size);
+  std::vector<double> y(dy.size()), dx(x.size()), dw(size);
+  for (int64_t i = 0; i < size; i++)
+    for (int64_t b = 0; b < c.batch; b++)
+      for (int64_t r = 0; r < c.output.row; r++)
+        for (int64_t s = 0; s < c.output.column; s++) {
+          const int64_t tap = i / c.inputs, channel = i % c.inputs;
+          const int64_t row = r * c.stride.row + tap / c.window.column - c.padding.row;
+          const int64_t column = s * c.stride.column + tap % c.window.column - c.padding.column;
+          if (row < 0 || row >= c.image.row || column < 0 || column >= c.image.column) continue;
+          const int64_t from =
+              ((b * c.image.row + row) * c.image.column + column) * c.inputs + channel;
+          const int64_t to = ((b * c.output.row + r) * c.output.column + s) * c.inputs + channel;
+          const double w = kernel[i];
+          y[to] += w * x[from], dx[from] += w * dy[to], dw[i] += (double)x[from] * dy[to];
+        }
+  std::vector<float> own_y(y.size()), own_dx(dx.size()), own_dw(size);
+  Pool pool;
+  const Workers workers = pool.workers(draw(1, 3));
+  depthwise(workers, c, x.data(), kernel.data(), own_y.data());
+  depthwise_back(workers, c, dy.data(), kernel.data(), own_dx.data());
+  depthwise_sample(workers, c, x.data(), dy.data(), own_dw.data());
+  compare("depthwise convolution", own_y, y), compare("depthwise image gradient", own_dx, dx);
+  compare("window gradient", own_dw, dw);
+}
+
 // Random lists; those that pass the checks are run, so a hole in the checks is a fault of memory.
 static bool foreign() {
   const int64_t inputs = draw(1, 6), outputs = draw(1, 6), capacity = draw(0, 8);
@@ -154,7 +193,7 @@ int main(int count, char** arguments) {
   int refused = 0;
   for (int i = 0; i < rounds; i++) {
     generator.seed(i);
-    product(), convolution();
+    product(), convolution(), depthwise_layer();
     for (int j = 0; j < 20; j++) refused += foreign();
   }
   std::printf("ok, %d of %d lists refused\n", refused, 20 * rounds);

@@ -87,6 +87,7 @@ MAY_IMPORT = {
         "checkpoints",
         "data",
         "files",
+        "kernels",
         "models",
         "processes",
         "reports",

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxprune import data, elastic, models, search, sharding, structure, training
+from jaxprune import data, elastic, kernels, models, search, sharding, structure, training
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.experiment import resized
+from jaxprune.experiments.network import as_variables, pure_functions
 from jaxprune.experiments.optimizer import learning_rate, make_optimizer
 from jaxprune.experiments.sources import held_out, load_data
 from jaxprune.experiments.studies.compaction import source_of
@@ -151,13 +152,13 @@ def train_supernet(
         (images, jnp.asarray(labels[i * _BATCH : (i + 1) * _BATCH]))
         for i, images in enumerate(batches_of(study, study.judged.images))
     ]
-    evaluate = elastic.make_accuracy(
-        space, space.train, space.evaluate, trained.variables, calibration=calibration,
-        batches=pairs,
-    )  # fmt: skip
-    return Supernet(
-        study, trained, source_of(folder), evaluate, space.masked(space.train), calibration
+    train, judge = (
+        kernels.replace_depthwise(own, study.mesh) for own in (space.train, space.evaluate)
     )
+    evaluate = elastic.make_accuracy(
+        space, train, judge, trained.variables, calibration=calibration, batches=pairs
+    )
+    return Supernet(study, trained, source_of(folder), evaluate, space.masked(train), calibration)
 
 
 def batches_of(study: Study, images: Any) -> list[Any]:
@@ -232,13 +233,18 @@ def train_alone(
     )
     tx = make_optimizer(config, learning_rate(config, steps), None)
     graphdef, state = training.create_state(cut.module, tx, study.mesh)
+    train = kernels.replace_depthwise(pure_functions(cut.module).train, study.mesh)
+
+    def apply(params: Any, model_state: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        logits, updates = train(as_variables(params, model_state), images)
+        return logits, updates.get("model_state", {})
 
     def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
         images = data.augment(key, images, pad=config.pad, flip=config.flip)
         return in_pixels(data.normalize(images, study.dataset.mean, study.dataset.std), cut.pixels)
 
     smoothing = study.recipe.label_smoothing
-    step = training.make_train_step(graphdef, tx, prepare, label_smoothing=smoothing)
+    step = training.make_train_step(apply, tx, prepare, label_smoothing=smoothing)
     train_set = sharding.replicate(study.dataset.train, study.mesh)
     state = training.fit(
         state,

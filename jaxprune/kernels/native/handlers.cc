@@ -5,6 +5,7 @@
 #include <string>
 
 #include "convolutions.h"
+#include "depthwise.h"
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -254,6 +255,53 @@ ffi::Error ConvolutionSample(ffi::ThreadPool pool, Floats x, Floats dy, Ints pos
   });
 }
 
+// Depthwise convolutions.
+
+// Shapes of images, results and windows [rows, columns, 1, channels], after they were checked.
+std::string depthwise_of(const Floats& images, const Floats& results, const Floats& weights,
+                         Numbers window, Numbers strides, Numbers padding, Convolution* c) {
+  auto shape = weights.dimensions();
+  std::string wrong = convolution_of(images, results, window, strides, padding, c);
+  if (!wrong.empty()) return wrong;
+  if (c->inputs != c->outputs || shape.size() != 4 || shape[0] != c->window.row ||
+      shape[1] != c->window.column || shape[2] != 1 || shape[3] != c->inputs) {
+    return "the windows must be one for each channel: [rows, columns, 1, channels]";
+  }
+  return "";
+}
+
+ffi::Error DepthwiseForward(ffi::ThreadPool pool, Floats x, Floats weights, Result y,
+                            Numbers window, Numbers strides, Numbers padding) {
+  return guarded([&]() -> std::string {
+    Convolution c;
+    std::string wrong = depthwise_of(x, *y, weights, window, strides, padding, &c);
+    if (!wrong.empty() || is_empty(c, *y)) return wrong;
+    return depthwise(workers_of(pool), c, x.typed_data(), weights.typed_data(), y->typed_data());
+  });
+}
+
+ffi::Error DepthwiseBackward(ffi::ThreadPool pool, Floats dy, Floats weights, Result dx,
+                             Numbers window, Numbers strides, Numbers padding) {
+  return guarded([&]() -> std::string {
+    Convolution c;
+    std::string wrong = depthwise_of(*dx, dy, weights, window, strides, padding, &c);
+    if (!wrong.empty() || is_empty(c, *dx)) return wrong;
+    return depthwise_back(workers_of(pool), c, dy.typed_data(), weights.typed_data(),
+                          dx->typed_data());
+  });
+}
+
+ffi::Error DepthwiseSample(ffi::ThreadPool pool, Floats x, Floats dy, Result gradient,
+                           Numbers window, Numbers strides, Numbers padding) {
+  return guarded([&]() -> std::string {
+    Convolution c;
+    std::string wrong = depthwise_of(x, dy, *gradient, window, strides, padding, &c);
+    if (!wrong.empty() || is_empty(c, *gradient)) return wrong;
+    return depthwise_sample(workers_of(pool), c, x.typed_data(), dy.typed_data(),
+                            gradient->typed_data());
+  });
+}
+
 }  // namespace
 
 #define JAXPRUNE_PRODUCT      \
@@ -289,3 +337,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_convolution_backward, ConvolutionBackward
                               JAXPRUNE_CONVOLUTION);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_convolution_sample, ConvolutionSample,
                               JAXPRUNE_CONVOLUTION);
+
+#define JAXPRUNE_DEPTHWISE     \
+  ffi::Ffi::Bind()             \
+      .Ctx<ffi::ThreadPool>()  \
+      .Arg<Floats>()           \
+      .Arg<Floats>()           \
+      .Ret<Floats>()           \
+      .Attr<Numbers>("window") \
+      .Attr<Numbers>("strides") \
+      .Attr<Numbers>("padding")
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_forward, DepthwiseForward, JAXPRUNE_DEPTHWISE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_backward, DepthwiseBackward, JAXPRUNE_DEPTHWISE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_sample, DepthwiseSample, JAXPRUNE_DEPTHWISE);
