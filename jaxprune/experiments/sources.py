@@ -241,6 +241,8 @@ def held_out(dataset: data.Dataset, count: int, first: int = 0) -> data.Dataset:
     Of those that are left, the `first` ones are trained on; 0 stands for all.
     """
     size = len(dataset.train.labels)
+    if not count and not first:
+        return dataset
     if count >= size:
         raise ValueError(f"`validation` must be less than the {size} training images; got {count}")
     if first > size - count:

@@ -150,6 +150,29 @@ def test_a_rate_rises_again_after_a_cut():
     assert optimizer.rewarmed(schedule, 10, 0) is schedule
 
 
+def test_the_first_images_are_trained_on():
+    whole = data.load("digits")
+    few = sources.held_out(whole, 100, first=300)
+    assert np.array_equal(few.train.images, whole.train.images[:300])
+    assert np.array_equal(few.test.labels, whole.train.labels[-100:])
+    assert sources.held_out(whole, 0, first=300).test is whole.test
+    with pytest.raises(ValueError, match="`train_images` must be at most the 1337 training images"):
+        sources.held_out(whole, 100, first=1338)
+    with pytest.raises(ValueError, match="`train_images` is for small data sets"):
+        dataclasses.replace(CONFIGS["text_mini"][1], train_images=3)
+
+
+@pytest.mark.slow
+def test_what_was_held_out_is_not_what_is_tested_at_the_end(config):
+    """The same weights are evaluated on held-out images, and on the test images."""
+    own = dataclasses.replace(config, method="none", steps=4, validation=100, train_images=300)
+    held, plain = experiment.Experiment(own), experiment.Experiment(config)
+    assert held.source.size == 300 and plain.source.unseen is None
+    state = held.create(0)
+    found = held.dense.evaluate(state, held.source.unseen)
+    assert found == plain.dense.evaluate(state) != held.dense.evaluate(state)
+
+
 def test_held_out_images_are_training_images_that_are_not_trained_on():
     whole = data.load("digits")
     held = sources.held_out(whole, 100)

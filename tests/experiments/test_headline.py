@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("config")
 names = "method granularity widths seed steps workdir sparsity learning-rate parts warmup-steps"
 names += " log-every eval-every save-every budget multiple regrow prune-start prune-stop"
-for name in (names + " fine-sparsity").split():
+for name in (names + " fine-sparsity validation").split():
     parser.add_argument("--" + name)
 parser.add_argument("--compact", action="store_true")
 args = parser.parse_args()
@@ -32,7 +32,7 @@ if folder.name in faults:
     sys.exit(3)
 seed, steps = int(args.seed), int(args.steps)
 names = ("sparsity", "parts", "learning_rate", "multiple", "regrow", "prune_start", "prune_stop")
-names += ("fine_sparsity", "warmup_steps", "log_every", "eval_every", "save_every")
+names += ("fine_sparsity", "validation", "warmup_steps", "log_every", "eval_every", "save_every")
 numbers = {name: json.loads(getattr(args, name) or "null") for name in names}
 config = vars(args) | {"seed": seed, "steps": steps} | numbers
 config = {name: value for name, value in config.items() if value is not None}
@@ -49,6 +49,8 @@ summary = {
     "widths": {"stem": 4, "blocks": [[2, 3]]}, "device": "1 x cpu",
     "versions": {"jax": "9.9"}, "switches": [], "records": 7,
 }
+if args.validation:
+    summary["unseen_accuracy"] = accuracy - 0.1
 tests = [(0.5, 0.9), (0.9, 0.995), (1.0, 1.0)]  # part of the run, part of the accuracy
 records = [
     {"step": step, "train_loss": 2.0, "cpu_seconds": 3.0 + step * cost, "macs": summary["macs"],
@@ -147,6 +149,14 @@ def test_numbers(headline):
     assert "| agip | 0.240 | 0.250 | 0.125 | 0.050 |" in text  # int8: of the one seed that has it
     assert "device: 1 x cpu" in text and "study.py headline fashion" in text
     assert len((headline.root / "results.jsonl").read_text().splitlines()) == 14
+
+
+def test_held_out_images_while_training_and_test_images_at_the_end(headline):
+    options = ["--seeds", "0", "--arms", "dense", "agip", *TRAINING, "--validation", "50"]
+    assert headline.go("fashion", *options) == 0
+    row = _rows(headline)["agip"]
+    assert (row["accuracy"], row["held out"]) == ("78.00%", "88.00%")
+    assert row["relative"] == "97.50%"  # .78 / .80
 
 
 def test_goes_on_after_a_failure(headline):

@@ -160,6 +160,17 @@ def test_interrupted_before_and_after_switches(finished, environment, tmp_path):
 
 
 @pytest.mark.slow
+def test_held_out_images_and_the_test_images(tmp_path):
+    """Held-out images are evaluated on while it trains, the 360 test images at the end."""
+    options = "digits_resnet8 --method none --steps 4 --batch-size 16 --eval-every 2".split()
+    options += ["--validation", "100", "--train-images", "64", "--workdir", str(tmp_path)]
+    train.main(options)
+    found = summary_of(tmp_path)
+    for name, count in (("test_accuracy", 100), ("unseen_accuracy", 360)):
+        assert found[name] * count == pytest.approx(round(found[name] * count), abs=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
