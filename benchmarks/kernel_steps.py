@@ -233,8 +233,9 @@ def run_here(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from jaxprune import kernels
+    from jaxprune import kernels, training
 
+    training.keep_memory()  # as all commands do
     reason = kernels.available()
     if reason:
         sys.exit(f"kernels are not available: {reason}")

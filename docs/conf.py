@@ -28,7 +28,7 @@ CONTENTS = {
     "After training": ["transformers", "pretrained", "deploy", "kernels"],
     "Devices": ["devices", "tpu"],
     "Look up": ["faq", "glossary", "testing", "api/index"],
-    "Behind it": ["summary", "results", "architecture"],
+    "Behind it": ["summary", "results", "results_archive", "architecture"],
 }
 
 project = "jaxprune"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any
 
-from jaxprune import checkpoints
+from jaxprune import checkpoints, training
 from jaxprune.experiments.config import Config
 from jaxprune.files import schemas
 
@@ -45,7 +45,7 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
         *kinds: of such errors; default ValueError and OSError.
     """
     kinds = kinds or (ValueError, OSError)
-    _quiet_process()
+    _settled_process()
     try:
         yield
     except kinds as error:
@@ -53,11 +53,13 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @functools.cache
-def _quiet_process() -> contextlib.ExitStack:
-    """Silences Orbax for good: its threads complain until the process ends, after any error.
+def _settled_process() -> contextlib.ExitStack:
+    """Silences Orbax for good, and keeps memory for the next step.
 
-    Only a command may change the process like this; the result must not be collected.
+    Threads of Orbax complain until the process ends, after any error. Only a command may change the
+    process like this; the result must not be collected.
     """
+    training.keep_memory()
     stack = contextlib.ExitStack()
     stack.enter_context(checkpoints.quiet_orbax())
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -7,6 +7,7 @@ randomness of a step derives from its number, so a resumed run repeats it bit fo
 
 from jaxprune.training._averages import average_parameters, with_averages
 from jaxprune.training._loop import Hook, fit
+from jaxprune.training._memory import keep_memory
 from jaxprune.training._perplexity import perplexity
 from jaxprune.training._statistics import find_decays, mean_beside, measure_statistics
 from jaxprune.training._steps import (
@@ -29,6 +30,7 @@ __all__ = [
     "find_decays",
     "fit",
     "hidden_distance",
+    "keep_memory",
     "make_chunk_step",
     "make_evaluate",
     "make_train_step",
