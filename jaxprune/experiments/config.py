@@ -226,7 +226,6 @@ class Config:
             ),
             "`granularity` weights; `compact` makes channels fast": self.granularity == "weights",
             f"`chunk` 0 or 1; got {self.chunk}": self.chunk <= 1,
-            f"`small_images` 1; got {self.small_images}": self.small_images == 1,
             f"one process; got `processes` {self.processes}": self.processes == 1,
         }
         needs = [own for own, holds in rules.items() if not holds]

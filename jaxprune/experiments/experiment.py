@@ -127,7 +127,8 @@ class Experiment:
 
         wrapped, parts = None, self.parts(stage)
         if self.config.kernels != "off":
-            shape = self.config.batch_size // parts, *self.example.shape[1:]
+            rest = self.example.shape[1 + len(stage.phase) :]
+            shape = self.config.batch_size // parts, *stage.phase, *rest
             inputs = jax.ShapeDtypeStruct(shape, self.example.dtype)
             train = wrapped = wrap_network(train, variables, tx, inputs)
         else:

@@ -74,6 +74,11 @@ class SparseSteps:
         self._following.read(state.opt_state)
         self._say()
 
+    def follow(self, wrapped: kernels.Wrapped, state: training.TrainState) -> None:
+        """Goes on with the network of another stage, whose layers are chosen anew."""
+        self._following.wrapped = wrapped
+        self.begin(state)
+
     def run(self, run: Callable[..., tuple], *args: Any) -> tuple[training.TrainState, Any]:
         """Runs one step, `run(*args, indices=...)`."""
         state, metrics = run(*args, indices=self._following.indices(self._step))

@@ -94,7 +94,10 @@ class Stages:
         removes = coming is not None and coming.step == step and coming.keep is not None
         if removes:  # smaller arrays may be split differently
             state = sharding.replicate(state, self.experiment.mesh)
+        wrapped = self.steps.wrapped
         own, opt_state = self.shrinking.advance(step, variables_of(state), state.opt_state)
+        if self.sparse is not None and self.steps.wrapped is not wrapped:  # of another size
+            self.sparse.follow(self.steps.wrapped, state)
         if not removes:
             return state
         rest = own.get("model_state", {})

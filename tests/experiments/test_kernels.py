@@ -95,11 +95,38 @@ def test_a_run_with_kernels(one_device, tmp_path, capsys, monkeypatch):
     assert again["kernels"] == whole["kernels"]
 
 
+@pytest.mark.slow
+def test_images_that_grow(one_device, tmp_path, capsys, monkeypatch):
+    """Layers are chosen again when images grow; a stop before or after that changes no bit."""
+    grows = {"small_images": 0.5, "small_until": 0.6, "switch_delay": 2}
+    run(tmp_path / "whole", kernels="auto", **grows)
+    printed = capsys.readouterr().out
+    chosen = [line for line in printed.splitlines() if "masked leaves have sparse kernels" in line]
+    assert [line.split(":")[0] for line in chosen][-1] == "step 17", chosen
+    run(tmp_path / "dense", **grows)
+    # Rounding grows from step to step, fast where a norm sees eight small images.
+    pairs = enumerate(zip(losses(tmp_path / "whole"), losses(tmp_path / "dense"), strict=True))
+    assert all(a == pytest.approx(b, rel=2e-3 if n < 10 else 0.1) for n, (a, b) in pairs)
+    log = train.Run.log
+    for last in (12, 20):
+        folder = tmp_path / f"stopped-{last}"
+
+        def stopping(self, step, state, values, last=last):
+            log(self, step, state, values)
+            if step == last:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(train.Run, "log", stopping)
+            run(folder, kernels="auto", **grows)
+        run(folder, kernels="auto", **grows)
+        assert leaves(folder) == leaves(tmp_path / "whole")
+
+
 BAD = {
     "`kernels` auto needs `method` agip": {"method": "acdc"},
     "`kernels` auto needs `granularity` weights": {"granularity": "channels", "method": "agip"},
     "`kernels` auto needs `chunk` 0 or 1; got 5": {"chunk": 5},
-    "`kernels` auto needs `small_images` 1; got 0.5": {"small_images": 0.5},
     "`kernels` auto needs one process": {"processes": 2, "coordinator": "127.0.0.1:1"},
 }
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+KERNELS = ["--granularity", "weights", "--kernels", "auto"]
 SHRINKS = ["--granularity", "channels", "--compact"]
 
 Summaries = Mapping[str, Mapping[str, Any]]  # name of an arm -> summary.json of its run
@@ -111,6 +112,15 @@ def _variants(plus: str) -> dict[str, Arm]:
             lambda _: [*shrinks, *"--sparsity 0.25 --multiple 4 --fine-sparsity 0.5".split()],
             on,
         ),
+        **{
+            f"agip kernels {share}{plus}": Arm(
+                f"{share} % of single weights are pruned early, and sparse kernels skip them",
+                (),
+                lambda _, share=share: [*method("agip"), *KERNELS, "--sparsity", f"0.{share}"],
+                on,
+            )
+            for share in (80, 90)
+        },
         f"agip weights{plus}": Arm(
             "single weights are pruned, 76 % of them", (), lambda _: [*method("agip"), *single], on
         ),

@@ -1,7 +1,7 @@
 """How many steps a run may take in a given time, from a short run with the same options.
 
-A run has up to four parts: images are small or not, and channels are removed or not. In each part
-all steps cost the same; the rest is start-up, compilation and switches, which longer runs pay once
+A run has up to four parts: images are small or not, and channels are removed or not, or weights
+where kernels skip them. In each part all steps cost the same; the rest is start-up, compilation and switches, which longer runs pay once
 as well. `measure` reads both from a short run, and `steps_within` answers.
 """
 
@@ -14,7 +14,7 @@ from jaxprune.experiments.config import Config
 from jaxprune.experiments.pruning import window_of
 from jaxprune.experiments.sources import image_sizes
 
-Part = tuple[bool, bool]  # whether images are small, and whether channels are removed
+Part = tuple[bool, bool]  # whether images are small, and whether channels or weights are removed
 Record = Mapping[str, Any]
 CLOCKS = ("cpu_seconds", "seconds", "macs")  # of the process, of the wall, and of training
 
@@ -61,11 +61,13 @@ def measure(config: Config, records: Sequence[Record], clock: str) -> Pace:
         )
     sides = [record.get("image_height", 0) for record in records]
     full = max(sides)
-    wide, last = records[0].get("parameters"), records[-1].get("parameters")
+    # Kernels skip what is masked; without them only smaller arrays are cheaper.
+    extent = "parameters" if config.kernels == "off" else "sparsity"
+    wide, last = records[0].get(extent), records[-1].get(extent)
     seen: dict[Part, list[float]] = {}
     for before, now in zip(records, records[1:], strict=False):
-        kind = now.get("image_height", 0), now.get("parameters")
-        if kind != (before.get("image_height", 0), before.get("parameters")):
+        kind = now.get("image_height", 0), now.get(extent)
+        if kind != (before.get("image_height", 0), before.get(extent)):
             continue  # a switch lies between them
         if kind[1] not in (wide, last):
             continue  # between two switches
@@ -85,7 +87,7 @@ def measure(config: Config, records: Sequence[Record], clock: str) -> Pace:
 def lengths(config: Config, steps: int, side: int) -> dict[Part, int]:
     """Returns how many steps a run of a length spends in each part; those of no steps are absent.
 
-    Channels count as removed after the last mask update, even if some go earlier.
+    Channels and weights count as removed after the last mask update, even if some go earlier.
 
     Args:
         config: the options of the run.
@@ -98,8 +100,9 @@ def lengths(config: Config, steps: int, side: int) -> dict[Part, int]:
         {(True, False): 36, (False, False): 64}
     """
     removed = grown = steps
-    if config.compact:
-        removed = min(steps, window_of(config, steps).updates[-1] + 1 + config.switch_delay)
+    if config.compact or config.kernels != "off":
+        delay = config.switch_delay if config.compact else 0
+        removed = min(steps, window_of(config, steps).updates[-1] + 1 + delay)
     sizes = image_sizes(config, (side, side), steps) if side else {0: (0, 0)}
     grown = min(steps, max(sizes) + config.switch_delay) if len(sizes) > 1 else 0
     ends = sorted({removed, grown, steps})
