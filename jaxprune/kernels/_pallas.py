@@ -1,0 +1,384 @@
+"""The three passes of a block-sparse product in Pallas: for TPUs (Mosaic) and GPUs (Triton).
+
+On a TPU the grid goes over the steps of a list, which is prefetched as scalars and says which blocks
+the next step needs, so that they are copied while the present one computes. Triton has no prefetched
+scalars: there each program has one block of the result and loops over the products of its sum.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxprune import meshes
+
+Array = Any
+_MIB = 2**20
+# Bytes of a TPU's vector memory for one copy of a tile; there are two, and the default limit of a
+# kernel is 16 MiB.
+_RESIDENT, _STREAMED = 4 * _MIB, 2 * _MIB
+_LANES, _ROWS, _LONG = 128, 512, 4096
+_GPU_ROWS = 128
+_CHUNK = 128  # bytes of a contraction that a GPU program has in shared memory at once
+_MAX_STEPS = 2**16  # two int32 of each lie in the scalar memory of 1 MiB
+_NN, _NT, _TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # contracted dimensions
+
+
+def fits(
+    platform: str, shape: tuple[int, int], block: tuple[int, int], dtype: Any, steps: int = 0
+) -> bool:
+    """Tells whether the kernels of a platform take a weight [K, N] in these blocks.
+
+    Args:
+        platform: `"tpu"` or `"cuda"`.
+        shape: of the weight.
+        block: shape of a block.
+        dtype: of x and the weight.
+        steps: length of the longer list of steps.
+    """
+    nbytes = jnp.dtype(dtype).itemsize
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return False
+    if platform == "tpu":
+        aligned = block[0] % (32 // nbytes) == 0 and block[1] % _LANES == 0
+        resident = _unit(block, nbytes) * max(shape) * nbytes <= _RESIDENT
+        return aligned and max(block) <= _ROWS and resident and steps <= _MAX_STEPS
+    return all(size in (16, 32, 64, 128) for size in block)
+
+
+def block_of(shape: tuple[int, int], indices: Any) -> tuple[int, int]:
+    """Returns the shape of a block of a weight [K, N]."""
+    rows, columns = indices.mask.shape
+    return shape[0] // rows, shape[1] // columns
+
+
+def forward(platform: str, interpret: bool, x: Array, w: Array, indices: Any) -> Array:
+    """Returns x @ (w * mask), for x [M, K] and w [K, N]."""
+    run = _gathered_tpu if platform == "tpu" else _gathered_gpu
+    return run(interpret, x, w, indices, False)
+
+
+def backward(platform: str, interpret: bool, dy: Array, w: Array, indices: Any) -> Array:
+    """Returns dy @ (w * mask).T, for dy [M, N] and w [K, N]."""
+    run = _gathered_tpu if platform == "tpu" else _gathered_gpu
+    return run(interpret, dy, w, indices, True)
+
+
+def sample(platform: str, interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
+    """Returns (x.T @ dy) * mask, for x [M, K] and dy [M, N]; only kept blocks are computed."""
+    run = _sample_tpu if platform == "tpu" else _sample_gpu
+    return run(interpret, x, dy, indices)
+
+
+# ---- for TPUs
+
+
+def _gathered_tpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: bool) -> Array:
+    """Sums the products of each block of the result in consecutive steps.
+
+    All columns of a tile of rows of `a` stay in vector memory during all steps, of which each
+    reads one block of w. A block of inputs narrower than the lanes of a tile must lie along
+    sublanes: x and its gradient then have features first.
+    """
+    block = block_of(w.shape, indices)
+    order = indices.by_input if transposed else indices.by_output
+    (count, width), nbytes = a.shape, a.dtype.itemsize
+    narrow = bool(block[0] % _LANES)
+    summed, result = (block[1], block[0]) if transposed else block
+    unit = _unit(block, nbytes)
+    rows, tiles = _tiles(count, min(_ROWS, _RESIDENT // (width * nbytes)), unit)
+    a = _padded(a, rows * tiles)
+    steps = order.sources.shape[0]
+    results = w.shape[0] if transposed else w.shape[1]
+    first_in, first_out = narrow and not transposed, narrow and transposed
+
+    def of_w(i: Any, j: Any, results: Any, sources: Any) -> Any:
+        own = results[j], _source(sources[j])
+        del i
+        return own if transposed else own[::-1]
+
+    kernel = functools.partial(_gathered_tpu_kernel, summed, first_in, transposed, first_out)
+    out = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(tiles, steps),
+            in_specs=[
+                pl.BlockSpec((width, rows), lambda i, j, *_: (0, i))
+                if first_in
+                else pl.BlockSpec((rows, width), lambda i, j, *_: (i, 0)),
+                pl.BlockSpec(block, of_w),
+            ],
+            out_specs=pl.BlockSpec((result, rows), lambda i, j, results, _: (results[j], i))
+            if first_out
+            else pl.BlockSpec((rows, result), lambda i, j, results, _: (i, results[j])),
+            scratch_shapes=[
+                pltpu.VMEM((result, rows) if first_out else (rows, result), jnp.float32)
+            ],
+        ),
+        out_shape=_like(
+            (results, rows * tiles) if first_out else (rows * tiles, results), a, w
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(a.shape[0], w.shape, block, order, a.dtype),
+        interpret=interpret,
+    )(order.results, order.sources, a.T if first_in else a, w)
+    return (out.T if first_out else out)[:count]
+
+
+def _gathered_tpu_kernel(
+    size: int,
+    first_in: bool,
+    transposed: bool,
+    first_out: bool,
+    results: Any,
+    sources: Any,
+    a: Any,
+    w: Any,
+    out: Any,
+    total: Any,
+) -> None:
+    """Computes one step; `first_in` and `first_out` say that features are the first dimension."""
+    j, last = pl.program_id(1), pl.num_programs(1) - 1
+    result, source = results[j], sources[j]
+
+    @pl.when((j == 0) | (results[jnp.maximum(j - 1, 0)] != result))
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(source >= 0)
+    def _() -> None:
+        own = pl.ds(pl.multiple_of(source * size, size), size)
+        tile = a[own, :] if first_in else a[:, own]
+        if first_out:
+            total[...] += _dot(w[...], tile, _NT)
+        else:
+            total[...] += _dot(tile, w[...], _TN if first_in else _NT if transposed else _NN)
+
+    @pl.when((j == last) | (results[jnp.minimum(j + 1, last)] != result))
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
+    """Computes the gradient of each kept block in consecutive steps, into an array of zeros."""
+    order, shape = indices.by_input, (x.shape[1], dy.shape[1])
+    block = block_of(shape, indices)
+    narrow, nbytes = bool(block[0] % _LANES), x.dtype.itemsize
+    limit = min(_LONG, _STREAMED // (max(block) * nbytes))
+    rows, tiles = _tiles(x.shape[0], limit, _unit(block, nbytes))
+    x, dy = _padded(x, rows * tiles), _padded(dy, rows * tiles)
+    steps = order.sources.shape[0]
+
+    def tile(j: Any, m: Any, sources: Any) -> Any:
+        return jnp.where(sources[j] >= 0, m, tiles - 1)  # a step without a product copies nothing
+
+    def of_x(j: Any, m: Any, results: Any, sources: Any) -> Any:
+        own = tile(j, m, sources), results[j]
+        return own[::-1] if narrow else own
+
+    def of_dy(j: Any, m: Any, results: Any, sources: Any) -> Any:
+        return tile(j, m, sources), _source(sources[j])
+
+    def of_w(j: Any, m: Any, results: Any, sources: Any) -> Any:
+        return results[j], _source(sources[j])
+
+    out = _like(shape, x, dy)
+    (zeros,) = meshes.varying_like((jnp.zeros(out.shape, out.dtype),), x, dy)
+    return pl.pallas_call(
+        functools.partial(_sample_tpu_kernel, narrow),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(steps, tiles),
+            in_specs=[
+                pl.BlockSpec((block[0], rows) if narrow else (rows, block[0]), of_x),
+                pl.BlockSpec((rows, block[1]), of_dy),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec(block, of_w),
+            scratch_shapes=[pltpu.VMEM(block, jnp.float32)],
+        ),
+        out_shape=out,
+        input_output_aliases={4: 0},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        cost_estimate=_cost(x.shape[0], shape, block, order, x.dtype),
+        interpret=interpret,
+    )(order.results, order.sources, x.T if narrow else x, dy, zeros)
+
+
+def _sample_tpu_kernel(
+    narrow: bool,
+    results: Any,
+    sources: Any,
+    x: Any,
+    dy: Any,
+    zeros: Any,
+    out: Any,
+    total: Any,
+) -> None:
+    """Adds the product of one tile of rows; steps that only pad repeat the block before them."""
+    del zeros
+    j, m = pl.program_id(0), pl.program_id(1)
+    before = jnp.maximum(j - 1, 0)
+    own = _source(sources[j])
+    differs = (results[before] != results[j]) | (_source(sources[before]) != own)
+    is_new = (j == 0) | differs
+
+    @pl.when(is_new & (m == 0))
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(sources[j] >= 0)
+    def _() -> None:
+        total[...] += _dot(x[...], dy[...], _NN if narrow else _TN)
+
+    @pl.when(is_new & (m == pl.num_programs(1) - 1))
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+# ---- for GPUs
+
+
+def _gathered_gpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: bool) -> Array:
+    """Gives each tile of the result a program, which loops over the products of its sum."""
+    block = block_of(w.shape, indices)
+    order = indices.by_input if transposed else indices.by_output
+    summed, result = (block[1], block[0]) if transposed else block
+    count = a.shape[0]
+    rows, tiles = _tiles_gpu(count)
+    a = _padded(a, rows * tiles)
+    width, results = (w.shape[1], w.shape[0]) if transposed else w.shape
+    chunk = min(summed, _CHUNK // a.dtype.itemsize)
+    kernel = functools.partial(_gathered_gpu_kernel, summed, chunk, transposed)
+    own = (result, width) if transposed else (width, result)
+    return pl.pallas_call(
+        kernel,
+        grid=(tiles, results // result),
+        in_specs=[
+            pl.BlockSpec(order.starts.shape, lambda i, o: (0,)),
+            pl.BlockSpec(order.sources.shape, lambda i, o: (0,)),
+            pl.BlockSpec((rows, width), lambda i, o: (i, 0)),
+            pl.BlockSpec(own, lambda i, o: (o, 0) if transposed else (0, o)),
+        ],
+        out_specs=pl.BlockSpec((rows, result), lambda i, o: (i, o)),
+        out_shape=_like((rows * tiles, results), a, w),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(rows * result), num_stages=3),
+        interpret=interpret,
+    )(order.starts, order.sources, a, w)[:count]
+
+
+def _gathered_gpu_kernel(
+    size: int, chunk: int, transposed: bool, starts: Any, sources: Any, a: Any, w: Any, out: Any
+) -> None:
+    """Sums over the kept blocks of one block of the result, some columns at a time."""
+    begin, end = starts[pl.program_id(1)], starts[pl.program_id(1) + 1]
+    end = jnp.where(sources[begin] < 0, begin, end)  # nothing is kept
+    parts = size // chunk
+
+    def body(step: Any, total: Any) -> Any:
+        own = pl.ds(sources[step // parts] * size + step % parts * chunk, chunk)
+        tile = w[:, own] if transposed else w[own, :]
+        return total + _dot(a[:, own], tile, _NT if transposed else _NN)
+
+    total = lax.fori_loop(begin * parts, end * parts, body, jnp.zeros(out.shape, jnp.float32))
+    out[...] = total.astype(out.dtype)
+
+
+def _sample_gpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
+    """Gives each block of the gradient a program; those of pruned blocks write zeros."""
+    shape = x.shape[1], dy.shape[1]
+    block = block_of(shape, indices)
+    rows, tiles = _tiles_gpu(x.shape[0])
+    x, dy = _padded(x, rows * tiles), _padded(dy, rows * tiles)
+    chunk = min(rows, _CHUNK // x.dtype.itemsize)
+    return pl.pallas_call(
+        functools.partial(_sample_gpu_kernel, chunk),
+        grid=indices.mask.shape,
+        in_specs=[
+            pl.BlockSpec((1, 1), lambda k, n: (k, n)),
+            pl.BlockSpec((x.shape[0], block[0]), lambda k, n: (0, k)),
+            pl.BlockSpec((x.shape[0], block[1]), lambda k, n: (0, n)),
+        ],
+        out_specs=pl.BlockSpec(block, lambda k, n: (k, n)),
+        out_shape=_like(shape, x, dy),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(math.prod(block)), num_stages=3),
+        interpret=interpret,
+    )(indices.mask.astype(jnp.int32), x, dy)
+
+
+def _sample_gpu_kernel(chunk: int, mask: Any, x: Any, dy: Any, out: Any) -> None:
+    """Sums over all rows, or over none."""
+
+    def body(step: Any, total: Any) -> Any:
+        own = pl.ds(step * chunk, chunk)
+        return total + _dot(x[own, :], dy[own, :], _TN)
+
+    steps = mask[0, 0] * (x.shape[0] // chunk)
+    total = lax.fori_loop(0, steps, body, jnp.zeros(out.shape, jnp.float32))
+    out[...] = total.astype(out.dtype)
+
+
+# ---- what both share
+
+
+def _dot(a: Array, b: Array, contracted: Any) -> Array:
+    """Multiplies two tiles and sums in float32."""
+    return lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _source(step: Array) -> Array:
+    """Returns the block that a step names; ~block says that it has no product."""
+    return jnp.maximum(step, ~step)
+
+
+def _unit(block: tuple[int, int], nbytes: int) -> int:
+    """Returns what the rows of a TPU's tile are a multiple of."""
+    return _LANES if block[0] % _LANES else 32 // nbytes
+
+
+def _tiles(rows: int, limit: int, unit: int) -> tuple[int, int]:
+    """Returns the rows of a tile and the number of tiles, for rows that are padded least."""
+    limit = max(unit, limit // unit * unit)
+    tiles = pl.cdiv(rows, limit)
+    return pl.cdiv(pl.cdiv(rows, tiles), unit) * unit, tiles
+
+
+def _tiles_gpu(rows: int) -> tuple[int, int]:
+    """Returns the rows of a tile, a power of 2, and the number of tiles."""
+    own = min(_GPU_ROWS, max(16, pl.next_power_of_2(rows)))
+    return own, pl.cdiv(rows, own)
+
+
+def _warps(entries: int) -> int:
+    """Returns the warps of a program that holds a tile of sums."""
+    return 8 if entries >= 128 * 128 else 4
+
+
+def _padded(a: Array, rows: int) -> Array:
+    """Adds rows of zeros."""
+    return a if a.shape[0] == rows else jnp.pad(a, ((0, rows - a.shape[0]), (0, 0)))
+
+
+def _like(shape: tuple[int, ...], *operands: Array) -> Any:
+    """Returns the type of a result, which varies over the shards of its operands."""
+    return jax.eval_shape(
+        lambda *own: meshes.varying_like((jnp.zeros(shape, own[0].dtype),), *own)[0], *operands
+    )
+
+
+def _cost(rows: int, shape: Any, block: Any, order: Any, dtype: Any) -> pl.CostEstimate:
+    """Counts what the kept blocks compute, and each array once, for the scheduler of XLA."""
+    kept = order.sources.shape[0] - order.starts.shape[0] + 1
+    entries = rows * sum(shape) + kept * math.prod(block)
+    return pl.CostEstimate(
+        flops=2 * rows * kept * math.prod(block),
+        bytes_accessed=entries * jnp.dtype(dtype).itemsize,
+        transcendentals=0,
+    )
