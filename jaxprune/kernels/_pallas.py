@@ -20,9 +20,10 @@ from jaxprune import meshes
 
 Array = Any
 _MIB = 2**20
-# Bytes of a TPU's vector memory for one copy of a tile; there are two, and the default limit of a
-# kernel is 16 MiB.
-_RESIDENT, _STREAMED = 4 * _MIB, 2 * _MIB
+# Bytes of a TPU's vector memory, of which a kernel has 16 MiB by default: for a tile of inputs that
+# stays (there are two copies), one that is read at each step (two copies), and sums with the tile of
+# results that they become (one and two copies).
+_RESIDENT, _STREAMED, _SUMS = 4 * _MIB, 2 * _MIB, 10 * _MIB
 _LANES, _ROWS, _LONG = 128, 512, 4096
 _GPU_ROWS = 128
 _CHUNK = 128  # bytes of a contraction that a GPU program has in shared memory at once
@@ -60,13 +61,13 @@ def block_of(shape: tuple[int, int], indices: Any) -> tuple[int, int]:
 
 def forward(platform: str, interpret: bool, x: Array, w: Array, indices: Any) -> Array:
     """Returns x @ (w * mask), for x [M, K] and w [K, N]."""
-    run = _gathered_tpu if platform == "tpu" else _gathered_gpu
+    run = _product_tpu if platform == "tpu" else _product_gpu
     return run(interpret, x, w, indices, False)
 
 
 def backward(platform: str, interpret: bool, dy: Array, w: Array, indices: Any) -> Array:
     """Returns dy @ (w * mask).T, for dy [M, N] and w [K, N]."""
-    run = _gathered_tpu if platform == "tpu" else _gathered_gpu
+    run = _product_tpu if platform == "tpu" else _product_gpu
     return run(interpret, dy, w, indices, True)
 
 
@@ -79,60 +80,69 @@ def sample(platform: str, interpret: bool, x: Array, dy: Array, indices: Any) ->
 # ---- for TPUs
 
 
-def _gathered_tpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: bool) -> Array:
-    """Sums the products of each block of the result in consecutive steps.
+def _product_tpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: bool) -> Array:
+    """Multiplies with w or its transpose, while what is narrower stays in vector memory.
 
-    All columns of a tile of rows of `a` stay in vector memory during all steps, of which each
-    reads one block of w. A block of inputs narrower than the lanes of a tile must lie along
-    sublanes: x and its gradient then have features first.
+    For each tile of rows all kept blocks of w are read, so the tile with more rows is taken: all
+    columns of `a`, or all columns of the result.
     """
-    block = block_of(w.shape, indices)
-    order = indices.by_input if transposed else indices.by_output
-    (count, width), nbytes = a.shape, a.dtype.itemsize
-    narrow = bool(block[0] % _LANES)
-    summed, result = (block[1], block[0]) if transposed else block
-    unit = _unit(block, nbytes)
-    rows, tiles = _tiles(count, min(_ROWS, _RESIDENT // (width * nbytes)), unit)
+    block, nbytes = block_of(w.shape, indices), a.dtype.itemsize
+    count, unit = a.shape[0], _unit(block, nbytes)
+    width, results = w.shape[::-1] if transposed else w.shape
+    gathered, scattered = _RESIDENT // (width * nbytes), _SUMS // (results * (4 + 2 * nbytes))
+    rows, tiles = _tiles(count, min(_ROWS, max(gathered, scattered)), unit)
     a = _padded(a, rows * tiles)
-    steps = order.sources.shape[0]
-    results = w.shape[0] if transposed else w.shape[1]
+    # A block of inputs that is narrower than the lanes of a tile must lie along its sublanes.
+    narrow = bool(block[0] % _LANES)
     first_in, first_out = narrow and not transposed, narrow and transposed
+    gathers = gathered >= scattered
+    order = indices.by_input if transposed is gathers else indices.by_output
+    sizes = block[::-1] if transposed else block
 
-    def of_w(i: Any, j: Any, results: Any, sources: Any) -> Any:
-        own = results[j], _source(sources[j])
+    def block_in(j: Any, results: Any, sources: Any) -> Any:
+        return _source(sources[j]) if gathers else results[j]
+
+    def block_out(j: Any, results: Any, sources: Any) -> Any:
+        return results[j] if gathers else _source(sources[j])
+
+    def of_w(i: Any, j: Any, *lists: Any) -> Any:
         del i
-        return own if transposed else own[::-1]
+        own = block_in(j, *lists), block_out(j, *lists)
+        return own[::-1] if transposed else own
 
-    kernel = functools.partial(_gathered_tpu_kernel, summed, first_in, transposed, first_out)
+    def whole(i: Any, j: Any, *lists: Any) -> Any:
+        del j, lists
+        return i, 0
+
+    def of_a(i: Any, j: Any, *lists: Any) -> Any:
+        return i, block_in(j, *lists)
+
+    def of_out(i: Any, j: Any, *lists: Any) -> Any:
+        return i, block_out(j, *lists)
+
+    wide_in, wide_out = (width, sizes[1]) if gathers else (sizes[0], results)
+    kernel = _gathering if gathers else _scattering
     out = pl.pallas_call(
-        kernel,
+        functools.partial(kernel, sizes[not gathers], first_in, transposed, first_out),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(tiles, steps),
+            grid=(tiles, order.sources.shape[0]),
             in_specs=[
-                pl.BlockSpec((width, rows), lambda i, j, *_: (0, i))
-                if first_in
-                else pl.BlockSpec((rows, width), lambda i, j, *_: (i, 0)),
+                _tile(rows, wide_in, whole if gathers else of_a, first_in),
                 pl.BlockSpec(block, of_w),
             ],
-            out_specs=pl.BlockSpec((result, rows), lambda i, j, results, _: (results[j], i))
-            if first_out
-            else pl.BlockSpec((rows, result), lambda i, j, results, _: (i, results[j])),
-            scratch_shapes=[
-                pltpu.VMEM((result, rows) if first_out else (rows, result), jnp.float32)
-            ],
+            out_specs=_tile(rows, wide_out, of_out if gathers else whole, first_out),
+            scratch_shapes=[pltpu.VMEM(_shape(rows, wide_out, first_out), jnp.float32)],
         ),
-        out_shape=_like(
-            (results, rows * tiles) if first_out else (rows * tiles, results), a, w
-        ),
+        out_shape=_like(_shape(rows * tiles, results, first_out), a, w),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=_cost(a.shape[0], w.shape, block, order, a.dtype),
+        cost_estimate=_cost(count, w.shape, block, order, a.dtype),
         interpret=interpret,
     )(order.results, order.sources, a.T if first_in else a, w)
     return (out.T if first_out else out)[:count]
 
 
-def _gathered_tpu_kernel(
+def _gathering(
     size: int,
     first_in: bool,
     transposed: bool,
@@ -144,7 +154,7 @@ def _gathered_tpu_kernel(
     out: Any,
     total: Any,
 ) -> None:
-    """Computes one step; `first_in` and `first_out` say that features are the first dimension."""
+    """Adds one product to the present block of the result; `a` is there with all columns."""
     j, last = pl.program_id(1), pl.num_programs(1) - 1
     result, source = results[j], sources[j]
 
@@ -154,16 +164,66 @@ def _gathered_tpu_kernel(
 
     @pl.when(source >= 0)
     def _() -> None:
-        own = pl.ds(pl.multiple_of(source * size, size), size)
-        tile = a[own, :] if first_in else a[:, own]
-        if first_out:
-            total[...] += _dot(w[...], tile, _NT)
-        else:
-            total[...] += _dot(tile, w[...], _TN if first_in else _NT if transposed else _NN)
+        own = _columns(source, size, first_in)
+        total[...] += _multiply(a[own], w[...], first_in, transposed, first_out)
 
     @pl.when((j == last) | (results[jnp.minimum(j + 1, last)] != result))
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def _scattering(
+    size: int,
+    first_in: bool,
+    transposed: bool,
+    first_out: bool,
+    results: Any,
+    sources: Any,
+    a: Any,
+    w: Any,
+    out: Any,
+    total: Any,
+) -> None:
+    """Adds one product to its block of the result, which is there with all columns."""
+    j, source = pl.program_id(1), sources[pl.program_id(1)]
+    del results
+
+    @pl.when(j == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(source >= 0)
+    def _() -> None:
+        own = _columns(source, size, first_out)
+        total[own] += _multiply(a[...], w[...], first_in, transposed, first_out)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _() -> None:
+        out[...] = total[...].astype(out.dtype)
+
+
+def _multiply(a: Array, w: Array, first_in: bool, transposed: bool, first_out: bool) -> Array:
+    """Multiplies a tile with a block; `first_in` and `first_out`: features are the first axis."""
+    if first_out:
+        return _dot(w, a, _NT)
+    return _dot(a, w, _TN if first_in else _NT if transposed else _NN)
+
+
+def _columns(block: Array, size: int, features_first: bool) -> Any:
+    """Indexes the columns of a block."""
+    own = pl.ds(pl.multiple_of(block * size, size), size)
+    return (own, slice(None)) if features_first else (slice(None), own)
+
+
+def _shape(rows: int, features: int, features_first: bool) -> tuple[int, int]:
+    """Returns the shape of an array, or of a tile."""
+    return (features, rows) if features_first else (rows, features)
+
+
+def _tile(rows: int, features: int, place: Any, features_first: bool) -> pl.BlockSpec:
+    """Describes a tile; `place` returns its row of tiles and its column."""
+    shape = _shape(rows, features, features_first)
+    return pl.BlockSpec(shape, (lambda *own: place(*own)[::-1]) if features_first else place)
 
 
 def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
@@ -180,8 +240,7 @@ def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
         return jnp.where(sources[j] >= 0, m, tiles - 1)  # a step without a product copies nothing
 
     def of_x(j: Any, m: Any, results: Any, sources: Any) -> Any:
-        own = tile(j, m, sources), results[j]
-        return own[::-1] if narrow else own
+        return tile(j, m, sources), results[j]
 
     def of_dy(j: Any, m: Any, results: Any, sources: Any) -> Any:
         return tile(j, m, sources), _source(sources[j])
@@ -197,7 +256,7 @@ def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
             num_scalar_prefetch=2,
             grid=(steps, tiles),
             in_specs=[
-                pl.BlockSpec((block[0], rows) if narrow else (rows, block[0]), of_x),
+                _tile(rows, block[0], of_x, narrow),
                 pl.BlockSpec((rows, block[1]), of_dy),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -246,7 +305,7 @@ def _sample_tpu_kernel(
 # ---- for GPUs
 
 
-def _gathered_gpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: bool) -> Array:
+def _product_gpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: bool) -> Array:
     """Gives each tile of the result a program, which loops over the products of its sum."""
     block = block_of(w.shape, indices)
     order = indices.by_input if transposed else indices.by_output
@@ -256,7 +315,7 @@ def _gathered_gpu(interpret: bool, a: Array, w: Array, indices: Any, transposed:
     a = _padded(a, rows * tiles)
     width, results = (w.shape[1], w.shape[0]) if transposed else w.shape
     chunk = min(summed, _CHUNK // a.dtype.itemsize)
-    kernel = functools.partial(_gathered_gpu_kernel, summed, chunk, transposed)
+    kernel = functools.partial(_product_gpu_kernel, summed, chunk, transposed)
     own = (result, width) if transposed else (width, result)
     return pl.pallas_call(
         kernel,
@@ -274,7 +333,7 @@ def _gathered_gpu(interpret: bool, a: Array, w: Array, indices: Any, transposed:
     )(order.starts, order.sources, a, w)[:count]
 
 
-def _gathered_gpu_kernel(
+def _product_gpu_kernel(
     size: int, chunk: int, transposed: bool, starts: Any, sources: Any, a: Any, w: Any, out: Any
 ) -> None:
     """Sums over the kept blocks of one block of the result, some columns at a time."""
@@ -344,8 +403,11 @@ def _unit(block: tuple[int, int], nbytes: int) -> int:
 
 
 def _tiles(rows: int, limit: int, unit: int) -> tuple[int, int]:
-    """Returns the rows of a tile and the number of tiles, for rows that are padded least."""
+    """Returns the rows of a tile and the number of tiles; without padding where sizes allow it."""
     limit = max(unit, limit // unit * unit)
+    for own in range(limit, limit // 2, -unit):
+        if rows % own == 0:
+            return own, rows // own
     tiles = pl.cdiv(rows, limit)
     return pl.cdiv(pl.cdiv(rows, tiles), unit) * unit, tiles
 
