@@ -7,6 +7,14 @@ sources are part of the package and are compiled once for this machine; on other
 there is no compiler, the same functions are masked dense operations.
 """
 
+from jaxprune.kernels._blocks import (
+    BlockIndices,
+    BlockOrder,
+    block_indices,
+    block_platforms,
+    block_product,
+    check_block_indices,
+)
 from jaxprune.kernels._capacities import Capacities
 from jaxprune.kernels._following import Following
 from jaxprune.kernels._operations import (
@@ -27,6 +35,8 @@ from jaxprune.kernels._table import Case, Ratio, Table, expected_ratio, measure_
 from jaxprune.kernels._wrapping import Wrapped, wrap
 
 __all__ = [
+    "BlockIndices",
+    "BlockOrder",
     "Capacities",
     "Case",
     "ConvolutionIndices",
@@ -37,6 +47,10 @@ __all__ = [
     "Table",
     "Wrapped",
     "available",
+    "block_indices",
+    "block_platforms",
+    "block_product",
+    "check_block_indices",
     "convolution_indices",
     "expected_ratio",
     "measure_table",

@@ -55,8 +55,8 @@ def block_indices(
 ) -> BlockIndices:
     """Lists the kept blocks of a kernel [K, N], on the host.
 
-    Make masks with `pattern=patterns.blocks(block)`. Reshape the mask and the kernel of a projection
-    with several input or output axes to [K, N] first.
+    Make masks with `pattern=patterns.blocks(block)`. Reshape the mask and the kernel of a
+    projection with several input or output axes to [K, N] first.
 
     Args:
         mask: bool [K, N], True where a weight is kept; NumPy or a concrete JAX array. All weights
@@ -146,11 +146,11 @@ def block_product(
     """Returns x @ (kernel * mask), where TPUs and GPUs compute kept blocks only.
 
     So do the gradients: that of the kernel is 0 in pruned blocks. Sums are in float32, also of
-    bfloat16; `jax.default_matmul_precision` decides how float32 is multiplied, as in dense products.
-    On CPUs, and wherever `block_platforms` says so, this is the masked dense product. Reverse-mode
-    derivatives of any order work, `jax.jvp` does not. Arrays that are sharded over devices need
-    `jax.shard_map` around the call. The kernels were compiled for TPUs and GPUs and compared with
-    the dense product in an interpreter; they were never timed.
+    bfloat16; how float32 is multiplied, `jax.default_matmul_precision` decides, as in dense
+    products. On CPUs, and wherever `block_platforms` names no kernel, this is the masked dense
+    product. Reverse-mode derivatives of any order work, `jax.jvp` does not. Arrays that are sharded
+    over devices need `jax.shard_map` around the call. The kernels were compiled for TPUs and GPUs
+    and compared with the dense product in an interpreter; they were never timed.
 
     Indices outside of `jit` are checked on the host. Those that a compiled function takes as
     arguments are not; `check_block_indices` does it before.

@@ -1,8 +1,9 @@
 """The three passes of a block-sparse product in Pallas: for TPUs (Mosaic) and GPUs (Triton).
 
-On a TPU the grid goes over the steps of a list, which is prefetched as scalars and says which blocks
-the next step needs, so that they are copied while the present one computes. Triton has no prefetched
-scalars: there each program has one block of the result and loops over the products of its sum.
+On a TPU the grid goes over the steps of a list, which is prefetched as scalars and says which
+blocks the next step needs, so that they are copied while the present one computes. Triton has no
+prefetched scalars: there each program has one block of the result and loops over the products of
+its sum.
 """
 
 import functools
@@ -13,16 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as plgpu
 
 from jaxprune import meshes
 
 Array = Any
 _MIB = 2**20
 # Bytes of a TPU's vector memory, of which a kernel has 16 MiB by default: for a tile of inputs that
-# stays (there are two copies), one that is read at each step (two copies), and sums with the tile of
-# results that they become (one and two copies).
+# stays (there are two copies), one that is read at each step (two copies), and sums with the tile
+# of results that they become (one and two copies).
 _RESIDENT, _STREAMED, _SUMS = 4 * _MIB, 2 * _MIB, 10 * _MIB
 _LANES, _ROWS, _LONG = 128, 512, 4096
 _GPU_ROWS = 128
@@ -120,6 +121,7 @@ def _product_tpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: 
     def of_out(i: Any, j: Any, *lists: Any) -> Any:
         return i, block_out(j, *lists)
 
+    kept = _kept(order, block)
     wide_in, wide_out = (width, sizes[1]) if gathers else (sizes[0], results)
     kernel = _gathering if gathers else _scattering
     out = pl.pallas_call(
@@ -136,7 +138,7 @@ def _product_tpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: 
         ),
         out_shape=_like(_shape(rows * tiles, results, first_out), a, w),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=_cost(count, w.shape, block, order, a.dtype),
+        cost_estimate=_cost(count, count * (width + results) + tiles * kept, kept, nbytes),
         interpret=interpret,
     )(order.results, order.sources, a.T if first_in else a, w)
     return (out.T if first_out else out)[:count]
@@ -231,8 +233,8 @@ def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
     order, shape = indices.by_input, (x.shape[1], dy.shape[1])
     block = block_of(shape, indices)
     narrow, nbytes = bool(block[0] % _LANES), x.dtype.itemsize
-    limit = min(_LONG, _STREAMED // (max(block) * nbytes))
-    rows, tiles = _tiles(x.shape[0], limit, _unit(block, nbytes))
+    count, limit = x.shape[0], min(_LONG, _STREAMED // (max(block) * nbytes))
+    rows, tiles = _tiles(count, limit, _unit(block, nbytes))
     x, dy = _padded(x, rows * tiles), _padded(dy, rows * tiles)
     steps = order.sources.shape[0]
 
@@ -248,6 +250,10 @@ def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
     def of_w(j: Any, m: Any, results: Any, sources: Any) -> Any:
         return results[j], _source(sources[j])
 
+    # A tile of x is copied again unless the next step needs the same one.
+    kept = _kept(order, block)
+    of_inputs = count * shape[0] if tiles == 1 else count * kept // block[1]
+    moved = of_inputs + count * kept // block[0] + kept
     out = _like(shape, x, dy)
     (zeros,) = meshes.varying_like((jnp.zeros(out.shape, out.dtype),), x, dy)
     return pl.pallas_call(
@@ -266,7 +272,7 @@ def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
         out_shape=out,
         input_output_aliases={4: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
-        cost_estimate=_cost(x.shape[0], shape, block, order, x.dtype),
+        cost_estimate=_cost(count, moved, kept, nbytes),
         interpret=interpret,
     )(order.results, order.sources, x.T if narrow else x, dy, zeros)
 
@@ -435,12 +441,11 @@ def _like(shape: tuple[int, ...], *operands: Array) -> Any:
     )
 
 
-def _cost(rows: int, shape: Any, block: Any, order: Any, dtype: Any) -> pl.CostEstimate:
-    """Counts what the kept blocks compute, and each array once, for the scheduler of XLA."""
-    kept = order.sources.shape[0] - order.starts.shape[0] + 1
-    entries = rows * sum(shape) + kept * math.prod(block)
-    return pl.CostEstimate(
-        flops=2 * rows * kept * math.prod(block),
-        bytes_accessed=entries * jnp.dtype(dtype).itemsize,
-        transcendentals=0,
-    )
+def _kept(order: Any, block: tuple[int, int]) -> int:
+    """Counts the weights of as many blocks as there is room for."""
+    return (order.sources.shape[0] - order.starts.shape[0] + 1) * math.prod(block)
+
+
+def _cost(rows: int, moved: int, kept: int, nbytes: int) -> pl.CostEstimate:
+    """Says what a kernel computes and copies, for the scheduler of XLA and for `cost_analysis`."""
+    return pl.CostEstimate(flops=2 * rows * kept, bytes_accessed=moved * nbytes, transcendentals=0)
