@@ -138,6 +138,7 @@ def _product_tpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: 
         ),
         out_shape=_like(_shape(rows * tiles, results, first_out), a, w),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name=f"block_product_{'dx' if transposed else 'y'}_tpu",
         cost_estimate=_cost(count, count * (width + results) + tiles * kept, kept, nbytes),
         interpret=interpret,
     )(order.results, order.sources, a.T if first_in else a, w)
@@ -272,6 +273,7 @@ def _sample_tpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
         out_shape=out,
         input_output_aliases={4: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        name="block_product_dw_tpu",
         cost_estimate=_cost(count, moved, kept, nbytes),
         interpret=interpret,
     )(order.results, order.sources, x.T if narrow else x, dy, zeros)
@@ -334,6 +336,7 @@ def _product_gpu(interpret: bool, a: Array, w: Array, indices: Any, transposed: 
         ],
         out_specs=pl.BlockSpec((rows, result), lambda i, o: (i, o)),
         out_shape=_like((rows * tiles, results), a, w),
+        name=f"block_product_{'dx' if transposed else 'y'}_cuda",
         compiler_params=plgpu.CompilerParams(num_warps=_warps(rows * result), num_stages=3),
         interpret=interpret,
     )(order.starts, order.sources, a, w)[:count]
@@ -373,6 +376,7 @@ def _sample_gpu(interpret: bool, x: Array, dy: Array, indices: Any) -> Array:
         ],
         out_specs=pl.BlockSpec(block, lambda k, n: (k, n)),
         out_shape=_like(shape, x, dy),
+        name="block_product_dw_cuda",
         compiler_params=plgpu.CompilerParams(num_warps=_warps(math.prod(block)), num_stages=3),
         interpret=interpret,
     )(indices.mask.astype(jnp.int32), x, dy)
