@@ -5,6 +5,8 @@
 and the indices of its mask, and are differentiable functions of both `x` and the kernel. Their C++
 sources are part of the package and are compiled once for this machine; on other devices, and where
 there is no compiler, the same functions are masked dense operations.
+
+`block_product` is for TPUs and GPUs, and for masks of whole blocks.
 """
 
 from jaxprune.kernels._blocks import (

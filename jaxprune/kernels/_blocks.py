@@ -243,25 +243,25 @@ def check_block_indices(indices: BlockIndices) -> None:
 # ---- indices
 
 
-def _indices(units: np.ndarray, capacity: int) -> BlockIndices:
+def _indices(units: Any, capacity: int) -> BlockIndices:
     """Returns the indices of a mask of blocks, as NumPy arrays."""
     return BlockIndices(units, _order(units.T, capacity), _order(units, capacity))
 
 
 def _order(kept: np.ndarray, capacity: int) -> BlockOrder:
     """Lists the blocks of a mask [results, sources], row by row."""
-    counts = kept.sum(1)
     listed = kept.copy()
-    listed[counts == 0, :1] = True  # a step that only writes zeros
-    results, sources = (own.astype(np.int32) for own in np.nonzero(listed))
+    listed[~kept.any(1), 0] = True  # a step that only writes zeros
+    results, sources = np.nonzero(listed)
     sources = np.where(kept[results, sources], sources, ~sources)
-    missing = capacity + len(kept) - len(results)
-    last = np.maximum(sources[-1:], ~sources[-1:])
-    return BlockOrder(
-        np.concatenate([[0], np.cumsum(listed.sum(1))]).astype(np.int32),
-        np.concatenate([results, np.repeat(results[-1:], missing)]),
-        np.concatenate([sources, np.repeat(~last, missing)]),
-    )
+    padding = capacity + len(kept) - len(results)
+    last = max(sources[-1], ~sources[-1])
+    arrays: list[Any] = [
+        np.concatenate([[0], np.cumsum(listed.sum(1))]),
+        np.append(results, [results[-1]] * padding),
+        np.append(sources, [~last] * padding),
+    ]
+    return BlockOrder(*(own.astype(np.int32) for own in arrays))
 
 
 def _checked(mask: Any) -> np.ndarray:

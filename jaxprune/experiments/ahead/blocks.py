@@ -97,7 +97,7 @@ def compile_pass(
     dy = shape((ROWS, OUTPUTS), jnp.bfloat16)
 
     def run(x: Any, kernel: Any, dy: Any, indices: Any) -> Any:
-        y, pull = jax.vjp(lambda *own: kernels.block_product(*own, indices), x, kernel)
+        y, pull = jax.vjp(lambda *own: kernels.block_product(own[0], own[1], indices), x, kernel)
         return {"y": lambda: y, "dx": lambda: pull(dy)[0], "dw": lambda: pull(dy)[1]}[name]()
 
     traced = jax.jit(run).trace(x, kernel, dy, indices)
