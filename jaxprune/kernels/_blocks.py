@@ -207,7 +207,7 @@ def check_block_indices(indices: BlockIndices) -> None:
     Example:
         >>> indices = block_indices(np.ones((2, 2), bool), (1, 1))
         >>> check_block_indices(indices)
-        >>> wrong = indices.by_output._replace(sources=jnp.array([0, 1, 0, 7]))
+        >>> wrong = indices.by_output._replace(sources=jnp.array([0, 1, 0, 7, -2, -2]))
         >>> check_block_indices(indices._replace(by_output=wrong))
         Traceback (most recent call last):
         ValueError: `indices` must be made by `block_indices`, but by_output.sources[3] is 7, not 1
