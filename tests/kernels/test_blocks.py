@@ -280,6 +280,21 @@ def test_platforms(block, dtype, expected):
         assert calls == 0 or text.count(f"{target}(") == 3
 
 
+def test_exports_for_one_platform_at_a_time():
+    indices = kernels.block_indices(np.ones((128, 256), bool))
+    args = jnp.ones((8, 128)), jnp.ones((128, 256)), indices
+
+    def export(*platforms):
+        return jax.export.export(jax.jit(kernels.block_product), platforms=platforms)(*args)
+
+    assert export("tpu").mlir_module().count("@tpu_custom_call(") == 1
+    np.testing.assert_allclose(export("cpu").call(*args), np.full((8, 256), 128.0))
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        export("cpu", "tpu")
+    with pytest.raises(ValueError, match="no compatibility guarantees"):
+        export("cuda")
+
+
 @given(
     rows=st.integers(1, 10_000),
     limit=st.integers(1, 600),
