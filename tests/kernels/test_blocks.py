@@ -244,6 +244,25 @@ def test_inside_checkpoint_and_shard_map(way):
     assert_same_layer(jax.jit(spread), dense(mask), x, kernel)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_kernels_inside_shard_map(platform):
+    """Their results vary over shards, and the gradient of the kernel is summed over them."""
+    x, kernel, mask = case(13, (8,), (2, 2), (16, 128), 1.0)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    spread = jax.shard_map(
+        layer_of(mask, (16, 128), None), mesh=mesh, out_specs=PartitionSpec("data"),
+        in_specs=(PartitionSpec("data"), PartitionSpec()),
+    )  # fmt: skip
+
+    def passes(x, kernel):
+        y, pull = jax.vjp(spread, x, kernel)
+        return y, *pull(y)
+
+    text = jax.jit(passes).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    target = {"tpu": "@tpu_custom_call(", "cuda": "gpu.triton("}[platform]
+    assert text.count(target) == 3 and "all_reduce" in text
+
+
 # ---- which platform computes what
 
 
