@@ -152,14 +152,16 @@ browser-check:  ## test the page in headless Chromium, where npm and Chromium ar
 	fi
 
 # Its own environment: with libtpu installed, every other use of JAX would look for a TPU first.
-tpu-check:  ## compile the training step for TPUs that are not there, and check it
+tpu-check:  ## compile the training step and block products for TPUs that are not there
 	@$(MAKE) --no-print-directory VENV=$(VENV)/tpu $(VENV)/tpu/.tpu
 	$(VENV)/tpu/bin/python scripts/compile_for_tpu.py $(ARGS)
+	$(VENV)/tpu/bin/python scripts/compile_for_tpu.py --blocks
 
 # As above; it takes 6 GB on disk with CUDA's libraries.
-cuda-check:  ## compile the training step for GPUs that are not there, and check it
+cuda-check:  ## compile the training step and block products for GPUs that are not there
 	@$(MAKE) --no-print-directory VENV=$(VENV)/cuda $(VENV)/cuda/.cuda
 	$(VENV)/cuda/bin/python scripts/compile_for_tpu.py --platform cuda $(ARGS)
+	$(VENV)/cuda/bin/python scripts/compile_for_tpu.py --platform cuda --blocks
 
 # In environments of their own: both need older versions of packages than the other tests. Where the
 # packages do not exist (litert-converter: Linux on x86-64 and macOS on ARM), it says so and is skipped.

@@ -5,8 +5,18 @@
 and the indices of its mask, and are differentiable functions of both `x` and the kernel. Their C++
 sources are part of the package and are compiled once for this machine; on other devices, and where
 there is no compiler, the same functions are masked dense operations.
+
+`block_product` is for TPUs and GPUs, and for masks of whole blocks.
 """
 
+from jaxprune.kernels._blocks import (
+    BlockIndices,
+    BlockOrder,
+    block_indices,
+    block_platforms,
+    block_product,
+    check_block_indices,
+)
 from jaxprune.kernels._capacities import Capacities
 from jaxprune.kernels._following import Following
 from jaxprune.kernels._operations import (
@@ -29,6 +39,8 @@ from jaxprune.kernels._table import Case, Ratio, Table, expected_ratio, measure_
 from jaxprune.kernels._wrapping import Wrapped, wrap
 
 __all__ = [
+    "BlockIndices",
+    "BlockOrder",
     "Capacities",
     "Case",
     "ConvolutionIndices",
@@ -39,6 +51,10 @@ __all__ = [
     "Table",
     "Wrapped",
     "available",
+    "block_indices",
+    "block_platforms",
+    "block_product",
+    "check_block_indices",
     "convolution_indices",
     "depthwise_convolution",
     "expected_ratio",

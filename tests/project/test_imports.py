@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "models": {"trees"},
     "sharding": {"trees"},
     "selection": {"counting", "meshes", "trees"},
-    "kernels": {"files", "jaxprs", "layouts", "masks", "meshes", "reports", "trees"},
+    "kernels": {"files", "jaxprs", "layouts", "masks", "meshes", "patterns", "reports", "trees"},
     "layouts": {"jaxprs", "trees"},
     "structure": {"files", "jaxprs", "trees"},
     "timetables": {"budgets", "counting", "patterns", "schedules", "selection", "trees"},

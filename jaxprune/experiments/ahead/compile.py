@@ -5,12 +5,13 @@
     python scripts/compile_for_tpu.py --topology v5e:2x4 v4:2x2x1 --config synthetic_resnet50
     python scripts/compile_for_tpu.py --topology v5e:2x4 --mesh data=4,fsdp=2 -- --batch-size 1024
     python scripts/compile_for_tpu.py --platform cuda --topology h100:8
+    python scripts/compile_for_tpu.py --blocks
 
 Options after `--` are those of train.py. The command needs libtpu (the extra `tpu`) and no TPU, or
 JAX's CUDA plugin (the extra `cuda`) and no GPU: nothing runs, and no array is made. It compiles the
 step for the network, and for the network without half of its channels. Each report lists memory,
 arithmetic and exchanges between devices, all for one device, and checks; the exit status is 1 if a
-check fails.
+check fails. `--blocks` compiles the block-sparse product of `jaxprune.kernels` instead.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from jax.sharding import Mesh
 
 from jaxprune import programs, sharding
 from jaxprune.experiments import command
-from jaxprune.experiments.ahead import checks
+from jaxprune.experiments.ahead import blocks, checks
 from jaxprune.experiments.ahead.steps import (
     Network,
     Program,
@@ -59,6 +60,9 @@ def main(args: Sequence[str] | None = None) -> None:
         check_config(config)
         jax.config.update("jax_platforms", "cpu")  # traced constants live there
         for topology in options.topology:
+            if options.blocks:
+                passed &= report_blocks(options.platform, topology, options.effort)
+                continue
             mesh = make_mesh(options.platform, topology, options.mesh or config.mesh)
             sharding.check_batch(config.batch_size, mesh)
             passed &= report(config, mesh, options.platform, topology, options.effort)
@@ -82,6 +86,7 @@ def parse(args: list[str]) -> argparse.Namespace:
         help="cuda: GPUs; cpu: as many virtual devices of this machine as --mesh has")  # fmt: skip
     add("--effort", type=float, default=-1.0,
         help="effort of the TPU compiler: 0 as in training, -1 (default) faster")  # fmt: skip
+    add("--blocks", action="store_true", help="the block-sparse product instead of the step")
     options = command.parse(parser, args)
     if options.topology is None or options.platform == "cpu":
         options.topology = DEFAULTS[options.platform]
@@ -110,9 +115,22 @@ def make_mesh(platform: str, topology: str, text: str) -> Mesh:
 # ---- reports
 
 
+def report_blocks(platform: str, topology: str, effort: float) -> bool:
+    """Compiles and prints block-sparse products for one device; returns whether checks passed."""
+    if platform == "cpu":
+        raise ValueError("`platform` must be tpu or cuda with `--blocks`, but is cpu")
+    device = make_mesh(platform, topology, "").devices.flat[0]
+    return blocks.report(platform, device, topology, compiler_options(platform, effort))
+
+
+def compiler_options(platform: str, effort: float) -> dict[str, Any]:
+    """Returns options of XLA."""
+    return {"exec_time_optimization_effort": effort} if platform == "tpu" else {}
+
+
 def report(config: Config, mesh: Mesh, platform: str, topology: str, effort: float) -> bool:
     """Compiles and prints a report; returns whether all checks passed."""
-    compiler = {"exec_time_optimization_effort": effort} if platform == "tpu" else {}
+    compiler = compiler_options(platform, effort)
     source = shapes_of(config)
     dense = dense_network(config, source)
     networks = dense, without_half(dense)
