@@ -15,7 +15,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import trees
 
-__all__ = ["automatically", "entered", "on_this_mesh", "placed_like", "total", "varies", "varying_like"]
+__all__ = [
+    "automatically",
+    "entered",
+    "on_this_mesh",
+    "placed_like",
+    "total",
+    "varies",
+    "varying_like",
+]
 
 
 def automatically(function: Callable[..., Any], *operands: Any, like: Any = None) -> Any:

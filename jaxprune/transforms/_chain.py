@@ -148,7 +148,7 @@ def chain(
         new_state: tuple[Any, ...] = ()
         for member, own in zip(members[:first], state[:first], strict=True):
             accepted = _accepted(member, own, before, ours)
-            # Packed state reads kept weights alone, at a mask update in a branch: see `update_masks`.
+            # Packed state reads kept weights alone, some in a branch: see `update_masks`.
             point = params if isinstance(own, PackedState) else seen
             updates, own = member.update(updates, own, point, **accepted)
             new_state = (*new_state, own)

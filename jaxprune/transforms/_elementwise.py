@@ -1,34 +1,36 @@
 """Whether an optimizer treats each weight by itself, so that its state can be packed."""
 
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from jaxprune import trees
 from jaxprune.transforms._inner import pruning_states
 from jaxprune.transforms._positions import ending, packed_shape
 
-_STEPS = 3
-_SCALES = (1.0, 1e3)  # of gradients: clips act on large ones only
 _LONG = 2**20  # longer than any dimension that an optimizer chooses itself
+# Primitives that mix entries although the shape remains, by the start of their names.
+_MIX = (
+    *("cum", "sort", "rev", "gather", "scatter", "dynamic_", "roll", "fft", "dot_", "conv_"),
+    *("pure_callback", "io_callback", "ffi_call", "custom_call", "triangular_solve"),
+)
 _RULE = (
     "`inner` must be element-wise: the update of a weight may depend only on its own gradients "
     "and values. Keep norms and clips as members of their own, `jaxprune.chain(optax."
     "clip_by_global_norm(1.0), jaxprune.pack_state(optax.adam(1e-3)), pruning)`, and optimizers "
     "that need whole layers (LAMB, LARS, Adafactor, Muon, line searches) without "
-    "`jaxprune.pack_state`. "
+    "`jaxprune.pack_state`."
 )
 
 
 def check_elementwise(inner: Any, params: Any, flags: tuple[bool, ...]) -> None:
     """Raises unless an optimizer is element-wise on the leaves to be packed.
 
-    Shapes of the state are known exactly. What an update computes is tried on a few weights per
-    leaf, for a few steps; an optimizer that needs more than gradients cannot be tried.
+    This is read from the shapes of its state and from the operations of its update, traced on
+    leaves of lengths that nothing else has.
 
     Args:
         inner: the optimizer.
@@ -37,30 +39,37 @@ def check_elementwise(inner: Any, params: Any, flags: tuple[bool, ...]) -> None:
 
     Raises:
         ValueError: if the state has another array of a packed leaf than one in its shape, or holds
-            masks; if the update of a weight depends on other weights. It lists all leaves.
+            masks; if the update of a weight depends on other weights, or needs more than gradients
+            and parameters. It lists all leaves.
     """
+    shapes, own = _long_leaves(params, flags)
     trees.raise_for(
-        _unlike_leaves(inner, params, flags),
-        _RULE + "These parts of its state are neither a number nor an array like the leaf:",
+        _unlike_leaves(inner, shapes, own),
+        f"{_RULE} These parts of its state are neither a number nor an array like the leaf:",
     )
     trees.raise_for(
-        _coupled_leaves(inner, params, flags),
-        _RULE + "In these leaves it depends on other weights, or on chance:",
+        _coupled_leaves(inner, shapes, trees.leaf_by_path(params)),
+        f"{_RULE} These operations use several weights of a leaf, their places, or chance:",
     )
 
 
-def _unlike_leaves(inner: Any, params: Any, flags: tuple[bool, ...]) -> list[str]:
-    """Lists the parts of a state that cannot be packed, from shapes alone."""
-    leaves = trees.leaf_by_path(params)
-    own, shapes = {}, []
-    for number, ((path, leaf), flag) in enumerate(zip(leaves.items(), flags, strict=True)):
-        # Each packed leaf has a length that no other array has by accident.
-        shape = packed_shape(leaf, _LONG + number) if flag else (1,) * len(trees.shape_of(leaf))
-        if flag:
+def _long_leaves(params: Any, flags: tuple[bool, ...]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """Returns shapes like the parameters, and those of the packed leaves by path.
+
+    Each packed leaf has a length that no other array has by accident; all others have one entry.
+    """
+    shapes, own = [], {}
+    for number, (path, leaf) in enumerate(trees.leaf_by_path(params).items()):
+        shape = packed_shape(leaf, _LONG + number) if flags[number] else (1,) * jnp.ndim(leaf)
+        shapes.append(jax.ShapeDtypeStruct(shape, jnp.result_type(leaf)))
+        if flags[number]:
             own[path] = shape
-        is_array = trees.is_array(leaf)
-        shapes.append(jax.ShapeDtypeStruct(shape, leaf.dtype) if is_array else leaf)
-    state = jax.eval_shape(inner.init, jax.tree.unflatten(jax.tree.structure(params), shapes))
+    return jax.tree.unflatten(jax.tree.structure(params), shapes), own
+
+
+def _unlike_leaves(inner: Any, shapes: Any, own: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Lists the parts of a state that cannot be packed, from shapes alone."""
+    state = jax.eval_shape(inner.init, shapes)
     if pruning_states(state):
         raise ValueError(
             "`inner` must be an optimizer, but prunes. Put pruning behind it: "
@@ -83,54 +92,52 @@ def _shown(shape: tuple[int, ...]) -> str:
     return f"({', '.join(sizes)})"
 
 
-def _coupled_leaves(inner: Any, params: Any, flags: tuple[bool, ...]) -> list[str]:
-    """Lists the leaves whose updates change if the optimizer sees only half of their weights."""
-    draw = np.random.default_rng(0)
-    leaves, structure = jax.tree.flatten(params)
-    small = [[min(size, 2) for size in trees.shape_of(leaf)] for leaf in leaves]
-
-    def halved(value: np.ndarray, flag: bool) -> np.ndarray:
-        return value.reshape(-1)[::2].reshape(packed_shape(value, -1)) if flag else value
-
-    def updated(trials: list[list[list[np.ndarray]]], halves: bool) -> list[list[np.ndarray]]:
-        """Returns the updates of each step, of packed leaves every second entry."""
-
-        def tree(values: list[np.ndarray]) -> Any:
-            own = zip(values, flags, strict=True)
-            cut = [halved(value, flag and halves) for value, flag in own]
-            arrays = [jnp.asarray(x, y.dtype) for x, y in zip(cut, leaves, strict=True)]
-            return structure.unflatten(arrays)
-
-        found = []
-        for weights, *gradients in trials:
-            params = tree(weights)
-            state = inner.init(params)
-            for gradient in gradients:
-                updates, state = inner.update(tree(gradient), state, params)
-                own = [np.asarray(x, np.float32) for x in jax.tree.leaves(updates)]
-                cut = [halved(x, flag and not halves) for x, flag in zip(own, flags, strict=True)]
-                found.append(cut)
-                params = optax.apply_updates(params, updates)
-        return found
-
-    trials = [
-        [[draw.normal(size=shape) * scale for shape in small] for scale in [1.0] + [each] * _STEPS]
-        for each in _SCALES
-    ]
+def _coupled_leaves(inner: Any, shapes: Any, names: Mapping[str, Any]) -> list[str]:
+    """Lists the operations of an update that mix entries of a packed leaf, from shapes alone."""
     try:
-        with jax.ensure_compile_time_eval(), warnings.catch_warnings(), np.errstate(all="ignore"):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            whole, half = updated(trials, False), updated(trials, True)
-    except Exception:  # it needs more than gradients, so nothing is known
-        return []
-    names = list(trees.leaf_by_path(params))
-    return [
-        name
-        for number, name in enumerate(names)
-        if not all(_close(a[number], b[number]) for a, b in zip(whole, half, strict=True))
-    ]
+            state = jax.eval_shape(inner.init, shapes)
+            traced = jax.make_jaxpr(inner.update)(shapes, state, shapes)
+    except Exception as error:
+        raise ValueError(
+            f"{_RULE} This one cannot be traced with gradients and parameters alone: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    paths, found = list(names), []
+    for name, size in _mixing(traced.jaxpr):
+        is_one = size - _LONG < len(paths)
+        found.append(f"{paths[size - _LONG] if is_one else 'several leaves'}: {name}")
+    return list(dict.fromkeys(found))
 
 
-def _close(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns whether updates are the same up to rounding."""
-    return a.size == b.size and bool(np.allclose(a.reshape(-1), b.reshape(-1), 1e-3, equal_nan=True))
+def _mixing(jaxpr: Any) -> Iterator[tuple[str, int]]:
+    """Yields primitives that mix the entries of long arrays, and the length of one of these."""
+    for equation in jaxpr.eqns:
+        inside = [own for value in equation.params.values() for own in _jaxprs(value)]
+        for own in inside:
+            yield from _mixing(own)
+        ins, outs = (
+            [shape for shape in map(_shape, atoms) if shape and max(shape) >= _LONG]
+            for atoms in (equation.invars, equation.outvars)
+        )
+        name = equation.primitive.name
+        if inside or name == "optimization_barrier" or not (ins or outs):
+            continue
+        made = not ins and name != "broadcast_in_dim"  # random numbers, indices
+        changed = bool(ins) and (len(outs) < len(equation.outvars) or len({*ins, *outs}) > 1)
+        if made or changed or name.startswith(_MIX):
+            yield name, max((ins or outs)[0])
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    """Returns the jaxprs in a parameter of an equation."""
+    if isinstance(value, (tuple, list)):
+        return [own for part in value for own in _jaxprs(part)]
+    own = getattr(value, "jaxpr", value)
+    return [own] if hasattr(own, "eqns") else []
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    """Returns the shape of an operand."""
+    return getattr(atom.aval, "shape", ())

@@ -50,7 +50,7 @@ def pack_state(
     prunable: trees.Prunable = None,
     stacked: trees.Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the state of an element-wise optimizer for kept weights only, so that it takes less memory.
+    """Keeps the state of an element-wise optimizer for kept weights only, to save memory.
 
     Put it in place of the optimizer in a `jaxprune.chain`, which passes it the masks of each step;
     elsewhere pass `masks=` to `update`. Momenta and averages of a pruned leaf become vectors with
@@ -82,13 +82,14 @@ def pack_state(
 
     Raises:
         ValueError: if a density or a capacity is out of range or names no packed leaf; from `init`,
-            if `inner` is not element-wise as far as that can be seen, from shapes of its state and
-            from a trial on small arrays, or a leaf is too large; from `update`, if masks or
+            if `inner` is not element-wise, by the shapes of its state and the operations of its
+            update, or a leaf is too large; from `update`, if masks or
             `params` are missing, or the state belongs to other leaves.
 
     Example:
         >>> import jaxprune
-        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jnp.ones(64)}
+        >>> kernel = jax.random.normal(jax.random.key(0), (64, 64))
+        >>> params = {"kernel": kernel, "bias": jnp.ones(64)}
         >>> optimizer = jaxprune.chain(
         ...     pack_state(optax.adam(1e-2), density=0.1), jaxprune.rigl_transform(0.9, stop=100))
         >>> state = optimizer.init(params)
@@ -96,6 +97,7 @@ def pack_state(
         >>> jaxprune.get_room(state)
         {'kernel': Room(capacity=512, kept=410, short=0)}
     """
+    _check_density(density)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> PackedState:
@@ -137,8 +139,7 @@ def pack_state(
         kept = _masks_of(masks, params, leaves, positions, flags)
         _check_whole(trees.pick(params, flags), kept)
         packed_shapes = {
-            path: own.shape
-            for path, own in zip(_named(leaves, flags), positions, strict=True)
+            path: own.shape for path, own in zip(_named(leaves, flags), positions, strict=True)
         }
         own = owners(state.inner, packed_shapes)
 
@@ -179,14 +180,15 @@ def pack_state(
             scatter(move, place, mask.shape)
             for move, place, mask in zip(trees.pick(moves, flags), positions, kept, strict=True)
         ]
-        short = [jnp.sum(mask, dtype=jnp.int32) > place.size
-                 for mask, place in zip(kept, positions, strict=True)]  # fmt: skip
+        short = [
+            jnp.sum(mask, dtype=jnp.int32) > place.size
+            for mask, place in zip(kept, positions, strict=True)
+        ]
         steps = state.short_steps
         steps = jnp.where(jnp.any(jnp.stack(short)), optax.safe_increment(steps), steps)
         new = PackedState(after, put_masks(params, flags, positions), steps)
         return trees.put(moves, flags, whole), new
 
-    _check_density(density)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

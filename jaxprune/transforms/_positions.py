@@ -20,8 +20,8 @@ def capacity_of(kept: float, size: int, room: float) -> int:
         >>> capacity_of(1000, 10_000, 0.05), capacity_of(9990, 10_000, 0.05)
         (1152, 10000)
     """
-    wanted = math.ceil(kept * (1 + room) / _MULTIPLE) * _MULTIPLE
-    return max(1, min(size, wanted))
+    wanted = math.ceil(max(1, kept) * (1 + room) / _MULTIPLE) * _MULTIPLE
+    return min(size, wanted)
 
 
 def packed_shape(leaf: Any, capacity: int) -> tuple[int, ...]:

@@ -78,7 +78,8 @@ def resize_state(opt_state: Any, *, room: float = ROOM) -> Any:
     Example:
         >>> import optax
         >>> import jaxprune
-        >>> params, masks = jaxprune.prune({"w": jax.random.normal(jax.random.key(0), (64, 64))}, 0.9)
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+        >>> params, masks = jaxprune.prune(params, 0.9)
         >>> optimizer = jaxprune.chain(
         ...     jaxprune.pack_state(optax.adam(0.1)), jaxprune.fixed_mask_transform(masks))
         >>> state = optimizer.init(params)
