@@ -144,11 +144,12 @@ def chain(
                 for member, own in zip(members, state, strict=True)
             )
             before = before | {"grad": _kept_gradient(extra["grad"], updates, masks)}
-            updates = keep_unpruned(updates, masks)
+            # Packed state reads kept weights alone, so nothing is written out for it.
+            if not (first and isinstance(state[0], PackedState)):
+                updates = keep_unpruned(updates, masks)
         new_state: tuple[Any, ...] = ()
         for member, own in zip(members[:first], state[:first], strict=True):
             accepted = _accepted(member, own, before, ours)
-            # Packed state reads kept weights alone, some in a branch: see `update_masks`.
             point = params if isinstance(own, PackedState) else seen
             updates, own = member.update(updates, own, point, **accepted)
             new_state = (*new_state, own)

@@ -13,6 +13,7 @@ from jaxprune.transforms._elementwise import check_elementwise
 from jaxprune.transforms._positions import (
     LARGEST,
     capacity_of,
+    count,
     follow,
     gather,
     is_settled,
@@ -147,42 +148,43 @@ def pack_state(
             values = map(gather, trees.pick(tree, flags), positions)
             return trees.put(tree, flags, list(values))
 
-        def repacked(carry: Any, kept: list[jax.Array], params: Any) -> Any:
-            positions, state = carry
-            new = list(map(follow, positions, kept))
+        settled = list(map(is_settled, positions, kept))
+        # A branch for each leaf: what it computes is dense, and so exists for one leaf at a time.
+        new = [
+            jax.lax.cond(when_any(~flag), follow, lambda own, _: own, place, mask)
+            for flag, place, mask in zip(settled, positions, kept, strict=True)
+        ]
+
+        def follows(state: Any, positions: Any, new: Any, values: Any) -> Any:
             moves = {
                 path: moved(old, then, mask.size)
                 for path, old, then, mask in zip(packed_shapes, positions, new, kept, strict=True)
             }
-            values, structure = jax.tree.flatten(state)
-            fresh = jax.tree.leaves(inner.init(packed(params, new)))
+            leaves, structure = jax.tree.flatten(state)
+            fresh = jax.tree.leaves(inner.init(values))
             followed = [
-                value if path is None else moves[path](value, start)
-                for path, value, start in zip(own, values, fresh, strict=True)
+                leaf if path is None else moves[path](leaf, start)
+                for path, leaf, start in zip(own, leaves, fresh, strict=True)
             ]
-            return new, structure.unflatten(followed)
+            return structure.unflatten(followed)
 
-        settled = jnp.all(jnp.stack(list(map(is_settled, positions, kept))))
-        positions, before = jax.lax.cond(
-            when_any(~settled),
-            repacked,
-            lambda carry, *_: carry,
-            (positions, state.inner),
-            kept,
-            params,
+        values = packed(params, new)
+        before = jax.lax.cond(
+            when_any(~jnp.all(jnp.stack(settled))),
+            follows,
+            lambda state, *_: state,
+            *(state.inner, positions, new, values),
         )
+        positions = new
         for name in ("grad", "inner_state"):  # of the shapes of whole leaves
             extra_args.pop(name, None)
-        moves, after = inner.update(
-            packed(updates, positions), before, packed(params, positions), **extra_args
-        )
+        moves, after = inner.update(packed(updates, positions), before, values, **extra_args)
         whole = [
             scatter(move, place, mask.shape)
             for move, place, mask in zip(trees.pick(moves, flags), positions, kept, strict=True)
         ]
         short = [
-            jnp.sum(mask, dtype=jnp.int32) > place.size
-            for mask, place in zip(kept, positions, strict=True)
+            count(mask) > place.size for mask, place in zip(kept, positions, strict=True)
         ]
         steps = state.short_steps
         steps = jnp.where(jnp.any(jnp.stack(short)), optax.safe_increment(steps), steps)

@@ -37,6 +37,22 @@ def packed_shape(leaf: Any, capacity: int) -> tuple[int, ...]:
     return (1,) * (jnp.ndim(leaf) - 1) + (capacity,)
 
 
+def count(mask: jax.Array) -> jax.Array:
+    """Counts the kept weights of a leaf, int32 [].
+
+    In blocks of bytes, because XLA:CPU writes all terms of a sum to memory: 1 byte for each weight
+    instead of 4.
+
+    Example:
+        >>> count(jnp.arange(1000) < 600).item()
+        600
+    """
+    flat = mask.reshape(-1).astype(jnp.uint8)
+    even = flat.size // _MULTIPLE * _MULTIPLE
+    blocks = jnp.sum(flat[:even].reshape(-1, _MULTIPLE), axis=1, dtype=jnp.uint8)
+    return jnp.sum(blocks, dtype=jnp.int32) + jnp.sum(flat[even:], dtype=jnp.int32)
+
+
 def placed(positions: jax.Array, size: int) -> jax.Array:
     """Counts the positions that are not padding, int32 []."""
     return jnp.sum(positions < size, dtype=jnp.int32)
@@ -49,7 +65,7 @@ def is_settled(positions: jax.Array, mask: jax.Array) -> jax.Array:
     """
     flat, capacity = positions.reshape(-1), positions.size
     stays = mask.reshape(-1).at[flat].get(mode="fill", fill_value=True, indices_are_sorted=True)
-    kept = jnp.sum(mask, dtype=jnp.int32)
+    kept = count(mask)
     return jnp.all(stays) & (placed(flat, mask.size) == jnp.minimum(kept, capacity))
 
 

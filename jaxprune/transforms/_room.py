@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxprune import meshes, trees
 from jaxprune.transforms._inner import pruning_states
 from jaxprune.transforms._packed import ROOM, PackedState, packed_states
-from jaxprune.transforms._positions import capacity_of, moved, owners, remain
+from jaxprune.transforms._positions import capacity_of, count, moved, owners, remain
 
 
 class Room(NamedTuple):
@@ -172,4 +172,4 @@ def _masks_of(opt_state: Any, caller: str) -> dict[str, Any]:
 
 def _count(mask: Any) -> int:
     """Counts the kept weights of a leaf, on the host; a leaf has fewer than 2**31."""
-    return int(jnp.sum(mask, dtype=jnp.int32))
+    return int(count(mask))
