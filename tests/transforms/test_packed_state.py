@@ -276,10 +276,11 @@ def test_where_masks_change_state_is_kept_dropped_and_started(inner, prune):
     assert int(states[1][0].short_steps) == 0
 
 
-def test_weights_that_come_back_start_fresh_and_the_others_keep_their_state():
+@pytest.mark.parametrize("capacity", [3, 4])  # 4 is the shape of the leaf
+def test_weights_that_come_back_start_fresh_and_the_others_keep_their_state(capacity):
     masks = {"w": jnp.array([[True, True, False, False]])}
     tx = jaxprune.chain(
-        jaxprune.pack_state(optax.adagrad(0.1), capacities={"w": 3}),
+        jaxprune.pack_state(optax.adagrad(0.1), capacities={"w": capacity}),
         jaxprune.fixed_mask_transform(masks),
     )
     params = {"w": jnp.ones((1, 4))}
@@ -289,7 +290,7 @@ def test_weights_that_come_back_start_fresh_and_the_others_keep_their_state():
     state = jaxprune.set_masks(state, {"w": jnp.array([[False, True, True, False]])})
     _, state = tx.update(params, state, params)
     sums = state[0].inner[0].sum_of_squares["w"]
-    assert state[0].positions["w"].tolist() == [[1, 2, 4]]
+    assert state[0].positions["w"].tolist() == [[1, 2, 4, 4][:capacity]]
     np.testing.assert_allclose(sums[0, :2], [0.1 + 3, 0.1 + 1], rtol=1e-6)
 
 
@@ -445,8 +446,10 @@ def test_the_laws_of_pruning_hold_behind_packed_state():
     assert set(found.values()) == {"holds"} and len(found) == len(testing.LAWS)
 
 
-SPLITS = {"rows": {"a": {"kernel": P("x"), "bias": P()}, "b": {"kernel": P("x")}},
-          "both": {"a": {"kernel": P("x", "y"), "bias": P("y")}, "b": {"kernel": P("x", "y")}}}  # fmt: skip
+SPLITS = {
+    "rows": {"a": {"kernel": P("x"), "bias": P()}, "b": {"kernel": P("x")}},
+    "both": {"a": {"kernel": P("x", "y"), "bias": P("y")}, "b": {"kernel": P("x", "y")}},
+}
 
 
 @pytest.mark.parametrize(
