@@ -172,4 +172,4 @@ def _masks_of(opt_state: Any, caller: str) -> dict[str, Any]:
 
 def _count(mask: Any) -> int:
     """Counts the kept weights of a leaf, on the host; a leaf has fewer than 2**31."""
-    return int(count(mask))
+    return int(meshes.automatically(count, jnp.asarray(mask)))
