@@ -294,6 +294,16 @@ def test_weights_that_come_back_start_fresh_and_the_others_keep_their_state(capa
     np.testing.assert_allclose(sums[0, :2], [0.1 + 3, 0.1 + 1], rtol=1e-6)
 
 
+def test_packed_arrays_in_the_shape_of_their_leaf_are_not_taken_for_dense_ones():
+    prune = jaxprune.fixed_mask_transform({"w": jnp.array([[False, False, True, True]])})
+    tx = jaxprune.chain(jaxprune.pack_state(optax.sgd(1.0, momentum=1.0)), prune)
+    params = {"w": jnp.array([[0.0, 0.0, 1.0, 1.0]])}
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    assert state[0].inner[0].trace["w"].tolist() == [[3.0, 3.0, 0.0, 0.0]]
+
+
 # ---- room
 
 
