@@ -122,6 +122,7 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's style
 bench: $(VENV)/.train  ## time the optimizer step, selection against sorting, and compacted networks
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/selection.py
+	$(PYTHON) benchmarks/packed_state.py
 	$(PYTHON) benchmarks/structure.py
 	$(PYTHON) benchmarks/layers.py
 	$(PYTHON) benchmarks/blocks.py

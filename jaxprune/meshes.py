@@ -15,7 +15,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import trees
 
-__all__ = ["automatically", "entered", "on_this_mesh", "placed_like", "total", "varying_like"]
+__all__ = [
+    "automatically",
+    "entered",
+    "on_this_mesh",
+    "placed_like",
+    "total",
+    "varies",
+    "varying_like",
+]
 
 
 def automatically(function: Callable[..., Any], *operands: Any, like: Any = None) -> Any:
@@ -136,6 +144,23 @@ def placed_like(array: Any, other: Any) -> Any:
     if isinstance(array, Tracer) or isinstance(other, Tracer):
         return jax.sharding.reshard(array, jax.typeof(other).sharding)
     return jax.device_put(array, other.sharding)
+
+
+def varies(tree: Any) -> bool:
+    """Returns whether arrays are shards that differ between devices, inside of `jax.shard_map`.
+
+    Args:
+        tree: tree of arrays.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> varies([jnp.ones(2)])
+        False
+    """
+    return bool(_varying(tree))
 
 
 def varying_like(tree: Any, *others: Any) -> Any:

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from jaxprune import trees
 from jaxprune.structure._groups import Groups
-from jaxprune.structure._optimizer import owner_of
+from jaxprune.structure._optimizer import check_not_packed, owner_of
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._slicing import is_on_one_cpu, named_sharding
 
@@ -105,6 +105,7 @@ def expand_state(plan: Plan, state: Any, base: Any, params: Any, *, under: str =
         >>> state[0].trace["out"].ravel().tolist()
         [1.0, 1.0, 0.0, 0.0]
     """
+    check_not_packed(state)
     prefix = f"{under}/" if under else ""
     dense = {path: jnp.shape(leaf) for path, leaf in trees.leaf_by_path(params).items()}
     held, fresh = trees.leaf_by_path(state), trees.leaf_by_path(base)

@@ -114,6 +114,7 @@ def sliced_state(
     Returns:
         A `CompactedState` in the container of `new`.
     """
+    check_not_packed(state)
     channels = {name: plan.channels(group) for name, group in (groups or {}).items()}
     held, fresh = trees.leaf_by_path(state), trees.leaf_by_path(new)
     # Leaves of removed blocks are in the dense state alone.
@@ -142,6 +143,17 @@ def sliced_state(
             results.append(start)
             restarted.append(path)
     return CompactedState(jax.tree.unflatten(jax.tree.structure(new), results), tuple(restarted))
+
+
+def check_not_packed(state: Any) -> None:
+    """Raises for packed states: their positions count in whole leaves."""
+    nodes = jax.tree.leaves(state, is_leaf=trees.is_packed)
+    if any(map(trees.is_packed, nodes)):
+        raise ValueError(
+            "`state` holds packed arrays (`jaxprune.pack_state`), which cannot be sliced by "
+            "channels. Remove channels first and start the packed optimizer on the smaller "
+            "network, `optimizer.init(params)`, or train without `jaxprune.pack_state` until then."
+        )
 
 
 def owner_of(path: str, shape: tuple[int, ...], dense: dict[str, tuple[int, ...]]) -> str | None:

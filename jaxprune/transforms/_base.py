@@ -224,7 +224,7 @@ def update_masks(
         return jax.tree.map(lambda a, b: jnp.where(ok & due, a, b), new, carry), ok | ~due
 
     carry, ok = jax.lax.cond(
-        _any_member(due),
+        when_any(due),
         at_mask_update,
         lambda carry, *_: (carry, jnp.array(True)),
         *(carry, buffers, list(faults)),
@@ -239,7 +239,7 @@ def update_masks(
 
 
 @jax.custom_batching.custom_vmap
-def _any_member(flag: jax.Array) -> jax.Array:
+def when_any(flag: jax.Array) -> jax.Array:
     """Returns a flag; under `vmap`, whether it is True for any member of the batch.
 
     A branch with a batched condition would become both of its sides, and each step a mask update.
@@ -247,10 +247,10 @@ def _any_member(flag: jax.Array) -> jax.Array:
     return flag
 
 
-@_any_member.def_vmap
+@when_any.def_vmap
 def _any_of_batch(size: int, is_batched: Sequence[bool], flags: jax.Array) -> tuple[Any, bool]:
     del size
-    return _any_member(jnp.any(flags, axis=0) if is_batched[0] else flags), False
+    return when_any(jnp.any(flags, axis=0) if is_batched[0] else flags), False
 
 
 def update_of(kind: type) -> Callable[[Update], Update]:
@@ -271,7 +271,7 @@ def update_of(kind: type) -> Callable[[Update], Update]:
         @functools.wraps(update)
         def anywhere(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
             _check_kind(state, kind)
-            names = [name for name in ("grad", "inner_state") if name in extra_args]
+            names = [name for name in ("grad", "inner_state", "masks") if name in extra_args]
             trees_given = {name: extra_args.pop(name) for name in names}
 
             def compute(updates: Any, state: Any, params: Any, given: Any) -> Any:

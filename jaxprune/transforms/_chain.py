@@ -24,6 +24,8 @@ from jaxprune.transforms._inner import (
     pruning_states,
     restart_moments,
 )
+from jaxprune.transforms._packed import PackedState, packed_states
+from jaxprune.transforms._room import check_room
 from jaxprune.transforms._straight_through import StraightThroughState
 
 _Inner = Literal["sparse", "dense"] | None
@@ -47,7 +49,8 @@ def chain(
     are 0, and its moments (any array in the shape of a weight: momentum, Adam's `mu` and `nu`) are
     those that `init` returns. Norms therefore count kept weights only, and a regrown weight starts
     without a history. AGIP and `straight_through_transform` learn from the gradients of pruned
-    weights, so the members before them see the dense network unless `inner` is "sparse".
+    weights, so the members before them see the dense network unless `inner` is "sparse" or
+    a member is a `jaxprune.pack_state`. That one also gets `masks`, those that hold at this step.
 
     If a line search keeps value and gradient for the next step (`optax.lbfgs`) and pruning changes
     the point, the value is set to infinity, so that `optax.value_and_grad_from_state` evaluates
@@ -102,6 +105,8 @@ def chain(
         _check(state, inner)
         first = _first_pruning(state)
         masks = masks_like(params, pruning_states(state))
+        if first < len(members) and packed_states(state):
+            check_room(state, trees.leaf_by_path(masks), params)
         warn_of_frozen(members[:first], state[:first], params, masks)
         return state
 
@@ -114,7 +119,7 @@ def chain(
                 f"of this chain, but has {len(state)}. Use the state that this chain's `init` "
                 "returned."
             )
-        _check(state, inner)
+        seen_by = _check(state, inner)
         params = trees.without_settings(params, updates)
         first = _first_pruning(state)
         if first < len(members) and params is not None:
@@ -123,24 +128,30 @@ def chain(
         extra = {"grad": updates} | extra_args
         ours = {"grad", "inner_state"} - extra_args.keys()
         learned, masks = (), None
-        if params is not None and any(_hides(s, inner) for s in pruning_states(state)):
+        if params is not None and any(_hides(s, seen_by) for s in pruning_states(state)):
             known = extra | {"inner_state": (*earlier, *state)}
             pruning = members[first:], state[first:]
-            learned, masks = _masks_first(*pruning, updates, params, known, ours, inner)
+            learned, masks = _masks_first(*pruning, updates, params, known, ours, seen_by)
         hidden = bool(jax.tree.leaves(masks))
         seen, before = params, extra
+        if masks is not None:
+            before = extra | {"masks": masks}
+            ours |= {"masks"}
         if hidden:
             seen = keep_unpruned(params, masks)
             state = tuple(
                 restart_moments(member, own, masks, seen)
                 for member, own in zip(members, state, strict=True)
             )
-            before = extra | {"grad": _kept_gradient(extra["grad"], updates, masks)}
-            updates = keep_unpruned(updates, masks)
+            before = before | {"grad": _kept_gradient(extra["grad"], updates, masks)}
+            # Packed state reads kept weights alone, so nothing is written out for it.
+            if not (first and isinstance(state[0], PackedState)):
+                updates = keep_unpruned(updates, masks)
         new_state: tuple[Any, ...] = ()
         for member, own in zip(members[:first], state[:first], strict=True):
             accepted = _accepted(member, own, before, ours)
-            updates, own = member.update(updates, own, seen, **accepted)
+            point = params if isinstance(own, PackedState) else seen
+            updates, own = member.update(updates, own, point, **accepted)
             new_state = (*new_state, own)
         moves = updates
         if hidden and _is_masks_alone(state[first:]):
@@ -237,6 +248,8 @@ def _accepted(
             names |= {"grad"}
         elif pruning_states(state) and not has_sam(state):
             names = set(extra_args)
+        if packed_states(state):
+            names |= {"masks"} & set(extra_args)
     return {name: value for name, value in extra_args.items() if name in names}
 
 
@@ -264,21 +277,34 @@ def _kept_gradient(grad: Any, updates: Any, masks: Any) -> Any:
     return keep_unpruned(grad, masks) if same else grad
 
 
-def _check(state: Any, inner: _Inner) -> None:
-    """Raises for members that would break the zeros or hide values that pruning needs."""
+def _check(state: Any, inner: _Inner) -> _Inner:
+    """Returns what the members before pruning see; raises for members that cannot work together.
+
+    Those would break the zeros, or hide values that pruning needs.
+    """
     trees.raise_for(
         order_problems(state),
         "pruning must come last in a jaxprune.chain, or the zeros do not hold. Move these before "
         "it (docs/optimizers.md has a recipe for each):",
     )
+    packed = bool(packed_states(state))
+    if packed and inner == "dense":
+        raise ValueError(
+            '`inner="dense"` needs state for all weights, but `jaxprune.pack_state` keeps that of '
+            "kept weights. Omit one of them."
+        )
+    if packed:
+        inner = "sparse"
     if inner != "sparse":
-        return
+        return inner
     blind = [type(s).__name__ for s in pruning_states(state) if _needs_dense(s)]
     trees.raise_for(
         blind,
         '`inner="sparse"` hides the gradients of pruned weights, or the momentum of this step, '
-        "by which these methods rank. Omit it, or give `agip_transform` a `decay`:",
+        "by which these methods rank, and so does `jaxprune.pack_state`. Omit it, or give "
+        "`agip_transform` a `decay`:",
     )
+    return inner
 
 
 def _needs_dense(state: Any) -> bool:

@@ -161,7 +161,9 @@ def has_sam(state: Any) -> bool:
 def _holds_no_moments(node: Any) -> bool:
     """Returns whether a node of a state has no separate entry for each weight."""
     # GaLore's moments belong to a projection, which may have the shape of the weight.
-    return trees.holds_masks(node) or isinstance(node, optax.contrib.GaLoreState)
+    # Packed moments follow masks by themselves.
+    known = trees.holds_masks(node) or trees.is_packed(node)
+    return known or isinstance(node, optax.contrib.GaLoreState)
 
 
 def _mask_of(path: str, moment: Any, masks: Mapping[str, Any]) -> Any | None:

@@ -210,6 +210,23 @@ def holds_masks(node: Any) -> bool:
     return "masks" in getattr(node, "_fields", ())
 
 
+def is_packed(node: Any) -> bool:
+    """Returns whether a node of an optimizer state is that of `jaxprune.pack_state`.
+
+    Args:
+        node: a node of a state.
+
+    Returns:
+        A bool; True for a NamedTuple with the fields `inner` and `positions`. Can be used as an
+        `is_leaf`.
+
+    Example:
+        >>> is_packed(optax.EmptyState()), is_packed({"inner": 0, "positions": 0})
+        (False, False)
+    """
+    return {"inner", "positions"} <= set(getattr(node, "_fields", ()))
+
+
 def raise_for(problems: list[str], summary: str) -> None:
     """Raises one `ValueError` that lists all problems; does nothing if there are none.
 
