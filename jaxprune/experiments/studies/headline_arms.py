@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-KERNELS = ["--granularity", "weights", "--kernels", "auto"]
+# Every layer alike: a global ranking keeps most weights of the layers that take most time. Kernels
+# handle a whole batch at once.
+KERNELS = "--granularity weights --kernels auto --budget uniform --parts 1".split()
 SHRINKS = ["--granularity", "channels", "--compact"]
 
 Summaries = Mapping[str, Mapping[str, Any]]  # name of an arm -> summary.json of its run
