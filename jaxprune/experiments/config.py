@@ -240,11 +240,8 @@ class Config:
             f"`method` none, because a run prunes or grows; got {self.method!r}": (
                 self.method == "none"
             ),
-            "`granularity` channels, by which it grows; got weights": (
+            f"`granularity` channels, by which it grows; got {self.granularity!r}": (
                 self.granularity == "channels"
-            ),
-            f"`rewarm_steps` 0, which is for removal; got {self.rewarm_steps}": (
-                self.rewarm_steps == 0
             ),
         }
         needs = [own for own, holds in rules.items() if not holds]
