@@ -51,10 +51,10 @@ def _ranges() -> dict[str, Range]:
         above_0: ("epochs", "learning_rate"),
         below_1: (
             "sparsity", "momentum", "label_smoothing", "ema", "regrow", "drop", "saving",
-            "fine_sparsity",
+            "fine_sparsity", "grow_at",
         ),
         fraction: ("prune_start", "prune_stop", "phase", "small_until", "fine_start", "fine_stop"),
-        ("in (0, 1]", lambda x: 0 < x <= 1): ("small_images",),
+        ("in (0, 1]", lambda x: 0 < x <= 1): ("small_images", "grow_from"),
         ("in [0, 1)", lambda x: x is None or 0 <= x < 1): ("decay",),
     }  # fmt: skip
     return {name: rule for rule, names in groups.items() for name in names}
@@ -126,6 +126,8 @@ class Config:
     switch_delay: int = 10  # compact: steps in which the next network compiles in the background
     rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
     multiple: int = 0  # compact: round widths up to this multiple; 0 = 8, but heads are not rounded
+    grow_from: float = 1.0  # channels: fraction of each group that the run begins with; 1 = off
+    grow_at: float = 0.1  # fraction of all steps after which the other channels are added
     fine_sparsity: float = 0.0  # channels: fraction of what is left that is pruned as weights
     fine_start: float = 0.6  # fraction of all steps at which single weights start to go
     fine_stop: float = 0.85  # fraction of all steps at which `fine_sparsity` is reached
@@ -185,6 +187,7 @@ class Config:
                 f"({self.fine_stop}), so that channels go first; got {self.fine_start}"
             )
         bad += self._bad_for_kernels() if self.kernels != "off" else []
+        bad += self._bad_for_growth() if self.grow_from < 1 else []
         if self.process >= self.processes:
             bad.append(
                 f"`process` must be less than `processes` ({self.processes}); got {self.process}"
@@ -230,6 +233,19 @@ class Config:
         }
         needs = [own for own, holds in rules.items() if not holds]
         return [f"`kernels` {self.kernels} needs {own}" for own in needs]
+
+    def _bad_for_growth(self) -> list[str]:
+        """Lists what does not go with a network that grows."""
+        rules = {
+            f"`method` none, because a run prunes or grows; got {self.method!r}": (
+                self.method == "none"
+            ),
+            f"`granularity` channels, by which it grows; got {self.granularity!r}": (
+                self.granularity == "channels"
+            ),
+        }
+        needs = [own for own, holds in rules.items() if not holds]
+        return [f"`grow_from` {self.grow_from} needs {own}" for own in needs]
 
 
 # He et al. with the changes of Goyal et al.: 90 epochs, batch 1024, linear scaling, 5 epochs of

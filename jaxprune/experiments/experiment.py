@@ -12,10 +12,16 @@ from jax.sharding import Mesh
 from jaxprune import kernels, sharding, structure, training
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.kernels import wrap_network
-from jaxprune.experiments.network import as_variables, is_decoder, make_model, make_network
+from jaxprune.experiments.network import (
+    as_variables,
+    is_decoder,
+    make_model,
+    make_network,
+    narrow_plan,
+)
 from jaxprune.experiments.optimizer import learning_rate, make_optimizer, rewarmed
 from jaxprune.experiments.pruning import window_of
-from jaxprune.experiments.sources import Size, Source, image_sizes, open_source
+from jaxprune.experiments.sources import Size, Source, image_sizes, open_source, step_after
 
 
 class Steps(NamedTuple):
@@ -89,10 +95,26 @@ class Experiment:
         return self.source.train
 
     def create(self, seed: int) -> training.TrainState:
-        """Returns the state at step 0."""
+        """Returns the state at step 0, of the whole network."""
         config = self.config
         model = self.model if seed == config.seed else make_model(config, self.source, seed)
         return training.create_state(model, self._tx, self.mesh)[1]
+
+    def growth(self) -> structure.Growth | None:
+        """Returns what the network begins without; None if it begins whole.
+
+        The small network is a part of the whole one as it is initialized, and grows by the rest.
+
+        Raises:
+            ValueError: there is nothing to add.
+        """
+        if self.config.grow_from == 1:
+            return None
+        return structure.Growth(
+            step_after(self.steps, self.config.grow_at),
+            narrow_plan(self.groups, self.config),
+            lambda: sharding.replicate(self.functions.variables, self.mesh),
+        )
 
     def make_optimizer(self, stage: structure.Stage) -> optax.GradientTransformation:
         """Returns the optimizer of a stage."""

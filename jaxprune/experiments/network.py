@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+import numpy as np
+
 from jaxprune import files, models, structure, training, trees
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.sources import Source
@@ -159,6 +161,26 @@ def find_groups(
 ) -> structure.Groups:
     """Finds the channels that shrink together, in evaluation and in training."""
     return structure.find_groups(functions.traces(images), functions.variables)
+
+
+def narrow_plan(groups: structure.Groups, config: Config) -> structure.Plan:
+    """Returns the plan of the network that a run begins with if it grows: of each group the first.
+
+    Raises:
+        ValueError: there is nothing to add.
+    """
+    keep = {
+        name: np.arange(group.size) < max(1, round(config.grow_from * group.size))
+        for name, group in groups.items()
+    }
+    plan = groups.plan(keep, multiple=config.multiple or None)
+    if plan.shapes == groups.plan({}).shapes:
+        raise ValueError(
+            f"`grow_from` {config.grow_from} leaves nothing to add: `model` {config.model} has "
+            f"{len(groups)} groups of channels, and widths are rounded up to multiples of "
+            f"{config.multiple or 8} (`multiple`); lower `grow_from` or `multiple`"
+        )
+    return plan
 
 
 def no_groups(functions: structure.FromNNX) -> structure.Groups:

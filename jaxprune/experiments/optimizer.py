@@ -26,8 +26,8 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def rewarmed(schedule: optax.Schedule, cut: int | None, steps: int) -> optax.Schedule:
-    """Returns the schedule with a linear rise over `steps` steps from step `cut` on."""
-    if cut is None or steps == 0:
+    """Returns the schedule with a linear rise over `steps` steps from step `cut` on, if not 0."""
+    if not cut or steps == 0:
         return schedule
     return lambda count: schedule(count) * jnp.clip((count - cut + 1) / steps, 0.0, 1.0)
 

@@ -60,9 +60,17 @@ def image_sizes(config: Config, full: Size, steps: int) -> Mapping[int, Size]:
             f"`small_images` {config.small_images} makes images of {height} x {width} pixels of "
             f"{full[0]} x {full[1]}; at least 4 x 4 must be left"
         )
-    # With the last mask update if both end at the same fraction.
-    growth = min(round(steps * config.small_until), steps - 1) + 1
-    return {0: (height, width), growth: full}
+    return {0: (height, width), step_after(steps, config.small_until): full}
+
+
+def step_after(steps: int, fraction: float) -> int:
+    """Returns the step after a fraction of all: with a mask update at the same fraction.
+
+    Example:
+        >>> step_after(100, 0.3), step_after(100, 1.0)
+        (31, 100)
+    """
+    return min(round(steps * fraction), steps - 1) + 1
 
 
 def resident(config: Config, mesh: Mesh) -> Source:

@@ -1,4 +1,4 @@
-"""The stages of a run: a network that shrinks while it trains, on images that may grow."""
+"""The stages of a run: a network that shrinks or grows while it trains, as images may do."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -58,6 +58,7 @@ class Stages:
                 multiple=config.multiple or None,
             ),
             phases=experiment.phases,
+            growth=experiment.growth(),
             describe=lambda _: self._figures(),
             record=record,
         )
@@ -81,6 +82,16 @@ class Stages:
         """Returns the shapes of the present state, to restore a checkpoint into."""
         return self.experiment.at(self.stage).like
 
+    def create(self) -> training.TrainState:
+        """Returns the state at step 0, at the widths that the run begins with."""
+        state = self.experiment.create(self.experiment.config.seed)
+        if self.stage.cut is None:
+            return state
+        variables = variables_of(sharding.replicate(state, self.experiment.mesh))
+        own = self.stage.network.plan.compact(variables)
+        opt_state = self.shrinking.optimizer.init(own["params"])
+        return self._placed(state.step, own, opt_state, self.like())
+
     def begin(self, state: training.TrainState) -> None:
         """Compiles the present stage and, in a resumed run, the one that was decided on."""
         self.shrinking.begin(int(state.step), state.opt_state)
@@ -91,18 +102,16 @@ class Stages:
     def advance(self, state: training.TrainState) -> training.TrainState:
         """Decides or switches, if it is time for that."""
         step, coming = int(state.step), self.shrinking.coming
-        removes = coming is not None and coming.step == step and coming.keep is not None
-        if removes:  # smaller arrays may be split differently
+        resizes = coming is not None and coming.step == step and coming.resizes
+        if resizes:  # arrays of another size may be split differently
             state = sharding.replicate(state, self.experiment.mesh)
         wrapped = self.steps.wrapped
         own, opt_state = self.shrinking.advance(step, variables_of(state), state.opt_state)
         if self.sparse is not None and self.steps.wrapped is not wrapped:  # of another size
             self.sparse.follow(self.steps.wrapped, state)
-        if not removes:
+        if not resizes:
             return state
-        rest = own.get("model_state", {})
-        state = training.TrainState(state.step, own["params"], rest, opt_state)
-        return jax.tree.map(lambda x, like: sharding.put(x, like.sharding), state, self.steps.like)
+        return self._placed(state.step, own, opt_state, self.steps.like)
 
     def costs(self) -> dict[str, float]:
         """Returns what a step costs now, for the metrics."""
@@ -134,7 +143,11 @@ class Stages:
         parts = [f"step {last['step']}: " + (f"{size} bytes" if text else f"images of {size}")]
         if last["parameters"] is not None:
             what = "example" if text else "image"
-            parts.append(f"{last['parameters']:,} parameters, {last['macs']:,} MACs per {what}")
+            grown = last["parameters"] > last["parameters_before"]
+            old = f"grown from {last['parameters_before']:,} to " if grown else ""
+            parts.append(
+                f"{old}{last['parameters']:,} parameters, {last['macs']:,} MACs per {what}"
+            )
         parts.append(f"{last['seconds']:.1f} s for the switch")
         if last["rounded"]:
             rounded = ", ".join(last["rounded"][:3]) + (", ..." if len(last["rounded"]) > 3 else "")
@@ -144,6 +157,14 @@ class Stages:
     def to_record(self) -> dict[str, Any]:
         """Returns what a checkpoint says of its stage."""
         return self.shrinking.to_record()
+
+    def _placed(
+        self, step: jax.Array, variables: Any, opt_state: Any, like: training.TrainState
+    ) -> training.TrainState:
+        """Returns the state of these variables, with each array where its stage has it."""
+        rest = variables.get("model_state", {})
+        state = training.TrainState(step, variables["params"], rest, opt_state)
+        return jax.tree.map(lambda x, like: sharding.put(x, like.sharding), state, like)
 
     def _figures(self) -> dict[str, Any]:
         """Returns what the record of a switch compares."""

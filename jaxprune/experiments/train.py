@@ -161,7 +161,7 @@ class Run:
             state = checkpoints.read_newest(self.manager, self.read, say=processes.say)
             if state is None:
                 self.stages = Stages(experiment)
-                state = experiment.create(self.config.seed)
+                state = self.stages.create()
                 # Methods that are sparse from the start have masks already.
                 params = jaxprune.apply_masks(state.params, self.masks(state))
                 state = state._replace(params=params)
@@ -351,6 +351,7 @@ def default_workdir(config: Config) -> str:
     """Names a folder in runs/ after the options that tell most runs apart."""
     kind = "-channels" if config.granularity == "channels" else ""
     method = "none" if config.method == "none" else f"{config.method}{kind}-{config.sparsity:g}"
+    method = method if config.grow_from == 1 else f"grow-{config.grow_from:g}"
     return f"runs/{config.dataset}-{config.model}-{method}-seed{config.seed}"
 
 

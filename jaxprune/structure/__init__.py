@@ -23,7 +23,7 @@ What to read first: `_values` (the facts), `_rules/elementwise` and `_rules/prod
 `_analysis` (one pass over a function), `_joining` (passes -> groups), `_plans` (what users hold).
 The rest stands on these: `_scores`, `_block_scores` and `_allocation` choose, `_costs` counts,
 `_optimizer` slices optimizer states, `_unstacking` makes lists of stacked layers, and `_shrinking`
-removes channels while a network trains.
+removes or adds channels while a network trains.
 """
 
 from jaxprune.structure._allocation import (
@@ -45,10 +45,12 @@ from jaxprune.structure._plans import Plan
 from jaxprune.structure._scores import filter_norms, fpgm, norm_scales, normalized, taylor
 from jaxprune.structure._shrinking import Shrinking, Stage
 from jaxprune.structure._switching import (
+    Growth,
     Network,
     Policy,
     Switch,
     dense_network,
+    grow,
     masked_channels,
     pays,
     shrink,
@@ -63,6 +65,7 @@ __all__ = [
     "Frozen",
     "Group",
     "Groups",
+    "Growth",
     "Member",
     "Model",
     "Network",
@@ -88,6 +91,7 @@ __all__ = [
     "find_groups",
     "fpgm",
     "from_nnx",
+    "grow",
     "keep_global",
     "keep_uniform",
     "keep_within",

@@ -1,4 +1,4 @@
-"""The cycle of a run that removes channels while it trains: decide, prepare, switch, resume."""
+"""The cycle of a run that removes or adds channels: decide, prepare, switch, resume."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +14,25 @@ from jaxprune.structure._groups import Groups
 from jaxprune.structure._plan_files import plan_of
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._switching import (
+    Growth,
     Network,
     Policy,
     dense_network,
+    grow,
     masked_channels,
     pays,
     shrink,
 )
 
 _WHOLE, _STEP = schemas.whole(), schemas.maybe(schemas.whole())
-_COMING = {
-    "step": _WHOLE,
-    "phase": _WHOLE,
-    "keep": schemas.maybe(schemas.table(schemas.each(_WHOLE, unique=True))),
-}
+_COMING = schemas.record(
+    {
+        "step": _WHOLE,
+        "phase": _WHOLE,
+        "keep": schemas.maybe(schemas.table(schemas.each(_WHOLE, unique=True))),
+    },
+    optional={"grows": schemas.flag},
+)
 _SWITCH = {"step": _WHOLE, "cost": schemas.number, "cost_before": schemas.number}
 _RECORD = schemas.record(
     {
@@ -35,7 +40,7 @@ _RECORD = schemas.record(
         "phase": _WHOLE,
         "cut": _STEP,
         "history": schemas.each(schemas.record(_SWITCH, more=True)),
-        "coming": schemas.maybe(schemas.record(_COMING)),
+        "coming": schemas.maybe(_COMING),
     }
 )
 
@@ -50,7 +55,9 @@ class Stage(NamedTuple):
 
     network: Network
     phase: Any = None  # from `phases` of `Shrinking`, such as a size of images
-    cut: int | None = None  # step of the last switch that removed channels
+    # Step of the last switch that removed channels; 0 if the run began without some; None if the
+    # network has all.
+    cut: int | None = None
 
     @property
     def groups(self) -> Groups:
@@ -69,10 +76,16 @@ class Coming(NamedTuple):
     stage: Stage
     keep: Mapping[str, np.ndarray] | None  # bool [channels] by group; None removes nothing
     prepared: Future
+    grows: bool = False  # whether the channels that the run began without are added
+
+    @property
+    def resizes(self) -> bool:
+        """Whether arrays change their sizes."""
+        return self.grows or self.keep is not None
 
 
 class Shrinking:
-    """A run that removes masked channels as soon as that pays.
+    """A run that removes masked channels as soon as that pays, or that begins without some.
 
     After each mask update it decides whether a smaller network pays (`pays`). If so, it prepares
     the next training step in a background thread, and switches `policy.delay` steps later: always
@@ -98,6 +111,9 @@ class Shrinking:
         phases: step -> value, what else changes during the run, such as the size of images.
             The value of step 0 is needed. A new phase begins with a switch, too: `policy.delay`
             steps after its step, or with the switch that is pending then.
+        growth: the channels that the run begins without, and the step at which they are added, with
+            a switch as for a new phase. `mask_updates` must be empty then. `stage.network` has the
+            plan of the variables to begin with.
         params: the key of the trained parameters in the variables.
         describe: function from this object to figures of its stage, such as bytes; the record of a
             switch has each before and after. Default: `parameters` and `cost`.
@@ -105,8 +121,8 @@ class Shrinking:
             of `stage`.
 
     Raises:
-        ValueError: `phases` has no value for step 0, `policy.delay` is less than 1, or `record`
-            does not fit.
+        ValueError: `phases` has no value for step 0, `policy.delay` is less than 1, `growth` does
+            not fit the other arguments, or `record` does not.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -154,6 +170,7 @@ class Shrinking:
         functions: Mapping[Callable[..., Any], tuple[Any, ...]],
         policy: Policy,
         phases: Mapping[int, Any] | None = None,
+        growth: Growth | None = None,
         params: str = "params",
         describe: Callable[["Shrinking"], Mapping[str, Any]] | None = None,
         record: Mapping[str, Any] | None = None,
@@ -176,6 +193,10 @@ class Shrinking:
         self.prepared: Any = None
         self.history: list[dict[str, Any]] = []
         self.stage = Stage(self._dense, self.phases[0])
+        self._growth = growth
+        if growth is not None:
+            self._check_growth(growth)
+            self.stage = self.stage._replace(network=self._dense.smaller(growth.plan), cut=0)
         self._record = record
         self._due = 0  # the next step at which `advance` has something to do
         if record is not None:
@@ -219,11 +240,11 @@ class Shrinking:
             opt_state: the state of the whole optimizer; not changed.
 
         Returns:
-            Both, compacted if channels were removed.
+            Both, compacted if channels were removed, and expanded if some were added.
 
         Raises:
-            ValueError: the smaller network computes something else, see `shrink`, and nothing has
-                changed; or a step at which something was due was left out.
+            ValueError: the next network computes something else, see `shrink` and `grow`, and
+                nothing has changed; or a step at which something was due was left out.
         """
         step, due = int(step), self._due
         if step < due:
@@ -262,6 +283,7 @@ class Shrinking:
                 keep = {name: np.flatnonzero(own).tolist() for name, own in keep.items()}
             phase = self._values.index(self.coming.stage.phase)
             coming = {"step": self.coming.step, "keep": keep, "phase": phase}
+            coming |= {"grows": self.coming.grows}
         network, phase, cut = self.stage
         return {
             "plan": None if cut is None else network.plan.to_dict(),
@@ -290,10 +312,35 @@ class Shrinking:
     def _decisions(self) -> list[int]:
         """Steps after which a switch may be decided on."""
         changes = [at for at in self.phases if at and self._phase_at(at) != self.stage.phase]
+        if self._growth is not None and self.stage.cut is not None:
+            changes.append(self._growth.step)
         return sorted({*self._changes, *changes})
 
     def _phase_at(self, step: int) -> Any:
         return next(value for at, value in reversed(self.phases.items()) if at <= step)
+
+    def _grows_at(self, step: int) -> bool:
+        """Tells whether channels that the run began without are to be added by now."""
+        growth = self._growth
+        return growth is not None and self.stage.cut is not None and step >= growth.step
+
+    def _check_growth(self, growth: Growth) -> None:
+        """Raises if channels cannot be added as told."""
+        if self._changes:
+            raise ValueError(
+                f"`mask_updates` must be empty with `growth`, but has {len(self._changes)}: a run "
+                "removes channels or adds some; for both, train twice."
+            )
+        last = self.steps - 2 * self.policy.delay  # a switch may be pending at its step
+        if not 1 <= growth.step <= last:
+            raise ValueError(
+                f"`growth.step` must be at least 1, and at most {last}: `steps` ({self.steps}) "
+                f"without twice `policy.delay` ({self.policy.delay}); got {growth.step}."
+            )
+        if growth.plan.model == self._dense.groups.model and growth.plan.shapes == (
+            self._dense.plan.shapes
+        ):
+            raise ValueError("`growth.plan` must leave channels out, but keeps all; omit `growth`.")
 
     def _check_record(self, record: Mapping[str, Any]) -> None:
         """Raises if a record is damaged, or of a run with other phases or of another network."""
@@ -316,6 +363,11 @@ class Shrinking:
             schemas.each(schemas.whole(high=size - 1))(own, f"`record`: `coming/keep/{name}`")
         if record["cut"] is not None:
             schemas.whole(high=self.steps)(record["cut"], "`record`: `cut`")
+        grows = record["cut"] == 0 or (coming or {}).get("grows", False)
+        if grows and self._growth is None:
+            raise ValueError(
+                "`record` is of a run that grows: pass `growth` as when the run began."
+            )
         if (record["plan"] is None) != (record["cut"] is None):
             raise ValueError("`record` must have both `plan` and `cut`, or neither")
 
@@ -331,14 +383,15 @@ class Shrinking:
         if keep is not None:
             sizes = {name: group.size for name, group in self.stage.groups.items()}
             keep = {name: np.isin(np.arange(sizes[name]), own) for name, own in keep.items()}
-        self._plan(coming["step"], keep, self._values[coming["phase"]])
+        phase, grows = self._values[coming["phase"]], coming.get("grows", False)
+        self._plan(coming["step"], keep, phase, grows)
 
     def _decide(self, step: int, opt_state: Any) -> None:
-        """Prepares a switch if one pays now: to fewer channels, to a new phase, or to both."""
-        phase = self._phase_at(step)
+        """Prepares a switch if one is due: to other channels, to a new phase, or to both."""
+        phase, grows = self._phase_at(step), self._grows_at(step)
         keep = self._masked_enough(step, opt_state) if self._changes else None
-        if keep is not None or phase != self.stage.phase:
-            self._plan(step + self.policy.delay, keep, phase)
+        if keep is not None or grows or phase != self.stage.phase:
+            self._plan(step + self.policy.delay, keep, phase, grows)
 
     def _came_back(self, opt_state: Any) -> bool:
         """Tells whether masks keep a channel now that the pending switch would remove."""
@@ -363,16 +416,20 @@ class Shrinking:
         )
         return keep if worth else None
 
-    def _plan(self, step: int, keep: Mapping[str, np.ndarray] | None, phase: Any) -> None:
+    def _plan(
+        self, step: int, keep: Mapping[str, np.ndarray] | None, phase: Any, grows: bool
+    ) -> None:
         """Prepares the next stage in the background."""
         stage = self.stage._replace(phase=phase)
+        if grows:
+            stage = stage._replace(network=self._dense, cut=None)
         if keep is not None:
             plan = stage.groups.plan(keep, multiple=self.policy.multiple)
             stage = stage._replace(network=stage.network.smaller(plan), cut=step)
         pool = ThreadPoolExecutor(1)
         prepared = pool.submit(self._prepare, stage)
         pool.shutdown(wait=False)
-        self.coming = Coming(step, stage, keep, prepared)
+        self.coming = Coming(step, stage, keep, prepared, grows)
 
     def _switch(self, coming: Coming, variables: Any, opt_state: Any) -> tuple[Any, Any]:
         """Replaces the stage; an error leaves everything as it was."""
@@ -391,6 +448,18 @@ class Shrinking:
                 params=self._params,
                 multiple=self.policy.multiple,
             )
+        elif coming.grows and self._growth is not None:
+            done = grow(
+                self.stage.network,
+                self._dense.groups,
+                self._functions,
+                self._make_optimizer(coming.stage),
+                variables,
+                opt_state,
+                self._growth.base(),
+                params=self._params,
+            )
+        if done is not None:
             variables, opt_state = done.variables, done.opt_state
         self.prepared = coming.prepared.result()
         self.stage, self.coming = coming.stage, None

@@ -1,8 +1,9 @@
-"""One switch to a smaller network while it trains: whether it pays, and how it is done.
+"""One switch to a smaller or larger network while it trains: whether it pays, and how it is done.
 
 A pruning transformation with `groups` masks channels step by step. A switch removes the masked ones
 and costs one more compilation. The optimizer state is compacted as well, and the smaller function
-is compared with the masked one before anything is replaced.
+is compared with the masked one before anything is replaced. `grow` is the same in the other
+direction: a network that began without some channels gets them.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import optax
 from jaxprune import trees
 from jaxprune.jaxprs import split
 from jaxprune.structure._groups import Groups, Multiple
+from jaxprune.structure._growing import expand, expand_state
 from jaxprune.structure._optimizer import compact_state
 from jaxprune.structure._plans import Plan
 from jaxprune.structure._traces import run
@@ -34,6 +36,19 @@ class Policy(NamedTuple):
     multiple: Multiple = None  # of the widths, see `structure.Groups.plan`
 
 
+class Growth(NamedTuple):
+    """A network that begins without some of its channels and gets them while it trains.
+
+    Example:
+        >>> Growth._fields
+        ('step', 'plan', 'base')
+    """
+
+    step: int  # after which the channels are added, see `Shrinking`
+    plan: Plan  # from the whole network to the one that the run begins with
+    base: Callable[[], Any]  # () -> variables of the whole network; new entries are from them
+
+
 class Network(NamedTuple):
     """A network at its present widths.
 
@@ -51,7 +66,7 @@ class Network(NamedTuple):
 
 
 class Switch(NamedTuple):
-    """The result of `shrink`.
+    """The result of `shrink` or `grow`.
 
     Example:
         >>> Switch._fields
@@ -59,8 +74,8 @@ class Switch(NamedTuple):
     """
 
     network: Network
-    variables: Any  # compacted
-    opt_state: Any  # compacted
+    variables: Any  # compacted, or expanded
+    opt_state: Any  # the same
     restarted: tuple[str, ...]  # paths in the optimizer state that could not be sliced
     rounded: tuple[str, ...]  # groups that keep masked channels, to fill up a multiple
     difference: float  # between the outputs of both functions, relative to the largest
@@ -215,12 +230,7 @@ def shrink(
     step = network.groups.plan(keep, multiple=multiple)
     smaller = network.smaller(step)
     compacted = step.compact(variables)
-    gaps = [0.0]
-    for function, args in functions.items():
-        now = run(network.plan.wrap(function), variables, *args)
-        then = run(smaller.plan.wrap(function), compacted, *args)
-        gaps += _gaps(now, then)
-    difference = float(np.max(gaps))  # NaN if one is
+    difference = _difference(functions, (network, variables), (smaller, compacted))
     if not difference <= tolerance:
         raise ValueError(
             f"the smaller network differs from the present one by {difference:.3g}, more than "
@@ -236,6 +246,84 @@ def shrink(
     )
     rounded = [n for n, own in keep.items() if smaller.groups[n].size > np.asarray(own).sum()]
     return Switch(smaller, compacted, state.state, state.restarted, tuple(rounded), difference)
+
+
+def grow(
+    network: Network,
+    groups: Groups,
+    functions: Mapping[Callable[..., Any], tuple[Any, ...]],
+    optimizer: optax.GradientTransformation,
+    variables: Mapping[str, Any],
+    opt_state: Any,
+    base: Mapping[str, Any],
+    *,
+    params: str = "params",
+    tolerance: float = 1e-3,
+) -> Switch:
+    """Adds the channels that a network lacks while it is being trained; see `expand`.
+
+    No argument is changed: if the switch is refused, training can continue as before.
+
+    Args:
+        network: the network at its present widths.
+        groups: of the whole network, from `find_groups`.
+        functions: `function(variables, *args)` of the whole network -> the args of a batch on which
+            it is compared with the present one.
+        optimizer: of the whole network; one of the same kind made `opt_state`.
+        variables: a tree at the present widths.
+        opt_state: the optimizer state at the present widths. What it holds, such as momentum and
+            counts, stays; entries of new channels are those of `optimizer.init`.
+        base: variables of the whole network, such as a fresh initialization: the new entries.
+        params: the key of the trained parameters in the variables.
+        tolerance: the largest difference between outputs that is accepted, relative to the largest
+            output.
+
+    Returns:
+        A `Switch` to the whole network.
+
+    Raises:
+        ValueError: if trees do not fit, see `expand` and `expand_state`, or the functions differ by
+            more than `tolerance`, because values are not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxprune import structure
+        >>> def net(w, x):
+        ...     return x @ w["params"]["in"] @ w["params"]["out"]
+        >>> w, x = {"params": {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}}, jnp.ones((1, 3))
+        >>> groups, optimizer = structure.find_groups(net, w, x), optax.sgd(0.1, momentum=0.9)
+        >>> network = dense_network(groups)
+        >>> network = network.smaller(groups.plan({"params/in:1": np.arange(4) < 1}))
+        >>> small = network.plan.compact(w)
+        >>> state = optimizer.init(small["params"])
+        >>> switch = grow(network, groups, {net: (x,)}, optimizer, small, state, w)
+        >>> switch.variables["params"]["out"].shape, switch.opt_state[0].trace["in"].shape
+        ((4, 2), (3, 4))
+    """
+    whole, grown = dense_network(groups), expand(groups, network.plan, variables, base)
+    difference = _difference(functions, (network, variables), (whole, grown))
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the larger network differs from the present one by {difference:.3g}, more than "
+            f"`tolerance` {tolerance:g}; `variables` and `base` must hold finite values"
+        )
+    state = expand_state(
+        network.plan, opt_state, optimizer.init(grown[params]), grown[params], under=params
+    )
+    return Switch(whole, grown, state, (), (), difference)
+
+
+def _difference(
+    functions: Mapping[Callable[..., Any], tuple[Any, ...]],
+    now: tuple[Network, Any],
+    then: tuple[Network, Any],
+) -> float:
+    """Returns the largest difference between the outputs of two networks; NaN if one is."""
+    gaps = [0.0]
+    for function, args in functions.items():
+        a, b = (run(own.plan.wrap(function), variables, *args) for own, variables in (now, then))
+        gaps += _gaps(a, b)
+    return float(np.max(gaps))
 
 
 def _gaps(a: Any, b: Any) -> list[float]:

@@ -148,6 +148,7 @@ def test_a_rate_rises_again_after_a_cut():
     np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rtol=1e-6)
     assert optimizer.rewarmed(schedule, None, 4) is schedule
     assert optimizer.rewarmed(schedule, 10, 0) is schedule
+    assert optimizer.rewarmed(schedule, 0, 4) is schedule, "a run that began small and will grow"
 
 
 def test_the_first_images_are_trained_on():

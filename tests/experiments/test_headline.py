@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("config")
 names = "method granularity widths seed steps workdir sparsity learning-rate parts warmup-steps"
 names += " log-every eval-every save-every budget multiple regrow prune-start prune-stop"
-for name in (names + " fine-sparsity validation").split():
+for name in (names + " fine-sparsity validation grow-from grow-at").split():
     parser.add_argument("--" + name)
 parser.add_argument("--compact", action="store_true")
 args = parser.parse_args()
@@ -33,6 +33,7 @@ if folder.name in faults:
 seed, steps = int(args.seed), int(args.steps)
 names = ("sparsity", "parts", "learning_rate", "multiple", "regrow", "prune_start", "prune_stop")
 names += ("fine_sparsity", "validation", "warmup_steps", "log_every", "eval_every", "save_every")
+names += ("grow_from", "grow_at")
 numbers = {name: json.loads(getattr(args, name) or "null") for name in names}
 config = vars(args) | {"seed": seed, "steps": steps} | numbers
 config = {name: value for name, value in config.items() if value is not None}
@@ -54,7 +55,8 @@ if args.validation:
 tests = [(0.5, 0.9), (0.9, 0.995), (1.0, 1.0)]  # part of the run, part of the accuracy
 records = [
     {"step": step, "train_loss": 2.0, "cpu_seconds": 3.0 + step * cost, "macs": summary["macs"],
-     "parameters": 25 if args.widths or small and step > 10 else 100}
+     "parameters": 6 if args.grow_from and step <= 10 else
+        25 if args.widths or small and step > 10 else 100}
     for step in (5, 10, 15, 20)
 ] + [
     {"step": 2, "test_accuracy": share * accuracy}
@@ -205,18 +207,24 @@ def test_a_run_for_another_run_than_is_there_is_refused(headline):
 
 def test_equal_time(headline):
     """Dense costs 3 s and 1 s a step, so a half is 51.5 s; narrow ones take half a second."""
-    names = ["dense", "dense, same time", "agip", "narrow", "agip early"]
+    names = ["dense", "dense, same time", "agip", "narrow", "agip early", "grow"]
     options = ["--time", "0.5", "--seeds", "0", "--arms", *names, "--probe-steps", "20"]
     assert headline.go("fashion", *options, *TRAINING) == 0
     calls = {call["run"]: call for call in _calls(headline)}
     plain = {"dense-seed0", "dense-same-time-seed0", "agip-seed0", "narrow-seed0"}
-    probes = {"probe-dense", "probe-agip", "probe-narrow", "probe-agip-early"}
-    assert set(calls) == plain | probes | {"agip-early-seed0"}
+    probes = {"probe-dense", "probe-agip", "probe-narrow", "probe-agip-early", "probe-grow"}
+    assert set(calls) == plain | probes | {"agip-early-seed0", "grow-seed0"}
     steps = json.loads((headline.root / "steps.json").read_text())
     # 3 + n <= 51.5, and 3 + n / 2 <= 51.5, as all steps of the stand-in of agip cost the same.
     assert steps == {
         "dense": 100, "dense, same time": 48, "agip": 97, "narrow": 97, "agip early": 97,
+        "grow": 97,
     }  # fmt: skip
+    grow = calls["grow-seed0"]  # the widths are those of agip, which it reaches later
+    assert json.loads(_option(grow, "--widths")) == {"stem": 4, "blocks": [[2, 3]]}
+    found = [_option(grow, name) for name in ("--method", "--granularity", "--multiple")]
+    assert found == ["none", "channels", "4"]
+    assert (_option(grow, "--grow-from"), _option(grow, "--grow-at")) == ("0.5", "0.1")
     for arm, count in steps.items():
         words = calls[headline.folder_of(arm, 0)]["args"]
         assert [words[i + 1] for i, w in enumerate(words) if w == "--steps"][-1] == str(count)
@@ -255,6 +263,7 @@ def test_chosen_arms_bring_what_they_need(headline):
         (["fashion", "--rates", "wide=1"], "no arm is named wide"),
         (["fashion", "--", "--method", "agip"], "--method may not be given"),
         (["fashion", "--levers", "--widths 3"], "--widths may not be given"),
+        (["fashion", "--", "--grow-from", "0.5"], "--grow-from may not be given"),
         (["fashion", "--jobs", "0"], "--jobs must be at least 1"),
         (["--jobs=1"], "CONFIG is missing"),
         (["fashion", "--time", "0", *TRAINING], "--time must lie in (0, 1]"),

@@ -13,6 +13,9 @@ CHANNELS = Config(
     method="agip", granularity="channels", compact=True, prune_start=0.03, prune_stop=0.1,
     prune_every=20, small_images=0.5, small_until=0.5, steps=400,
 )  # fmt: skip
+GROWS = dataclasses.replace(
+    CHANNELS, method="none", compact=False, grow_from=0.5, grow_at=0.1, small_until=0.5
+)
 EACH = {(True, False): 4.0, (True, True): 1.0, (False, False): 16.0, (False, True): 3.0}
 
 
@@ -25,7 +28,8 @@ def run(config, side=28, startup=50.0, each=EACH, every=5):
         if step % every == 0:
             values = {"cpu_seconds": now, "train_loss": 1.0, "macs": 8.0 if removed else 32.0}
             values |= {"image_height": side // 2 if small else side}
-            records.append({"step": step, "parameters": 25 if removed else 100} | values)
+            few = removed == (config.grow_from == 1)
+            records.append({"step": step, "parameters": 25 if few else 100} | values)
     return records
 
 
@@ -38,12 +42,25 @@ def test_parts_of_a_run():
     assert pace.lengths(CHANNELS, 400, 0) == {(False, False): 51, (False, True): 349}
 
 
-def test_a_short_run_tells_what_a_long_one_costs():
-    found = pace.measure(CHANNELS, run(CHANNELS), "cpu_seconds")
-    assert dict(found.each) == {part: EACH[part] for part in pace.lengths(CHANNELS, 400, 28)}
+def test_parts_of_a_run_that_grows():
+    # It grows after step 41, and images after 201, each 10 steps later.
+    expected = {(True, False): 51, (True, True): 160, (False, True): 189}
+    assert pace.lengths(GROWS, 400, 28) == expected
+    late = dataclasses.replace(GROWS, grow_at=0.75)
+    assert pace.lengths(late, 400, 28) == {
+        (True, False): 211, (False, False): 100, (False, True): 89,
+    }  # fmt: skip
+    assert pace.lengths(GROWS, 20, 0) == {(False, False): 13, (False, True): 7}
+    assert pace.lengths(dataclasses.replace(GROWS, grow_from=1.0), 40, 0) == {(False, False): 40}
+
+
+@pytest.mark.parametrize("config", [CHANNELS, GROWS], ids=["shrinks", "grows"])
+def test_a_short_run_tells_what_a_long_one_costs(config):
+    found = pace.measure(config, run(config), "cpu_seconds")
+    assert dict(found.each) == {part: EACH[part] for part in pace.lengths(config, 400, 28)}
     assert found.startup == pytest.approx(50.0)
-    longer = dataclasses.replace(CHANNELS, steps=4000)
-    assert pace.cost(found, CHANNELS, 4000) == pytest.approx(run(longer)[-1]["cpu_seconds"])
+    longer = dataclasses.replace(config, steps=4000)
+    assert pace.cost(found, config, 4000) == pytest.approx(run(longer)[-1]["cpu_seconds"])
 
 
 def test_one_slow_record_changes_nothing():
@@ -82,6 +99,9 @@ def test_the_most_steps_that_fit(budget, compact, until):
 def test_a_part_that_was_not_measured_is_named():
     short = dataclasses.replace(CHANNELS, steps=20)
     with pytest.raises(ValueError, match="small images before the removal.*--probe-steps"):
+        pace.measure(short, run(short, every=10), "cpu_seconds")
+    short = dataclasses.replace(GROWS, steps=20)
+    with pytest.raises(ValueError, match="small images before the growth.*--probe-steps"):
         pace.measure(short, run(short, every=10), "cpu_seconds")
     with pytest.raises(ValueError, match="no record of its last step, 400"):
         pace.measure(CHANNELS, run(CHANNELS)[:-1], "cpu_seconds")

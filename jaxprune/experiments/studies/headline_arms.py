@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 # handle a whole batch at once.
 KERNELS = "--granularity weights --kernels auto --budget uniform --parts 1".split()
 SHRINKS = ["--granularity", "channels", "--compact"]
+# Of a ResNet's narrowest groups half are 4 channels.
+GROWS = "--granularity channels --multiple 4 --grow-from 0.5 --grow-at 0.1".split()
 
 Summaries = Mapping[str, Mapping[str, Any]]  # name of an arm -> summary.json of its run
 
@@ -82,8 +84,14 @@ def _variants(plus: str) -> dict[str, Arm]:
     """Returns what else is tried at equal time, each beside what it changes."""
     shrinks, on = [*method("agip"), *SHRINKS], bool(plus)
     single = ["--granularity", "weights", "--sparsity", "0.76"]
-    wide = f"agip global{plus}"
+    wide, agip = f"agip global{plus}", f"agip{plus}"
     return _others(plus) | {
+        f"grow{plus}": Arm(
+            f"a network with the final widths of {agip}, which has half of its channels at first",
+            (agip,),
+            lambda done: [*method("none"), *GROWS, *widths(done[agip])],
+            on,
+        ),
         wide: Arm(
             "one ranking of all channels, so that groups keep different fractions",
             (),

@@ -1,8 +1,9 @@
 """How many steps a run may take in a given time, from a short run with the same options.
 
-A run has up to four parts: images are small or not, and channels are removed or not, or weights
-where kernels skip them. In each part all steps cost the same; the rest is start-up, compilation and switches, which longer runs pay once
-as well. `measure` reads both from a short run, and `steps_within` answers.
+A run has up to four parts: images are small or not, and channels are removed or not, or added, or
+weights are removed where kernels skip them. In each part all steps cost the same; the rest is
+start-up, compilation and switches, which longer runs pay once as well. `measure` reads both from a
+short run, and `steps_within` answers.
 """
 
 import dataclasses
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 from jaxprune.experiments.config import Config
 from jaxprune.experiments.pruning import window_of
-from jaxprune.experiments.sources import image_sizes
+from jaxprune.experiments.sources import image_sizes, step_after
 
-Part = tuple[bool, bool]  # whether images are small, and whether channels or weights are removed
+# Whether images are small, and whether channels or weights are removed, or channels added.
+Part = tuple[bool, bool]
 Record = Mapping[str, Any]
 CLOCKS = ("cpu_seconds", "seconds", "macs")  # of the process, of the wall, and of training
 
@@ -63,15 +65,15 @@ def measure(config: Config, records: Sequence[Record], clock: str) -> Pace:
     full = max(sides)
     # Kernels skip what is masked; without them only smaller arrays are cheaper.
     extent = "parameters" if config.kernels == "off" else "sparsity"
-    wide, last = records[0].get(extent), records[-1].get(extent)
+    first, last = records[0].get(extent), records[-1].get(extent)
     seen: dict[Part, list[float]] = {}
     for before, now in zip(records, records[1:], strict=False):
         kind = now.get("image_height", 0), now.get(extent)
         if kind != (before.get("image_height", 0), before.get(extent)):
             continue  # a switch lies between them
-        if kind[1] not in (wide, last):
+        if kind[1] not in (first, last):
             continue  # between two switches
-        part = kind[0] < full, kind[1] != wide
+        part = kind[0] < full, kind[1] != first
         steps = now["step"] - before["step"]
         if clock == "macs":
             area = (kind[0] / full) ** 2 if full else 1.0
@@ -87,7 +89,8 @@ def measure(config: Config, records: Sequence[Record], clock: str) -> Pace:
 def lengths(config: Config, steps: int, side: int) -> dict[Part, int]:
     """Returns how many steps a run of a length spends in each part; those of no steps are absent.
 
-    Channels and weights count as removed after the last mask update, even if some go earlier.
+    Channels and weights count as removed after the last mask update, even if some go earlier. A
+    network that grows counts as small until the switch, even if another one delays it.
 
     Args:
         config: the options of the run.
@@ -99,17 +102,19 @@ def lengths(config: Config, steps: int, side: int) -> dict[Part, int]:
         >>> lengths(config, 100, 28)
         {(True, False): 36, (False, False): 64}
     """
-    removed = grown = steps
+    changed = steps
     if config.compact or config.kernels != "off":
         delay = config.switch_delay if config.compact else 0
-        removed = min(steps, window_of(config, steps).updates[-1] + 1 + delay)
+        changed = min(steps, window_of(config, steps).updates[-1] + 1 + delay)
+    elif config.grow_from < 1:
+        changed = min(steps, step_after(steps, config.grow_at) + config.switch_delay)
     sizes = image_sizes(config, (side, side), steps) if side else {0: (0, 0)}
     grown = min(steps, max(sizes) + config.switch_delay) if len(sizes) > 1 else 0
-    ends = sorted({removed, grown, steps})
+    ends = sorted({changed, grown, steps})
     found: dict[Part, int] = {}
     for start, stop in zip([0, *ends], ends, strict=False):
         if stop > start:
-            found[start < grown, start >= removed] = stop - start
+            found[start < grown, start >= changed] = stop - start
     return found
 
 
@@ -125,9 +130,10 @@ def cost(pace: Pace, config: Config, steps: int) -> float:
     """
     own = lengths(config, steps, pace.side)
     if missing := [part for part in own if part not in pace.each]:
+        event = "growth" if config.grow_from < 1 else "removal"
         words = " and ".join(
-            f"{'small' if small else 'whole'} images {'after' if removed else 'before'} the removal"
-            for small, removed in missing
+            f"{'small' if small else 'whole'} images {'after' if changed else 'before'} the {event}"
+            for small, changed in missing
         )
         raise ValueError(
             f"the short run has no two records in a row of the part with {words}; give it more "

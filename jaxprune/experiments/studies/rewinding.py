@@ -65,7 +65,7 @@ RATE_REWOUND = ("rewind_learning_rate", "random_masks", "retrain_dense")
 OWN = {
     "seed", "workdir", "overwrite", "method", "sparsity", "prune-start", "prune-stop",
     "prune-every", "budget", "decay", "regrow", "rate", "drop", "phase", "init-images",
-    "save-every", "eval-every",
+    "save-every", "eval-every", "grow-from", "grow-at",
 }  # fmt: skip
 HOSTS = {"coordinator", "processes", "process", "host_timeout"}
 # What may change when a comparison is resumed.
