@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("config")
 names = "method granularity widths seed steps workdir sparsity learning-rate parts warmup-steps"
 names += " log-every eval-every save-every budget multiple regrow prune-start prune-stop"
-for name in (names + " fine-sparsity validation grow-from grow-at").split():
+for name in (names + " fine-sparsity validation grow-from grow-at kernels").split():
     parser.add_argument("--" + name)
 parser.add_argument("--compact", action="store_true")
 args = parser.parse_args()
