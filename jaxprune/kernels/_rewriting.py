@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -69,6 +68,7 @@ def evaluate(
         The output of the function.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> seen = []
         >>> def replace(equation, operands, site):
         ...     seen.append(site.key.shape)
@@ -91,7 +91,7 @@ def evaluate(
         note(path, reason)
     return box[0](
         [
-            out.array if isinstance(out.array, jax.Array) else jnp.asarray(out.array, aval.dtype)
+            jaxprs.as_output(out.array, aval)
             for out, aval in zip(outputs, closed.out_avals, strict=True)
         ]
     )
@@ -104,8 +104,9 @@ def replace_depthwise(
 
     XLA computes these on CPUs one channel after the other, many times slower. The function is
     traced whenever it is called, so compile what calls it. Convolutions over two dimensions with
-    strides 1 and 2 are replaced, inside of `jit`, `jax.checkpoint` and branches; all else is left
-    as it is, and so is everything where kernels are not available. `wrap` does this as well.
+    strides 1 and 2 and windows of more than one weight are replaced, inside of `jit`,
+    `jax.checkpoint` and branches; all else is left as it is, and so is everything where kernels are
+    not available. `wrap` does this as well.
 
     Args:
         function: `function(*args, **kwargs)`, such as a model or a loss.
@@ -123,6 +124,7 @@ def replace_depthwise(
         Howard et al. MobileNets. arXiv:1704.04861.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from jaxprune import models
         >>> widths = models.default_widths("mobilenet_v1", 0.25)
@@ -287,7 +289,7 @@ def _branched(
             own = [value._replace(array=array) for value, array in pairs]
             outputs = layouts.walk(closed.jaxpr, closed.consts, own, found)
             pairs = zip(outputs, closed.out_avals, strict=True)
-            return [jnp.asarray(value.array, aval.dtype) for value, aval in pairs]
+            return [jaxprs.as_output(value.array, aval) for value, aval in pairs]
 
         return call
 

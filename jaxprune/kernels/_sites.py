@@ -160,6 +160,8 @@ def is_depthwise(equation: Any) -> bool:
         and groups > 1
         and shape[kernel[1]] == 1
         and shape[kernel[0]] == groups
+        # A window of one weight scales each channel, which XLA fuses into what is around it.
+        and math.prod(shape[axis] for axis in kernel[2:]) > 1
         and parameters["batch_group_count"] == 1
         and {*parameters["rhs_dilation"], *parameters["lhs_dilation"]} == {1}
         and set(parameters["window_strides"]) <= {1, 2}
