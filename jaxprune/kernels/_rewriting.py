@@ -111,7 +111,8 @@ def replace_depthwise(
     Args:
         function: `function(*args, **kwargs)`, such as a model or a loss.
         mesh: the devices that it will run on. XLA cannot divide a kernel among several devices, so
-            with more than one, and on other devices than CPUs, the function itself is returned.
+            with more than one, and on other devices than CPUs, the function itself is returned. Types
+            with explicit axes say so themselves: what has them is left as it is.
 
     Returns:
         A function with the same arguments and, to rounding, the same outputs and gradients. It

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import meshes
 from jaxprune.jaxprs import has_symbols
 from jaxprune.kernels import _operations as operations
 from jaxprune.layouts import Atom, View
@@ -155,6 +156,8 @@ def is_depthwise(equation: Any) -> bool:
     return (
         len(shape) == 4
         and not any(has_symbols(aval.shape) for aval in avals)
+        # XLA cannot divide a kernel among several devices, as types with explicit axes ask for.
+        and not any(meshes.is_explicit(aval.sharding) for aval in avals)
         and math.prod(avals[2].shape) > 0
         and {aval.dtype for aval in avals} <= _DTYPES
         and groups > 1

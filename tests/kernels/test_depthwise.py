@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxprune
 from jaxprune import export, kernels, models, structure
@@ -186,6 +187,36 @@ def test_a_function_with_depthwise_convolutions(native):
     assert_same_layer(
         lambda x, w: fast({"w": w}, x), lambda x, w: nested({"w": w}, x), x, params["w"]
     )
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_inside_shard_map(native, outside):
+    """The gradient of the windows is summed over shards, and that of the images is not."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def spread(layer):
+        own = (PartitionSpec("data"), PartitionSpec())
+        return jax.shard_map(layer, mesh=mesh, in_specs=own, out_specs=own[0])
+
+    fast = kernels.replace_depthwise(spread(convolve)) if outside else None
+    fast = fast or spread(kernels.replace_depthwise(convolve))
+    x, kernel = normal(len(jax.devices()), 4, 5, 3), normal(3, 3, 1, 3, key=1)
+    assert count(fast, x, kernel)[1] == (not outside)  # a function that is mapped is left
+    assert_same_layer(fast, convolve, x, kernel)
+    assert_same_layer(spread(kernels.depthwise_convolution), convolve, x, kernel)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_explicit_axes_are_left(native, devices):
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(normal(8, 4, 5, 3), NamedSharding(mesh, PartitionSpec("data")))
+        kernel = jax.device_put(normal(3, 3, 1, 3, key=1), NamedSharding(mesh, PartitionSpec()))
+        for fast in (kernels.replace_depthwise(convolve), kernels.depthwise_convolution):
+            assert count(fast, x, kernel)[1] == 0
+            assert jax.typeof(fast(x, kernel)) == jax.typeof(convolve(x, kernel))
+            slopes = jax.grad(lambda *args, f=fast: (f(*args) ** 2).sum(), argnums=(0, 1))
+            assert jax.tree.map(jnp.shape, jax.jit(slopes)(x, kernel)) == (x.shape, kernel.shape)
 
 
 def test_types_of_outputs_are_kept(native):
