@@ -109,10 +109,11 @@ def replace_depthwise(
     not available. `wrap` does this as well.
 
     Args:
-        function: `function(*args, **kwargs)`, such as a model or a loss.
+        function: `function(*args, **kwargs)`, such as a model or a loss. It must be pure: what it
+            changes besides its outputs, such as the state of an NNX module, is lost.
         mesh: the devices that it will run on. XLA cannot divide a kernel among several devices, so
-            with more than one, and on other devices than CPUs, the function itself is returned. Types
-            with explicit axes say so themselves: what has them is left as it is.
+            with more than one, and on other devices than CPUs, the function itself is returned.
+            Types with explicit axes say so themselves: what has them is left as it is.
 
     Returns:
         A function with the same arguments and, to rounding, the same outputs and gradients. It

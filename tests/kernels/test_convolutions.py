@@ -97,9 +97,7 @@ def test_inside_shard_map(way):  # noqa: F811
 def test_empty_images(image):
     """Values and gradients are empty or 0 where padding alone meets the window."""
     indices = kernels.convolution_indices(np.ones((3, 3, 2, 4), bool))
-    layer = functools.partial(
-        kernels.sparse_convolution, indices=indices, padding=((2, 2), (2, 2))
-    )
+    layer = functools.partial(kernels.sparse_convolution, indices=indices, padding=((2, 2), (2, 2)))
     y, back = jax.vjp(layer, jnp.zeros((2, *image, 2)), jnp.ones((3, 3, 2, 4)))
     assert y.shape == (2, image[0] + 2, image[1] + 2, 4)
     assert not any(leaf.any() for leaf in (y, *back(jnp.ones(y.shape))))

@@ -208,7 +208,8 @@ def test_inside_shard_map(native, outside):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_explicit_axes_are_left(native, devices):
-    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:devices])
+    own = jax.devices()[:devices]
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Explicit,), devices=own)
     with jax.set_mesh(mesh):
         x = jax.device_put(normal(8, 4, 5, 3), NamedSharding(mesh, PartitionSpec("data")))
         kernel = jax.device_put(normal(3, 3, 1, 3, key=1), NamedSharding(mesh, PartitionSpec()))
