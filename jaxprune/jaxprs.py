@@ -23,6 +23,7 @@ from jaxprune.trees import is_array
 __all__ = [
     "Parts",
     "abstract",
+    "as_output",
     "bind",
     "context",
     "has_symbols",
@@ -182,6 +183,36 @@ def bind(primitive: Any, params: Mapping[str, Any], arrays: Sequence[Any]) -> li
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     results = primitive.bind(*functions, *arrays, **params)
     return list(results) if primitive.multiple_results else [results]
+
+
+def as_output(value: Any, aval: Any) -> jax.Array:
+    """Returns what an interpreter has for an output of a jaxpr as an array of its type.
+
+    Arrays are right as they are. A number is weakly typed where the jaxpr says so; with the dtype
+    alone it would not be, and change the dtype of what is computed from it.
+
+    Args:
+        value: array, traced array, or number.
+        aval: the type of the output.
+
+    Returns:
+        An array.
+
+    Example:
+        >>> closed = jax.make_jaxpr(lambda: (2.0, jnp.float32(2)))()
+        >>> [as_output(2.0, aval).weak_type for aval in closed.out_avals]
+        [True, False]
+    """
+    if isinstance(value, jax.Array):
+        return value
+    if aval.weak_type and aval.dtype.kind in _PYTHON:
+        own = jnp.asarray(_PYTHON[aval.dtype.kind](value))
+        if own.dtype == aval.dtype:
+            return own
+    return jnp.asarray(value, aval.dtype)
+
+
+_PYTHON = {"i": int, "f": float, "c": complex}  # numbers that arrays of a kind are made of
 
 
 def line(equation: Any) -> str:

@@ -18,6 +18,7 @@ from jaxprune import trees
 __all__ = [
     "automatically",
     "entered",
+    "is_explicit",
     "on_this_mesh",
     "placed_like",
     "total",
@@ -53,7 +54,7 @@ def automatically(function: Callable[..., Any], *operands: Any, like: Any = None
 
     def sharding_of(array: Any) -> NamedSharding:
         own = jax.typeof(array).sharding
-        return own if _is_explicit(own) else whole
+        return own if is_explicit(own) else whole
 
     leaves, structure = jax.tree.flatten(operands)
     results: list[tuple[Any, list[Any]]] = []
@@ -96,12 +97,29 @@ def entered(tree: Any) -> Iterator[None]:
         True
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    meshes = [own.mesh for own in shardings if own is not None and _is_explicit(own)]
+    meshes = [own.mesh for own in shardings if own is not None and is_explicit(own)]
     if not meshes or not jax.sharding.get_abstract_mesh().empty:
         yield
     else:
         with jax.set_mesh(meshes[0]):
             yield
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Returns whether types say how arrays of a sharding are split.
+
+    Args:
+        sharding: of an array, or of its type.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> is_explicit(jnp.ones(2).sharding)
+        False
+    """
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
 
 
 def on_this_mesh(array: jax.Array) -> jax.Array:
@@ -235,9 +253,4 @@ def _varying(tree: Any) -> frozenset[str]:
 def _explicit_mesh(tree: Any) -> Any:
     """Returns the mesh with explicit axes over which arrays are split, or None."""
     shardings = [jax.typeof(leaf).sharding for leaf in _arrays(jax.tree.leaves(tree))]
-    return next((own.mesh for own in shardings if _is_explicit(own)), None)
-
-
-def _is_explicit(sharding: Any) -> bool:
-    """Returns whether types say how arrays of a sharding are split."""
-    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return next((own.mesh for own in shardings if is_explicit(own)), None)

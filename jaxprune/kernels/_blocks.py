@@ -102,12 +102,13 @@ def block_indices(
     units = kept > 0
     count = int(units.sum())
     capacity = count if capacity is None else capacity
-    if capacity < count:
+    is_whole = isinstance(capacity, (int, np.integer)) and not isinstance(capacity, bool)
+    if not is_whole or capacity < count:
         raise ValueError(
-            f"`capacity` must be at least the {count} kept blocks of `mask`, but is {capacity}; "
-            "give a larger one"
+            f"`capacity` must be a whole number, at least the {count} kept blocks of `mask`, but "
+            f"is {capacity!r}; give a larger one"
         )
-    return jax.tree.map(jnp.asarray, _indices(units, capacity))
+    return jax.tree.map(jnp.asarray, _indices(units, int(capacity)))
 
 
 def block_platforms(
@@ -282,11 +283,12 @@ def _checked(mask: Any) -> np.ndarray:
 
 def _checked_block(block: Any, shape: tuple[int, int]) -> tuple[int, int]:
     """Returns the shape of a block that divides a kernel, or raises."""
-    pattern = block if isinstance(block, patterns.Blocks) else patterns.blocks(tuple(block))
-    if len(pattern.shape) != 2:
+    sizes = block.shape if isinstance(block, patterns.Blocks) else block
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
         raise ValueError(
-            f"`block` must have two sizes, but is {pattern.shape}; give for example (128, 128)"
+            f"`block` must have two sizes, but is {sizes!r}; give for example (128, 128)"
         )
+    pattern = patterns.blocks(tuple(sizes))
     rows, columns = (size or whole for size, whole in zip(pattern.shape, shape))
     if shape[0] % rows or shape[1] % columns:
         raise ValueError(
@@ -298,6 +300,11 @@ def _checked_block(block: Any, shape: tuple[int, int]) -> tuple[int, int]:
 
 def _check_shapes(x: jax.Array, kernel: jax.Array, indices: BlockIndices) -> None:
     """Raises unless x, kernel and indices fit together."""
+    if not isinstance(indices, BlockIndices):
+        raise ValueError(
+            f"`indices` must be made by `block_indices`, but is {type(indices).__name__}; make "
+            "them of the mask of this kernel"
+        )
     rows, columns = indices.mask.shape
     if kernel.ndim != 2 or not kernel.size or kernel.shape[0] % rows or kernel.shape[1] % columns:
         raise ValueError(
@@ -324,7 +331,8 @@ def _masked(kernel: jax.Array, indices: BlockIndices) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies dense matrices, with sums in float32."""
-    wide = a.dtype if a.dtype == jnp.float64 else jnp.float32
+    is_float = jnp.issubdtype(a.dtype, jnp.floating)
+    wide = jnp.promote_types(a.dtype, jnp.float32) if is_float else a.dtype
     return jnp.matmul(a, b, preferred_element_type=wide).astype(a.dtype)
 
 

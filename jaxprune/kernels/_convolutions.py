@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import meshes
+from jaxprune import jaxprs, meshes
 from jaxprune.kernels import _bilinear, _indices
 from jaxprune.kernels._indices import ConvolutionIndices
 from jaxprune.kernels._products import dense_kernel, masked_gradient
@@ -162,12 +162,12 @@ def _operation(image: Pair, window: Pair, strides: Pair, padding: Padding) -> An
 
     def backward(dy: Any, weights: Any, indices: ConvolutionIndices) -> jax.Array:
         kernel = dense_kernel(weights, indices)
-        x = jax.ShapeDtypeStruct((len(dy), *image, kernel.shape[2]), dy.dtype)
+        x = jaxprs.abstract(dy, (len(dy), *image, kernel.shape[2]))
         run = functools.partial(_convolve, kernel=kernel, strides=strides, padding=padding)
         return jax.linear_transpose(run, x)(dy)[0]
 
     def sample(packed: bool, x: Any, dy: Any, indices: ConvolutionIndices) -> jax.Array:
-        kernel = jax.ShapeDtypeStruct(indices.mask.shape, x.dtype)
+        kernel = jaxprs.abstract(x, indices.mask.shape)
 
         def run(kernel: Any) -> jax.Array:
             return _convolve(x, kernel, strides, padding)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import meshes
+from jaxprune import jaxprs, meshes
 from jaxprune.kernels import _bilinear
 from jaxprune.kernels._convolutions import DIMENSIONS, Padding, Pair, explicit, pair_of_strides
 
@@ -28,7 +28,8 @@ def depthwise_convolution(
     y[b, r, s, c] = sum over i, j of x[b, r * strides[0] + i - padding[0][0], ..., c] *
     kernel[i, j, 0, c], with x = 0 outside of the image. Nothing is left out: a window has few
     weights, and XLA computes such convolutions on CPUs one channel after the other, many times
-    slower than this kernel. On other devices, and without a compiler, it is XLA's convolution.
+    slower than this kernel. On other devices, on meshes with explicit axes, and without a compiler
+    it is XLA's convolution.
     Derivatives are those in reverse mode, of any order.
 
     Args:
@@ -61,7 +62,8 @@ def depthwise_convolution(
     image, window = x.shape[1:3], kernel.shape[:2]
     own_strides = pair_of_strides(strides)
     own_padding = explicit(padding, image, window, own_strides)
-    if not _bilinear.is_supported(x, kernel):
+    explicit_axes = any(meshes.is_explicit(jax.typeof(own).sharding) for own in (x, kernel))
+    if explicit_axes or not _bilinear.is_supported(x, kernel):
         return _convolve(x, kernel, own_strides, own_padding)
     # Inside `shard_map`, the gradient of weights that shards share is then summed over shards.
     x, kernel = meshes.varying_like((x, kernel), x, kernel)
@@ -78,12 +80,12 @@ def _operation(image: Pair, window: Pair, strides: Pair, padding: Padding) -> An
         return _convolve(x, kernel, strides, padding)
 
     def backward(dy: Any, kernel: Any, _: Any) -> jax.Array:
-        x = jax.ShapeDtypeStruct((len(dy), *image, kernel.shape[3]), dy.dtype)
+        x = jaxprs.abstract(dy, (len(dy), *image, kernel.shape[3]))
         run = functools.partial(_convolve, kernel=kernel, strides=strides, padding=padding)
         return jax.linear_transpose(run, x)(dy)[0]
 
     def sample(x: Any, dy: Any, _: Any) -> jax.Array:
-        kernel = jax.ShapeDtypeStruct((*window, 1, x.shape[3]), x.dtype)
+        kernel = jaxprs.abstract(x, (*window, 1, x.shape[3]))
         return jax.linear_transpose(lambda k: _convolve(x, k, strides, padding), kernel)(dy)[0]
 
     attributes = {

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -69,6 +68,7 @@ def evaluate(
         The output of the function.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> seen = []
         >>> def replace(equation, operands, site):
         ...     seen.append(site.key.shape)
@@ -91,7 +91,7 @@ def evaluate(
         note(path, reason)
     return box[0](
         [
-            out.array if isinstance(out.array, jax.Array) else jnp.asarray(out.array, aval.dtype)
+            jaxprs.as_output(out.array, aval)
             for out, aval in zip(outputs, closed.out_avals, strict=True)
         ]
     )
@@ -104,13 +104,16 @@ def replace_depthwise(
 
     XLA computes these on CPUs one channel after the other, many times slower. The function is
     traced whenever it is called, so compile what calls it. Convolutions over two dimensions with
-    strides 1 and 2 are replaced, inside of `jit`, `jax.checkpoint` and branches; all else is left
-    as it is, and so is everything where kernels are not available. `wrap` does this as well.
+    strides 1 and 2 and windows of more than one weight are replaced, inside of `jit`,
+    `jax.checkpoint` and branches; all else is left as it is, and so is everything where kernels are
+    not available. `wrap` does this as well.
 
     Args:
-        function: `function(*args, **kwargs)`, such as a model or a loss.
+        function: `function(*args, **kwargs)`, such as a model or a loss. It must be pure: what it
+            changes besides its outputs, such as the state of an NNX module, is lost.
         mesh: the devices that it will run on. XLA cannot divide a kernel among several devices, so
             with more than one, and on other devices than CPUs, the function itself is returned.
+            Types with explicit axes say so themselves: what has them is left as it is.
 
     Returns:
         A function with the same arguments and, to rounding, the same outputs and gradients. It
@@ -123,6 +126,7 @@ def replace_depthwise(
         Howard et al. MobileNets. arXiv:1704.04861.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from jaxprune import models
         >>> widths = models.default_widths("mobilenet_v1", 0.25)
@@ -287,7 +291,7 @@ def _branched(
             own = [value._replace(array=array) for value, array in pairs]
             outputs = layouts.walk(closed.jaxpr, closed.consts, own, found)
             pairs = zip(outputs, closed.out_avals, strict=True)
-            return [jnp.asarray(value.array, aval.dtype) for value, aval in pairs]
+            return [jaxprs.as_output(value.array, aval) for value, aval in pairs]
 
         return call
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import meshes
 from jaxprune.jaxprs import has_symbols
 from jaxprune.kernels import _operations as operations
 from jaxprune.layouts import Atom, View
@@ -155,11 +156,15 @@ def is_depthwise(equation: Any) -> bool:
     return (
         len(shape) == 4
         and not any(has_symbols(aval.shape) for aval in avals)
+        # XLA cannot divide a kernel among several devices, as types with explicit axes ask for.
+        and not any(meshes.is_explicit(aval.sharding) for aval in avals)
         and math.prod(avals[2].shape) > 0
         and {aval.dtype for aval in avals} <= _DTYPES
         and groups > 1
         and shape[kernel[1]] == 1
         and shape[kernel[0]] == groups
+        # A window of one weight scales each channel, which XLA fuses into what is around it.
+        and math.prod(shape[axis] for axis in kernel[2:]) > 1
         and parameters["batch_group_count"] == 1
         and {*parameters["rhs_dilation"], *parameters["lhs_dilation"]} == {1}
         and set(parameters["window_strides"]) <= {1, 2}

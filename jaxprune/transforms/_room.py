@@ -1,5 +1,6 @@
 """How much room packed states have, and states with another room."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -86,7 +87,8 @@ def resize_state(opt_state: Any, *, room: float = ROOM) -> Any:
         >>> state[0].inner[0].mu["w"].shape, resize_state(state)[0].inner[0].mu["w"].shape
         ((1, 4096), (1, 512))
     """
-    if isinstance(room, bool) or not isinstance(room, (int, float)) or not 0 <= room:
+    is_number = isinstance(room, (int, float)) and not isinstance(room, bool)
+    if not is_number or not 0 <= room < math.inf:
         raise ValueError(
             f"`room` must be a fraction of the kept weights, at least 0, but is {room!r}; 0.05 is "
             "5 % more than are kept."

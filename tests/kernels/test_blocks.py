@@ -377,8 +377,13 @@ def test_steps(seed, blocks, block, density, spare):
         (np.ones((4, 6), bool), {"block": (4, 4)}, r"divide the kernel of shape \(4, 6\), but is"),
         (np.ones((4, 4), bool), {}, r"divide the kernel of shape \(4, 4\), but is \(128, 128\)"),
         (np.ones((4, 4), bool), {"block": (4,)}, r"must have two sizes, but is \(4,\)"),
+        (np.ones((4, 4), bool), {"block": 4}, "`block` must have two sizes, but is 4; give"),
+        (np.ones((4, 4), bool), {"block": None}, "`block` must have two sizes, but is None; give"),
         (np.ones((4, 4), bool), {"block": (4, 0)}, "`shape` must be a tuple of positive integers"),
         (np.ones((4, 4), bool), {"block": (2, 2), "capacity": 3}, "at least the 4 kept blocks"),
+        (np.ones((4, 4), bool), {"block": (2, 2), "capacity": 9.0}, "a whole number, .* is 9.0;"),
+        (np.ones((4, 4), bool), {"block": (2, 2), "capacity": "9"}, "a whole number, .* is '9';"),
+        (np.ones((1, 1), bool), {"block": (1, 1), "capacity": True}, "a whole number, .* is True;"),
         (
             np.arange(24).reshape(4, 6) != 9,
             {"block": (2, 2)},
@@ -452,6 +457,20 @@ def test_wrong_shapes(x, kernel, message):
     indices = kernels.block_indices(np.ones((4, 6), bool), (2, 2))
     with pytest.raises(ValueError, match=message):
         kernels.block_product(jnp.ones(x), jnp.ones(kernel), indices)
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 2), bool), kernels.product_indices(np.eye(2) > 0)])
+def test_other_indices_are_refused(wrong):
+    with pytest.raises(ValueError, match="`indices` must be made by `block_indices`, but is "):
+        kernels.block_product(jnp.ones(2), jnp.ones((2, 2)), wrong)
+
+
+def test_whole_numbers_are_exact():
+    """They have no kernel, and sums in float32 would round them."""
+    indices = kernels.block_indices(np.ones((2, 2), bool), (1, 1))
+    x = jnp.array([[2**24 + 1, 2]], jnp.int32)
+    y = kernels.block_product(x, jnp.ones((2, 2), jnp.int32), indices)
+    assert y.dtype == jnp.int32 and y.tolist() == [[2**24 + 3] * 2]
 
 
 def test_wrong_interpreter():

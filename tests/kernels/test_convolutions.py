@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxprune import kernels
 from jaxprune.kernels import _building
@@ -78,6 +79,28 @@ def test_both_ways(way):  # noqa: F811
             x,
             kernels.pack(kernel, indices),
         )
+
+
+def test_inside_shard_map(way):  # noqa: F811
+    """The gradient of the kernel is summed over shards, and that of the images is not."""
+    x, kernel, mask = case(3, (len(jax.devices()), 4, 5, 3), (3, 3, 3, 2), 0.5)
+    indices = kernels.convolution_indices(mask)
+    mesh, split = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    spread = jax.shard_map(
+        functools.partial(kernels.sparse_convolution, indices=indices), mesh=mesh,
+        in_specs=(split, PartitionSpec()), out_specs=split,
+    )  # fmt: skip
+    assert_same_layer(spread, lambda x, w: convolve(x, w * mask), x, kernel)
+
+
+@pytest.mark.parametrize("image", [(0, 5), (4, 0)])
+def test_empty_images(image):
+    """Values and gradients are empty or 0 where padding alone meets the window."""
+    indices = kernels.convolution_indices(np.ones((3, 3, 2, 4), bool))
+    layer = functools.partial(kernels.sparse_convolution, indices=indices, padding=((2, 2), (2, 2)))
+    y, back = jax.vjp(layer, jnp.zeros((2, *image, 2)), jnp.ones((3, 3, 2, 4)))
+    assert y.shape == (2, image[0] + 2, image[1] + 2, 4)
+    assert not any(leaf.any() for leaf in (y, *back(jnp.ones(y.shape))))
 
 
 def test_images_larger_than_the_cache():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxprune
 from jaxprune import export, kernels, models, structure
@@ -130,6 +131,30 @@ def test_the_handler_checks_shapes(native, window, kernel):
         jax.block_until_ready(call(jnp.ones((1, 4, 4, 2)), jnp.ones(kernel), **sizes))
 
 
+@pytest.mark.parametrize(
+    ("x", "padding"),
+    [
+        ((0, 4, 4, 3), "SAME"),
+        ((2, 0, 4, 3), ((2, 2), (1, 1))),
+        ((2, 4, 0, 3), ((0, 1), (3, 3))),
+    ],
+)
+def test_empty_images(x, padding):
+    """Values and gradients are empty or 0, also where padding alone meets the window."""
+    options = {"strides": (1, 2), "padding": padding}
+    x, kernel = jnp.zeros(x), normal(3, 3, 1, x[-1])
+
+    def both(layer):
+        y, back = jax.vjp(functools.partial(layer, **options), x, kernel)
+        return y, back(jnp.ones(y.shape))
+
+    own, expected = (jax.tree.leaves(both(f)) for f in (kernels.depthwise_convolution, convolve))
+    assert [leaf.shape for leaf in own] == [leaf.shape for leaf in expected]
+    assert not any(leaf.any() for leaf in own)
+    fast = kernels.replace_depthwise(functools.partial(convolve, **options))
+    assert np.array_equal(fast(x, kernel), expected[0])
+
+
 # ---- functions
 
 
@@ -162,6 +187,53 @@ def test_a_function_with_depthwise_convolutions(native):
     assert_same_layer(
         lambda x, w: fast({"w": w}, x), lambda x, w: nested({"w": w}, x), x, params["w"]
     )
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_inside_shard_map(native, outside):
+    """The gradient of the windows is summed over shards, and that of the images is not."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def spread(layer):
+        own = (PartitionSpec("data"), PartitionSpec())
+        return jax.shard_map(layer, mesh=mesh, in_specs=own, out_specs=own[0])
+
+    fast = kernels.replace_depthwise(spread(convolve)) if outside else None
+    fast = fast or spread(kernels.replace_depthwise(convolve))
+    x, kernel = normal(len(jax.devices()), 4, 5, 3), normal(3, 3, 1, 3, key=1)
+    assert count(fast, x, kernel)[1] == (not outside)  # a function that is mapped is left
+    assert_same_layer(fast, convolve, x, kernel)
+    assert_same_layer(spread(kernels.depthwise_convolution), convolve, x, kernel)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_explicit_axes_are_left(native, devices):
+    own = jax.devices()[:devices]
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Explicit,), devices=own)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(normal(8, 4, 5, 3), NamedSharding(mesh, PartitionSpec("data")))
+        kernel = jax.device_put(normal(3, 3, 1, 3, key=1), NamedSharding(mesh, PartitionSpec()))
+        for fast in (kernels.replace_depthwise(convolve), kernels.depthwise_convolution):
+            assert count(fast, x, kernel)[1] == 0
+            assert jax.typeof(fast(x, kernel)) == jax.typeof(convolve(x, kernel))
+            slopes = jax.grad(lambda *args, f=fast: (f(*args) ** 2).sum(), argnums=(0, 1))
+            assert jax.tree.map(jnp.shape, jax.jit(slopes)(x, kernel)) == (x.shape, kernel.shape)
+
+
+def test_types_of_outputs_are_kept(native):
+    """Numbers stay weakly typed, so that they do not widen what is computed from them."""
+
+    def function(kernel, x):
+        y, number = jax.lax.cond(x.sum() > 0, lambda: (convolve(x, kernel), 1.0), lambda: (x, 2.0))
+        return y, number, 3.0 + 0 * number, 4, jnp.float32(5), jax.lax.full((), 6), None, "seven"
+
+    args = normal(3, 3, 1, 5, dtype=jnp.bfloat16), normal(2, 6, 6, 5, key=1, dtype=jnp.bfloat16)
+    fast = kernels.replace_depthwise(function)
+    assert count(lambda *args: fast(*args)[:-1], *args)[1] == 1
+    assert jax.tree.map(jax.typeof, fast(*args)[:-1]) == jax.tree.map(
+        jax.typeof, function(*args)[:-1]
+    )
+    assert fast(*args)[-1] == "seven"
 
 
 def test_other_orders_of_dimensions(native):
@@ -200,8 +272,9 @@ def test_other_convolutions_are_left(native, options):
     assert np.array_equal(fast(kernel, x), function(kernel, x))
 
 
-def test_more_outputs_than_inputs_are_left(native):
-    kernel, x = normal(3, 3, 1, 8), normal(2, 8, 8, 4, key=1)
+@pytest.mark.parametrize("shape", [(3, 3, 1, 8), (1, 1, 1, 4)])
+def test_more_outputs_than_inputs_and_windows_of_one_weight_are_left(native, shape):
+    kernel, x = normal(*shape), normal(2, 8, 8, 4, key=1)
 
     def function(kernel, x):
         return convolve(x, kernel)

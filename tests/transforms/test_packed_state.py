@@ -710,8 +710,9 @@ def test_wrong_states_and_masks_are_refused():
         tx.update(draw(0), state, masks=masks)
     with pytest.raises(ValueError, match="a/kernel: packed, but without a mask"):
         jaxprune.get_room(state)
-    with pytest.raises(ValueError, match="`room` must be a fraction"):
-        jaxprune.resize_state(state, room=-0.1)
+    for room in (-0.1, float("inf"), float("nan"), True):
+        with pytest.raises(ValueError, match="`room` must be a fraction"):
+            jaxprune.resize_state(state, room=room)
     large = {"w": jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)}
     with pytest.raises(ValueError, match="w: 2,147,483,648 weights"):
         jax.eval_shape(tx.init, large)

@@ -164,7 +164,7 @@ std::string convolution_of(const Floats& images, const Floats& results, Numbers 
       return "the window must not be empty, and `padding` not negative";
     }
     const int64_t room = x[1 + i] + padding[2 * i] + padding[2 * i + 1] - window[i];
-    if (room < 0 || x[1 + i] < 1 || y[1 + i] != room / strides[i] + 1) {
+    if (room < 0 || y[1 + i] != room / strides[i] + 1) {
       return "the output does not have the shape that `strides` and `padding` give";
     }
   }
@@ -205,7 +205,9 @@ std::string taps_of(const Convolution& c, const Floats& weights, Ints& positions
 
 // Nothing to compute: an output of no entries, or zeros where there are no inputs.
 bool is_empty(const Convolution& c, Floats& result) {
-  if (c.batch > 0 && c.inputs > 0 && c.outputs > 0) return false;
+  if (c.batch > 0 && c.inputs > 0 && c.outputs > 0 && c.image.row > 0 && c.image.column > 0) {
+    return false;
+  }
   std::memset(result.typed_data(), 0, result.size_bytes());
   return true;
 }
