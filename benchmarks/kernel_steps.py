@@ -8,10 +8,11 @@ several it is the wall clock. Outputs are compared with those of the dense funct
 
     python benchmarks/kernel_steps.py [--threads 1 2] [--rounds 15] [--only resnet20 mlp]
 
-Masks are those of the largest weights, in every layer alike, or with `--budget erdos_renyi_kernel`
-as the budget of that name divides them, which leaves more in the layers that take most time. For the MobileNet there is an arm with dense
-kernels for its depthwise convolutions alone, to tell both gains apart. With `--onnxruntime` (pip
-install onnx onnxruntime) inference is compared with onnxruntime's, too, which computes all weights.
+Masks are those of the largest weights, in every layer alike, or with `--budget
+erdos_renyi_kernel` as the budget of that name divides them, which leaves more in the layers that
+take most time. For the MobileNet there is an arm with dense kernels for its depthwise
+convolutions alone, to tell both gains apart. With `--onnxruntime` (pip install onnx onnxruntime)
+inference is compared with onnxruntime's, too, which computes all weights.
 """
 
 import argparse
@@ -49,13 +50,13 @@ def network(name: str, scale: int = 1) -> Network:
     key = jax.random.key(1)
     if name == "mlp":
         return transformer_mlps(key, max(1, 1024 // scale))
-    rngs, options = nnx.Rngs(0), {"num_classes": 10}
+    options: dict[str, Any] = {"num_classes": 10, "rngs": nnx.Rngs(0)}
     if name == "resnet20":
-        model: Any = models.resnet20(in_channels=1, rngs=rngs, **options)
+        model: Any = models.resnet20(in_channels=1, **options)
         shape = max(1, 64 // scale), 28, 28, 1
     else:
         widths = models.default_widths("mobilenet_v1", 1.0 if scale == 1 else 0.25)
-        model = models.mobilenet_v1(in_channels=3, widths=widths, rngs=rngs, **options)
+        model = models.mobilenet_v1(in_channels=3, widths=widths, **options)
         shape = max(1, 32 // scale), 64, 64, 3
     own = structure.from_nnx(model, state="model_state")
     return Network(own.evaluate, own.train, own.variables, jax.random.normal(key, shape))
@@ -137,7 +138,7 @@ def inference(evaluate: Callable[..., Any], variables: Any, inputs: Any) -> Any:
 def onnx_session(own: Network, variables: Any, threads: int) -> Any:
     """Returns a function without arguments that runs the network in onnxruntime."""
     import numpy as np
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     from jaxprune import export
 
@@ -172,20 +173,21 @@ def arms(
         found.setdefault(("inference", "dense", None), inference(own.evaluate, *args))
         reference = jax.tree.leaves(found["step", "dense", None]())
         if name == "mobilenet_v1":
-            fast = kernels.replace_depthwise
-            found.setdefault(("step", "depthwise", None), training_step(fast(own.train), masks, *args))
-            found.setdefault(("inference", "depthwise", None), inference(fast(own.evaluate), *args))
+            train, evaluate = map(kernels.replace_depthwise, (own.train, own.evaluate))
+            found.setdefault(("step", "depthwise", None), training_step(train, masks, *args))
+            found.setdefault(("inference", "depthwise", None), inference(evaluate, *args))
         if with_onnx:
-            found.setdefault(("inference", "onnxruntime", None), onnx_session(own, variables, threads))
+            session = onnx_session(own, variables, threads)
+            found.setdefault(("inference", "onnxruntime", None), session)
         train = kernels.wrap(own.train, masks, *args)
         evaluate = kernels.wrap(own.evaluate, masks, *args, gradients=False)
         print(f"{name} at {sparsity:.0%}, training: {str(train).splitlines()[0]}", flush=True)
         found["step", "sparse", sparsity] = training_step(train, masks, *args)
         found["inference", "sparse", sparsity] = inference(evaluate, *args)
         if sparsity == sparsities[0]:
-            scale = max(float(np.abs(y).max()) for y in reference)
+            largest = max(float(np.abs(y).max()) for y in reference)
             for x, y in zip(jax.tree.leaves(found["step", "sparse", sparsity]()), reference):
-                np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * scale)
+                np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * largest)
     return found
 
 

@@ -107,8 +107,9 @@ class Stages:
             state = sharding.replicate(state, self.experiment.mesh)
         wrapped = self.steps.wrapped
         own, opt_state = self.shrinking.advance(step, variables_of(state), state.opt_state)
-        if self.sparse is not None and self.steps.wrapped is not wrapped:  # of another size
-            self.sparse.follow(self.steps.wrapped, state)
+        now = self.steps.wrapped
+        if self.sparse is not None and now is not None and now is not wrapped:
+            self.sparse.follow(now, state)  # of another size
         if not resizes:
             return state
         return self._placed(state.step, own, opt_state, self.steps.like)

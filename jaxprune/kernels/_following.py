@@ -26,9 +26,9 @@ class Following:
 
     A transformation compares gradients of removed weights at a mask update, and through a sparse
     kernel these are 0. So the step of a mask update computes all products densely
-    (`indices={}`), and all other steps the kept weights. That is two programs, and one more for each new choice of
-    layers, see `Wrapped.update`. A mask update that was refused, because a gradient was not finite,
-    is due again at the next step, which is then dense as well.
+    (`indices={}`), and all other steps the kept weights. That is two programs, and one more for
+    each new choice of layers, see `Wrapped.update`. A mask update that was refused, because a
+    gradient was not finite, is due again at the next step, which is then dense as well.
 
     A method that averages gradients between mask updates, as AGIP does for `regrow`, sees 0 for
     removed weights in all steps but these.

@@ -155,7 +155,7 @@ def replace_depthwise(
         return evaluate(lambda _, *own, **more: function(*own, **more), (), _never, _never, (),
                         *args, **kwargs)  # fmt: skip
 
-    replaced.no_export = NO_EXPORT  # pyright: ignore[reportFunctionMemberAccess]
+    replaced.no_export = NO_EXPORT  # pyright: ignore[reportAttributeAccessIssue]
     return replaced
 
 

@@ -74,8 +74,8 @@ class Wrapped:
     compiled step takes it as an argument and passes it on, `wrapped(params, batch,
     indices=indices)`. Its structure says which layers have a kernel, and its shapes say for how
     many weights there is room, so new masks are a new program only where `update` says so.
-    `indices={}` computes all products densely. (An object that holds the masks and is closed over by
-    a compiled step would become constants of the program, and a step would not see new masks.)
+    `indices={}` computes all products densely. (An object that holds the masks and is closed over
+    by a compiled step would become constants of the program, and a step would not see new masks.)
 
     Args:
         function: the function.

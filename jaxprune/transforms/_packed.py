@@ -183,9 +183,7 @@ def pack_state(
             scatter(move, place, mask.shape)
             for move, place, mask in zip(trees.pick(moves, flags), positions, kept, strict=True)
         ]
-        short = [
-            count(mask) > place.size for mask, place in zip(kept, positions, strict=True)
-        ]
+        short = [count(mask) > place.size for mask, place in zip(kept, positions, strict=True)]
         steps = state.short_steps
         steps = jnp.where(jnp.any(jnp.stack(short)), optax.safe_increment(steps), steps)
         new = PackedState(after, put_masks(params, flags, positions), steps)
@@ -230,7 +228,7 @@ def _capacities(
         f"packed leaves must have at most {LARGEST:,} weights, because positions are int32. "
         "Exclude these with `prunable`:",
     )
-    by_path = dict.fromkeys(sizes, density)
+    by_path: dict[str, Any] = dict.fromkeys(sizes, density)
     if isinstance(density, Mapping):
         by_path = dict.fromkeys(sizes, 1.0) | trees.by_name("density", density, list(sizes))
     room = {path: capacity_of(size * by_path[path], size, ROOM) for path, size in sizes.items()}

@@ -121,9 +121,8 @@ def test_wrong_arguments(x, kernel, options, words):
 )
 def test_the_handler_checks_shapes(native, window, kernel):
     """Whatever the Python side has got wrong is an error there, not a fault of memory."""
-    call = jax.ffi.ffi_call(
-        _building.target("jaxprune_depthwise_forward"), jax.ShapeDtypeStruct((1, 4, 4, 2), "float32")
-    )
+    name, result = "jaxprune_depthwise_forward", jax.ShapeDtypeStruct((1, 4, 4, 2), "float32")
+    call = jax.ffi.ffi_call(_building.target(name), result)
     sizes = {"window": window, "strides": [1, 1], "padding": [1, 1, 1, 1]}
     sizes = {name: np.array(value, np.int64) for name, value in sizes.items()}
     errors = ValueError, jax.errors.JaxRuntimeError  # which of them depends on the version of JAX
@@ -311,7 +310,8 @@ def test_wrapped_functions_replace_them_in_dense_steps_as_well(native):
         "other": normal(5, 5, 1, 5, key=next(keys)),
         "head": normal(5, 4, key=next(keys)),
     }
-    masks = {"masked": normal(3, 3, 1, 5, key=7) > 0, "head": normal(5, 4, key=8) > 0, "other": True}
+    masks = {"masked": normal(3, 3, 1, 5, key=7) > 0, "head": normal(5, 4, key=8) > 0}
+    masks |= {"other": True}
     params, x = jaxprune.apply_masks(params, masks), normal(2, 6, 6, 5, key=9)
     wrapped = kernels.wrap(function, masks, params, x, table="always")
     assert wrapped.depthwise == 2 and list(wrapped.indices) == ["head"]

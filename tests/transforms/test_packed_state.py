@@ -41,9 +41,7 @@ ELEMENTWISE = {
 MORE = ELEMENTWISE | {
     "adagrad": lambda: optax.adagrad(0.1),  # its state does not start at 0
     "accumulated": lambda: optax.MultiSteps(optax.adam(0.01), 2),
-    "injected": lambda: optax.inject_hyperparams(optax.adam)(
-        optax.linear_schedule(0.01, 0.001, 9)
-    ),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.01, 0.001, 9)),
     "partition": lambda: optax.partition(
         {"x": optax.adam(0.01), "y": optax.sgd(0.1)}, {"a": "x", "b": {"kernel": "y"}}
     ),
@@ -497,9 +495,7 @@ def test_split_leaves_give_the_numbers_of_one_device(split, kind):
 def test_shards_inside_shard_map_are_refused_and_copies_are_not():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     params, masks = pruned()
-    tx = jaxprune.chain(
-        jaxprune.pack_state(optax.adam(0.01)), jaxprune.fixed_mask_transform(masks)
-    )
+    tx = jaxprune.chain(jaxprune.pack_state(optax.adam(0.01)), jaxprune.fixed_mask_transform(masks))
     state = tx.init(params)
     specs = jax.tree.map(lambda _: P(), state)
     mapped = functools.partial(jax.shard_map, mesh=mesh)

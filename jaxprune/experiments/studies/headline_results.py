@@ -119,8 +119,8 @@ FIGURES = {
     "process_bytes": "process_peak_bytes",
 }
 NEEDS = (
-    *(name for name in FIGURES.values() if name != "final"), "test_accuracy", "device", "versions", "steps", "switches", "widths", "file_bytes",
-    "dense_bytes",
+    *(name for name in FIGURES.values() if name != "final"), "test_accuracy", "device", "versions",
+    "steps", "switches", "widths", "file_bytes", "dense_bytes",
 )  # fmt: skip
 FILES = ("exact", "bfloat16", "int8")
 
