@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
-
 import numpy as np
+from flax import nnx
 
 from jaxprune import files, models, structure, training, trees
 from jaxprune.experiments.config import Config

@@ -125,8 +125,8 @@ def test_arrays_are_widened_and_lie_where_they_belong(config, mesh, monkeypatch)
     def lies(state):
         like = own.like()
         assert jax.tree.structure(state) == jax.tree.structure(like)
-        assert all(jax.tree.leaves(jax.tree.map(
-            lambda x, y: x.shape == y.shape and x.sharding == y.sharding, state, like)))  # fmt: skip
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+            assert x.shape == y.shape and x.sharding == y.sharding
 
     lies(state)
     whole = made.create(made.config.seed)

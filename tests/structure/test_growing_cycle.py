@@ -174,7 +174,8 @@ def test_growth_and_a_new_phase_may_share_a_switch(phase, steps, stages):
         assert run.next_step(step - 1) >= step
         variables, state = run.advance(step, variables, state)
     assert [entry["step"] for entry in run.history] == steps
-    found = [(stage.groups[NORMED].size < GROUPS[NORMED].size, stage.phase) for stage, _ in prepared]
+    full = GROUPS[NORMED].size
+    found = [(stage.groups[NORMED].size < full, stage.phase) for stage, _ in prepared]
     assert found == stages
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, VARIABLES)
 
