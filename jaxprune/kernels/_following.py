@@ -74,7 +74,7 @@ class Following:
             self._capacities = Capacities(dict(record["capacities"]), record["kept"])
 
     def is_dense(self, step: int) -> bool:
-        """Tells whether a step, counted from 0, must compute the function itself."""
+        """Tells whether a step, counted from 0, must compute all products densely."""
         return step in self.updates or self._is_due
 
     def indices(self, step: int) -> dict[str, Any]:

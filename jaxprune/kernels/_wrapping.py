@@ -342,8 +342,8 @@ def wrap(
 
     Masked weights must be 0 in `params`, as they are in every training with a transformation of
     this library; then the result is that of the function to rounding. Where a kernel is used, the
-    gradient of a masked weight is 0 instead of the dense gradient, so methods that regrow need the
-    function itself at mask updates: `indices={}`, see `Following`. A product that meets `inf` or
+    gradient of a masked weight is 0 instead of the dense gradient, so methods that regrow need
+    dense products at mask updates: `indices={}`, see `Following`. A product that meets `inf` or
     NaN in its input differs: 0 times these is NaN, and a sparse kernel does not multiply by a
     masked weight.
 
