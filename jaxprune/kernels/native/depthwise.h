@@ -37,11 +37,17 @@ struct Chunk {
   int64_t width(int64_t vector) const { return std::min<int64_t>(kLanes, count - vector * kLanes); }
 };
 
-// Divides channels so that a plane of each part fits into the cache.
-inline int64_t vectors_of(int64_t channels, int64_t pixels) {
+// How channels are divided: vectors of a chunk, and chunks.
+struct Division {
+  int64_t vectors, chunks;
+};
+
+// Divides channels so that a plane of each chunk fits into the cache.
+inline Division division_of(int64_t channels, int64_t pixels) {
   const int64_t room = kPlaneBytes / (pixels * kLanes * static_cast<int64_t>(sizeof(float)));
   const int64_t needed = (channels + kLanes - 1) / kLanes;
-  return std::clamp<int64_t>(std::min(room, needed), 1, kMostVectors);
+  const int64_t vectors = std::clamp<int64_t>(std::min(room, needed), 1, kMostVectors);
+  return {vectors, (needed + vectors - 1) / vectors};
 }
 
 inline Chunk chunk_at(int64_t number, int64_t vectors, int64_t channels) {
@@ -138,12 +144,17 @@ inline float* weights_of_chunk(const Convolution& c, const float* weights, const
   return own;
 }
 
+// The pixels of a padded image that the windows of all outputs cover.
+inline Pair reach_of(const Convolution& c) {
+  return {(c.output.row - 1) * c.stride.row + c.window.row,
+          (c.output.column - 1) * c.stride.column + c.window.column};
+}
+
 inline std::string depthwise(const Workers& workers, const Convolution& c, const float* x,
                              const float* weights, float* y) {
-  const Pair size = {(c.output.row - 1) * c.stride.row + c.window.row,
-                     (c.output.column - 1) * c.stride.column + c.window.column};
-  const int64_t vectors = vectors_of(c.inputs, size.row * size.column);
-  const int64_t chunks = (c.inputs + vectors * kLanes - 1) / (vectors * kLanes);
+  const Pair size = reach_of(c);
+  const Division division = division_of(c.inputs, size.row * size.column);
+  const int64_t vectors = division.vectors, chunks = division.chunks;
   const PhaseTaps taps = {c.window, {0, 0}, {1, 1}, {1, 1}};
   parallel(workers, c.batch * chunks, [&](int64_t task) {
     const Chunk chunk = chunk_at(task % chunks, vectors, c.inputs);
@@ -178,8 +189,8 @@ inline std::string depthwise_back(const Workers& workers, const Convolution& c, 
   const Pair last = {(c.image.row - 1 + c.padding.row) / c.stride.row,
                      (c.image.column - 1 + c.padding.column) / c.stride.column};
   const Pair size = {last.row - origin.row + 1, last.column - origin.column + 1};
-  const int64_t vectors = vectors_of(c.inputs, size.row * size.column);
-  const int64_t chunks = (c.inputs + vectors * kLanes - 1) / (vectors * kLanes);
+  const Division division = division_of(c.inputs, size.row * size.column);
+  const int64_t vectors = division.vectors, chunks = division.chunks;
   parallel(workers, c.batch * chunks, [&](int64_t task) {
     const Chunk chunk = chunk_at(task % chunks, vectors, c.inputs);
     const int64_t image = task / chunks, pixel = chunk.vectors * kLanes;
@@ -254,10 +265,9 @@ inline void correlate_window(const Pair& window, const float* x, int64_t row, in
 // sums are added in order.
 inline std::string depthwise_sample(const Workers& workers, const Convolution& c, const float* x,
                                     const float* dy, float* gradient) {
-  const Pair size = {(c.output.row - 1) * c.stride.row + c.window.row,
-                     (c.output.column - 1) * c.stride.column + c.window.column};
-  const int64_t vectors = vectors_of(c.inputs, size.row * size.column);
-  const int64_t chunks = (c.inputs + vectors * kLanes - 1) / (vectors * kLanes);
+  const Pair size = reach_of(c);
+  const Division division = division_of(c.inputs, size.row * size.column);
+  const int64_t vectors = division.vectors, chunks = division.chunks;
   const int64_t taps = c.window.row * c.window.column, stride = vectors * kLanes * chunks;
   const int64_t parts = std::clamp<int64_t>(workers.threads, 1, c.batch);
   float* partial = scratch<float>(kPartial, parts * taps * stride);
