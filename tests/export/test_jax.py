@@ -80,7 +80,7 @@ def test_bad_input(tmp_path):
     wrapped = kernels.wrap(
         lambda w, x: x @ w, np.eye(3, dtype=bool), jnp.eye(3), given[2], table="always"
     )
-    with pytest.raises(ValueError, match="`apply` cannot be exported: sparse kernels are custom"):
+    with pytest.raises(ValueError, match="`apply` cannot be exported: its kernels are custom"):
         export.jax(wrapped, jnp.eye(3), given[2], path)
     assert not path.exists()
     path.write_bytes(b"old")
