@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from jaxprune import jaxprs, layouts, trees
@@ -276,6 +277,14 @@ def _rematerialised(
         return [value.array for value in layouts.walk(parameters["jaxpr"], (), own, found)]
 
     arrays = [operand.array for operand in operands]
+    if parameters["differentiated"]:
+        # What JAX does for a backward pass when it compiles: without it, XLA would keep what was
+        # computed before, instead of computing it again.
+        apart = np.broadcast_to(parameters["prevent_cse"], len(arrays))
+        arrays = [
+            lax.optimization_barrier(array) if flag else array
+            for array, flag in zip(arrays, apart, strict=True)
+        ]
     options = {name: parameters[name] for name in ("prevent_cse", "policy")}
     return list(map(Value, jax.checkpoint(call, **options)(*arrays)))
 
@@ -297,4 +306,4 @@ def _branched(
 
     arrays = [operand.array for operand in operands]
     branches = list(map(branch, parameters["branches"]))
-    return list(map(Value, jax.lax.switch(arrays[0], branches, *arrays[1:])))
+    return list(map(Value, lax.switch(arrays[0], branches, *arrays[1:])))

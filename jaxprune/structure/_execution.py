@@ -157,7 +157,7 @@ class Execution:
                 self.arrays[id(value)] = array
         found = [self.read(value) for value in graph.outs]
         results = [
-            None if array is None else _as_array(array, value)
+            None if array is None else jaxprs.as_output(array, value.aval)
             for array, value in zip(found, graph.outs, strict=True)
         ]
         self.arrays, self._removed, self.spread = outer
@@ -186,11 +186,6 @@ class Execution:
     def _shrinks(self, op: Op) -> bool:
         values = [*op.ins, *op.outs]
         return any(self.shape(value) != tuple(value.aval.shape) for value in values)
-
-
-def _as_array(array: Any, value: Value) -> Any:
-    """Makes an array of a number: in a jaxpr it may be one of Python, outside it never is."""
-    return array if isinstance(array, jax.Array) else jnp.asarray(array, value.aval.dtype)
 
 
 def _alike(arrays: Sequence[Any], dimension: int) -> list[Any]:

@@ -168,6 +168,23 @@ def test_a_kernel_is_followed(function):
     assert max(values, gradients) < (2e-2 if function is cast else 1e-5)
 
 
+@pytest.mark.parametrize("apart", [True, False, (True, False)])
+def test_a_function_that_recomputes_in_its_own_gradient_still_does(apart):
+    """XLA must not merge what is computed again with what was computed before."""
+
+    def layer(w, x):
+        return jnp.sin(x @ w)
+
+    def gradient(params, x):
+        again = jax.checkpoint(layer, prevent_cse=apart)
+        return jax.grad(lambda x: again(params["w"], x).sum())(x)
+
+    wrapped, values, gradients = compare(gradient, {"w": MASK}, {"w": W}, X)
+    assert wrapped.indices and max(values, gradients) < 1e-5
+    text = jax.jit(wrapped).lower({"w": jnp.where(MASK, W, 0)}, X).as_text()
+    assert ("optimization_barrier" in text) == (apart is not False)
+
+
 def sparse_operations(function, wrapped):
     """How many products of the function call a kernel, by counting calls while tracing."""
     counts = []

@@ -247,6 +247,21 @@ def test_weak_types_promote_as_in_the_function_itself():
     assert run(plan.compact(weights), x, 0.5).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_output_that_is_a_number_is_as_weakly_typed_as_before(inside):
+    def function(w, x):
+        y = x @ w["a"] @ w["b"]
+        branch = jax.lax.cond(y[0, 0] > 0, lambda: 2.0, lambda: 3.0) if inside else 2.0
+        return y, branch, jnp.float32(2)
+
+    weights, x = {"a": draw(3, 8), "b": draw(8, 2)}, draw(4, 3)
+    plan = structure.find_groups(function, weights, x).plan({"a:1": np.arange(8) < 4}, multiple=1)
+    small = plan.compact(weights)
+    wanted = [leaf.weak_type for leaf in jax.tree.leaves(jax.eval_shape(function, weights, x))]
+    found = jax.make_jaxpr(plan.wrap(function))(small, x).out_avals
+    assert [leaf.weak_type for leaf in found] == wanted == [False, True, False]
+
+
 def test_arguments_beside_a_list_of_traces():
     traces = [structure.Trace(lambda w, x: x @ w["a"], (draw(4, 3),))]
     with pytest.raises(ValueError, match="put them into the traces"):
