@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap, sequential_vmap
 
 from jaxprune.kernels import _building
+from jaxprune.kernels._finishing import Finish
 
 Pass = Callable[..., jax.Array]
 
@@ -94,6 +96,63 @@ def native(name: str, dense: Pass, operands: Callable[..., Any], **attributes: A
         return lax.platform_dependent(*args, cpu=call, default=dense)
 
     return run
+
+
+def finished(
+    name: str, apply: Pass, finish: Finish, operands: Callable[..., Any], **attributes: Any
+) -> Pass:
+    """Returns `finish.apply(apply(x, weights, indices))` as one call of a kernel.
+
+    Args:
+        name: the handler.
+        apply: (x, weights, indices) -> sums, differentiable.
+        finish: what to do to them. Its arrays are arguments of the result, after the other three.
+        operands: (x, weights, indices) -> the operands of the handler.
+        attributes: of the handler.
+
+    Returns:
+        (x, weights, indices, scale, shift, rest) -> y. Derivatives compute the sums again.
+    """
+
+    def plain(x: Any, weights: Any, indices: Any, *arrays: Any) -> jax.Array:
+        scale, shift, rest = (own if own.size else None for own in arrays)
+        own = finish._replace(scale=scale, shift=shift, rest=rest)
+        return own.apply(apply(x, weights, indices))
+
+    limits = {"low": np.float32(finish.low), "high": np.float32(finish.high)}
+    kernel = native(
+        name, plain, lambda *args: (*operands(*args[:3]), *args[3:]), **limits, **attributes
+    )
+
+    @jax.custom_vjp
+    def run(*args: Any) -> jax.Array:
+        return together(*args)
+
+    @custom_vmap
+    def together(*args: Any) -> jax.Array:
+        return kernel(*args)
+
+    @together.def_vmap
+    def rule(size: int, batched: Any, *args: Any) -> Any:
+        x, *middle, rest = args
+        if any(jax.tree.leaves(batched[1:5])) or not batched[0]:
+            return one_by_one(size, batched, together, args), True
+        if rest.size and not batched[5]:
+            rest = jnp.broadcast_to(rest, (size, *rest.shape))
+        flat = [own.reshape(-1, *own.shape[2:]) if own.size else own for own in (x, rest)]
+        y = together(flat[0], *middle, flat[1])
+        return y.reshape(size, -1, *y.shape[1:]), True
+
+    run.defvjp(lambda *args: jax.vjp(plain, *args), lambda pull, dy: pull(dy))
+    return run
+
+
+def arrays_of(finish: Finish) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the arrays that a pass from `finished` takes; those that are absent are empty."""
+    empty = jnp.zeros(0, jnp.float32)
+    own = (finish.scale, finish.shift, finish.rest)
+    scale, shift, rest = (empty if array is None else array for array in own)
+    return scale, shift, rest
 
 
 def folded(run: Pass) -> Pass:

@@ -24,7 +24,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 NAMES = tuple(
     f"jaxprune_{kind}_{direction}"
     for kind in ("product", "convolution", "depthwise")
-    for direction in ("forward", "backward", "sample")
+    for direction in ("forward", "backward", "sample", "finished")
 )
 _LOADING = threading.Lock()
 _PATIENCE = 300.0  # seconds to wait for another process that compiles the same sources

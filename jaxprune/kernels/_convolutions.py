@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxprune import jaxprs, meshes
 from jaxprune.kernels import _bilinear, _indices
+from jaxprune.kernels._finishing import Finish
 from jaxprune.kernels._indices import ConvolutionIndices
 from jaxprune.kernels._products import dense_kernel, masked_gradient
 
@@ -96,6 +97,21 @@ def sparse_convolution_values(
     return _convolution(x, values, indices, strides, padding)
 
 
+def finished_convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    indices: ConvolutionIndices,
+    finish: Finish,
+    *,
+    strides: Pair,
+    padding: Padding,
+) -> jax.Array:
+    """Returns `finish.apply` of `sparse_convolution` by one call; all arrays are float32."""
+    place = x.shape[1:3], kernel.shape[:2], strides, tuple(map(tuple, padding))
+    run = _finished(*place, finish.limits)
+    return run(x, kernel, indices, *_bilinear.arrays_of(finish))
+
+
 def _convolution(
     x: Any, weights: Any, indices: ConvolutionIndices, strides: Any, padding: Any
 ) -> jax.Array:
@@ -174,15 +190,8 @@ def _operation(image: Pair, window: Pair, strides: Pair, padding: Padding) -> An
 
         return masked_gradient(jax.linear_transpose(run, kernel)(dy)[0], indices, packed)
 
-    def operands(x: Any, other: Any, indices: ConvolutionIndices) -> Any:
-        return x, other, *indices[1:]
-
-    attributes = {
-        "window": np.array(window, np.int64),
-        "strides": np.array(strides, np.int64),
-        "padding": np.array(padding, np.int64).reshape(-1),
-    }
-    named = functools.partial(_bilinear.native, operands=operands, **attributes)
+    own = attributes(window, strides, padding)
+    named = functools.partial(_bilinear.native, operands=_operands, **own)
     samples = {
         packed: _bilinear.separate(
             named("jaxprune_convolution_sample", functools.partial(sample, packed))
@@ -194,6 +203,30 @@ def _operation(image: Pair, window: Pair, strides: Pair, padding: Padding) -> An
         _bilinear.folded(named("jaxprune_convolution_backward", backward)),
         lambda x, dy, indices, packed: samples[packed](x, dy, indices),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _finished(
+    image: Pair, window: Pair, strides: Pair, padding: Padding, limits: Finish
+) -> _bilinear.Pass:
+    """Returns the convolution that does more to its sums."""
+    apply = _operation(image, window, strides, padding)
+    own = attributes(window, strides, padding)
+    return _bilinear.finished("jaxprune_convolution_finished", apply, limits, _operands, **own)
+
+
+def _operands(x: Any, other: Any, indices: ConvolutionIndices) -> Any:
+    """Returns the operands of a handler."""
+    return x, other, *indices[1:]
+
+
+def attributes(window: Pair, strides: Pair, padding: Padding) -> dict[str, np.ndarray]:
+    """Returns what a handler knows of a convolution besides its operands."""
+    return {
+        "window": np.array(window, np.int64),
+        "strides": np.array(strides, np.int64),
+        "padding": np.array(padding, np.int64).reshape(-1),
+    }
 
 
 def _convolve(x: Any, kernel: Any, strides: Pair, padding: Padding) -> jax.Array:

@@ -6,12 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxprune import jaxprs, meshes
 from jaxprune.kernels import _bilinear
-from jaxprune.kernels._convolutions import DIMENSIONS, Padding, Pair, explicit, pair_of_strides
+from jaxprune.kernels._convolutions import (
+    DIMENSIONS,
+    Padding,
+    Pair,
+    attributes,
+    explicit,
+    pair_of_strides,
+)
+from jaxprune.kernels._finishing import Finish
 
 __all__ = ["depthwise_convolution"]
 
@@ -72,6 +79,24 @@ def depthwise_convolution(
     return y.astype(jnp.result_type(x, kernel))
 
 
+def finished_depthwise(
+    x: jax.Array, kernel: jax.Array, finish: Finish, *, strides: Pair, padding: Padding
+) -> jax.Array:
+    """Returns `finish.apply` of `depthwise_convolution` by one call; all arrays are float32."""
+    place = x.shape[1:3], kernel.shape[:2], strides, tuple(map(tuple, padding))
+    run = _finished(*place, finish.limits)
+    return run(x, kernel, (), *_bilinear.arrays_of(finish))
+
+
+@functools.lru_cache(maxsize=1024)
+def _finished(
+    image: Pair, window: Pair, strides: Pair, padding: Padding, limits: Finish
+) -> _bilinear.Pass:
+    """Returns the convolution that does more to its sums."""
+    apply, own = _operation(image, window, strides, padding), attributes(window, strides, padding)
+    return _bilinear.finished("jaxprune_depthwise_finished", apply, limits, _operands, **own)
+
+
 @functools.lru_cache(maxsize=1024)
 def _operation(image: Pair, window: Pair, strides: Pair, padding: Padding) -> Any:
     """Returns (x, kernel, ()) -> y for images of one size, with its derivatives."""
@@ -88,14 +113,10 @@ def _operation(image: Pair, window: Pair, strides: Pair, padding: Padding) -> An
         kernel = jaxprs.abstract(x, (*window, 1, x.shape[3]))
         return jax.linear_transpose(lambda k: _convolve(x, k, strides, padding), kernel)(dy)[0]
 
-    attributes = {
-        "window": np.array(window, np.int64),
-        "strides": np.array(strides, np.int64),
-        "padding": np.array(padding, np.int64).reshape(-1),
-    }
+    own_attributes = attributes(window, strides, padding)
 
     def native(name: str, dense: _bilinear.Pass) -> _bilinear.Pass:
-        return _bilinear.native(f"jaxprune_depthwise_{name}", dense, _operands, **attributes)
+        return _bilinear.native(f"jaxprune_depthwise_{name}", dense, _operands, **own_attributes)
 
     own = _bilinear.separate(native("sample", sample))
     return _bilinear.bilinear(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxprune import meshes
 from jaxprune.kernels import _bilinear, _indices
+from jaxprune.kernels._finishing import Finish
 from jaxprune.kernels._indices import ProductIndices
 
 
@@ -70,6 +71,17 @@ def sparse_product_values(x: Any, values: Any, indices: ProductIndices) -> jax.A
     """
     _indices.check_values(values, indices)
     return _product(x, values, indices)
+
+
+def finished_product(
+    x: jax.Array, kernel: jax.Array, indices: ProductIndices, finish: Finish
+) -> jax.Array:
+    """Returns `finish.apply` of `sparse_product` by one call; all arrays are float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    scale, shift, rest = _bilinear.arrays_of(finish)
+    rest = rest.reshape(-1, kernel.shape[1]) if rest.size else rest
+    run = _finished(finish.limits)
+    return run(rows, kernel, indices, scale, shift, rest).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def _product(x: Any, weights: Any, indices: ProductIndices) -> jax.Array:
@@ -139,3 +151,9 @@ _APPLY = _bilinear.bilinear(
     _bilinear.folded(_bilinear.native("jaxprune_product_backward", _backward, _operands)),
     lambda x, dy, indices, packed: _SAMPLES[packed](x, dy, indices),
 )
+
+
+@functools.lru_cache(maxsize=64)
+def _finished(limits: Finish) -> _bilinear.Pass:
+    """Returns the product that does more to its sums."""
+    return _bilinear.finished("jaxprune_product_finished", _APPLY, limits, _operands)

@@ -9,6 +9,7 @@ their own, masked or not.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,17 +20,24 @@ from jax.core import Tracer
 
 from jaxprune import jaxprs, layouts, trees
 from jaxprune.kernels import _operations as operations
-from jaxprune.kernels._sites import PRODUCTS, Site, compute_depthwise, is_depthwise, site_of
+from jaxprune.kernels._finishing import Product, count_reads, follow
+from jaxprune.kernels._sites import (
+    PRODUCTS,
+    compute_depthwise,
+    is_depthwise,
+    is_finishable,
+    site_of,
+)
 from jaxprune.layouts import Value
 
 __all__ = ["Depthwise", "Note", "Replace", "evaluate", "replace_depthwise"]
 
-# (equation, operands, site) -> the result; None leaves the equation as it is
-Replace = Callable[[Any, list[jax.Array], Site], jax.Array | None]
+# (equation, operands, site[, finish]) -> the result; None leaves the equation as it is
+Replace = Callable[..., jax.Array | None]
 # (path, reason): why a use of a leaf is left as it is
 Note = Callable[[str, str], None]
-# (equation, operands) -> the result of a depthwise convolution
-Depthwise = Callable[[Any, list[jax.Array]], jax.Array]
+# (equation, operands[, finish]) -> the result of a depthwise convolution
+Depthwise = Callable[..., jax.Array]
 _ENTERED = {"jit", "closed_call", "call", "scan"}  # by the walk itself
 _CALLS = {"jit", "closed_call"}  # entered for depthwise convolutions, too
 _REMAT = {"remat2", "checkpoint", "remat"}
@@ -51,6 +59,7 @@ def evaluate(
     params: Any,
     *args: Any,
     depthwise: Depthwise = compute_depthwise,
+    finish: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Calls a function with some of its products replaced.
@@ -63,6 +72,8 @@ def evaluate(
         params: tree of arrays.
         *args: the other arguments.
         depthwise: called for each depthwise convolution that has a kernel.
+        finish: whether kernels also do what follows a product up to a ReLU, see `follow`; then the
+            caller must compile the function, or products are computed twice.
         **kwargs: the keyword arguments.
 
     Returns:
@@ -86,7 +97,9 @@ def evaluate(
         for array, path in zip(arrays, names)
     ]
     values += map(Value, arrays[len(names) :])  # the other arguments
-    found = layouts.Found(None, None, {}, {}, [], {}, {}, _rule_of(replace, note, depthwise))
+    reads = count_reads(closed.jaxpr) if finish else None
+    rule = _rule_of(replace, note, depthwise, reads)
+    found = layouts.Found(None, None, {}, {}, [], {}, {}, rule)
     outputs = layouts.walk(closed.jaxpr, closed.consts, values, found)
     for path, reason in found.problems:  # of scans
         note(path, reason)
@@ -165,7 +178,7 @@ def _never(*_: Any) -> None:
 
 
 def _rule_of(
-    replace: Replace, note: Note, depthwise: Depthwise
+    replace: Replace, note: Note, depthwise: Depthwise, reads: Counter | None
 ) -> Callable[..., list[Value] | None]:
     """Makes the rule that the walk asks before each equation."""
 
@@ -174,7 +187,12 @@ def _rule_of(
         if is_depthwise(equation):
             for view in filter(None, views):
                 note(view.path, "a depthwise convolution, which has a dense kernel of its own")
-            return [Value(depthwise(equation, [operand.array for operand in operands]))]
+            arrays = [operand.array for operand in operands]
+            is_finished = reads is not None and is_finishable(equation)
+            compute = functools.partial(depthwise, equation, arrays)
+            return [_value(compute, equation, is_finished)]
+        if reads is not None and (results := follow(equation, operands, found, reads)):
+            return results
         if not any(views):
             if not _has_depthwise(equation):
                 return _zeros(equation, operands)
@@ -191,7 +209,7 @@ def _rule_of(
         if name in PRODUCTS:
             result = _product(equation, arrays, views)
             if result is not None:
-                return [Value(result)]
+                return [result]
         results = jaxprs.bind(equation.primitive, equation.params, arrays)
         view = None if name in PRODUCTS else _followed(equation, operands)
         if view is None and name not in PRODUCTS | _UNNOTED:
@@ -209,9 +227,18 @@ def _rule_of(
         if isinstance(site, str):
             note(views[side].path, site)
             return None
-        return replace(equation, arrays, site)
+        compute = functools.partial(replace, equation, arrays, site)
+        is_finished = reads is not None and is_finishable(equation, site)
+        own = _value(compute, equation, is_finished)
+        return None if own.array is None else own
 
     return rule
+
+
+def _value(compute: Callable[..., Any], equation: Any, is_finished: bool) -> Value:
+    """Computes a product; where its kernel can do what follows, the result says so."""
+    product = Product(compute, equation.outvars[0].aval.shape) if is_finished else None
+    return Value(compute(), known=product)
 
 
 def _has_depthwise(equation: Any) -> bool:

@@ -14,9 +14,19 @@ import numpy as np
 from jaxprune import meshes
 from jaxprune.jaxprs import has_symbols
 from jaxprune.kernels import _operations as operations
+from jaxprune.kernels._finishing import Finish
 from jaxprune.layouts import Atom, View
 
-__all__ = ["Key", "Site", "arranged", "compute", "compute_depthwise", "is_depthwise", "site_of"]
+__all__ = [
+    "Key",
+    "Site",
+    "arranged",
+    "compute",
+    "compute_depthwise",
+    "is_depthwise",
+    "is_finishable",
+    "site_of",
+]
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 _DTYPES = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
@@ -172,12 +182,15 @@ def is_depthwise(equation: Any) -> bool:
     )
 
 
-def compute_depthwise(equation: Any, operands: list[jax.Array]) -> jax.Array:
+def compute_depthwise(
+    equation: Any, operands: list[jax.Array], finish: Finish | None = None
+) -> jax.Array:
     """Computes a depthwise convolution with a kernel of its own.
 
     Args:
         equation: an equation for which `is_depthwise` holds.
         operands: images and windows.
+        finish: what is done to the sums, where `is_finishable` holds.
 
     Returns:
         The result of the equation, in its dtype.
@@ -195,13 +208,37 @@ def compute_depthwise(equation: Any, operands: list[jax.Array]) -> jax.Array:
     parameters, result = equation.params, equation.outvars[0].aval
     image, (n, c, *window), out = parameters["dimension_numbers"]
     x, kernel = (operand.astype(result.dtype) for operand in operands)
-    y = operations.depthwise_convolution(
-        x.transpose(image[0], *image[2:], image[1]),
-        kernel.transpose(*window, c, n),
-        strides=parameters["window_strides"],
-        padding=parameters["padding"],
-    )
-    return y.transpose(_order(out))
+    x, kernel = x.transpose(image[0], *image[2:], image[1]), kernel.transpose(*window, c, n)
+    options = {"strides": parameters["window_strides"], "padding": parameters["padding"]}
+    if finish is not None:
+        return operations.finished_depthwise(x, kernel, finish, **options)
+    return operations.depthwise_convolution(x, kernel, **options).transpose(_order(out))
+
+
+def is_finishable(equation: Any, site: Site | None = None) -> bool:
+    """Tells whether a kernel can do more to the sums of a product before it stores them.
+
+    They must be float32, on one device, and have their channels last.
+
+    Args:
+        equation: a product or convolution that a kernel computes.
+        site: what `site_of` said of it; None for a depthwise convolution.
+
+    Example:
+        >>> (equation,) = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.eye(3, 4)).eqns
+        >>> site = Site(Key("w", "product", (3, 4), ((), ())), 2, 1)
+        >>> is_finishable(equation, site), is_finishable(equation, site._replace(side=0))
+        (True, False)
+    """
+    aval = equation.outvars[0].aval
+    atoms = [*equation.invars, *equation.outvars]
+    if aval.dtype != jnp.float32 or aval.ndim < 2 or not all(atom.aval.size for atom in atoms):
+        return False
+    if getattr(aval, "vma", None) or meshes.is_explicit(aval.sharding):
+        return False
+    if equation.primitive.name == "conv_general_dilated":
+        return tuple(equation.params["dimension_numbers"].out_spec) == (0, 3, 1, 2)
+    return site is not None and site.side == 1 and aval.shape[-1] == site.key.shape[-1]
 
 
 def _order(out: Any) -> list[int]:
@@ -242,7 +279,13 @@ def arranged(mask: np.ndarray, key: Key) -> np.ndarray:
     return split.transpose([stored.index(atom) for atom in wanted]).reshape(key.shape)
 
 
-def compute(equation: Any, operands: list[jax.Array], site: Site, indices: Any) -> jax.Array:
+def compute(
+    equation: Any,
+    operands: list[jax.Array],
+    site: Site,
+    indices: Any,
+    finish: Finish | None = None,
+) -> jax.Array:
     """Computes an equation with a sparse kernel.
 
     Args:
@@ -250,6 +293,7 @@ def compute(equation: Any, operands: list[jax.Array], site: Site, indices: Any) 
         operands: its two operands.
         site: what `site_of` said of it.
         indices: of the mask, see `jaxprune.kernels.product_indices`.
+        finish: what is done to the sums, where `is_finishable` holds.
 
     Returns:
         The result of the equation, in its dtype.
@@ -267,11 +311,16 @@ def compute(equation: Any, operands: list[jax.Array], site: Site, indices: Any) 
     result = equation.outvars[0].aval
     x, kernel = (operands[side].astype(result.dtype) for side in (1 - site.side, site.side))
     run = _run_product if equation.primitive.name == "dot_general" else _run_convolution
-    return run(equation.params, x, kernel, site, indices)
+    return run(equation.params, x, kernel, site, indices, finish)
 
 
 def _run_product(
-    parameters: dict[str, Any], x: jax.Array, kernel: jax.Array, site: Site, indices: Any
+    parameters: dict[str, Any],
+    x: jax.Array,
+    kernel: jax.Array,
+    site: Site,
+    indices: Any,
+    finish: Finish | None,
 ) -> jax.Array:
     """Computes `dot_general`."""
     side, (contracting, _) = site.side, parameters["dimension_numbers"]
@@ -282,6 +331,8 @@ def _run_product(
     rest = [axis for axis in range(x.ndim) if axis not in features]
     rows = x.transpose(*rest, *features).reshape(*(x.shape[axis] for axis in rest), -1)
     matrix = kernel.transpose(*inputs, *outputs).reshape(site.key.shape)
+    if finish is not None:
+        return operations.finished_product(rows, matrix, indices, finish)
     y = operations.sparse_product(rows, matrix, indices)
     y = y.reshape(*y.shape[:-1], *(kernel.shape[axis] for axis in outputs))
     if side == 1:
@@ -291,7 +342,12 @@ def _run_product(
 
 
 def _run_convolution(
-    parameters: dict[str, Any], x: jax.Array, kernel: jax.Array, site: Site, indices: Any
+    parameters: dict[str, Any],
+    x: jax.Array,
+    kernel: jax.Array,
+    site: Site,
+    indices: Any,
+    finish: Finish | None,
 ) -> jax.Array:
     """Computes `conv_general_dilated`."""
     image, (n, c, *window), out = parameters["dimension_numbers"]
@@ -299,13 +355,13 @@ def _run_convolution(
     if site.key.kind == "product":
         x = x[:, :: site.strides[0], :: site.strides[1]]
         matrix = kernel.transpose(*window, c, n).reshape(site.key.shape)
+        if finish is not None:
+            return operations.finished_product(x, matrix, indices, finish)
         y = operations.sparse_product(x, matrix, indices)
     else:
-        y = operations.sparse_convolution(
-            x,
-            kernel.transpose(*window, c, n),
-            indices,
-            strides=site.strides,
-            padding=parameters["padding"],
-        )
+        kernel = kernel.transpose(*window, c, n)
+        options = {"strides": site.strides, "padding": parameters["padding"]}
+        if finish is not None:
+            return operations.finished_convolution(x, kernel, indices, finish, **options)
+        y = operations.sparse_convolution(x, kernel, indices, **options)
     return y.transpose(_order(out))

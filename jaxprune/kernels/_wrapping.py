@@ -141,12 +141,21 @@ class Wrapped:
         self._check(params, indices)
         names = {layer.key: name for name, layer in self.layers.items()}
 
-        def replace(equation: Any, operands: list[jax.Array], site: Site) -> jax.Array | None:
+        def replace(equation: Any, operands: list[jax.Array], site: Site, *finish: Any) -> Any:
             own = indices.get(names.get(site.key, ""))
-            return None if own is None else compute(equation, operands, site, own)
+            return None if own is None else compute(equation, operands, site, own, *finish)
 
         paths = {self.layers[name].key.path for name in indices}
-        return evaluate(self.function, paths, replace, _ignore, params, *args, **kwargs)
+        return evaluate(
+            self.function,
+            paths,
+            replace,
+            _ignore,
+            params,
+            *args,
+            finish=not self.gradients,
+            **kwargs,
+        )
 
     def update(self, masks: Any, *, capacities: Capacities | None = None) -> "Wrapped":
         """Returns the same function for new masks.

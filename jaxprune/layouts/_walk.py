@@ -88,6 +88,7 @@ class Value(NamedTuple):
     view: View | None = None  # None: not a view of a followed leaf
     data: bool = False  # whether it may depend on the input of the model
     zero: bool = False  # whether it is known to be 0 everywhere; only rules tell
+    known: Any = None  # what a rule remembers of it
 
 
 class Scan(NamedTuple):

@@ -41,6 +41,31 @@ struct Pool {
   }
 };
 
+// Arrays of a finish, and what it makes of expected sums.
+struct Drawn {
+  std::vector<float> scale, shift, rest;
+  Finish finish;
+
+  Drawn(int64_t channels, std::vector<float>& results)
+      : scale(floats(channels)), shift(floats(channels)), rest(floats(results.size())) {
+    const bool scaled = draw(0, 1), summed = draw(0, 1);
+    finish = {scaled ? scale.data() : nullptr, scaled ? shift.data() : nullptr,
+              summed ? rest.data() : nullptr, draw(0, 1) ? 0.f : -INFINITY,
+              draw(0, 1) ? 1.f : INFINITY, results.data()};
+  }
+
+  std::vector<double> of(const std::vector<double>& sums) const {
+    std::vector<double> found(sums);
+    for (size_t i = 0; i < found.size(); i++) {
+      const size_t channel = i % scale.size();
+      if (finish.scale) found[i] = found[i] * scale[channel] + shift[channel];
+      if (finish.rest) found[i] += rest[i];
+      found[i] = std::min<double>(std::max<double>(found[i], finish.low), finish.high);
+    }
+    return found;
+  }
+};
+
 static void product() {
   const int64_t rows = draw(0, 2) ? draw(0, 150) : draw(400, 700);
   const int64_t inputs = draw(1, 150), outputs = draw(1, 150);
@@ -71,7 +96,10 @@ static void product() {
   multiply(workers, x.data(), rows, list, weights, false, own_y.data());
   multiply(workers, dy.data(), rows, list, weights, true, own_dx.data());
   sample(workers, x.data(), dy.data(), rows, list, own_dw.data());
-  compare("product", own_y, y), compare("input gradient", own_dx, dx);
+  const Drawn drawn(outputs, own_y);
+  compare("product", own_y, y);
+  multiply(workers, x.data(), rows, list, weights, false, own_y.data(), &drawn.finish);
+  compare("finished product", own_y, drawn.of(y)), compare("input gradient", own_dx, dx);
   compare("kernel gradient", own_dw, dw);
 }
 
@@ -119,7 +147,10 @@ static void convolution() {
   convolve(workers, c, x.data(), kept, weights, own_y.data());
   convolve_back(workers, c, dy.data(), kept, weights, own_dx.data());
   convolve_sample(workers, c, x.data(), dy.data(), kept, own_dw.data());
-  compare("convolution", own_y, y), compare("image gradient", own_dx, dx);
+  const Drawn drawn(c.outputs, own_y);
+  compare("convolution", own_y, y);
+  convolve(workers, c, x.data(), kept, weights, own_y.data(), &drawn.finish);
+  compare("finished convolution", own_y, drawn.of(y)), compare("image gradient", own_dx, dx);
   compare("kernel gradient", own_dw, dw);
 }
 
@@ -157,7 +188,10 @@ static void depthwise_layer() {
   depthwise(workers, c, x.data(), kernel.data(), own_y.data());
   depthwise_back(workers, c, dy.data(), kernel.data(), own_dx.data());
   depthwise_sample(workers, c, x.data(), dy.data(), own_dw.data());
-  compare("depthwise convolution", own_y, y), compare("depthwise image gradient", own_dx, dx);
+  const Drawn drawn(c.outputs, own_y);
+  compare("depthwise convolution", own_y, y);
+  depthwise(workers, c, x.data(), kernel.data(), own_y.data(), &drawn.finish);
+  compare("finished windows", own_y, drawn.of(y)), compare("depthwise image gradient", own_dx, dx);
   compare("window gradient", own_dw, dw);
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "cores.h"
+#include "finish.h"
 #include "lists.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -190,7 +191,8 @@ inline Table backward_table(const Convolution& c, const Walk& walk, const Strips
 
 // Writes the results [channels, tile, kLanes] of one row of a tile into the images of a group.
 inline void write_tile(const float* from, const Walk& walk, const Lanes& lanes, int64_t grid_row,
-                       int64_t grid_column, Pair phase, int tile, float* images) {
+                       int64_t grid_column, Pair phase, int tile, float* images,
+                       const Finish* finish) {
   const int64_t channels = walk.target_channels;
   float* lines[kLanes] = {};
   for (int i = 0; i < lanes.count; i++) {
@@ -206,7 +208,7 @@ inline void write_tile(const float* from, const Walk& walk, const Lanes& lanes, 
     for (int64_t channel = 0; channel < channels; channel += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, channels - channel);
       write_square(from + (channel * tile + pixel) * kLanes, tile * kLanes, width, lines,
-                   column * channels + channel);
+                   column * channels + channel, channel, finish);
     }
   }
 }
@@ -228,7 +230,7 @@ inline int tile_of(int64_t columns) {
 }
 
 inline void run(const Workers& workers, const Walk& walk, const Strips& strips, const Table& table,
-                Pair phases, const float* images, float* results) {
+                Pair phases, const float* images, float* results, const Finish* finish) {
   const int64_t channels = walk.target_channels;
   const int full = tile_of(walk.grid.column);
   parallel(workers, strips.groups(), [&](int64_t group) {
@@ -254,7 +256,7 @@ inline void run(const Workers& workers, const Walk& walk, const Strips& strips, 
             }
           });
           write_tile(target, walk, lanes, row, column,
-                     {phase / phases.column, phase % phases.column}, tile, results);
+                     {phase / phases.column, phase % phases.column}, tile, results, finish);
         }
       }
     }
@@ -268,11 +270,12 @@ inline std::string check_strips(const Walk& walk, const Strips& strips) {
 
 // y = convolution of x with the kept weights.
 inline std::string convolve(const Workers& workers, const Convolution& c, const float* x,
-                            const Taps& kept, const Weights& weights, float* y) {
+                            const Taps& kept, const Weights& weights, float* y,
+                            const Finish* finish = nullptr) {
   const Walk walk = forward_walk(c);
   const Strips strips = divide(walk, workers.threads);
   if (auto wrong = check_strips(walk, strips); !wrong.empty()) return wrong;
-  run(workers, walk, strips, forward_table(c, strips, kept, &weights), {1, 1}, x, y);
+  run(workers, walk, strips, forward_table(c, strips, kept, &weights), {1, 1}, x, y, finish);
   return "";
 }
 
@@ -282,7 +285,7 @@ inline std::string convolve_back(const Workers& workers, const Convolution& c, c
   const Walk walk = backward_walk(c);
   const Strips strips = divide(walk, workers.threads);
   if (auto wrong = check_strips(walk, strips); !wrong.empty()) return wrong;
-  run(workers, walk, strips, backward_table(c, walk, strips, kept, weights), c.stride, dy, dx);
+  run(workers, walk, strips, backward_table(c, walk, strips, kept, weights), c.stride, dy, dx, nullptr);
   return "";
 }
 

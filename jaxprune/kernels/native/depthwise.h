@@ -10,6 +10,7 @@
 #include <string>
 
 #include "convolutions.h"
+#include "finish.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "vectors.h"
@@ -111,14 +112,15 @@ inline void sum_taps(const float* from, int64_t row, int64_t pixel, int64_t apar
 template <int U>
 inline int64_t sum_pixels(int64_t from_column, int64_t columns, const float* source, int64_t row,
                           int64_t pixel, int64_t apart, const float* weights, int64_t window_columns,
-                          const PhaseTaps& taps, float* target, int64_t target_apart, int64_t width) {
+                          const PhaseTaps& taps, float* target, int64_t target_apart, int64_t width,
+                          int64_t channel, const Finish* finish) {
   int64_t column = from_column;
   for (; column + U <= columns; column += U) {
     Vec sums[U] = {};
     sum_taps<U>(source + column * apart, row, pixel, apart, weights, window_columns, taps, sums);
     JAXPRUNE_UNROLL for (int u = 0; u < U; u++) {
       float* to = target + (column + u) * target_apart;
-      width == kLanes ? store(to, sums[u]) : store_some(to, sums[u], width);
+      put(to, sums[u], channel, width, finish);
     }
   }
   return column;
@@ -126,14 +128,14 @@ inline int64_t sum_pixels(int64_t from_column, int64_t columns, const float* sou
 
 inline void sum_row(int64_t columns, const float* source, int64_t row, int64_t pixel, int64_t apart,
                     const float* weights, int64_t window_columns, const PhaseTaps& taps, float* target,
-                    int64_t target_apart, int64_t width) {
+                    int64_t target_apart, int64_t width, int64_t channel, const Finish* finish) {
   int64_t at = 0;
   at = sum_pixels<7>(at, columns, source, row, pixel, apart, weights, window_columns, taps, target,
-                     target_apart, width);
+                     target_apart, width, channel, finish);
   at = sum_pixels<3>(at, columns, source, row, pixel, apart, weights, window_columns, taps, target,
-                     target_apart, width);
+                     target_apart, width, channel, finish);
   sum_pixels<1>(at, columns, source, row, pixel, apart, weights, window_columns, taps, target,
-                target_apart, width);
+                target_apart, width, channel, finish);
 }
 
 // Weights of the channels of a chunk: vectors [taps, vectors].
@@ -151,7 +153,7 @@ inline Pair reach_of(const Convolution& c) {
 }
 
 inline std::string depthwise(const Workers& workers, const Convolution& c, const float* x,
-                             const float* weights, float* y) {
+                             const float* weights, float* y, const Finish* finish = nullptr) {
   const Pair size = reach_of(c);
   const Division division = division_of(c.inputs, size.row * size.column);
   const int64_t vectors = division.vectors, chunks = division.chunks;
@@ -169,7 +171,8 @@ inline std::string depthwise(const Workers& workers, const Convolution& c, const
       for (int64_t v = 0; v < chunk.vectors; v++) {
         sum_row(c.output.column, plane.at(row * c.stride.row, 0) + v * kLanes,
                 size.column * pixel, pixel, c.stride.column * pixel, own + v * kLanes,
-                c.window.column, taps, to + v * kLanes, c.inputs, chunk.width(v));
+                c.window.column, taps, to + v * kLanes, c.inputs, chunk.width(v),
+                chunk.first + v * kLanes, finish);
       }
     }
   });
@@ -212,7 +215,7 @@ inline std::string depthwise_back(const Workers& workers, const Convolution& c, 
         for (int64_t v = 0; v < chunk.vectors; v++) {
           sum_row(columns, plane.at(top, left - origin.column) + v * kLanes, size.column * pixel,
                   pixel, pixel, own + v * kLanes, c.window.column, taps, to + v * kLanes,
-                  c.stride.column * c.inputs, chunk.width(v));
+                  c.stride.column * c.inputs, chunk.width(v), 0, nullptr);
         }
       }
     }

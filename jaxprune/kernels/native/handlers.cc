@@ -6,6 +6,7 @@
 
 #include "convolutions.h"
 #include "depthwise.h"
+#include "finish.h"
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -80,6 +81,22 @@ std::string into(Floats& gradient, Ints& positions, int64_t count, const Functio
   return "";
 }
 
+// How results are stored, with arrays that are empty where there is nothing to do.
+std::string finish_of(Floats& scale, Floats& shift, Floats& rest, float low, float high,
+                      const Floats& results, int64_t channels, Finish* finish) {
+  auto some = [](Floats& own) { return own.element_count() ? own.typed_data() : nullptr; };
+  const size_t count = scale.element_count();
+  if (shift.element_count() != count || (count && static_cast<int64_t>(count) != channels)) {
+    return "the scale and the shift must have one number for each output channel";
+  }
+  if (results.element_count() == 0) return "an empty result has nothing to finish";
+  if (rest.element_count() && rest.element_count() != results.element_count()) {
+    return "what is added must have the shape of the result";
+  }
+  *finish = {some(scale), some(shift), some(rest), low, high, results.typed_data()};
+  return "";
+}
+
 // Products.
 
 // The list of a kernel, after its shapes and indices were checked.
@@ -104,7 +121,8 @@ bool is_kernel(const Floats& weights, int64_t inputs, int64_t outputs) {
 
 // Rows times the kernel, or times the transposed kernel if `back`.
 std::string product(ffi::ThreadPool pool, Floats& from, Floats& weights, Ints& positions,
-                    Ints& starts, Ints& outputs, Floats& to, bool back) {
+                    Ints& starts, Ints& outputs, Floats& to, bool back,
+                    const Finish* finish = nullptr) {
   const Floats &x = back ? to : from, &y = back ? from : to;
   if (!has_rank(x, 2) || !has_rank(y, 2) || x.dimensions()[0] != y.dimensions()[0] ||
       !is_kernel(weights, x.dimensions()[1], y.dimensions()[1])) {
@@ -117,12 +135,25 @@ std::string product(ffi::ThreadPool pool, Floats& from, Floats& weights, Ints& p
   if (wrong.empty()) wrong = check_weights(own, list.size());
   if (!wrong.empty()) return wrong;
   return multiply(workers_of(pool), from.typed_data(), x.dimensions()[0], list, own, back,
-                  to.typed_data());
+                  to.typed_data(), finish);
 }
 
 ffi::Error ProductForward(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
                           Ints starts, Ints outputs, Result y) {
   return guarded([&] { return product(pool, x, weights, positions, starts, outputs, *y, false); });
+}
+
+ffi::Error ProductFinished(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
+                           Ints starts, Ints outputs, Floats scale, Floats shift, Floats rest,
+                           Result y, float low, float high) {
+  return guarded([&]() -> std::string {
+    if (!has_rank(*y, 2)) return "rows and kernel do not fit together";
+    Finish finish;
+    const std::string wrong =
+        finish_of(scale, shift, rest, low, high, *y, y->dimensions()[1], &finish);
+    if (!wrong.empty()) return wrong;
+    return product(pool, x, weights, positions, starts, outputs, *y, false, &finish);
+  });
 }
 
 ffi::Error ProductBackward(ffi::ThreadPool pool, Floats dy, Floats weights, Ints positions,
@@ -212,17 +243,39 @@ bool is_empty(const Convolution& c, Floats& result) {
   return true;
 }
 
+std::string convolution(ffi::ThreadPool pool, Floats& x, Floats& weights, Ints& positions,
+                        Ints& taps, Ints& inputs, Ints& outputs, Ints& count, Floats& y,
+                        Numbers window, Numbers strides, Numbers padding, const Finish* finish) {
+  Convolution c;
+  Taps kept;
+  std::string wrong = convolution_of(x, y, window, strides, padding, &c);
+  if (wrong.empty()) wrong = taps_of(c, weights, positions, taps, inputs, outputs, count, &kept);
+  if (!wrong.empty() || is_empty(c, y)) return wrong;
+  return convolve(workers_of(pool), c, x.typed_data(), kept, weights_of(weights, positions),
+                  y.typed_data(), finish);
+}
+
 ffi::Error ConvolutionForward(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
                               Ints taps, Ints inputs, Ints outputs, Ints count, Result y,
                               Numbers window, Numbers strides, Numbers padding) {
+  return guarded([&] {
+    return convolution(pool, x, weights, positions, taps, inputs, outputs, count, *y, window,
+                       strides, padding, nullptr);
+  });
+}
+
+ffi::Error ConvolutionFinished(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
+                               Ints taps, Ints inputs, Ints outputs, Ints count, Floats scale,
+                               Floats shift, Floats rest, Result y, Numbers window,
+                               Numbers strides, Numbers padding, float low, float high) {
   return guarded([&]() -> std::string {
-    Convolution c;
-    Taps kept;
-    std::string wrong = convolution_of(x, *y, window, strides, padding, &c);
-    if (wrong.empty()) wrong = taps_of(c, weights, positions, taps, inputs, outputs, count, &kept);
-    if (!wrong.empty() || is_empty(c, *y)) return wrong;
-    return convolve(workers_of(pool), c, x.typed_data(), kept, weights_of(weights, positions),
-                    y->typed_data());
+    if (!has_rank(*y, 4)) return "images, window, strides and padding do not fit together";
+    Finish finish;
+    const std::string wrong =
+        finish_of(scale, shift, rest, low, high, *y, y->dimensions()[3], &finish);
+    if (!wrong.empty()) return wrong;
+    return convolution(pool, x, weights, positions, taps, inputs, outputs, count, *y, window,
+                       strides, padding, &finish);
   });
 }
 
@@ -272,13 +325,31 @@ std::string depthwise_of(const Floats& images, const Floats& results, const Floa
   return "";
 }
 
+std::string depthwise(ffi::ThreadPool pool, Floats& x, Floats& weights, Floats& y, Numbers window,
+                      Numbers strides, Numbers padding, const Finish* finish) {
+  Convolution c;
+  std::string wrong = depthwise_of(x, y, weights, window, strides, padding, &c);
+  if (!wrong.empty() || is_empty(c, y)) return wrong;
+  return depthwise(workers_of(pool), c, x.typed_data(), weights.typed_data(), y.typed_data(),
+                   finish);
+}
+
 ffi::Error DepthwiseForward(ffi::ThreadPool pool, Floats x, Floats weights, Result y,
                             Numbers window, Numbers strides, Numbers padding) {
+  return guarded(
+      [&] { return depthwise(pool, x, weights, *y, window, strides, padding, nullptr); });
+}
+
+ffi::Error DepthwiseFinished(ffi::ThreadPool pool, Floats x, Floats weights, Floats scale,
+                             Floats shift, Floats rest, Result y, Numbers window, Numbers strides,
+                             Numbers padding, float low, float high) {
   return guarded([&]() -> std::string {
-    Convolution c;
-    std::string wrong = depthwise_of(x, *y, weights, window, strides, padding, &c);
-    if (!wrong.empty() || is_empty(c, *y)) return wrong;
-    return depthwise(workers_of(pool), c, x.typed_data(), weights.typed_data(), y->typed_data());
+    if (!has_rank(*y, 4)) return "images, window, strides and padding do not fit together";
+    Finish finish;
+    const std::string wrong =
+        finish_of(scale, shift, rest, low, high, *y, y->dimensions()[3], &finish);
+    if (!wrong.empty()) return wrong;
+    return depthwise(pool, x, weights, *y, window, strides, padding, &finish);
   });
 }
 
@@ -306,6 +377,10 @@ ffi::Error DepthwiseSample(ffi::ThreadPool pool, Floats x, Floats dy, Result gra
 
 }  // namespace
 
+#define JAXPRUNE_FINISH .Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>()
+#define JAXPRUNE_CLAMP .Attr<float>("low").Attr<float>("high")
+#define JAXPRUNE_WINDOW .Attr<Numbers>("window").Attr<Numbers>("strides").Attr<Numbers>("padding")
+
 #define JAXPRUNE_PRODUCT      \
   ffi::Ffi::Bind()            \
       .Ctx<ffi::ThreadPool>() \
@@ -318,6 +393,15 @@ ffi::Error DepthwiseSample(ffi::ThreadPool pool, Floats x, Floats dy, Result gra
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_forward, ProductForward, JAXPRUNE_PRODUCT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_backward, ProductBackward, JAXPRUNE_PRODUCT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_sample, ProductSample, JAXPRUNE_PRODUCT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_product_finished, ProductFinished,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  JAXPRUNE_FINISH JAXPRUNE_CLAMP);
 
 #define JAXPRUNE_CONVOLUTION   \
   ffi::Ffi::Bind()             \
@@ -340,6 +424,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_convolution_backward, ConvolutionBackward
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_convolution_sample, ConvolutionSample,
                               JAXPRUNE_CONVOLUTION);
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_convolution_finished, ConvolutionFinished,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  JAXPRUNE_FINISH JAXPRUNE_WINDOW JAXPRUNE_CLAMP);
+
 #define JAXPRUNE_DEPTHWISE     \
   ffi::Ffi::Bind()             \
       .Ctx<ffi::ThreadPool>()  \
@@ -352,3 +448,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_convolution_sample, ConvolutionSample,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_forward, DepthwiseForward, JAXPRUNE_DEPTHWISE);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_backward, DepthwiseBackward, JAXPRUNE_DEPTHWISE);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_sample, DepthwiseSample, JAXPRUNE_DEPTHWISE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxprune_depthwise_finished, DepthwiseFinished,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  JAXPRUNE_FINISH JAXPRUNE_WINDOW JAXPRUNE_CLAMP);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cores.h"
+#include "finish.h"
 #include "lists.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -59,13 +60,14 @@ inline void read_rows(const float* from, int64_t rows, int64_t columns, int64_t 
 }
 
 // [columns, block] -> [rows, columns].
-inline void write_rows(const float* from, int64_t rows, int64_t columns, int64_t block, float* to) {
+inline void write_rows(const float* from, int64_t rows, int64_t columns, int64_t block, float* to,
+                       const Finish* finish) {
   for (int64_t row = 0; row < rows; row += kLanes) {
     float* lines[kLanes] = {};
     for (int i = 0; i < kLanes && row + i < rows; i++) lines[i] = to + (row + i) * columns;
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, columns - column);
-      write_square(from + column * block + row, block, width, lines, column);
+      write_square(from + column * block + row, block, width, lines, column, column, finish);
     }
   }
 }
@@ -135,7 +137,8 @@ inline Sorted sorted(const List& list, const Weights& weights, bool back, int64_
 // target[rows, outputs] = source[rows, inputs] times the kernel; or, if `back`, target[rows, inputs]
 // = source[rows, outputs] times the transposed kernel.
 inline std::string multiply(const Workers& workers, const float* source, int64_t rows,
-                            const List& list, const Weights& weights, bool back, float* target) {
+                            const List& list, const Weights& weights, bool back, float* target,
+                            const Finish* finish = nullptr) {
   const int64_t targets = back ? list.inputs : list.outputs;
   const int64_t sources = back ? list.outputs : list.inputs;
   if (auto wrong = check_size(list); !wrong.empty()) return wrong;
@@ -164,7 +167,7 @@ inline std::string multiply(const Workers& workers, const float* source, int64_t
           JAXPRUNE_UNROLL for (int v = 0; v < V; v++) store(to + i * block + v * kLanes, sums[v]);
         }
       }
-      write_rows(to, count, targets, block, target + first * targets);
+      write_rows(to, count, targets, block, target + first * targets, finish);
     });
   });
   return "";

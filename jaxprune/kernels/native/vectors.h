@@ -97,25 +97,6 @@ inline void read_square(const float* const (&lines)[kLanes], int64_t offset, int
   for (int64_t i = 0; i < width; i++) store(to + i * stride, square[i]);
 }
 
-// The way back: vectors at from + i * stride become `width` floats at an offset of each line.
-inline void write_square(const float* from, int64_t stride, int64_t width,
-                         float* const (&lines)[kLanes], int64_t offset) {
-  Vec square[kLanes] = {};
-  if (width == kLanes) {
-    JAXPRUNE_UNROLL for (int i = 0; i < kLanes; i++) square[i] = load(from + i * stride);
-    transpose(square);
-    JAXPRUNE_UNROLL for (int i = 0; i < kLanes; i++) {
-      if (lines[i]) store(lines[i] + offset, square[i]);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < width; i++) square[i] = load(from + i * stride);
-  transpose(square);
-  for (int i = 0; i < kLanes; i++) {
-    if (lines[i]) store_some(lines[i] + offset, square[i], width);
-  }
-}
-
 // The sums over the lanes of four vectors.
 inline void lane_sums(Vec a, Vec b, Vec c, Vec d, float (&result)[4]) {
   Vec ac_of_a = low(a, b) + high(a, b), ac_of_c = low(c, d) + high(c, d);  // a b a b, c d c d
