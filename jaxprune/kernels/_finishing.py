@@ -112,7 +112,7 @@ class Product(NamedTuple):
 class _Repeated(NamedTuple):
     """An array that is the same at every position but for its channels, which come last."""
 
-    numbers: jax.Array  # [] or [channels]
+    numbers: jax.Array  # [channels]
 
 
 def count_reads(jaxpr: Any) -> Counter:
@@ -169,7 +169,8 @@ def follow(
     if len(operands) != 2:
         return None
     side = 0 if products[0] else 1
-    after = _after(name, products[side], operands[1 - side], is_first=side == 0)
+    product = products[side]
+    after = product and _after(name, product, operands[1 - side], is_first=side == 0)
     if after is None:
         return None
     if name in ("max", "min"):
@@ -213,8 +214,9 @@ def _repeated(equation: Any, operand: Value) -> list[Value] | None:
         return None
     numbers = _numbers(operand, shape[-1])
     dims = equation.params["broadcast_dimensions"]
-    is_last = np.ndim(numbers) == 0 or (dims and dims[-1] == len(shape) - 1)
-    if numbers is None or not is_last:
+    if numbers is None:
+        return None
+    if np.size(operand.array) > 1 and not (dims and dims[-1] == len(shape) - 1):
         return None
     (result,) = jaxprs.bind(equation.primitive, equation.params, [array])
     return [Value(result, known=_Repeated(numbers))]
