@@ -108,11 +108,14 @@ struct Blocks {
     return std::min<int64_t>(kWidth, outputs - block * kWidth);
   }
 
-  // The results of a tile of pixels, for all outputs.
-  void accumulate(const float* base, int64_t step, int64_t pixels, float* results) const {
+  // The results of a tile of pixels, for all outputs; `ahead` asks for what comes next.
+  template <class Function>
+  void accumulate(const float* base, int64_t step, int64_t pixels, float* results,
+                  const Function& ahead) const {
     with_pixels(pixels, [&](auto constant) {
       constexpr int P = decltype(constant)::value;
       for (int64_t block = 0; block < wide(); block++) {
+        ahead();
         const int32_t first = starts[block];
         Vec sums[P][kPieces] = {};
         accumulate_blocks<P>(base, step, offsets + first, offsets + starts[block + 1],
@@ -126,11 +129,13 @@ struct Blocks {
   }
 
   // Adds to the gradients [count, kWidth] of all blocks what a tile of pixels contributes.
+  template <class Function>
   void correlate(const float* base, int64_t step, int64_t pixels, const float* cotangents,
-                 float* gradients) const {
+                 float* gradients, const Function& ahead) const {
     with_pixels(pixels, [&](auto constant) {
       constexpr int P = decltype(constant)::value;
       for (int64_t block = 0; block < wide(); block++) {
+        ahead();
         const int32_t first = starts[block];
         const float* from = cotangents + block * kWidth;
         Vec own[P][kPieces];
@@ -143,6 +148,13 @@ struct Blocks {
     });
   }
 };
+
+// Asks for rows first to first + count of an array of `rows`, while blocks of outputs are computed.
+inline Ahead ahead_of(const float* array, int64_t first, int64_t rows, int64_t count,
+                      int64_t columns, const Blocks& blocks) {
+  const int64_t some = std::clamp<int64_t>(rows - first, 0, count);
+  return Ahead(array + first * columns, some * columns, blocks.wide());
+}
 
 // Calls function(part, its gradients [count, kWidth]) for parts of the work; returns the sum of the
 // gradients over parts, added in order.
@@ -263,7 +275,10 @@ inline std::string multiply_blocks(const Workers& workers, const float* source, 
   parallel(workers, (rows + each - 1) / each, [&](int64_t part) {
     for_tiles(source, list.inputs, part * each, std::min(rows, (part + 1) * each), tile,
               [&](int64_t row, int64_t pixels, const float* from, int64_t distance) {
-                blocks.accumulate(from, distance, pixels, target + row * list.outputs);
+                Ahead next = ahead_of(source, row + pixels, rows, tile, list.inputs, blocks);
+                Ahead after = ahead_of(target, row + pixels, rows, tile, list.outputs, blocks);
+                blocks.accumulate(from, distance, pixels, target + row * list.outputs,
+                                  [&] { next.part(), after.part(); });
               });
   });
   return "";
@@ -281,7 +296,10 @@ inline std::string sample_blocks(const Workers& workers, const float* source,
     for_tiles(source, list.inputs, tiles * part / parts * tile,
               std::min(rows, tiles * (part + 1) / parts * tile), tile,
               [&](int64_t row, int64_t pixels, const float* from, int64_t distance) {
-                blocks.correlate(from, distance, pixels, cotangent + row * list.outputs, own);
+                Ahead next = ahead_of(source, row + pixels, rows, tile, list.inputs, blocks);
+                Ahead after = ahead_of(cotangent, row + pixels, rows, tile, list.outputs, blocks);
+                blocks.correlate(from, distance, pixels, cotangent + row * list.outputs, own,
+                                 [&] { next.part(), after.part(); });
               });
   });
   for (int64_t block = 0; block < blocks.wide(); block++) {
@@ -369,18 +387,29 @@ inline void read_image(const float* image, const Convolution& c, const Images& i
   }
 }
 
+// The first row of all images that a strip reads, if it is inside of its image.
+inline int64_t row_of(const Convolution& c, const Images& images, int64_t task) {
+  const int64_t row = task % images.strips * images.rows * c.stride.row - c.padding.row;
+  return task / images.strips * c.image.row + std::clamp<int64_t>(row, 0, c.image.row);
+}
+
 // Calls function(first pixel of the output, number of pixels, their sources, floats from one to the
-// next) for the tiles of a strip; `task` counts strips of all images.
+// next) for the tiles of a strip; `task` counts strips of all images, and `next` is the task after.
 template <class Function>
 void for_tiles(const float* x, const Convolution& c, const Images& images, int64_t task,
-               const Function& function) {
+               int64_t next, const Function& function) {
   const int64_t image = task / images.strips, strip = task % images.strips;
-  const int64_t tile = pixels_of(c.output.column);
+  const int64_t tile = pixels_of(c.output.column), tiles = (c.output.column + tile - 1) / tile;
+  const int64_t line = c.image.column * c.inputs;
+  const int64_t begin = std::min(row_of(c, images, next), c.batch * c.image.row);
+  const int64_t end = std::min(begin + images.size.row, c.batch * c.image.row);
+  Ahead ahead(x + begin * line, (end - begin) * line, images.rows * tiles);
   float* source = scratch<float>(kSource, images.size.row * images.size.column * images.distance);
   read_image(x + image * c.image.row * c.image.column * c.inputs, c, images, strip, source);
   const int64_t first = strip * images.rows;
   for (int64_t row = 0; row < std::min(images.rows, c.output.row - first); row++) {
     for (int64_t column = 0; column < c.output.column; column += tile) {
+      ahead.part();
       const int64_t pixel = row * c.stride.row * images.size.column + column * c.stride.column;
       function((image * c.output.row + first + row) * c.output.column + column,
                std::min(tile, c.output.column - column), source + pixel * images.distance,
@@ -424,10 +453,13 @@ inline std::string convolve_blocks(const Workers& workers, const Convolution& c,
   const Images images = divide_images(c, workers.threads);
   if (auto wrong = check_images(images); !wrong.empty()) return wrong;
   const Blocks blocks = blocks_of(c, images, kept, count, &weights);
+  const int64_t total = c.batch * c.output.row * c.output.column;
   parallel(workers, c.batch * images.strips, [&](int64_t task) {
-    for_tiles(x, c, images, task,
+    for_tiles(x, c, images, task, task + workers.threads,
               [&](int64_t first, int64_t pixels, const float* from, int64_t step) {
-                blocks.accumulate(from, step, pixels, y + first * c.outputs);
+                Ahead after = ahead_of(y, first + pixels, total, pixels, c.outputs, blocks);
+                blocks.accumulate(from, step, pixels, y + first * c.outputs,
+                                  [&] { after.part(); });
               });
   });
   return "";
@@ -440,13 +472,16 @@ inline std::string convolve_sample_blocks(const Workers& workers, const Convolut
   const Images images = divide_images(c, workers.threads);
   if (auto wrong = check_images(images); !wrong.empty()) return wrong;
   const Blocks blocks = blocks_of(c, images, kept, count, nullptr);
+  const int64_t total = c.batch * c.output.row * c.output.column;
   const int64_t tasks = c.batch * images.strips;
   const int64_t parts = std::clamp<int64_t>(workers.threads, 1, tasks);
   const float* sums = summed_parts(workers, parts, count, [&](int64_t part, float* own) {
     for (int64_t task = tasks * part / parts; task < tasks * (part + 1) / parts; task++) {
-      for_tiles(x, c, images, task,
+      for_tiles(x, c, images, task, task + 1,
                 [&](int64_t first, int64_t pixels, const float* from, int64_t step) {
-                  blocks.correlate(from, step, pixels, dy + first * c.outputs, own);
+                  Ahead after = ahead_of(dy, first + pixels, total, pixels, c.outputs, blocks);
+                  blocks.correlate(from, step, pixels, dy + first * c.outputs, own,
+                                   [&] { after.part(); });
                 });
     }
   });
