@@ -253,14 +253,18 @@ static void altered_blocks(int* refused, int* single, int* whole) {
     case 0: starts[one] = altered(starts[one], size); break;
     case 1: kept[at] = altered(kept[at], outputs); break;
     case 2: positions[at] = altered(positions[at], inputs * outputs); break;
-    case 3: taps[at] = altered(taps[at], 1); break;
+    case 3: taps[at] = altered(taps[at], 2); break;
     case 4: sources[at] = altered(sources[at], inputs); break;
     case 5: targets[at] = altered(targets[at], outputs); break;
     case 6: places[at] = altered(places[at], inputs * outputs); break;
     case 7: std::swap(kept[at], kept[draw(0, size - 1)]); break;
     default: break;
   }
-  const auto x = floats(rows * inputs), dy = floats(rows * outputs), w = floats(inputs * outputs);
+  for (auto* own : {&starts, &kept, &positions, &taps, &sources, &targets, &places}) {
+    own->shrink_to_fit();  // so that the sanitizer sees what is read behind the end
+  }
+  const auto x = floats((rows + 1) * inputs), dy = floats(rows * outputs);
+  const auto w = floats(2 * inputs * outputs);
   const Workers workers;
   std::vector<float> y(dy.size()), own_y(dy.size()), dw(size), own_dw(size);
   auto same = [&](const char* what) {
@@ -280,10 +284,10 @@ static void altered_blocks(int* refused, int* single, int* whole) {
     sample_blocks(workers, x.data(), dy.data(), rows, list, blocks, own_dw.data());
     same("altered product");
   }
-  const Convolution c = {1, {1, rows}, {1, rows}, {1, 1}, {1, 1}, {0, 0}, inputs, outputs};
+  const Convolution c = {1, {1, rows + 1}, {1, rows}, {1, 2}, {1, 1}, {0, 0}, inputs, outputs};
   const Taps tapped{taps.data(), sources.data(), targets.data(), size};
   const Weights placed{w.data(), places.data(), (int64_t)w.size()};
-  if (!all_below(taps.data(), size, 1) || !all_below(sources.data(), size, inputs) ||
+  if (!all_below(taps.data(), size, 2) || !all_below(sources.data(), size, inputs) ||
       !all_below(targets.data(), size, outputs) || !check_weights(placed, size).empty()) {
     ++*refused;
   } else if (const int64_t blocks = count_blocks(tapped, outputs); blocks < 0) {
