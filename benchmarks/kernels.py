@@ -6,16 +6,21 @@ rounds of the ratio dense / sparse within a round, with quartiles for all three.
 clock is that of the process, which other work on the machine disturbs less; on several it is the
 wall clock. Every result is compared with that of the dense function first.
 
-    python benchmarks/kernels.py [--threads 1 2] [--rounds 15] [--only 64x14x14x64] [--json FILE]
+    python benchmarks/kernels.py [--threads 1 2] [--rounds 15] [--only 64x14x14x64] [--block 16]
+        [--json FILE]
 
 Shapes are ROWSxINPUTSxOUTPUTS of products, BATCHxROWSxCOLUMNSxINPUTS[xOUTPUTS[xSTRIDE]] of 3x3
 convolutions, and BATCHxROWSxCOLUMNSxCHANNELSxWINDOWxSTRIDE-depthwise, which are dense. Kernels are
-dense arguments, as in a training step, and masks are random.
+dense arguments, as in a training step, and masks are random. With `--block 16` each shape and
+sparsity has a second row, in which blocks of 16 outputs are kept as a whole, and the last columns
+say how much faster these are than single weights in the same rounds.
 """
 
 import argparse
 import functools
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -45,7 +50,17 @@ SPARSITIES = (0.72, 0.8, 0.9, 0.95)
 PASSES = ("forward", "input gradient", "kernel gradient")
 
 
-def functions(name: str, sparsity: float, seed: int = 0) -> tuple[Any, Any, Any]:
+def drawn_mask(draw: Any, shape: tuple[int, ...], sparsity: float, block: int) -> Any:
+    """Draws a mask that keeps a given number of blocks of consecutive outputs."""
+    import numpy as np
+
+    units = (*shape[:-1], -(-shape[-1] // block))
+    count = math.prod(units)
+    kept = draw.permutation(count).reshape(units) >= round(sparsity * count)
+    return np.repeat(kept, block, axis=-1)[..., : shape[-1]]
+
+
+def functions(name: str, sparsity: float, block: int = 1, seed: int = 0) -> tuple[Any, Any, Any]:
     """Returns dense and sparse layers of a shape as functions (x, kernel), and their arguments."""
     import jax.numpy as jnp
     import numpy as np
@@ -68,13 +83,13 @@ def functions(name: str, sparsity: float, seed: int = 0) -> tuple[Any, Any, Any]
     if len(shape) == 3:
         rows, inputs, outputs = shape
         x, kernel = draw.normal(size=(rows, inputs)), draw.normal(size=(inputs, outputs))
-        mask = draw.random(kernel.shape) >= sparsity
+        mask = drawn_mask(draw, kernel.shape, sparsity, block)
         product = kernels.product_indices(mask)
         args = jnp.asarray(x, jnp.float32), jnp.asarray(kernel * mask, jnp.float32)
         return jnp.matmul, lambda x, w: kernels.sparse_product(x, w, product), args
     inputs, outputs, stride = (*shape[3:], *(shape[3], 1)[len(shape) - 4 :])
     x, kernel = draw.normal(size=shape[:4]), draw.normal(size=(3, 3, inputs, outputs))
-    mask = draw.random(kernel.shape) >= sparsity
+    mask = drawn_mask(draw, kernel.shape, sparsity, block)
     indices = kernels.convolution_indices(mask)
     args = jnp.asarray(x, jnp.float32), jnp.asarray(kernel * mask, jnp.float32)
     dense = functools.partial(convolve, stride=stride, padding=1)
@@ -119,25 +134,27 @@ def passes(layer: Any, args: Any, cotangent: Any) -> dict[str, Any]:
     return found
 
 
-def measure(shape: str, sparsities: Any, rounds: int, clock: Any) -> list[Any]:
-    """Times the passes of one shape; one row for each sparsity."""
+def measure(
+    shape: str, sparsities: Any, rounds: int, clock: Any, blocks: tuple[int, ...] = (1,)
+) -> list[Any]:
+    """Times the passes of one shape; one row for each sparsity and size of blocks."""
     import jax.numpy as jnp
     import numpy as np
 
     arms: dict[Any, Any] = {}
-    for sparsity in sparsities:
-        dense, sparse, args = functions(shape, sparsity)
+    for sparsity, block in itertools.product(sparsities, blocks):
+        dense, sparse, args = functions(shape, sparsity, block)
         cotangent = jnp.cos(jnp.arange(dense(*args).size, dtype=jnp.float32))
         cotangent = cotangent.reshape(dense(*args).shape)
         references = passes(dense, args, cotangent)
         arms.setdefault("dense", references)
-        arms[sparsity] = passes(sparse, args, cotangent)
-        for name, run in arms[sparsity].items():
+        arms[sparsity, block] = passes(sparse, args, cotangent)
+        for name, run in arms[sparsity, block].items():
             own, reference = np.asarray(run()), np.asarray(references[name]())
             if name == "kernel gradient":
                 reference = reference * (np.asarray(args[1]) != 0)
             error = np.abs(own - reference).max() / np.abs(reference).max()
-            assert error < 1e-4, (shape, sparsity, name, error)
+            assert error < 1e-4, (shape, sparsity, block, name, error)
     seconds: dict[Any, list[float]] = {}
     for _ in range(rounds):
         for arm, runs in arms.items():
@@ -147,19 +164,21 @@ def measure(shape: str, sparsities: Any, rounds: int, clock: Any) -> list[Any]:
                 seconds.setdefault((arm, name), []).append(clock() - start)
     times = {key: np.array(own) for key, own in seconds.items()}
     rows = []
-    for sparsity in sparsities:
-        ratios = {name: times["dense", name] / times[sparsity, name] for name in PASSES}
-        sums = [sum(times[arm, name] for name in PASSES) for arm in ("dense", sparsity)]
-        low, middle, high = np.quantile(sums[0] / sums[1], [0.25, 0.5, 0.75])
-        rows.append(
-            {
-                "shape": shape,
-                "sparsity": sparsity,
-                "dense ms": 1e3 * float(np.median(sums[0])),
-                **{name: float(np.median(own)) for name, own in ratios.items()},
-                "all three": [float(low), float(middle), float(high)],
-            }
+    for arm in itertools.product(sparsities, blocks):
+        ratios = {name: times["dense", name] / times[arm, name] for name in PASSES}
+        whole, own, single = (
+            sum(times[other, name] for name in PASSES) for other in ("dense", arm, (arm[0], 1))
         )
+        low, middle, high = np.quantile(whole / own, [0.25, 0.5, 0.75])
+        row = {"shape": shape, "sparsity": arm[0], "block": arm[1]}
+        row["dense ms"] = 1e3 * float(np.median(whole))
+        row |= {name: float(np.median(own)) for name, own in ratios.items()}
+        row["all three"] = [float(low), float(middle), float(high)]
+        if arm[1] > 1:
+            of_forward = times[(arm[0], 1), "forward"] / times[arm, "forward"]
+            row["forward of single"] = float(np.median(of_forward))
+            row["all three of single"] = float(np.median(single / own))
+        rows.append(row)
     return rows
 
 
@@ -167,10 +186,12 @@ def show(row: dict[str, Any]) -> str:
     """Returns a row of a table in Markdown."""
     low, middle, high = row["all three"]
     each = " | ".join(f"{row[name]:.2f}" for name in PASSES)
-    return (
-        f"| {row['shape']} | {row['sparsity']:.0%} | {row['dense ms']:.2f} | {each} | "
-        f"{middle:.2f} ({low:.2f}-{high:.2f}) |"
+    line = (
+        f"| {row['shape']} | {row['sparsity']:.0%} | {row['block']} | {row['dense ms']:.2f} | "
+        f"{each} | {middle:.2f} ({low:.2f}-{high:.2f}) |"
     )
+    names = "forward of single", "all three of single"
+    return line + "".join(f" {row[name]:.2f} |" if name in row else " |" for name in names)
 
 
 def run_here(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
@@ -185,13 +206,17 @@ def run_here(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     if reason:
         sys.exit(f"kernels are not available: {reason}")
     print(f"\n{threads} thread(s), {platform.machine()}\n", flush=True)
-    print(f"| shape | sparsity | dense, ms | {' | '.join(PASSES)} | all three (quartiles) |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        f"| shape | sparsity | block | dense, ms | {' | '.join(PASSES)} | all three (quartiles) | "
+        "forward, single / blocks | all three, single / blocks |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     clock = time.process_time if threads == 1 else time.perf_counter
     rows = []
     for shape in options.only or PRODUCTS + CONVOLUTIONS + DEPTHWISE:
         sparsities = (0.0,) if shape in DEPTHWISE else options.sparsities
-        for row in measure(shape, sparsities, options.rounds, clock):
+        blocks = (1,) if options.block == 1 or shape in DEPTHWISE else (1, options.block)
+        for row in measure(shape, sparsities, options.rounds, clock, blocks):
             rows.append({"threads": threads, **row})
             print(show(row), flush=True)
     return rows
@@ -204,6 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--only", nargs="+", help="shapes")
+    parser.add_argument("--block", type=int, default=1, help="outputs that are kept together")
     parser.add_argument("--json", type=Path, help="the results as a file")
     options = parser.parse_args()
     if len(options.threads) == 1:

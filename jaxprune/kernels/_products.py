@@ -18,10 +18,11 @@ def sparse_product(x: Any, kernel: Any, indices: ProductIndices) -> jax.Array:
 
     Pruned weights do not multiply: what the kernel holds there is not read, and NaN or infinity in
     `x` reaches only outputs that have a kept weight for it (0 * NaN in a masked dense product would
-    reach all). The gradient of the kernel is 0 where the mask is. Sums are in float32; arrays of
-    bfloat16 and float16 are converted around the call, and other dtypes use a masked dense product.
-    Reverse-mode derivatives of any order work, `jax.jvp` does not. An array that is sharded over
-    devices is gathered first, unless the call is inside `shard_map`.
+    reach all). The gradient of the kernel is 0 where the mask is. A mask of blocks of 16 outputs,
+    from the pattern `patterns.blocks((1, 16))`, is recognised and takes less time. Sums are in
+    float32; arrays of bfloat16 and float16 are converted around the call, and other dtypes use a
+    masked dense product. Reverse-mode derivatives of any order work, `jax.jvp` does not. An array
+    that is sharded over devices is gathered first, unless the call is inside `shard_map`.
 
     Args:
         x: floats [..., K].

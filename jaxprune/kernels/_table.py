@@ -1,4 +1,9 @@
-"""How much faster sparse kernels are than dense ones on this machine, measured once."""
+"""How much faster sparse kernels are than dense ones on this machine, measured once.
+
+Masks are those of single weights. Layers that keep blocks of 16 outputs are predicted from these:
+their forward pass is as fast or up to 2.3 times as fast. All three passes were 1.1 to 1.6 times as
+fast in 12 of 13 layers, and 0.9 times in one of 64 rows, 1,024 inputs and 1,024 outputs.
+"""
 
 import json
 import math

@@ -4,6 +4,7 @@
 #include <new>
 #include <string>
 
+#include "blocks.h"
 #include "convolutions.h"
 #include "depthwise.h"
 #include "finish.h"
@@ -134,8 +135,12 @@ std::string product(ffi::ThreadPool pool, Floats& from, Floats& weights, Ints& p
   const Weights own = weights_of(weights, positions);
   if (wrong.empty()) wrong = check_weights(own, list.size());
   if (!wrong.empty()) return wrong;
-  return multiply(workers_of(pool), from.typed_data(), x.dimensions()[0], list, own, back,
-                  to.typed_data(), finish);
+  const int64_t blocks = back ? -1 : count_blocks(list), rows = x.dimensions()[0];
+  const Workers workers = workers_of(pool);
+  const float* source = from.typed_data();
+  float* target = to.typed_data();
+  return blocks >= 0 ? multiply_blocks(workers, source, rows, list, blocks, own, target, finish)
+                     : multiply(workers, source, rows, list, own, back, target, finish);
 }
 
 ffi::Error ProductForward(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
@@ -172,9 +177,13 @@ ffi::Error ProductSample(ffi::ThreadPool pool, Floats x, Floats dy, Ints positio
     std::string wrong =
         list_of(positions, starts, outputs, x.dimensions()[1], dy.dimensions()[1], &list);
     if (!wrong.empty()) return wrong;
+    const int64_t blocks = count_blocks(list), rows = x.dimensions()[0];
     return into(*gradient, positions, list.size(), [&](float* own) {
-      return sample(workers_of(pool), x.typed_data(), dy.typed_data(), x.dimensions()[0], list,
-                    own);
+      if (blocks >= 0) {
+        return sample_blocks(workers_of(pool), x.typed_data(), dy.typed_data(), rows, list, blocks,
+                             own);
+      }
+      return sample(workers_of(pool), x.typed_data(), dy.typed_data(), rows, list, own);
     });
   });
 }
@@ -251,8 +260,13 @@ std::string convolution(ffi::ThreadPool pool, Floats& x, Floats& weights, Ints& 
   std::string wrong = convolution_of(x, y, window, strides, padding, &c);
   if (wrong.empty()) wrong = taps_of(c, weights, positions, taps, inputs, outputs, count, &kept);
   if (!wrong.empty() || is_empty(c, y)) return wrong;
-  return convolve(workers_of(pool), c, x.typed_data(), kept, weights_of(weights, positions),
-                  y.typed_data(), finish);
+  const Weights own = weights_of(weights, positions);
+  const Workers workers = workers_of(pool);
+  const int64_t blocks = count_blocks(kept, c.outputs);
+  const float* images = x.typed_data();
+  float* results = y.typed_data();
+  return blocks >= 0 ? convolve_blocks(workers, c, images, kept, blocks, own, results, finish)
+                     : convolve(workers, c, images, kept, own, results, finish);
 }
 
 ffi::Error ConvolutionForward(ffi::ThreadPool pool, Floats x, Floats weights, Ints positions,
@@ -304,7 +318,12 @@ ffi::Error ConvolutionSample(ffi::ThreadPool pool, Floats x, Floats dy, Ints pos
       wrong = taps_of(c, *gradient, positions, taps, inputs, outputs, count, &kept);
     }
     if (!wrong.empty() || is_empty(c, *gradient)) return wrong;
+    const int64_t blocks = count_blocks(kept, c.outputs);
     return into(*gradient, positions, kept.size, [&](float* own) {
+      if (blocks >= 0) {
+        return convolve_sample_blocks(workers_of(pool), c, x.typed_data(), dy.typed_data(), kept,
+                                      blocks, own);
+      }
       return convolve_sample(workers_of(pool), c, x.typed_data(), dy.typed_data(), kept, own);
     });
   });

@@ -10,7 +10,18 @@ namespace jaxprune {
 
 // Each use has a buffer of its own in each thread, so calls at the same time share nothing. Fresh
 // memory for each call would cost a page fault for every 4 KiB.
-enum Use { kValues, kSource, kTarget, kCotangent, kPartial, kEntries, kPlaces, kStarts, kUses };
+enum Use {
+  kValues,
+  kSource,
+  kTarget,
+  kCotangent,
+  kPartial,
+  kEntries,
+  kPlaces,
+  kStarts,
+  kBlocks,
+  kUses
+};
 
 class Buffer {
  public:
