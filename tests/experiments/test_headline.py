@@ -33,7 +33,7 @@ if folder.name in faults:
 seed, steps = int(args.seed), int(args.steps)
 names = ("sparsity", "parts", "learning_rate", "multiple", "regrow", "prune_start", "prune_stop")
 names += ("fine_sparsity", "validation", "warmup_steps", "log_every", "eval_every", "save_every")
-names += ("grow_from", "grow_at")
+names += ("grow_from", "grow_at", "teacher", "ema")
 numbers = {name: json.loads(getattr(args, name) or "null") for name in names}
 config = vars(args) | {"seed": seed, "steps": steps} | numbers
 config = {name: value for name, value in config.items() if value is not None}
