@@ -51,7 +51,7 @@ def _ranges() -> dict[str, Range]:
         above_0: ("epochs", "learning_rate"),
         below_1: (
             "sparsity", "momentum", "label_smoothing", "ema", "regrow", "drop", "saving",
-            "fine_sparsity", "grow_at",
+            "fine_sparsity", "grow_at", "teacher",
         ),
         fraction: ("prune_start", "prune_stop", "phase", "small_until", "fine_start", "fine_stop"),
         ("in (0, 1]", lambda x: 0 < x <= 1): ("small_images", "grow_from"),
@@ -125,6 +125,7 @@ class Config:
     switch_steps: float = 50.0  # compact: price of a switch, in steps of the dense network
     switch_delay: int = 10  # compact: steps in which the next network compiles in the background
     rewarm_steps: int = 0  # compact: steps in which the learning rate rises again after a switch
+    teacher: float = 0.0  # compact: weight of the loss that compares with the wide network; 0 = off
     multiple: int = 0  # compact: round widths up to this multiple; 0 = 8, but heads are not rounded
     grow_from: float = 1.0  # channels: fraction of each group that the run begins with; 1 = off
     grow_at: float = 0.1  # fraction of all steps after which the other channels are added
@@ -179,6 +180,11 @@ class Config:
             bad.append("`prunable` pointwise needs `granularity` weights")
         if self.compact and (self.granularity != "channels" or self.method == "none"):
             bad.append("`compact` needs a method that prunes, and `granularity` channels")
+        if self.teacher and not (self.compact and self.granularity == "channels"):
+            bad.append(
+                f"`teacher` {self.teacher} needs `granularity` channels and `compact`: the network "
+                "before channels are removed is the teacher"
+            )
         if self.fine_sparsity and (self.granularity != "channels" or self.method == "none"):
             bad.append("`fine_sparsity` needs a method that prunes, and `granularity` channels")
         if self.fine_sparsity and not self.prune_stop <= self.fine_start <= self.fine_stop:

@@ -155,11 +155,21 @@ class Experiment:
             train = wrapped = wrap_network(train, variables, tx, inputs)
         else:
             train = kernels.replace_depthwise(train, self.mesh)
-        step = make_step(self.config, self.source, train, tx, stage.phase, parts)
+        teach = None
+        if self.is_taught(stage):
+            teach = kernels.replace_depthwise(self.functions.evaluate, self.mesh)
+        step = make_step(self.config, self.source, train, tx, stage.phase, parts, teach)
         like = shapes_of_state(variables, tx, self.mesh)
         places = jax.tree.map(lambda x: x.sharding, like)
         run = training.make_chunk_step(step, self.mesh, places)
         return Steps(tx, run, like, evaluate_averages, wrapped)
+
+    def is_taught(self, stage: structure.Stage) -> bool:
+        """Tells whether the whole network teaches the network of a stage.
+
+        Its steps then take `teacher`, the variables of the whole network, as an argument.
+        """
+        return bool(self.config.teacher and stage.cut)
 
     def parts(self, stage: structure.Stage) -> int:
         """Returns in how many micro-batches the network of a stage takes a batch."""
@@ -192,6 +202,7 @@ def make_step(
     tx: optax.GradientTransformation,
     size: Size,
     parts: int,
+    teach: Callable[..., Any] | None = None,
 ) -> Callable[..., tuple]:
     """Returns one training step on images of a size, see `training.make_train_step`."""
 
@@ -206,6 +217,7 @@ def make_step(
 
     options: dict[str, Any] = {"label_smoothing": config.label_smoothing}
     options |= {"remat": config.remat and not is_decoder(config.model)}  # a decoder does it itself
+    options |= {"teach": teach, "teacher_weight": config.teacher}
     return training.make_train_step(apply, tx, prepare, parts=parts, **options)
 
 

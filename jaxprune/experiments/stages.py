@@ -1,6 +1,7 @@
 """The stages of a run: a network that shrinks or grows while it trains, as images may do."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune import reports, sharding, structure, training, trees
 from jaxprune.experiments.experiment import Experiment, Steps
 from jaxprune.experiments.kernels import SparseSteps
-from jaxprune.experiments.network import variables_of
+from jaxprune.experiments.network import as_variables, variables_of
+from jaxprune.experiments.teacher import read_teacher, write_teacher
 
 
 class Compiled(NamedTuple):
@@ -30,6 +32,7 @@ class Stages:
         experiment: all parts of the run.
         record: from `to_record`, to resume.
         kernels: from `SparseSteps.to_record`, to resume a run with sparse kernels.
+        teacher: file of the wide network's variables, with `--teacher`; written at the first cut.
     """
 
     def __init__(
@@ -37,8 +40,11 @@ class Stages:
         experiment: Experiment,
         record: Mapping[str, Any] | None = None,
         kernels: Mapping[str, Any] | None = None,
+        teacher: Path = Path(),
     ) -> None:
         """Finds the stage to begin with; compiles nothing."""
+        self._path = teacher
+        self._teacher: Any = None  # variables of the wide network, after the first cut
         self.sparse: SparseSteps | None = None  # after `begin`, with sparse kernels
         self._record = kernels
         self.experiment, config = experiment, experiment.config
@@ -94,6 +100,8 @@ class Stages:
 
     def begin(self, state: training.TrainState) -> None:
         """Compiles the present stage and, in a resumed run, the one that was decided on."""
+        if self.experiment.is_taught(self.stage):
+            self._read_teacher()
         self.shrinking.begin(int(state.step), state.opt_state)
         if self.steps.wrapped is not None:
             self.sparse = SparseSteps(self.experiment, self.steps.wrapped, self._record)
@@ -105,11 +113,15 @@ class Stages:
         resizes = coming is not None and coming.step == step and coming.resizes
         if resizes:  # arrays of another size may be split differently
             state = sharding.replicate(state, self.experiment.mesh)
-        wrapped = self.steps.wrapped
+        wrapped, was_taught = self.steps.wrapped, self.experiment.is_taught(self.stage)
         own, opt_state = self.shrinking.advance(step, variables_of(state), state.opt_state)
         now = self.steps.wrapped
         if self.sparse is not None and now is not None and now is not wrapped:
             self.sparse.follow(now, state)  # of another size
+        if self.experiment.is_taught(self.stage) and not was_taught:
+            params = training.with_averages(state.params, state.opt_state)
+            write_teacher(self._path, as_variables(params, state.model_state))
+            self._read_teacher()  # so that a resumed run has the same, in arrays of its own
         if not resizes:
             return state
         return self._placed(state.step, own, opt_state, self.steps.like)
@@ -117,6 +129,8 @@ class Stages:
     def costs(self) -> dict[str, float]:
         """Returns what a step costs now, for the metrics."""
         known: dict[str, float] = {"peak_bytes": self.peak_bytes, "macs": self.shrinking.cost}
+        if self.experiment.is_taught(self.stage):  # one pass forward, of the three of a step
+            known["macs"] += self.experiment.macs(self.experiment.groups.plan({})) / 3
         if self.stage.groups:
             known["parameters"] = structure.count_parameters(self.stage.network.plan)
         known |= self.size()
@@ -171,7 +185,16 @@ class Stages:
         """Returns what the record of a switch compares."""
         costs = self.costs()
         figures = {name: costs.get(name) for name in ("parameters", "macs", "peak_bytes")}
+        figures["macs"] = self.shrinking.cost  # of the network, without its teacher
         return {"image_size": list(self.stage.phase)} | figures
+
+    def _teacher_like(self) -> Any:
+        """Returns the shapes of the teacher, and where its arrays lie."""
+        return variables_of(self.experiment.dense.like)
+
+    def _read_teacher(self) -> None:
+        """Reads the variables of the wide network onto the mesh."""
+        self._teacher = read_teacher(self._path, self._teacher_like())
 
     def _compile(self, stage: structure.Stage) -> Compiled:
         """Compiles the training step for full chunks; chunks of other lengths compile when met."""
@@ -187,12 +210,16 @@ class Stages:
                 for shape, dtype in zip((source.shape, source.label), source.dtypes, strict=True)
             )
         key = sharding.replicate(jax.random.key(0), mesh)
-        given = {} if steps.wrapped is None else {"indices": {}}  # of the dense steps
+        given: dict[str, Any] = {} if steps.wrapped is None else {"indices": {}}  # of dense steps
+        if is_taught := experiment.is_taught(stage):
+            given |= {"teacher": self._teacher_like()}
         compiled = steps.run.lower(steps.like, data, rows, key, **given).compile()  # pyright: ignore
         data_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
 
         def run(state: Any, data: Any, indices: Any, key: Any) -> tuple:
             own = compiled if jax.tree.leaves(indices)[0].shape[:2] == size else steps.run
+            if is_taught:
+                return own(state, data, indices, key, teacher=self._teacher)
             if self.sparse is None:
                 return own(state, data, indices, key)
             own = own if self.sparse.is_dense() else steps.run

@@ -12,6 +12,7 @@ with status 130 (Ctrl-C) or 143 (SIGTERM). It writes into --workdir:
     config.json     the resolved configuration
     metrics.jsonl   one record a line: loss, accuracy, sparsity, speed, test accuracy
     checkpoints/    state, data position and configuration of the newest steps (Orbax)
+    teacher.npz     with --teacher: the network before its first cut, which a resumed run needs
     tensorboard/    the same metrics for TensorBoard
     summary.json    accuracy, counts, bytes and times of the finished run; summary.txt is a table
     report.html     the whole run in one file: curves, switches and widths; needs no network
@@ -37,7 +38,7 @@ import tyro
 
 import jaxprune
 from jaxprune import checkpoints, files, processes, training, trees
-from jaxprune.experiments import command, results
+from jaxprune.experiments import command, results, teacher
 from jaxprune.experiments.command import plain_errors
 from jaxprune.experiments.config import CONFIGS, Config
 from jaxprune.experiments.experiment import Experiment
@@ -56,7 +57,7 @@ SECONDS = "seconds", "cpu_seconds"  # of training, without evaluations and check
 # What --overwrite deletes. config.json comes last, as it says that the folder holds a run.
 OUTPUTS = (
     "summary.json", "summary.txt", "report.html", "training.png", "densities.png",
-    "metrics.jsonl", "checkpoints", "tensorboard", "config.json",
+    "metrics.jsonl", "checkpoints", "tensorboard", teacher.NAME, "config.json",
 )  # fmt: skip
 # Of checkpoints. 1: before 0.1.0; names in the optimizer state and the record of a stage changed.
 # 2: their records had no checksum.
@@ -103,6 +104,7 @@ class Run:
         """Starts the clock; touches nothing."""
         self.began = clock()
         self.config, self.workdir = config, Path(config.workdir or default_workdir(config))
+        self.teacher = self.workdir / teacher.NAME  # exists after the first cut, with `--teacher`
         self.options = checkpoints.fields(config, leave_out=FREE) | {"format": FORMAT}
         self.earlier = np.zeros(2)  # seconds of training before this process
         self.aside: list[Any] = []  # seconds of evaluations and checkpoints
@@ -160,7 +162,7 @@ class Run:
             self.manager = checkpoints.open_manager(workdir / "checkpoints")
             state = checkpoints.read_newest(self.manager, self.read, say=processes.say)
             if state is None:
-                self.stages = Stages(experiment)
+                self.stages = Stages(experiment, teacher=self.teacher)
                 state = self.stages.create()
                 # Methods that are sparse from the start have masks already.
                 params = jaxprune.apply_masks(state.params, self.masks(state))
@@ -180,7 +182,8 @@ class Run:
         RECORD(record, f"{where}: its record")
         saved = self.images | record["config"] | record
         check_same_run(saved, self.options | self.images, self.workdir)
-        self.stages = Stages(self.experiment, record["stage"], record.get("sparse"))
+        parts = record["stage"], record.get("sparse"), self.teacher
+        self.stages = Stages(self.experiment, *parts)
         state, _ = checkpoints.restore(self.manager, self.stages.like(), step)
         self.earlier = np.array([record[name] for name in SECONDS])
         self.peaks, self.expected = record.get("peaks", {}), record.get("records", 0)

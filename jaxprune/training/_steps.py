@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprune import sharding
 from jaxprune.sharding import replicate
 from jaxprune.training import _accumulation as accumulation
+from jaxprune.training._teaching import distillation
 
 PyTree = Any
 Metrics = dict[str, float]
@@ -94,6 +95,8 @@ def make_train_step(
     label_smoothing: float = 0.0,
     parts: int = 1,
     remat: bool = False,
+    teach: Callable[[PyTree, Any], jax.Array] | None = None,
+    teacher_weight: float = 0.5,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes one step of gradient descent as a pure function, not yet jitted.
 
@@ -110,13 +113,24 @@ def make_train_step(
             statistics are then those of a micro-batch.
         remat: whether to keep only results of convolutions and matrix products for the backward
             pass. This takes less memory and a little more time. XLA:CPU undoes it.
+        teach: `(teacher, inputs) -> logits` of a network in evaluation mode, which sees what the
+            trained one sees. The loss is then `(1 - teacher_weight) * cross-entropy +
+            teacher_weight * distillation`. The step takes `teacher`, any tree of arrays, as a
+            keyword argument; it gets no gradient.
+        teacher_weight: in [0, 1]; used only with `teach`.
 
     Returns:
         `step(state, images, labels, key, **given) -> (state, {"train_loss", "train_accuracy"})`,
         float32 scalars. There may be a label for each token: [B, T] for logits [B, T, C]. `key` is
         the run's key; the step folds its number into it. `given` are keyword arguments of a
         function in place of `graphdef`, such as the `indices` of `kernels.wrap`. It raises
-        ValueError if `parts` does not divide the batch.
+        ValueError if `parts` does not divide the batch, and TypeError if `teacher` is missing.
+
+    Raises:
+        ValueError: if `teacher_weight` is out of range.
+
+    References:
+        Hinton, Vinyals, Dean. Distilling the knowledge in a neural network. arXiv:1503.02531.
 
     Example:
         >>> tx = optax.sgd(0.1)
@@ -128,20 +142,28 @@ def make_train_step(
         >>> int(state.step), sorted(metrics)
         (1, ['train_accuracy', 'train_loss'])
     """
+    if not 0 <= teacher_weight <= 1:
+        raise ValueError(f"`teacher_weight` must lie in [0, 1], but is {teacher_weight!r}.")
     tx = optax.with_extra_args_support(tx)
     apply = graphdef if callable(graphdef) else partial(_train, graphdef)
     if remat:
         apply = jax.checkpoint(apply, policy=accumulation.is_product)
 
-    def loss_fn(given: PyTree, params: PyTree, model_state: PyTree, inputs: Any, labels: Any):
+    def loss_fn(given: Any, teacher: Any, params: Any, model_state: Any, inputs: Any, labels: Any):
         logits, model_state = apply(params, model_state, inputs, **given)
         loss = cross_entropy(logits, labels, label_smoothing).mean()
+        if teach is not None:
+            taught = distillation(logits, teach(teacher, inputs)).mean()
+            loss = (1 - teacher_weight) * loss + teacher_weight * taught
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         return loss, ({"train_loss": loss, "train_accuracy": accuracy}, model_state)
 
     def step(state: TrainState, images: Any, labels: Any, key: jax.Array, **given: Any):
+        if teach is not None and "teacher" not in given:
+            raise TypeError("`teacher` is missing: pass what `teach` takes, `step(..., teacher=)`.")
+        teacher = given.pop("teacher") if teach is not None else None
         inputs = prepare(jax.random.fold_in(key, state.step), images)
-        grad = jax.grad(partial(loss_fn, given), has_aux=True)
+        grad = jax.grad(partial(loss_fn, given, teacher), has_aux=True)
         grad_fn = accumulation.over_parts(grad, parts)
         grads, (metrics, model_state) = grad_fn(state.params, state.model_state, inputs, labels)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, grad=grads)

@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("config")
 names = "method granularity widths seed steps workdir sparsity learning-rate parts warmup-steps"
 names += " log-every eval-every save-every budget multiple regrow prune-start prune-stop"
-for name in (names + " fine-sparsity validation grow-from grow-at kernels").split():
+for name in (names + " fine-sparsity validation grow-from grow-at kernels teacher ema").split():
     parser.add_argument("--" + name)
 parser.add_argument("--compact", action="store_true")
 args = parser.parse_args()
@@ -33,7 +33,7 @@ if folder.name in faults:
 seed, steps = int(args.seed), int(args.steps)
 names = ("sparsity", "parts", "learning_rate", "multiple", "regrow", "prune_start", "prune_stop")
 names += ("fine_sparsity", "validation", "warmup_steps", "log_every", "eval_every", "save_every")
-names += ("grow_from", "grow_at")
+names += ("grow_from", "grow_at", "teacher", "ema")
 numbers = {name: json.loads(getattr(args, name) or "null") for name in names}
 config = vars(args) | {"seed": seed, "steps": steps} | numbers
 config = {name: value for name, value in config.items() if value is not None}
@@ -238,6 +238,23 @@ def test_equal_time(headline):
     assert not (headline.root / "calls.jsonl").exists(), "nothing is trained again"
 
 
+def test_the_arm_with_a_teacher(headline):
+    options = ["--time", "0.5", "--probe-steps", "20", "--seeds", "0"]
+    options += ["--arms", "dense", "agip teacher+"]
+    assert headline.go("fashion", *options, *LEVERS, *TRAINING) == 0
+    calls = {call["run"]: call for call in _calls(headline)}
+    assert set(calls) == {
+        "probe-dense", "probe-agip-teacher+", "dense-seed0", "agip-teacher+-seed0",
+    }  # fmt: skip
+    words = ("--method", "--teacher", "--ema", "--parts")
+    for name in ("probe-agip-teacher+", "agip-teacher+-seed0"):
+        found = [_option(calls[name], word) for word in words]
+        assert found == ["agip", "0.5", "0.99", "4"] and "--compact" in calls[name]["args"]
+    text = (headline.root / "results.md").read_text()
+    about = "as agip+, and the wide network teaches the narrow one; averages of the parameters"
+    assert about in text
+
+
 def test_equal_work_does_not_depend_on_the_clock(headline):
     options = ["--time", "0.5", "--clock", "macs", "--arms", "dense", "narrow", "--seeds", "0"]
     options += ["--probe-steps", "20"]
@@ -264,6 +281,7 @@ def test_chosen_arms_bring_what_they_need(headline):
         (["fashion", "--", "--method", "agip"], "--method may not be given"),
         (["fashion", "--levers", "--widths 3"], "--widths may not be given"),
         (["fashion", "--", "--grow-from", "0.5"], "--grow-from may not be given"),
+        (["fashion", "--levers", "--teacher 0.5"], "--teacher may not be given"),
         (["fashion", "--jobs", "0"], "--jobs must be at least 1"),
         (["--jobs=1"], "CONFIG is missing"),
         (["fashion", "--time", "0", *TRAINING], "--time must lie in (0, 1]"),

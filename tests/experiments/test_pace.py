@@ -80,6 +80,29 @@ def test_macs_count_the_size_of_images_and_batches():
     }  # fmt: skip
 
 
+def test_a_teacher_is_part_of_what_was_measured():
+    """It costs from the first cut on, in each clock: nothing is added to what the records say."""
+    taught = dataclasses.replace(CHANNELS, teacher=0.5)
+    each = EACH | {(True, True): 1.0 + 4.0 / 3, (False, True): 3.0 + 16.0 / 3}
+    found = pace.measure(taught, run(taught, each=each), "cpu_seconds")
+    assert pace.lengths(taught, 400, 28) == pace.lengths(CHANNELS, 400, 28)
+    assert dict(found.each) == pytest.approx(
+        {part: each[part] for part in pace.lengths(taught, 400, 28)}
+    )
+    longer = dataclasses.replace(taught, steps=4000)
+    assert pace.cost(found, taught, 4000) == pytest.approx(
+        run(longer, each=each)[-1]["cpu_seconds"]
+    )
+    records = [
+        own | {"macs": own["macs"] + 32 / 3 * (own["parameters"] == 25)} for own in run(taught)
+    ]
+    # By records of 5 steps: 50 to 210 on small images, 210 to 400 on whole ones.
+    more = 32 / 3 * (160 / 4 + 190)
+    assert pace.work(records) - pace.work(run(taught)) == pytest.approx(more)
+    by_work = pace.measure(taught, records, "macs").each
+    assert by_work[False, True] == pytest.approx((8 + 32 / 3) * taught.batch_size)
+
+
 @hypothesis.given(
     budget=st.floats(60, 1e5),
     compact=st.booleans(),

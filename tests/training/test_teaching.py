@@ -1,4 +1,4 @@
-"""Losses against a teacher: formulas, gradients, and a pruned network that learns from them."""
+"""Losses against a teacher: formulas, gradients, taught steps, and a pruned network that learns."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import training
+from jaxprune import sharding, training
+from jaxprune.data import Split
 
 
 def numpy_distillation(student, teacher, t):
@@ -120,3 +121,112 @@ def test_teaching_lowers_the_gap_on_held_out_data():
         logits = apply(params, held_out)[0]
         assert float(training.distillation(logits, wanted).mean()) < 0.5 * start
         assert all(bool((params[n] == 0)[~masks[n]].all()) for n in shapes)
+
+
+def _linear(params, model_state, inputs):
+    return inputs @ params["kernel"], {"seen": model_state["seen"] + 1}
+
+
+def _teach(teacher, inputs):
+    return inputs @ teacher["kernel"] + teacher["bias"][None]
+
+
+def _taught(**options):
+    """A step of SGD with a rate of 1, a state, a batch of 8 and two teachers."""
+    draws = np.random.default_rng(0)
+    made = [draws.normal(size=shape).astype(np.float32) for shape in ((8, 5), (5, 3), (5, 3), (3,))]
+    images, kernel, *teacher = (jnp.asarray(array) for array in made)
+    tx = optax.sgd(1.0)
+    options = {"prepare": lambda key, images: 2 * images} | options
+    step = training.make_train_step(_linear, tx, options.pop("prepare"), **options)
+    params = {"kernel": kernel}
+    start = training.TrainState(jnp.int32(0), params, {"seen": jnp.int32(0)}, tx.init(params))
+    teacher = dict(zip(("kernel", "bias"), teacher, strict=True))
+    return step, start, (images, jnp.arange(8) % 3, jax.random.key(0)), teacher
+
+
+def _by_hand(weight, smoothing, start, batch, teacher):
+    """Loss and kernel after a step."""
+    x, labels = 2 * np.asarray(batch[0], np.float64), np.asarray(batch[1])
+    kernel = np.asarray(start.params["kernel"], np.float64)
+    logits = x @ kernel, x @ np.asarray(teacher["kernel"]) + np.asarray(teacher["bias"])
+    q, p = (np.exp(own) / np.exp(own).sum(-1, keepdims=True) for own in logits)
+    y = (1 - smoothing) * np.eye(3)[labels] + smoothing / 3
+    cross, taught = -(y * np.log(q)).sum(-1), (p * np.log(p / q)).sum(-1)
+    gradient = x.T @ ((1 - weight) * (q - y) + weight * (q - p)) / len(x)
+    return ((1 - weight) * cross + weight * taught).mean(), kernel - gradient
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_step_with_a_teacher_by_hand(parts, weight, remat):
+    options = {"parts": parts, "label_smoothing": 0.1, "remat": remat}
+    step, start, batch, teacher = _taught(teach=_teach, teacher_weight=weight, **options)
+    state, metrics = jax.jit(step)(start, *batch, teacher=teacher)
+    loss, kernel = _by_hand(weight, 0.1, start, batch, teacher)
+    assert float(metrics["train_loss"]) == pytest.approx(loss, rel=1e-5)
+    np.testing.assert_allclose(state.params["kernel"], kernel, rtol=1e-4, atol=1e-5)
+    assert int(state.model_state["seen"]) == parts
+
+
+def test_a_weight_of_0_is_no_teacher_to_the_bit():
+    alone, start, batch, _ = _taught()
+    step, *_, teacher = _taught(teach=_teach, teacher_weight=0.0)
+    expected = jax.jit(alone)(start, *batch)
+    found = jax.jit(step)(start, *batch, teacher=teacher)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_teachers_are_an_argument_of_one_program():
+    traces = []
+
+    def teach(teacher, inputs):
+        traces.append(inputs.shape)
+        return _teach(teacher, inputs)
+
+    step, start, batch, teacher = _taught(teach=teach)
+    run, other = jax.jit(step), jax.tree.map(jnp.negative, teacher)
+    first, second = run(start, *batch, teacher=teacher), run(start, *batch, teacher=other)
+    assert traces == [(8, 5)]
+    assert bool((first[0].params["kernel"] != second[0].params["kernel"]).any())
+    # The augmentation is drawn once for both networks.
+    noisy, *_ = _taught(teach=teach, prepare=lambda key, x: x + jax.random.normal(key, x.shape))
+    same = {"kernel": start.params["kernel"], "bias": jnp.zeros(3)}
+    kernel = noisy(start, *batch, teacher=same)[0].params["kernel"]
+    alone, *_ = _taught(prepare=lambda key, x: x + jax.random.normal(key, x.shape))
+    half = (start.params["kernel"] + alone(start, *batch)[0].params["kernel"]) / 2
+    np.testing.assert_allclose(kernel, half, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_teacher_on_eight_devices_is_not_donated(parts):
+    """Two steps in one call; the state is donated, the teacher is not."""
+    found = []
+    for devices in (1, 8):
+        step, start, (images, labels, key), teacher = _taught(teach=_teach, parts=parts)
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        run = training.make_chunk_step(step, mesh)
+        images = jnp.concatenate([images, images + 1])
+        split = Split(images, jnp.concatenate([labels, labels]))
+        state, split, key, teacher = sharding.replicate((start, split, key, teacher), mesh)
+        before = jax.device_get(teacher)
+        rows = np.arange(16, dtype=np.int32).reshape(2, 8)
+        state, metrics = run(state, split, rows, key, teacher=teacher)
+        found.append(jax.device_get((state.params, metrics)))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher), before)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found)
+
+
+def test_bad_teachers_are_named():
+    for weight in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="`teacher_weight` must lie in"):
+            _taught(teach=_teach, teacher_weight=weight)
+    step, start, batch, teacher = _taught(teach=_teach)
+    with pytest.raises(TypeError, match="`teacher` is missing: pass what `teach` takes"):
+        step(start, *batch)
+    alone, *_ = _taught()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'teacher'"):
+        alone(start, *batch, teacher=teacher)
+    with pytest.raises(ValueError, match="`logits` .* and `teacher` .* must have the same shape"):
+        step(start, *batch, teacher={"kernel": jnp.ones((5, 4)), "bias": jnp.ones(4)})

@@ -34,7 +34,7 @@ from jaxprune.experiments.studies.headline_results import (
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
 OWN = {"method", "granularity", "compact", "widths", "seed", "workdir", "overwrite"}
-OWN |= {"grow-from", "grow-at"}
+OWN |= {"grow-from", "grow-at", "teacher"}
 CLOCKS = {"cpu": "cpu_seconds", "wall": "seconds", "macs": "macs"}
 
 

@@ -110,6 +110,13 @@ def _variants(plus: str) -> dict[str, Arm]:
             lambda _: [*shrinks, "--regrow", "0.3"],
             on,
         ),
+        f"agip teacher{plus}": Arm(
+            f"as {agip}, and the wide network teaches the narrow one; averages of the parameters "
+            "teach and are evaluated",
+            (),
+            lambda _: [*shrinks, "--teacher", "0.5", "--ema", "0.99"],
+            on,
+        ),
         f"agip early{plus}": Arm(
             "as agip, with a wide phase of half the length",
             (),
