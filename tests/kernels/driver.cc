@@ -262,7 +262,7 @@ static int32_t altered(int32_t value, int64_t below) {
   return kind == 1 ? draw(0, below - 1) : value + draw(-1, 1);
 }
 
-// Lists of blocks in which one number is altered. Those that pass the checks and are still blocks
+// Lists of blocks in which one number, or a tail, is altered. Those that pass the checks and are still blocks
 // give what the kernels of single weights give.
 static void altered_blocks(int* refused, int* single, int* whole) {
   const int64_t inputs = draw(1, 4), outputs = draw(16, 40), rows = draw(1, 40);
@@ -287,7 +287,7 @@ static void altered_blocks(int* refused, int* single, int* whole) {
   const int64_t size = kept.size();
   if (size == 0) return;
   const int64_t at = draw(0, size - 1), one = draw(0, inputs);
-  switch (draw(0, 8)) {
+  switch (draw(0, 9)) {
     case 0: starts[one] = altered(starts[one], size); break;
     case 1: kept[at] = altered(kept[at], outputs); break;
     case 2: positions[at] = altered(positions[at], inputs * outputs); break;
@@ -296,6 +296,7 @@ static void altered_blocks(int* refused, int* single, int* whole) {
     case 5: targets[at] = altered(targets[at], outputs); break;
     case 6: places[at] = altered(places[at], inputs * outputs); break;
     case 7: std::swap(kept[at], kept[draw(0, size - 1)]); break;
+    case 8: std::fill(targets.begin() + at, targets.end(), targets[at] / kWidth * kWidth); break;
     default: break;
   }
   for (auto* own : {&starts, &kept, &positions, &taps, &sources, &targets, &places}) {

@@ -99,18 +99,15 @@ def blocks_of(mask):
     window=st.sampled_from([(), (1, 1), (3, 3), (5, 1)]),
     inputs=st.integers(1, 12),
     outputs=st.integers(1, 70),
-    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    density=st.sampled_from([0.6, 0.2, 1.0, 0.0]),
     spare=st.integers(0, 3),
-    flips=st.integers(0, 2),
 )
-def test_lists_of_blocks_are_recognised(
-    counting, seed, window, inputs, outputs, density, spare, flips
-):
+def test_lists_of_blocks_are_recognised(counting, seed, window, inputs, outputs, density, spare):
     draw = np.random.default_rng(seed)
     mask = block_mask(draw, (*window, inputs, outputs), density)
     assert outputs < WIDTH or blocks_of(mask) >= 0
-    for _ in range(flips):
-        mask.flat[draw.integers(mask.size)] ^= True
+    assert counting(mask, spare) == blocks_of(mask)
+    mask.flat[draw.integers(mask.size)] ^= True
     assert counting(mask, spare) == blocks_of(mask)
 
 
@@ -201,7 +198,7 @@ def assert_all_close(found, wanted, tolerance=1e-5):
     rows=st.sampled_from([0, 1, 5, 16, 17, 64, 300]),
     inputs=st.sampled_from([1, 7, 40, 512]),
     outputs=st.integers(WIDTH, 70),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    density=st.sampled_from([0.5, 0.1, 1.0, 0.0]),
     spare=st.integers(0, 3),
     packed=st.booleans(),
 )
@@ -234,7 +231,7 @@ def test_products(seed, rows, inputs, outputs, density, spare, packed):
     window=st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 3, 4])),
     strides=st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2])),
     padding=st.tuples(*[st.tuples(st.integers(1, 4), st.integers(0, 4))] * 2),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    density=st.sampled_from([0.5, 0.1, 1.0, 0.0]),
     spare=st.integers(0, 3),
     packed=st.booleans(),
 )
