@@ -146,6 +146,8 @@ def onnx_session(own: Network, variables: Any, threads: int) -> Any:
     export.onnx(own.evaluate, variables, own.inputs, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Otherwise its threads wait actively when it is done, and slow down what runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: np.asarray(own.inputs)}
     return lambda: session.run(None, feed)[0]

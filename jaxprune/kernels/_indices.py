@@ -129,7 +129,7 @@ def pack(kernel: Any, indices: ProductIndices | ConvolutionIndices) -> jax.Array
         Array([1., 3., 4., 0.], dtype=float32)
     """
     check_kernel(kernel, indices)
-    flat = jnp.reshape(kernel, -1)
+    flat = jnp.asarray(kernel).reshape(-1)
     return flat.at[indices.positions].get(mode="fill", fill_value=0)
 
 
