@@ -2,7 +2,7 @@
 
 Masks are those of single weights. Layers that keep blocks of 16 outputs are predicted from these:
 their forward pass is as fast or up to 2.3 times as fast. All three passes were 1.1 to 1.6 times as
-fast in 12 of 13 layers, and 0.9 times in one of 64 rows, 1,024 inputs and 1,024 outputs.
+fast in 12 of 13 layers, and 0.8 times in one of 64 rows, 1,024 inputs and 1,024 outputs.
 """
 
 import json
