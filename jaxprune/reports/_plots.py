@@ -336,6 +336,7 @@ def plot_fronts(
     path: str | os.PathLike[str],
     *,
     cost: str = "MACs, relative to the full network",
+    lowest: float | None = None,
 ) -> None:
     """Draws accuracy against cost, one line for each way to get networks of several sizes.
 
@@ -345,6 +346,7 @@ def plot_fronts(
             order of their costs.
         path: the PNG file to write, atomically. Its folder is created.
         cost: what the horizontal axis shows.
+        lowest: where the vertical axis begins; lower accuracies are not shown. Default: with all.
 
     Raises:
         ValueError: if `fronts` holds no row.
@@ -375,6 +377,7 @@ def plot_fronts(
             capsize=3,
             label=label,
         )
+    axes.set_ylim(bottom=lowest)
     _finish(axes, title="Accuracy by cost", xlabel=cost, ylabel="Test accuracy")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.yaxis.set_major_formatter("{x:.1%}")

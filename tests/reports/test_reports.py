@@ -514,5 +514,8 @@ def test_fronts_are_joined_in_the_order_of_their_costs(monkeypatch, tmp_path):
     lines = {own.get_label(): own.lines[0].get_xydata().tolist() for own in axes.containers}
     assert lines == {"cut": [[0.2, 0.7], [0.8, 0.9]], "alone": [[0.5, 0.85]]}
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["cut", "alone"]
+    reports.plot_fronts({"cut": cut}, tmp_path / "unused.png", lowest=0.8)
+    bottoms = [figure.axes[0].get_ylim()[0] for figure in drawn]
+    assert bottoms[0] < 0.7 and bottoms[1] == 0.8
     with pytest.raises(ValueError, match="`fronts`"):
         reports.plot_fronts({"none": []}, tmp_path / "unused.png")
