@@ -21,5 +21,19 @@ def test_ratios(shape):
     assert [row[name] for name in bench.PASSES] == [3, 1.5, 1]
     assert row["all three"] == [1.5, 1.5, 1.5] and row["dense ms"] == 9000
     assert bench.show(row) == (
-        f"| {shape} | 50% | 9000.00 | 3.00 | 1.50 | 1.00 | 1.50 (1.50-1.50) |"
+        f"| {shape} | 50% | 1 | 9000.00 | 3.00 | 1.50 | 1.00 | 1.50 (1.50-1.50) | | |"
     )
+
+
+def test_ratios_of_blocks():
+    """They are compared with dense layers and with as many single weights."""
+    if reason := kernels.available():
+        pytest.skip(reason)
+    # Dense passes take 8 seconds, those of single weights 4, those of blocks 1, 2 and 2.
+    seconds = [8, 8, 8, 4, 4, 4, 1, 2, 2] * 2
+    ends = itertools.accumulate(second for own in seconds for second in (0, own))
+    single, own = bench.measure("9x8x32", [0.5], 2, ends.__next__, (1, 16))
+    assert (single["block"], own["block"]) == (1, 16) and "forward of single" not in single
+    assert [own[name] for name in bench.PASSES] == [8, 4, 4]
+    assert (own["forward of single"], own["all three of single"]) == (4, 12 / 5)
+    assert bench.show(own).endswith("| 4.80 (4.80-4.80) | 4.00 | 2.40 |")
