@@ -105,13 +105,13 @@ def finished(
 
     Args:
         name: the handler.
-        apply: (x, weights, indices) -> sums, differentiable.
+        apply: (x, weights, indices) -> sums.
         finish: what to do to them. Its arrays are arguments of the result, after the other three.
         operands: (x, weights, indices) -> the operands of the handler.
         attributes: of the handler.
 
     Returns:
-        (x, weights, indices, scale, shift, rest) -> y. Derivatives compute the sums again.
+        (x, weights, indices, scale, shift, rest) -> y. All derivatives are 0.
     """
 
     def plain(x: Any, weights: Any, indices: Any, *arrays: Any) -> jax.Array:
@@ -124,27 +124,22 @@ def finished(
         name, plain, lambda *args: (*operands(*args[:3]), *args[3:]), **limits, **attributes
     )
 
-    @jax.custom_vjp
-    def run(*args: Any) -> jax.Array:
-        return together(*args)
-
     @custom_vmap
-    def together(*args: Any) -> jax.Array:
+    def run(*args: Any) -> jax.Array:
         return kernel(*args)
 
-    @together.def_vmap
+    @run.def_vmap
     def rule(size: int, batched: Any, *args: Any) -> Any:
         x, *middle, rest = args
         if any(jax.tree.leaves(batched[1:5])) or not batched[0]:
-            return one_by_one(size, batched, together, args), True
+            return one_by_one(size, batched, run, args), True
         if rest.size and not batched[5]:
             rest = jnp.broadcast_to(rest, (size, *rest.shape))
         flat = [own.reshape(-1, *own.shape[2:]) if own.size else own for own in (x, rest)]
-        y = together(flat[0], *middle, flat[1])
+        y = run(flat[0], *middle, flat[1])
         return y.reshape(size, -1, *y.shape[1:]), True
 
-    run.defvjp(lambda *args: jax.vjp(plain, *args), lambda pull, dy: pull(dy))
-    return run
+    return lambda *args: run(*lax.stop_gradient(args))
 
 
 def arrays_of(finish: Finish) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -6,7 +6,8 @@ activations once more. In evaluation mode a norm is such a scale and shift.
 
 Every value on the way is computed as the function says, and remembers which `Finish` would give it.
 At the ReLU one call computes the whole, and XLA drops what nobody reads any more. So only values
-that are read once are followed.
+that are read once are followed. Derivatives are those of the function, with its own rules: under
+differentiation its steps are computed, and the call is dropped.
 """
 
 import math
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.extend import core
 
@@ -43,7 +43,6 @@ class Finish(NamedTuple):
     rest: Any = None  # float32, of the shape of the sums; None: 0
     low: float = -_INF
     high: float = _INF
-    is_relu: bool = False  # the derivative at a limit is 0, as that of a ReLU, and not one half
 
     @property
     def is_open(self) -> bool:
@@ -64,13 +63,7 @@ class Finish(NamedTuple):
             y = y * scale + shift
         if self.rest is not None:
             y = y + self.rest
-        if self.is_open:
-            return y
-        clipped = jnp.minimum(jnp.maximum(y, self.low), self.high)
-        if not self.is_relu:
-            return clipped
-        inside = (y > self.low) & (y < self.high)
-        return jnp.where(inside, y, lax.stop_gradient(clipped))
+        return jnp.minimum(jnp.maximum(y, self.low), self.high)
 
 
 class Product(NamedTuple):
@@ -78,7 +71,7 @@ class Product(NamedTuple):
 
     Example:
         >>> product = Product(lambda finish: finish.apply(jnp.ones((2, 1))), (2, 1))
-        >>> product.scaled(jnp.array([3.0])).array().tolist()
+        >>> product.scaled(jnp.array([3.0])).in_place_of(jnp.zeros((2, 1))).tolist()
         [[3.0], [3.0]]
     """
 
@@ -86,9 +79,9 @@ class Product(NamedTuple):
     shape: tuple[int, ...]
     finish: Finish = Finish()
 
-    def array(self) -> jax.Array:
-        """Computes all steps by one call."""
-        return self.compute(self.finish)
+    def in_place_of(self, array: jax.Array) -> jax.Array:
+        """Computes all steps by one call, with the derivatives of what they gave one by one."""
+        return _instead(array, self.compute(self.finish))
 
     def then(self, **changes: Any) -> "Product":
         """Adds a step."""
@@ -107,6 +100,18 @@ class Product(NamedTuple):
         if own.scale is None:
             return self.then(scale=jnp.ones_like(by), shift=by)
         return self.then(shift=own.shift + by)
+
+
+@jax.custom_vjp
+def _instead(array: jax.Array, same: jax.Array) -> jax.Array:
+    """Returns the second of two arrays that are equal to rounding; derivatives are of the first."""
+    del array
+    return same
+
+
+_instead.defvjp(
+    lambda array, same: (array, None), lambda _, cotangent: (cotangent, jnp.zeros_like(cotangent))
+)
 
 
 class _Repeated(NamedTuple):
@@ -160,23 +165,19 @@ def follow(
     if name == "jit":
         closed = equation.params["jaxpr"]
         return layouts.walk(closed.jaxpr, closed.consts, operands, found)
-    if name == "custom_jvp_call":
-        limits = _limits(equation.params["call_jaxpr"].jaxpr)
-        if limits is None or not (products[0] and products[0].finish.is_open):
-            return None
-        after = products[0].then(low=limits[0], high=limits[1], is_relu=True)
-        return [Value(after.array(), known=after)]
-    if len(operands) != 2:
-        return None
     side = 0 if products[0] else 1
-    product = products[side]
-    after = product and _after(name, product, operands[1 - side], is_first=side == 0)
+    product, after = products[side], None
+    if name == "custom_jvp_call" and product and product.finish.is_open:
+        limits = _limits(equation.params["call_jaxpr"].jaxpr)
+        after = limits and product.then(low=limits[0], high=limits[1])
+    elif product and len(operands) == 2:
+        after = _after(name, product, operands[1 - side], is_first=side == 0)
     if after is None:
         return None
-    if name in ("max", "min"):
-        return [Value(after.array(), known=after)]
     arrays = [operand.array for operand in operands]
-    return [Value(*jaxprs.bind(equation.primitive, equation.params, arrays), known=after)]
+    (array,) = jaxprs.bind(equation.primitive, equation.params, arrays)
+    is_last = not after.finish.is_open
+    return [Value(after.in_place_of(array) if is_last else array, known=after)]
 
 
 def _after(name: str, product: Product, other: Value, is_first: bool) -> Product | None:
@@ -184,8 +185,8 @@ def _after(name: str, product: Product, other: Value, is_first: bool) -> Product
     own = product.finish
     if name in ("max", "min"):
         limit = _number(other)
-        is_free = own.high == _INF and (name == "min" or own.low == -_INF) and not own.is_relu
-        if limit is None or not is_free:
+        is_free = own.high == _INF and (name == "min" or own.low == -_INF)
+        if limit is None or not math.isfinite(limit) or not is_free:
             return None
         return product.then(**{"low" if name == "max" else "high": limit})
     if not own.is_open or own.rest is not None:
@@ -260,4 +261,4 @@ def _limits(jaxpr: Any) -> tuple[float, float] | None:
         else:
             return None
         last = equation.outvars[0]
-    return (low, high) if jaxpr.outvars[0] is last and low <= high else None
+    return (low, high) if low <= high and jaxpr.outvars == [last] else None

@@ -300,7 +300,8 @@ def _rematerialised(
     """Enters a rematerialised function, and rematerialises it again."""
 
     def call(*arrays: Any) -> list[Any]:
-        own = [value._replace(array=array) for value, array in zip(operands, arrays, strict=True)]
+        pairs = zip(operands, arrays, strict=True)
+        own = [value._replace(array=array, known=None) for value, array in pairs]
         return [value.array for value in layouts.walk(parameters["jaxpr"], (), own, found)]
 
     arrays = [operand.array for operand in operands]
@@ -324,7 +325,7 @@ def _branched(
     def branch(closed: Any) -> Callable[..., list[Any]]:
         def call(*arrays: Any) -> list[Any]:
             pairs = zip(operands[1:], arrays, strict=True)
-            own = [value._replace(array=array) for value, array in pairs]
+            own = [value._replace(array=array, known=None) for value, array in pairs]
             outputs = layouts.walk(closed.jaxpr, closed.consts, own, found)
             pairs = zip(outputs, closed.out_avals, strict=True)
             return [jaxprs.as_output(value.array, aval) for value, aval in pairs]

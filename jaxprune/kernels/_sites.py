@@ -311,7 +311,7 @@ def compute(
     result = equation.outvars[0].aval
     x, kernel = (operands[side].astype(result.dtype) for side in (1 - site.side, site.side))
     run = _run_product if equation.primitive.name == "dot_general" else _run_convolution
-    return run(equation.params, x, kernel, site, indices, finish)
+    return run(equation.params, x, kernel, site, indices, finish).reshape(result.shape)
 
 
 def _run_product(

@@ -88,7 +88,7 @@ class Value(NamedTuple):
     view: View | None = None  # None: not a view of a followed leaf
     data: bool = False  # whether it may depend on the input of the model
     zero: bool = False  # whether it is known to be 0 everywhere; only rules tell
-    known: Any = None  # what a rule remembers of it
+    known: Any = None  # what a rule remembers of it; not inside of scans
 
 
 class Scan(NamedTuple):
@@ -299,7 +299,9 @@ def _scan(parameters: dict[str, Any], operands: list[Value], found: Found) -> li
     body = closed.jaxpr
     consts, count = jaxprs.scan_counts(parameters, len(operands))
     ends = consts + count
-    fixed, carried, over = operands[:consts], operands[consts:ends], operands[ends:]
+    # What a rule would make of values from outside, it would make again at every step.
+    fixed = [value._replace(known=None) for value in operands[:consts]]
+    carried, over = operands[consts:ends], operands[ends:]
     # A carried value that every step passes on unchanged remains a view.
     starts = []
     for value, new, old in zip(carried, body.outvars, body.invars[consts:ends]):

@@ -86,9 +86,17 @@ def two(params, x):
     return jax.nn.relu(convolve(params, y[..., :5])) + y
 
 
+def own_rule(params, x):
+    """A ReLU whose derivative is the user's."""
+    act = jax.custom_jvp(lambda y: jnp.maximum(y, 0))
+    act.defjvp(lambda primals, tangents: (act(*primals), 3 * tangents[0]))
+    return act(convolve(params, x))
+
+
 FINISHED = [
     (relu, 1), (relu6, 1), (normed, 1), (maximum, 1), (clipped, 1), (residual, 1),
     (residual_first, 1), (repeated, 1), (inside_jit, 1), (two, 2),
+    (own_rule, 1),
 ]  # fmt: skip
 
 
@@ -114,11 +122,29 @@ def gelu(params, x):
     return jax.nn.gelu(convolve(params, x) + each(params["bias"]))
 
 
-def own_rule(params, x):
-    """A ReLU whose derivative is the user's."""
-    act = jax.custom_jvp(lambda y: jnp.maximum(y, 0) * 2)
-    act.defjvp(lambda primals, tangents: (act(*primals), tangents[0]))
+def identity(params, x):
+    """A function that only has a derivative of its own."""
+    act = jax.custom_jvp(lambda y: y)
+    act.defjvp(lambda primals, tangents: (act(*primals), 3 * tangents[0]))
     return act(convolve(params, x))
+
+
+def in_a_scan(params, x):
+    """The product is computed once, and read at every step."""
+    y = convolve(params, x)
+    scaled = lambda total, scale: (total + jax.nn.relu(y * scale + params["w"].sum()), None)  # noqa: E731
+    return jax.lax.scan(scaled, 0 * y, jnp.arange(3.0))[0]
+
+
+def in_a_branch(params, x):
+    y = convolve(params, x)
+    own = lambda y, w: jax.nn.relu(y) + w.sum()  # noqa: E731
+    return jax.lax.cond(x.sum() > 0, own, lambda y, w: y, y, params["w"])
+
+
+def recomputed(params, x):
+    y = convolve(params, x)
+    return jax.checkpoint(lambda y, w: jax.nn.relu(y) + w.sum())(y, params["w"])
 
 
 def channels_first(params, x):
@@ -132,7 +158,10 @@ def narrow(params, x):
     return jax.nn.relu(convolve({"w": params["w"].astype(jnp.bfloat16)}, x.astype(jnp.bfloat16)))
 
 
-LEFT = [read_twice, read_twice_inside, other_way, gelu, own_rule, channels_first, narrow]
+LEFT = [
+    read_twice, read_twice_inside, other_way, gelu, identity, in_a_scan, in_a_branch, recomputed,
+    channels_first, narrow,
+]  # fmt: skip
 
 
 def wrapped_of(function, x=X, params=PARAMS, **options):
@@ -182,7 +211,7 @@ def test_training_is_left():
     assert calls(wrapped, PARAMS, X) == (0, 1)
 
 
-@pytest.mark.parametrize("function", [relu, relu6, maximum, clipped, residual, two])
+@pytest.mark.parametrize("function", [relu, relu6, maximum, clipped, residual, two, own_rule])
 def test_gradients(function):
     """Also at the limits, which inputs of zeros reach."""
     x = X.at[0].set(0)
@@ -197,6 +226,39 @@ def test_gradients(function):
     for path, own in jax.tree.leaves_with_path(wanted):
         own_found = dict(jax.tree.leaves_with_path(found))[path]
         assert_close(own_found, own)
+
+
+def test_a_kernel_with_an_axis_of_one():
+    mask = MASK[1, 1][:, None]
+    params = {"w": PARAMS["w"][1, 1][:, None], "bias": PARAMS["bias"]}
+
+    def function(params, x):
+        y = jnp.einsum("brci,iko->brcko", x, params["w"])
+        return jax.nn.relu(y + params["bias"][None, None, None, None])
+
+    wrapped = kernels.wrap(
+        function, {"w": mask, "bias": True}, params, X, table="always", gradients=False
+    )
+    assert calls(wrapped, params, X) == (1, 0)
+    assert_close(jax.jit(wrapped)(params, X), function(params, X))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_inside_shard_map_and_on_meshes(kind):
+    """Nothing is finished where types say how arrays are split; results are the same."""
+    x = jnp.concatenate([X, X[:1]] * 2)  # 8 images
+    wanted = residual(PARAMS, x)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    whole = jax.device_put(PARAMS, jax.NamedSharding(mesh, jax.P()))
+    one = wrapped_of(residual, x[:1])
+    spread = jax.jit(
+        jax.shard_map(one, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P("data"))
+    )
+    assert calls(spread, whole, split) == (0, 1)
+    assert_close(spread(whole, split), wanted)
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(wrapped_of(residual, x))(whole, split), wanted)
 
 
 def test_not_a_number_and_infinity_pass():
