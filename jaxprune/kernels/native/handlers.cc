@@ -84,13 +84,14 @@ std::string into(Floats& gradient, Ints& positions, int64_t count, const Functio
 
 // How results are stored, with arrays that are empty where there is nothing to do.
 std::string finish_of(Floats& scale, Floats& shift, Floats& rest, float low, float high,
-                      const Floats& results, int64_t channels, Finish* finish) {
+                      const Floats& results, Finish* finish) {
+  if (results.element_count() == 0) return "an empty result has nothing to finish";
   auto some = [](Floats& own) { return own.element_count() ? own.typed_data() : nullptr; };
   const size_t count = scale.element_count();
+  const int64_t channels = has_rank(results, 0) ? 1 : results.dimensions().back();
   if (shift.element_count() != count || (count && static_cast<int64_t>(count) != channels)) {
     return "the scale and the shift must have one number for each output channel";
   }
-  if (results.element_count() == 0) return "an empty result has nothing to finish";
   if (rest.element_count() && rest.element_count() != results.element_count()) {
     return "what is added must have the shape of the result";
   }
@@ -152,10 +153,8 @@ ffi::Error ProductFinished(ffi::ThreadPool pool, Floats x, Floats weights, Ints 
                            Ints starts, Ints outputs, Floats scale, Floats shift, Floats rest,
                            Result y, float low, float high) {
   return guarded([&]() -> std::string {
-    if (!has_rank(*y, 2)) return "rows and kernel do not fit together";
     Finish finish;
-    const std::string wrong =
-        finish_of(scale, shift, rest, low, high, *y, y->dimensions()[1], &finish);
+    const std::string wrong = finish_of(scale, shift, rest, low, high, *y, &finish);
     if (!wrong.empty()) return wrong;
     return product(pool, x, weights, positions, starts, outputs, *y, false, &finish);
   });
@@ -283,10 +282,8 @@ ffi::Error ConvolutionFinished(ffi::ThreadPool pool, Floats x, Floats weights, I
                                Floats shift, Floats rest, Result y, Numbers window,
                                Numbers strides, Numbers padding, float low, float high) {
   return guarded([&]() -> std::string {
-    if (!has_rank(*y, 4)) return "images, window, strides and padding do not fit together";
     Finish finish;
-    const std::string wrong =
-        finish_of(scale, shift, rest, low, high, *y, y->dimensions()[3], &finish);
+    const std::string wrong = finish_of(scale, shift, rest, low, high, *y, &finish);
     if (!wrong.empty()) return wrong;
     return convolution(pool, x, weights, positions, taps, inputs, outputs, count, *y, window,
                        strides, padding, &finish);
@@ -363,10 +360,8 @@ ffi::Error DepthwiseFinished(ffi::ThreadPool pool, Floats x, Floats weights, Flo
                              Floats shift, Floats rest, Result y, Numbers window, Numbers strides,
                              Numbers padding, float low, float high) {
   return guarded([&]() -> std::string {
-    if (!has_rank(*y, 4)) return "images, window, strides and padding do not fit together";
     Finish finish;
-    const std::string wrong =
-        finish_of(scale, shift, rest, low, high, *y, y->dimensions()[3], &finish);
+    const std::string wrong = finish_of(scale, shift, rest, low, high, *y, &finish);
     if (!wrong.empty()) return wrong;
     return depthwise(pool, x, weights, *y, window, strides, padding, &finish);
   });
