@@ -273,6 +273,19 @@ def test_chosen_arms_bring_what_they_need(headline):
     assert not (headline.root / "results.md").exists(), "nothing to compare with"
 
 
+def test_the_network_may_have_other_widths(headline):
+    widths = json.dumps({"stem": 9, "blocks": [[9, 9]]})
+    options = ["--arms", "narrow", "dense", "--seeds", "0", *TRAINING, "--widths", widths]
+    assert headline.go("fashion", *options) == 0
+    calls = {call["run"]: call for call in _calls(headline)}
+    for name in ("dense-seed0", "agip-seed0"):
+        assert calls[name]["args"].count("--widths") == 1
+        assert _option(calls[name], "--widths") == widths
+    words = calls["narrow-seed0"]["args"]  # the last one counts
+    last = words[len(words) - words[::-1].index("--widths")]
+    assert json.loads(last) == {"stem": 4, "blocks": [[2, 3]]}, "those of agip's summary"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

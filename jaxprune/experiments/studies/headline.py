@@ -33,7 +33,7 @@ from jaxprune.experiments.studies.headline_results import (
 )
 
 TRAIN = [sys.executable, "-m", "jaxprune.experiments.train"]
-OWN = {"method", "granularity", "compact", "widths", "seed", "workdir", "overwrite"}
+OWN = {"method", "granularity", "compact", "seed", "workdir", "overwrite"}
 OWN |= {"grow-from", "grow-at", "teacher"}
 CLOCKS = {"cpu": "cpu_seconds", "wall": "seconds", "macs": "macs"}
 
@@ -74,7 +74,8 @@ def parse(args: list[str]) -> argparse.Namespace:
     add("--report-only", action="store_true", help="train nothing, rewrite the results")
     options = command.parse(parser, args)
     options.levers = shlex.split(options.levers)
-    command.refuse(parser, OWN, [*options.training, *options.levers])
+    command.refuse(parser, OWN, options.training)
+    command.refuse(parser, OWN | {"widths"}, options.levers)  # all arms prune the same network
     if not (options.config or options.report_only):
         parser.error("CONFIG is missing")
     if options.jobs < 1 or min(options.seeds) < 0 or options.probe_steps < 20:

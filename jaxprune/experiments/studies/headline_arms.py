@@ -4,9 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# Every layer alike: a global ranking keeps most weights of the layers that take most time. Kernels
-# handle a whole batch at once.
-KERNELS = "--granularity weights --kernels auto --budget uniform --parts 1".split()
+# Every layer alike: a global ranking keeps most weights of the layers that take most time.
+KERNELS = "--granularity weights --kernels auto --budget uniform".split()
 SHRINKS = ["--granularity", "channels", "--compact"]
 # Of a ResNet's narrowest groups half are 4 channels.
 GROWS = "--granularity channels --multiple 4 --grow-from 0.5 --grow-at 0.1".split()
