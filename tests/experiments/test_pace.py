@@ -63,6 +63,23 @@ def test_a_short_run_tells_what_a_long_one_costs(config):
     assert pace.cost(found, config, 4000) == pytest.approx(run(longer)[-1]["cpu_seconds"])
 
 
+def test_steps_of_kernels_are_those_between_mask_updates():
+    # Mask updates at 5, 13 and 21 make the steps cheaper; the last one is as sparse as the run ends.
+    config = Config(
+        method="agip", kernels="auto", prune_start=0.05, prune_stop=0.25, prune_every=8, steps=100
+    )
+    records, now = [], 20.0
+    for step in range(1, 101):
+        updates = sum(step > update for update in (5, 13, 21))
+        now += (8.0, 4.0, 3.0, 1.0)[sum(step - 1 > update for update in (5, 13, 21))]
+        record = {"step": step, "cpu_seconds": now, "train_loss": 1.0, "parameters": 100}
+        records.append(record | {"sparsity": (0.0, 0.5, 0.7, 0.8)[updates]})
+    found = pace.measure(config, records, "cpu_seconds")
+    # Before the last update: 4 times 8 (the first record has none before it), 7 times 4 and 3.
+    assert found.each == {(False, False): 4.0, (False, True): 1.0}
+    assert pace.lengths(config, 1000, 0) == {(False, False): 251, (False, True): 749}
+
+
 def test_one_slow_record_changes_nothing():
     records = run(CHANNELS)
     for record in records[60:]:

@@ -137,6 +137,12 @@ def _variants(plus: str) -> dict[str, Arm]:
             )
             for share in (80, 90)
         },
+        f"agip slow kernels 80{plus}": Arm(
+            "the same, pruned until nearly half of the run, while images are small",
+            (),
+            lambda _: [*method("agip"), *KERNELS, "--sparsity", "0.8", "--prune-stop", "0.45"],
+            on,
+        ),
         f"agip weights{plus}": Arm(
             "single weights are pruned, 76 % of them", (), lambda _: [*method("agip"), *single], on
         ),

@@ -71,9 +71,11 @@ def measure(config: Config, records: Sequence[Record], clock: str) -> Pace:
         kind = now.get("image_height", 0), now.get(extent)
         if kind != (before.get("image_height", 0), before.get(extent)):
             continue  # a switch lies between them
-        if kind[1] not in (first, last):
+        if extent == "parameters" and kind[1] not in (first, last):
             continue  # between two switches
-        part = kind[0] < full, kind[1] != first
+        # Kernels grow cheaper with each mask update; what lies before the last one is one part.
+        changed = kind[1] == last != first if extent == "sparsity" else kind[1] != first
+        part = kind[0] < full, changed
         steps = now["step"] - before["step"]
         if clock == "macs":
             area = (kind[0] / full) ** 2 if full else 1.0
