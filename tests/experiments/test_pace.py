@@ -64,7 +64,7 @@ def test_a_short_run_tells_what_a_long_one_costs(config):
 
 
 def test_steps_of_kernels_are_those_between_mask_updates():
-    # Mask updates at 5, 13 and 21 make the steps cheaper; the last one is as sparse as the run ends.
+    # Updates at 5, 13 and 21 make the steps cheaper; the last one is as sparse as the run ends.
     config = Config(
         method="agip", kernels="auto", prune_start=0.05, prune_stop=0.25, prune_every=8, steps=100
     )
