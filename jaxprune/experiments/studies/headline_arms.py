@@ -138,7 +138,7 @@ def _variants(plus: str) -> dict[str, Arm]:
             for share in (80, 90)
         },
         f"agip slow kernels 80{plus}": Arm(
-            "the same, pruned until nearly half of the run, while images are small",
+            "80 % of single weights are pruned by 45 % of the run, and sparse kernels skip them",
             (),
             lambda _: [*method("agip"), *KERNELS, "--sparsity", "0.8", "--prune-stop", "0.45"],
             on,
